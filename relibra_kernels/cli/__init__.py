@@ -1,0 +1,39 @@
+"""`relibra COMMAND`: one module a command, imported only when it is the one that runs.
+
+A command module has `add_arguments(parser)` and `run(args) -> int`. An error of the library is one line on stderr and
+exit status 2; anything else is a defect and keeps its traceback.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from ..planner.errors import ReLibraError
+
+COMMANDS = {
+    "demo": "the whole loop on this machine: record routing, plan, train expert-parallel under the plan",
+    "plan": "plan a batch from load tables or a recorded trace",
+}
+
+
+def build_parser(command: str | None = None) -> argparse.ArgumentParser:
+    """The parser of `relibra`. Only `command` gets its arguments, so that `relibra plan` never imports torch."""
+    parser = argparse.ArgumentParser(prog="relibra", description="Balanced Mixture-of-Experts RL training.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        if name == command:
+            importlib.import_module(f".{name}", __name__).add_arguments(sub)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    args = build_parser(argv[0] if argv else None).parse_args(argv)
+    try:
+        return importlib.import_module(f".{args.command}", __name__).run(args)
+    except ReLibraError as error:
+        print(f"relibra {args.command}: error: {error}", file=sys.stderr)
+        return 2
