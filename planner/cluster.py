@@ -1,0 +1,49 @@
+"""The expert-parallel group as the planner sees it: nodes, ranks a node, slots."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from .errors import InputError
+
+
+@dataclass(frozen=True)
+class ClusterSpec:
+    """`num_nodes` x `gpus_per_node` ranks; rank r is on node r // gpus_per_node.
+
+    replica_slots: places on a rank for another rank's experts, beside its own.
+    guest_slots:   how many of them may hold an expert of another node; None lets the planner decide.
+    """
+
+    num_nodes: int
+    gpus_per_node: int
+    replica_slots: int = 2
+    guest_slots: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_nodes", 1), ("gpus_per_node", 1), ("replica_slots", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+                raise InputError(f"{name} is {value!r}, but must be an integer of at least {least}")
+        if self.guest_slots is not None and not 0 <= self.guest_slots <= self.replica_slots:
+            raise InputError(
+                f"guest_slots is {self.guest_slots}, but must be 0 to replica_slots = {self.replica_slots}"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.gpus_per_node
+
+    @property
+    def node_of_rank(self) -> np.ndarray:
+        """int32 [R]."""
+        return np.arange(self.num_ranks, dtype=np.int32) // self.gpus_per_node
+
+    def experts_per_rank(self, num_experts: int) -> int:
+        """E / R, or an InputError where that is not a whole number."""
+        if num_experts < self.num_ranks or num_experts % self.num_ranks:
+            raise InputError(
+                f"{num_experts} experts do not divide over {self.num_ranks} ranks "
+                f"({self.num_nodes} nodes x {self.gpus_per_node}): every rank must be home to the same number"
+            )
+        return num_experts // self.num_ranks

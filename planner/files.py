@@ -1,0 +1,75 @@
+"""Reading and writing .npz files: never a pickle, never half a file."""
+
+import os
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from .errors import FormatError
+
+
+def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
+    """Write `arrays` under exactly this name, or leave what was there: a temporary file beside it is renamed."""
+    target = Path(path)
+    try:
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    except OSError as error:
+        raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from None
+    try:
+        with os.fdopen(handle, "wb") as file:
+            np.savez(file, **arrays)  # type: ignore[arg-type]
+        umask = os.umask(0)
+        os.umask(umask)
+        Path(name).chmod(0o666 & ~umask)
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def load_npz(
+    path: str | os.PathLike[str], required: Iterable[str] = (), optional: Iterable[str] = ()
+) -> dict[str, np.ndarray]:
+    """The named arrays of a .npz file. Whatever is wrong with the file is a FormatError that names it."""
+    name = os.fspath(path)
+    required = tuple(required)
+    try:
+        archive = np.load(name, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise FormatError(f"{name}: is not a .npz archive")
+        with archive:
+            missing = [key for key in required if key not in archive.files]
+            if missing:
+                raise FormatError(f"{name}: has no array {missing[0]!r}, only {sorted(archive.files)}")
+            return {key: archive[key] for key in (*required, *optional) if key in archive.files}
+    except FileNotFoundError:
+        raise FormatError(f"{name}: no such file") from None
+    except ValueError as error:
+        if "pickle" in str(error).lower():
+            raise FormatError(f"{name}: holds pickled objects, which are never loaded") from None
+        raise FormatError(f"{name}: is damaged: {error}") from None
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+        raise FormatError(f"{name}: is damaged or cannot be read: {error}") from None
+
+
+def npz_keys(path: str | os.PathLike[str]) -> set[str]:
+    """The names of the arrays in a .npz file, without reading them."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {entry.removesuffix(".npy") for entry in archive.namelist()}
+    except FileNotFoundError:
+        raise FormatError(f"{os.fspath(path)}: no such file") from None
+    except (OSError, zipfile.BadZipFile) as error:
+        raise FormatError(f"{os.fspath(path)}: is damaged or not a .npz archive: {error}") from None
+
+
+def scalar(arrays: dict[str, np.ndarray], key: str, path: str | os.PathLike[str]) -> np.generic:
+    """The single value of array `key`."""
+    value = arrays[key]
+    if value.size != 1:
+        raise FormatError(f"{os.fspath(path)}: {key!r} has shape {value.shape}, but must be a single value")
+    return value.reshape(())[()]

@@ -1,0 +1,205 @@
+"""BatchPlan: where every expert lives for one batch, and what each micro-batch replicates."""
+
+import hashlib
+import os
+from dataclasses import InitVar, dataclass, field
+
+import numpy as np
+
+from .cluster import ClusterSpec
+from .errors import FormatError, PlanError, ReLibraError, ShapeError
+from .files import load_npz, save_npz, scalar
+from .loads import total_loads
+from .plan_rules import check_quotas, check_structure
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, eq=False)
+class BatchPlan:
+    """Placement and replication of one batch. Every rule is checked on construction.
+
+    home:     int32 [L, E]        the rank that owns each expert
+    replicas: int32 [L, M, R, S]  the expert in each replica slot, -1 where it is empty
+    quota:    int32 [L, M, R, S]  the assignments that the slot computes; what no replica takes stays at home
+    guests:   bool [L, R, S]      slots that may hold another node's expert, the same one for the whole batch
+    loads:    the table [L, M, E] or [L, M, R, E] the plan is for; without it quotas are checked against nothing
+    """
+
+    home: np.ndarray
+    replicas: np.ndarray
+    quota: np.ndarray
+    guests: np.ndarray
+    gpus_per_node: int
+    loads_sha256: str = ""
+    model: str = ""
+    format_version: int = FORMAT_VERSION
+    loads: InitVar[np.ndarray | None] = None
+    _order: np.ndarray = field(init=False, repr=False)  # int32 [L, R, E/R], see home_experts
+
+    def __post_init__(self, loads: np.ndarray | None) -> None:
+        if self.format_version != FORMAT_VERSION:
+            raise PlanError(f"format_version is {self.format_version}, but this library reads {FORMAT_VERSION}")
+        for name, dtype, kinds in (
+            ("home", np.int32, "iu"),
+            ("replicas", np.int32, "iu"),
+            ("quota", np.int32, "iu"),
+            ("guests", np.bool_, "b"),
+        ):
+            value = np.asarray(getattr(self, name))
+            if value.dtype.kind not in kinds:
+                raise PlanError(f"{name} is {value.dtype}, but must be {np.dtype(dtype)}")
+            if kinds == "iu" and value.size and (value.min() < -1 or value.max() > np.iinfo(np.int32).max):
+                raise PlanError(f"{name} holds {value.min()} to {value.max()}, but must be -1 or more and fit 32 bits")
+            object.__setattr__(self, name, np.ascontiguousarray(value, dtype))
+        object.__setattr__(self, "gpus_per_node", int(self.gpus_per_node))
+        check_structure(self.home, self.replicas, self.quota, self.guests, self.gpus_per_node)
+        order = np.argsort(self.home, axis=1, kind="stable").astype(np.int32)
+        object.__setattr__(self, "_order", order.reshape(len(order), self.num_ranks, -1))
+        if loads is not None:
+            table = total_loads(loads)
+            self._check_loads_shape(table)
+            check_quotas(table, self.replicas, self.quota)
+            digest = loads_digest(table)
+            if self.loads_sha256 and self.loads_sha256 != digest:
+                raise PlanError(
+                    f"the plan was made for other loads: its loads_sha256 is {self.loads_sha256}, these have {digest}"
+                )
+            object.__setattr__(self, "loads_sha256", digest)
+
+    @property
+    def num_layers(self) -> int:
+        return self.replicas.shape[0]
+
+    @property
+    def num_micro_batches(self) -> int:
+        return self.replicas.shape[1]
+
+    @property
+    def num_ranks(self) -> int:
+        return self.replicas.shape[2]
+
+    @property
+    def num_slots(self) -> int:
+        """S: replica slots a rank."""
+        return self.replicas.shape[3]
+
+    @property
+    def num_experts(self) -> int:
+        return self.home.shape[1]
+
+    @property
+    def experts_per_rank(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    def home_experts(self, layer: int) -> np.ndarray:
+        """int32 [R, E/R]: the experts that each rank owns, ascending, which is the order of its home slots."""
+        return self._order[layer]
+
+    def has_replicas(self, layer: int, micro_batch: int) -> bool:
+        """Whether any replica slot is in use; where not, the replica path must cost nothing."""
+        return bool((self.replicas[layer, micro_batch] >= 0).any())
+
+    def rank_loads(self, loads: np.ndarray) -> np.ndarray:
+        """int64 [L, M, R]: assignments that each rank computes under the plan."""
+        table = total_loads(loads)
+        self._check_loads_shape(table)
+        held = np.repeat(self._order.reshape(self.num_layers, 1, -1), self.num_micro_batches, 1)
+        at_home = np.take_along_axis(table, held, 2).reshape(*table.shape[:2], self.num_ranks, -1).sum(-1)
+        layer, micro_batch, rank, slot = np.nonzero(self.quota)
+        taken = self.quota[layer, micro_batch, rank, slot].astype(np.int64)
+        owner = self.home[layer, self.replicas[layer, micro_batch, rank, slot]]
+        np.add.at(at_home, (layer, micro_batch, rank), taken)
+        np.subtract.at(at_home, (layer, micro_batch, owner), taken)
+        return at_home
+
+    def imbalance(self, loads: np.ndarray) -> np.ndarray:
+        """float [L, M]: max / mean over ranks of their assignments; nan where a micro-batch has none."""
+        per_rank = self.rank_loads(loads)
+        mean = per_rank.mean(-1)
+        return np.divide(per_rank.max(-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
+
+    def imbalance_mean(self, loads: np.ndarray) -> float:
+        """Mean of `imbalance` over the (layer, micro-batch) pairs with load; 1.0 where there is none at all."""
+        ratio = self.imbalance(loads)
+        return float(np.nanmean(ratio)) if not np.isnan(ratio).all() else 1.0
+
+    def imbalance_worst(self, loads: np.ndarray) -> float:
+        """Largest `imbalance`; 1.0 where there is no load at all."""
+        ratio = self.imbalance(loads)
+        return float(np.nanmax(ratio)) if not np.isnan(ratio).all() else 1.0
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a .npz file without pickles, whole or not at all."""
+        save_npz(
+            path,
+            home=self.home,
+            replicas=self.replicas,
+            quota=self.quota,
+            guests=self.guests,
+            format_version=np.asarray(self.format_version, np.int64),
+            gpus_per_node=np.asarray(self.gpus_per_node, np.int64),
+            loads_sha256=np.asarray(self.loads_sha256),
+            model=np.asarray(self.model),
+        )
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], loads: np.ndarray | None = None, model: str | None = None
+    ) -> "BatchPlan":
+        """Read a plan and check it again. With `loads` or `model`, a plan for others is refused (PlanError)."""
+        name = os.fspath(path)
+        arrays = load_npz(
+            path, ("home", "replicas", "quota", "guests", "gpus_per_node", "loads_sha256", "model", "format_version")
+        )
+        values = {key: arrays[key] for key in ("home", "replicas", "quota", "guests")}
+        made_for = str(scalar(arrays, "model", path))
+        if model is not None and model != made_for:
+            raise PlanError(f"{name}: the plan is for model {made_for!r}, not {model!r}")
+        gpus, version = scalar(arrays, "gpus_per_node", path), scalar(arrays, "format_version", path)
+        if not isinstance(gpus, np.integer) or not isinstance(version, np.integer):
+            raise FormatError(f"{name}: gpus_per_node and format_version must be integers")
+        digest = str(scalar(arrays, "loads_sha256", path))
+        try:
+            return cls(
+                **values,
+                gpus_per_node=int(gpus),
+                loads_sha256=digest,
+                model=made_for,
+                format_version=int(version),
+                loads=loads,
+            )
+        except ReLibraError as error:
+            raise type(error)(f"{name}: {error}") from None
+
+    def _check_loads_shape(self, table: np.ndarray) -> None:
+        expected = (self.num_layers, self.num_micro_batches, self.num_experts)
+        if table.shape != expected:
+            raise ShapeError(
+                f"loads has [layers, micro-batches, experts] {table.shape}, but the plan is for {expected}"
+            )
+
+
+def loads_digest(loads: np.ndarray) -> str:
+    """SHA-256 of the shape and the little-endian int64 table [L, M, E], summed over source ranks."""
+    table = total_loads(loads)
+    digest = hashlib.sha256(repr(table.shape).encode())
+    digest.update(np.ascontiguousarray(table, "<i8"))
+    return digest.hexdigest()
+
+
+def static_plan(loads: np.ndarray, cluster: ClusterSpec, model: str = "") -> BatchPlan:
+    """What training without a planner does: expert e on rank e // (E/R), no replicas."""
+    table = total_loads(loads)
+    layers, micro_batches, experts = table.shape
+    per_rank = cluster.experts_per_rank(experts)
+    slots = (cluster.num_ranks, cluster.replica_slots)
+    return BatchPlan(
+        home=np.tile(np.arange(experts, dtype=np.int32) // per_rank, (layers, 1)),
+        replicas=np.full((layers, micro_batches, *slots), -1, np.int32),
+        quota=np.zeros((layers, micro_batches, *slots), np.int32),
+        guests=np.zeros((layers, *slots), np.bool_),
+        gpus_per_node=cluster.gpus_per_node,
+        model=model,
+        loads=table,
+    )

@@ -1,0 +1,112 @@
+"""Which source rank's assignments go to which host of an expert.
+
+Every rank derives the same integers from the plan: no randomness, nothing in floating point. An expert is at most once
+on a rank, so the rank decides the slot.
+"""
+
+import numpy as np
+
+from .errors import PlanError, ShapeError
+from .plan import BatchPlan
+
+
+def split_over_sources(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int) -> np.ndarray:
+    """int32 [R_src, E, R_dst]: how many of a source's assignments of an expert go to each rank.
+
+    Sums over destinations are what the source has; sums over sources are each host's quota, with the home taking what
+    its replicas leave. First what a host takes of its own rank's assignments, then of its own node's, then the rest;
+    the last two source by source, in proportion to what the hosts still take, by largest remainder.
+    """
+    ranks, experts = plan.num_ranks, plan.num_experts
+    if loads_LMRE.ndim != 4 or loads_LMRE.shape[2:] != (ranks, experts):
+        raise ShapeError(
+            f"loads has shape {loads_LMRE.shape}, but must be [layers, micro-batches, {ranks} source ranks, {experts}]"
+        )
+    have_SE = np.asarray(loads_LMRE[layer, micro_batch], np.int64)
+    home = plan.home[layer]
+    split = np.zeros((ranks, experts, ranks), np.int32)
+    split[:, np.arange(experts), home] = have_SE
+
+    rank, slot = np.nonzero(plan.quota[layer, micro_batch] > 0)
+    if not len(rank):
+        return split
+    replicated, row = np.unique(plan.replicas[layer, micro_batch, rank, slot], return_inverse=True)
+    take_XR = np.zeros((len(replicated), ranks), np.int64)
+    take_XR[row, rank] = plan.quota[layer, micro_batch, rank, slot]
+    have_XS = np.ascontiguousarray(have_SE[:, replicated].T)
+    at_home = have_XS.sum(1) - take_XR.sum(1)
+    if (at_home < 0).any():
+        raise PlanError(
+            f"the replicas of expert {replicated[at_home.argmin()]} in layer {layer}, micro-batch {micro_batch} take "
+            f"more assignments than these loads have"
+        )
+    take_XR[np.arange(len(replicated)), home[replicated]] = at_home
+    split[:, replicated] = _split(have_XS, take_XR, plan.gpus_per_node).transpose(1, 0, 2)
+    return split
+
+
+def destinations(expert_ids_TK: np.ndarray, split_of_source_ER: np.ndarray) -> np.ndarray:
+    """int32 [T, K]: the rank that computes each assignment of one source; -1 where it was not recorded.
+
+    The j-th occurrence of an expert, in token order and then by k, goes to the rank whose cumulative split holds j.
+    """
+    ids = np.asarray(expert_ids_TK)
+    split = np.asarray(split_of_source_ER, np.int64)
+    flat = ids.reshape(-1).astype(np.int64)
+    known = np.flatnonzero(flat >= 0)
+    count = np.bincount(flat[known], minlength=len(split))
+    if len(count) != len(split) or (count != split.sum(1)).any():
+        raise ShapeError(
+            "expert_ids do not fit the split: they choose other experts, or another number of times, than its loads say"
+        )
+    # Sorted by expert (stably), occurrences lie as the split does when it is read expert by expert, rank by rank.
+    order = np.argsort(flat[known], kind="stable")
+    rank_of_sorted = np.repeat(np.tile(np.arange(split.shape[1], dtype=np.int32), len(split)), split.reshape(-1))
+    out = np.full(flat.shape, -1, np.int32)
+    out[known[order]] = rank_of_sorted
+    return out.reshape(ids.shape)
+
+
+def _split(have_XS: np.ndarray, take_XR: np.ndarray, gpus_per_node: int) -> np.ndarray:
+    """int64 [X, S, R] with row sums have_XS and column sums take_XR (experts X are independent)."""
+    experts, ranks = have_XS.shape
+    nodes = ranks // gpus_per_node
+    split = np.zeros((experts, ranks, ranks), np.int64)
+    own = np.arange(ranks)
+    same_rank = np.minimum(have_XS, take_XR)
+    split[:, own, own] = same_rank
+    have, take = have_XS - same_rank, take_XR - same_rank
+
+    # Within a node, all nodes at once: [X * N, G]. What the node's hosts cannot take waits for the second round.
+    near_have, near_take = have.reshape(-1, gpus_per_node), take.reshape(-1, gpus_per_node)
+    near = _by_largest_remainder(near_have, near_take)
+    for node in range(nodes):
+        span = slice(node * gpus_per_node, (node + 1) * gpus_per_node)
+        split[:, span, span] += near.reshape(experts, nodes, gpus_per_node, gpus_per_node)[:, node]
+    have -= near.sum(2).reshape(have.shape)
+    take -= near.sum(1).reshape(take.shape)
+    return split + _by_largest_remainder(have, take)
+
+
+def _by_largest_remainder(have_BS: np.ndarray, take_BH: np.ndarray) -> np.ndarray:
+    """int64 [B, S, H]: sources in turn spread what they have over hosts in proportion to what these still take.
+
+    Where the hosts together take less than the sources have, later sources keep what is left.
+    """
+    out = np.zeros((*have_BS.shape, take_BH.shape[1]), np.int64)
+    take = take_BH.copy()
+    left = take.sum(1)
+    for source in np.flatnonzero((have_BS > 0).any(0)):
+        amount = np.minimum(have_BS[:, source], left)
+        busy = np.flatnonzero(amount)
+        if not len(busy):
+            continue
+        cap, n = take[busy], amount[busy]
+        whole, rest = np.divmod(n[:, None] * cap, left[busy, None])
+        missing = n - whole.sum(1)  # fewer than hosts with a remainder, each of which has room for one more
+        rank_of = np.argsort(np.argsort(-rest, axis=1, kind="stable"), axis=1, kind="stable")
+        whole += rank_of < missing[:, None]
+        out[busy, source] = whole
+        take[busy] = cap - whole
+        left[busy] -= n
+    return out
