@@ -1,0 +1,296 @@
+"""The MoE MLP over one schedule: `out[t] = sum_k w[t, k] * down[e](swiglu(gate_up[e](x[t])))`, forward and backward.
+
+Two plain functions, which the expert-parallel runtime calls around its own communication, and the autograd Function
+over them for one process. Saved for backward: x, h, indices and weights; nothing of size T*K x H, and no activation.
+"""
+
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from . import ops
+from .form import ExpertForm
+from .planner.errors import ShapeError
+from .schedule import Schedule
+from .weights import ExpertWeights
+
+NO_WEIGHTS = ExpertWeights(None, None)
+
+
+def moe_mlp_forward(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    schedule: Schedule,
+    home: ExpertWeights,
+    form: ExpertForm,
+    *,
+    replica: ExpertWeights | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(out [T, H], h [T*K, 2I])`; h is what backward needs. A token whose assignments are all dropped gives zeros.
+
+    Args:
+        x_TH: rows, contiguous, in the dtype of the weights.
+        weights_TK: gate weights, any floating dtype.
+        home: weights `[E, ...]`. replica: weights of the replica slots `[S, ...]`.
+        weight_of_slot: int32 [slots], index into home, then replica; None: slot i uses weight i.
+    """
+    check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
+    h_RJ, a_RI = _gate_up(x_TH, schedule, home, form, replica, weight_of_slot)
+    guest = replica or NO_WEIGHTS
+    y_RH = ops.grouped_gemm(
+        a_RI,
+        home.down,
+        schedule,
+        transpose_weight=not form.is_transposed,
+        bias=home.down_bias,
+        replica_weight=guest.down,
+        replica_bias=guest.down_bias,
+        weight_of_slot=weight_of_slot,
+    )
+    return ops.unpermute(y_RH, weights_TK, schedule), h_RJ
+
+
+def moe_mlp_backward(
+    dout_TH: torch.Tensor,
+    x_TH: torch.Tensor,
+    h_RJ: torch.Tensor | None,
+    weights_TK: torch.Tensor,
+    schedule: Schedule,
+    home: ExpertWeights,
+    form: ExpertForm,
+    *,
+    grad: ExpertWeights,
+    replica: ExpertWeights | None = None,
+    replica_grad: ExpertWeights | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+    accumulate: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(dx [T, H], dweights [T, K] in fp32)`; weight gradients are added to the given fp32 buffers, in place.
+
+    Args:
+        h_RJ: from forward; None computes it again.
+        grad, replica_grad: fp32 buffers shaped like `home` and `replica`; what is None is not computed.
+        accumulate: False overwrites the buffers (any dtype), with zeros for weights without rows.
+    """
+    check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
+    if dout_TH.shape != x_TH.shape or dout_TH.dtype != x_TH.dtype or not dout_TH.is_contiguous():
+        raise ShapeError(
+            f"dout is {dout_TH.dtype} {tuple(dout_TH.shape)} with strides {dout_TH.stride()}; "
+            f"it must be contiguous {x_TH.dtype} {tuple(x_TH.shape)}"
+        )
+    if h_RJ is None:
+        h_RJ, _ = _gate_up(x_TH, schedule, home, form, replica, weight_of_slot)
+    guest, guest_grad = replica or NO_WEIGHTS, replica_grad or NO_WEIGHTS
+    dh_RJ, wa_RI, dweights_TK = ops.grad_hidden(
+        dout_TH,
+        h_RJ,
+        weights_TK,
+        home.down,
+        schedule,
+        form,
+        bias=home.down_bias,
+        replica_down=guest.down,
+        replica_bias=guest.down_bias,
+        weight_of_slot=weight_of_slot,
+    )
+    into: dict[str, Any] = {"weight_of_slot": weight_of_slot, "accumulate": accumulate}
+    transposed = form.is_transposed
+    if grad.down is not None:
+        left, right = (wa_RI, dout_TH) if transposed else (dout_TH, wa_RI)
+        gathered: dict[str, Any] = {"gather_left": not transposed, "gather_right": transposed}
+        ops.grad_weight(left, right, schedule, grad.down, replica_grad=guest_grad.down, **gathered, **into)
+    if grad.gate_up is not None:
+        left, right = (x_TH, dh_RJ) if transposed else (dh_RJ, x_TH)
+        gathered = {"gather_left": transposed, "gather_right": not transposed}
+        ops.grad_weight(left, right, schedule, grad.gate_up, replica_grad=guest_grad.gate_up, **gathered, **into)
+    if grad.down_bias is not None:
+        bias_into: dict[str, Any] = {"weights_TK": weights_TK, "gather": True, **into}
+        ops.grad_bias(dout_TH, schedule, grad.down_bias, replica_grad=guest_grad.down_bias, **bias_into)
+    if grad.gate_up_bias is not None:
+        ops.grad_bias(dh_RJ, schedule, grad.gate_up_bias, replica_grad=guest_grad.gate_up_bias, **into)
+    dx_RH = ops.grouped_gemm(
+        dh_RJ,
+        home.gate_up,
+        schedule,
+        transpose_weight=transposed,
+        replica_weight=guest.gate_up,
+        weight_of_slot=weight_of_slot,
+    )
+    return ops.permute_backward(dx_RH, schedule), dweights_TK
+
+
+def _gate_up(
+    x_TH: torch.Tensor,
+    schedule: Schedule,
+    home: ExpertWeights,
+    form: ExpertForm,
+    replica: ExpertWeights | None,
+    weight_of_slot: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    guest = replica or NO_WEIGHTS
+    return ops.grouped_gemm_swiglu(
+        x_TH,
+        home.gate_up,
+        schedule,
+        form,
+        bias=home.gate_up_bias,
+        replica_gate_up=guest.gate_up,
+        replica_bias=guest.gate_up_bias,
+        weight_of_slot=weight_of_slot,
+    )
+
+
+def moe_mlp(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    schedule: Schedule,
+    home: ExpertWeights,
+    form: ExpertForm,
+    *,
+    weight_of_slot: torch.Tensor | None = None,
+    recompute: bool = False,
+) -> torch.Tensor:
+    """The differentiable MoE MLP of one process.
+
+    A parameter with a `.main_grad` (fp32) gets its gradient added there, and none through autograd.
+    `recompute` saves x, indices and weights only and computes h again in backward.
+    """
+    return _MoeMlp.apply(x_TH, weights_TK, *home, schedule, form, weight_of_slot, recompute)
+
+
+class _MoeMlp(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TH: torch.Tensor,
+        weights_TK: torch.Tensor,
+        gate_up: torch.Tensor,
+        down: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
+        down_bias: torch.Tensor | None,
+        schedule: Schedule,
+        form: ExpertForm,
+        weight_of_slot: torch.Tensor | None,
+        recompute: bool,
+    ) -> torch.Tensor:
+        home = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+        out_TH, h_RJ = moe_mlp_forward(x_TH, weights_TK, schedule, home, form, weight_of_slot=weight_of_slot)
+        tables = (schedule.slot_offsets, schedule.assignment_of, schedule.position_of, weight_of_slot)
+        ctx.save_for_backward(x_TH, None if recompute else h_RJ, weights_TK, *home, *tables)
+        ctx.form, ctx.tiles = form, schedule.tiles
+        ctx.main_grads = [getattr(parameter, "main_grad", None) for parameter in home]
+        return out_TH
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_TH, h_RJ, weights_TK, *saved = ctx.saved_tensors
+        home = ExpertWeights(*saved[:4])
+        slot_offsets, assignment_of, position_of, weight_of_slot = saved[4:]
+        # One `accumulate` holds for all four: either every buffer is new, or all are added to.
+        accumulate = any(main_grad is not None for main_grad in ctx.main_grads)
+        buffers: list[torch.Tensor | None] = []
+        for parameter, main_grad, needed in zip(home, ctx.main_grads, ctx.needs_input_grad[2:6], strict=True):
+            if not needed or main_grad is not None:
+                buffers.append(main_grad if needed else None)
+            elif accumulate:
+                buffers.append(torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)))
+            else:
+                buffers.append(torch.empty_like(parameter))
+        dx_TH, dweights_TK = moe_mlp_backward(
+            dout_TH.contiguous(),
+            x_TH,
+            h_RJ,
+            weights_TK,
+            Schedule(slot_offsets, assignment_of, position_of, ctx.tiles),
+            home,
+            ctx.form,
+            grad=ExpertWeights(*buffers),
+            weight_of_slot=weight_of_slot,
+            accumulate=accumulate,
+        )
+        grads = [
+            None if buffer is None or main_grad is not None else buffer.to(parameter.dtype)
+            for parameter, buffer, main_grad in zip(home, buffers, ctx.main_grads, strict=True)
+        ]
+        return dx_TH, dweights_TK.to(weights_TK.dtype), *grads, None, None, None, None
+
+
+def check_layer(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    schedule: Schedule,
+    home: ExpertWeights,
+    form: ExpertForm,
+    replica: ExpertWeights | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+) -> None:
+    """Refuse tensors that do not fit each other, before anything is computed. Looks at no values."""
+    if x_TH.ndim != 2 or not x_TH.is_contiguous():
+        raise ShapeError(f"x is {tuple(x_TH.shape)} with strides {x_TH.stride()}; it must be contiguous [T, H]")
+    if schedule.num_tokens != x_TH.shape[0] or weights_TK.shape != schedule.position_of.shape:
+        raise ShapeError(
+            f"x is {tuple(x_TH.shape)}, weights {tuple(weights_TK.shape)} and the schedule for [T, K] = "
+            f"{tuple(schedule.position_of.shape)}; they must be [T, H], [T, K] and that same [T, K]"
+        )
+    if not weights_TK.is_floating_point() or not weights_TK.is_contiguous():
+        raise ShapeError(
+            f"weights is {weights_TK.dtype} with strides {weights_TK.stride()}; it must be contiguous and floating"
+        )
+    check_weights(home, x_TH, form, "home")
+    if replica is not None:
+        check_weights(replica, x_TH, form, "replica")
+    if weight_of_slot is not None and (
+        weight_of_slot.shape != (schedule.num_slots,) or weight_of_slot.dtype != torch.int32
+    ):
+        raise ShapeError(
+            f"weight_of_slot is {weight_of_slot.dtype} {tuple(weight_of_slot.shape)}; "
+            f"it must be int32 [{schedule.num_slots}]"
+        )
+    if weight_of_slot is None and home.down is not None and len(home.down) < schedule.num_slots:
+        raise ShapeError(
+            f"weight_of_slot is None with {schedule.num_slots} slots and {len(home.down)} home experts; "
+            "slots beyond the home experts need it"
+        )
+    for name, tensor in (
+        ("weights", weights_TK),
+        ("schedule", schedule.slot_offsets),
+        ("weight_of_slot", weight_of_slot),
+    ):
+        if tensor is not None and tensor.device != x_TH.device:
+            raise ShapeError(f"{name} is on {tensor.device} and x on {x_TH.device}; they must be on the same device")
+
+
+def check_weights(weights: ExpertWeights, x_TH: torch.Tensor, form: ExpertForm, store: str) -> None:
+    """Refuse a store of weights whose layout is not `form`'s, or that does not go with x."""
+    gate_up, down = weights.gate_up, weights.down
+    if gate_up is None or down is None or gate_up.ndim != 3 or down.ndim != 3 or len(gate_up) != len(down):
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in weights]
+        raise ShapeError(f"the {store} weights are {shapes}; gate_up and down must be [E, ...] with the same E")
+    hidden_size = x_TH.shape[1]
+    intermediate_size = down.shape[1 if form.is_transposed else 2]
+    expected = (form.gate_up_shape(hidden_size, intermediate_size), form.down_shape(hidden_size, intermediate_size))
+    if (tuple(gate_up.shape[1:]), tuple(down.shape[1:])) != expected:
+        raise ShapeError(
+            f"the {store} gate_up is {tuple(gate_up.shape)} and down {tuple(down.shape)}; with hidden size "
+            f"{hidden_size} and is_transposed={form.is_transposed} they must be "
+            + ("[E, H, 2I] and [E, I, H]" if form.is_transposed else "[E, 2I, H] and [E, H, I]")
+        )
+    biases = [None if bias is None else tuple(bias.shape) for bias in (weights.gate_up_bias, weights.down_bias)]
+    with_bias = [(len(gate_up), 2 * intermediate_size), (len(down), hidden_size)]
+    if biases != (with_bias if form.has_bias else [None, None]):
+        raise ShapeError(
+            f"the {store} biases are {biases}; with has_bias={form.has_bias} they must be {with_bias} or None"
+        )
+    for name, tensor in weights._asdict().items():
+        if tensor is None:
+            continue
+        if tensor.dtype != x_TH.dtype or tensor.device != x_TH.device:
+            raise ShapeError(
+                f"the {store} {name} is {tensor.dtype} on {tensor.device} and x {x_TH.dtype} on {x_TH.device}; "
+                "they must be the same"
+            )
+        if not tensor.is_contiguous():
+            raise ShapeError(f"the {store} {name} has strides {tensor.stride()}; it must be contiguous")

@@ -1,0 +1,46 @@
+"""How one model family lays out its experts' weights and gates them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .planner.errors import InputError
+
+
+@dataclass(frozen=True)
+class ExpertForm:
+    """Flags named as Hugging Face names them, so that a module's flags can be copied over.
+
+    Attributes:
+        is_transposed: weights are `[E, in, out]` (gpt-oss) instead of `[E, out, in]`.
+        is_concatenated: the `2I` columns of gate_up are `[gate; up]`; False: gate and up alternate (gpt-oss).
+        has_bias: both projections add a bias, `[E, 2I]` (laid out like the columns of gate_up) and `[E, H]`.
+        activation: "silu": silu(gate) * up. "clamped": with gate <= limit and |up| <= limit,
+            gate * sigmoid(alpha * gate) * (up + 1).
+        limit, alpha: constants of "clamped".
+    """
+
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_bias: bool = False
+    activation: Literal["silu", "clamped"] = "silu"
+    limit: float = 7.0
+    alpha: float = 1.702
+
+    def __post_init__(self) -> None:
+        if self.activation not in ("silu", "clamped"):
+            raise InputError(f"activation is {self.activation!r}; it must be 'silu' or 'clamped'")
+        if not self.limit > 0:
+            raise InputError(f"limit is {self.limit}; it must be positive")
+
+    def gate_up_shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, int]:
+        """Shape of one expert's gate_up weight."""
+        shape = (2 * intermediate_size, hidden_size)
+        return shape[::-1] if self.is_transposed else shape
+
+    def down_shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, int]:
+        """Shape of one expert's down weight."""
+        shape = (hidden_size, intermediate_size)
+        return shape[::-1] if self.is_transposed else shape
+
+
+GPT_OSS = ExpertForm(is_transposed=True, is_concatenated=False, has_bias=True, activation="clamped")

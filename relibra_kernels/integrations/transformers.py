@@ -1,0 +1,42 @@
+"""Put the layer into Hugging Face models."""
+
+from typing import Any
+
+from torch import nn
+
+from ..nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
+from ..planner.errors import InputError
+
+
+def replace_moe_blocks(model: nn.Module) -> list[ReplicatedMoE]:
+    """Swap every Qwen3-MoE block of `model`, in place, for a `ReplicatedMoE` over the same parameters.
+
+    Nothing is copied and the keys of the state dict stay. Returns the new blocks in layer order.
+    Raises: InputError where the model has no such block.
+    """
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+    found = [(name, block) for name, block in model.named_modules() if isinstance(block, Qwen3MoeSparseMoeBlock)]
+    if not found:
+        raise InputError(
+            f"model is a {type(model).__name__} without a Qwen3MoeSparseMoeBlock; there is none to replace"
+        )
+    replaced = []
+    for name, block in found:
+        moe = _replicated(block)
+        moe.train(block.training)
+        model.set_submodule(name, moe)
+        replaced.append(moe)
+    return replaced
+
+
+def _replicated(block: Any) -> ReplicatedMoE:
+    gate, experts = block.gate, block.experts
+    act = type(experts.act_fn).__name__
+    if act not in ("SiLU", "SiLUActivation"):
+        raise InputError(f"the experts' activation is {act}; it must be silu")
+    router = TopKRouter(gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta")
+    router.weight = gate.weight
+    ours = ReplicatedExperts(experts.num_experts, experts.hidden_dim, experts.intermediate_dim, device="meta")
+    ours.gate_up_proj, ours.down_proj = experts.gate_up_proj, experts.down_proj
+    return ReplicatedMoE(router, ours)

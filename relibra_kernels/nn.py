@@ -1,0 +1,131 @@
+"""The layer as modules: `ReplicatedExperts`, `TopKRouter` with replay, and `ReplicatedMoE` of both."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from . import ops
+from .autograd import moe_mlp
+from .form import GPT_OSS, ExpertForm
+from .planner.errors import InputError, ShapeError
+from .router import TopKRouter, record_routing, replay_routing
+from .weights import ExpertWeights
+
+__all__ = [
+    "ExpertForm",
+    "ExpertWeights",
+    "GPT_OSS",
+    "ReplicatedExperts",
+    "ReplicatedMoE",
+    "TopKRouter",
+    "record_routing",
+    "replay_routing",
+]
+
+Dispatcher = Callable[["ReplicatedExperts", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class ReplicatedExperts(nn.Module):
+    """All routed experts of one layer, with parameters named and shaped as Hugging Face names and shapes them.
+
+    Args:
+        form: layout and activation; the default is that of Qwen3, DeepSeek and most others.
+        recompute: save no pre-activation; backward computes it again (2/3 more expert FLOPs of one forward).
+
+    Forward: hidden_states `[T, H]`, top_k_index `[T, K]` (-1 = dropped), top_k_weights `[T, K]` -> `[T, H]`.
+
+    Where `dispatcher` is set, forward is `dispatcher(self, hidden_states, top_k_index, top_k_weights)`: that is how
+    the expert-parallel runtime takes the layer over. `num_experts` counts the experts whose parameters are here.
+    """
+
+    def __init__(
+        self,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size: int,
+        *,
+        form: ExpertForm | None = None,
+        recompute: bool = False,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"num_experts": num_experts, "hidden_size": hidden_size, "intermediate_size": intermediate_size}
+        for name, size in sizes.items():
+            if size < 1:
+                raise InputError(f"{name} is {size}; it must be positive")
+        self.num_experts, self.hidden_size, self.intermediate_size = num_experts, hidden_size, intermediate_size
+        self.form = form or ExpertForm()
+        self.recompute = recompute
+        self.dispatcher: Dispatcher | None = None
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device))
+
+        self.gate_up_proj = parameter(*self.form.gate_up_shape(hidden_size, intermediate_size))
+        self.down_proj = parameter(*self.form.down_shape(hidden_size, intermediate_size))
+        self.gate_up_proj_bias = parameter(2 * intermediate_size) if self.form.has_bias else None
+        self.down_proj_bias = parameter(hidden_size) if self.form.has_bias else None
+        self.reset_parameters()
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The parameters, as the functions of `autograd` take them."""
+        return ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
+
+    def reset_parameters(self, std: float = 0.02) -> None:
+        """Normal weights, zero biases."""
+        for weight in (self.gate_up_proj, self.down_proj):
+            nn.init.normal_(weight, std=std)
+        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+            if bias is not None:
+                nn.init.zeros_(bias)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if self.dispatcher is not None:
+            return self.dispatcher(self, hidden_states, top_k_index, top_k_weights)
+        if top_k_index.shape != top_k_weights.shape or top_k_index.shape[:1] != hidden_states.shape[:1]:
+            raise ShapeError(
+                f"hidden_states is {tuple(hidden_states.shape)}, top_k_index {tuple(top_k_index.shape)} and "
+                f"top_k_weights {tuple(top_k_weights.shape)}; they must be [T, H], [T, K] and [T, K]"
+            )
+        schedule = ops.build_schedule(top_k_index, self.num_experts)
+        return moe_mlp(
+            hidden_states.contiguous(),
+            top_k_weights.contiguous(),
+            schedule,
+            self.weights,
+            self.form,
+            recompute=self.recompute,
+        )
+
+    def extra_repr(self) -> str:
+        return f"{self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
+
+
+class ReplicatedMoE(nn.Module):
+    """Router, experts and optional shared experts: `[B, S, H] -> [B, S, H]`, also `[T, H] -> [T, H]`.
+
+    The router is the attribute `gate`, so that state dicts have the keys of the Hugging Face blocks.
+    """
+
+    def __init__(self, router: TopKRouter, experts: ReplicatedExperts, shared_experts: nn.Module | None = None) -> None:
+        super().__init__()
+        self.gate = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+
+    @property
+    def router(self) -> TopKRouter:
+        return self.gate
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        _, weights_TK, indices_TK = self.gate(x_TH)
+        out_TH = self.experts(x_TH, indices_TK, weights_TK)
+        if self.shared_experts is not None:
+            out_TH = out_TH + self.shared_experts(x_TH)
+        return out_TH.view_as(hidden_states)

@@ -1,0 +1,68 @@
+"""Pick who computes: the Triton kernels on GPUs, the plain torch reference elsewhere.
+
+`RELIBRA_BACKEND=triton|reference` forces one. Triton on CPU tensors needs its interpreter (`TRITON_INTERPRET=1`).
+"""
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, TypeVar, cast
+
+import torch
+
+from . import reference
+from .planner.errors import InputError
+
+
+def backend(device: torch.device) -> ModuleType:
+    """The package whose functions take tensors of `device`: `relibra_kernels.kernels` or `relibra_kernels.reference`.
+
+    Raises: InputError where `RELIBRA_BACKEND` names no backend, or one that cannot take these tensors.
+    """
+    forced = os.environ.get("RELIBRA_BACKEND")
+    if forced not in (None, "", "triton", "reference"):
+        raise InputError(f"RELIBRA_BACKEND is {forced!r}; it must be 'triton' or 'reference'")
+    if forced == "reference":
+        return reference
+    installed = importlib.util.find_spec("triton") is not None
+    if forced == "triton":
+        if not installed:
+            raise InputError("RELIBRA_BACKEND is 'triton', but triton is not installed")
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+            raise InputError("RELIBRA_BACKEND is 'triton' and the tensors are on the CPU: set TRITON_INTERPRET=1 too")
+    elif device.type != "cuda" or not installed:  # ROCm devices are "cuda" as well
+        return reference
+    from . import kernels
+
+    return kernels
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def _by_device(function: Function) -> Function:
+    """The function of that name of the backend for its first argument's device."""
+
+    @functools.wraps(function)
+    def call(first: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return getattr(backend(first.device), function.__name__)(first, *args, **kwargs)
+
+    return cast(Function, call)
+
+
+build_schedule = _by_device(reference.build_schedule)
+permute = _by_device(reference.permute)
+permute_backward = _by_device(reference.permute_backward)
+unpermute = _by_device(reference.unpermute)
+unpermute_backward = _by_device(reference.unpermute_backward)
+swiglu = _by_device(reference.swiglu)
+swiglu_backward = _by_device(reference.swiglu_backward)
+grouped_gemm = _by_device(reference.grouped_gemm)
+grouped_gemm_swiglu = _by_device(reference.grouped_gemm_swiglu)
+grad_hidden = _by_device(reference.grad_hidden)
+grad_weight = _by_device(reference.grad_weight)
+grad_bias = _by_device(reference.grad_bias)
+replica_reduce = _by_device(reference.replica_reduce)
+pack_replicas = _by_device(reference.pack_replicas)

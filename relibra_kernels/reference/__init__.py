@@ -1,0 +1,27 @@
+"""The kernels' functions in plain torch: the CPU backend, and what the kernels are tested against.
+
+Every public name here has the same signature in `relibra_kernels.kernels`.
+"""
+
+from .grouped_gemm import grad_bias, grad_hidden, grad_weight, grouped_gemm, grouped_gemm_swiglu
+from .permute import permute, permute_backward, unpermute, unpermute_backward
+from .replica_reduce import pack_replicas, replica_reduce
+from .schedule import build_schedule
+from .swiglu import swiglu, swiglu_backward
+
+__all__ = [
+    "build_schedule",
+    "grad_bias",
+    "grad_hidden",
+    "grad_weight",
+    "grouped_gemm",
+    "grouped_gemm_swiglu",
+    "pack_replicas",
+    "permute",
+    "permute_backward",
+    "replica_reduce",
+    "swiglu",
+    "swiglu_backward",
+    "unpermute",
+    "unpermute_backward",
+]

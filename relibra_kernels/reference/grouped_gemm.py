@@ -1,0 +1,233 @@
+"""Products of ragged groups of rows with their slot's weights: one matmul a non-empty slot, in slot order.
+
+Weights come from two stores, home `[E, ...]` and an optional replica buffer `[S, ...]`; `weight_of_slot` indexes their
+concatenation, None means slot i uses weight i. A slot without rows costs nothing and its weight is never read.
+"""
+
+from collections.abc import Iterator
+from itertools import pairwise
+
+import torch
+
+from ..form import ExpertForm
+from ..schedule import Schedule
+from .swiglu import swiglu, swiglu_backward
+
+CHUNK_ROWS = 1024  # bounds the fp32 temporaries of the elementwise parts (12 MB at I = 768)
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    schedule: Schedule,
+    *,
+    transpose_weight: bool,
+    gather: bool = False,
+    bias: torch.Tensor | None = None,
+    replica_weight: torch.Tensor | None = None,
+    replica_bias: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`out[r] = a[r] @ W[slot of r] (+ bias)`, `[T*K, N]`; rows of the unused tail are undefined.
+
+    Args:
+        a: `[T*K, D]` rows in slot order, or `[T, D]` tokens with `gather`.
+        weight: `[E, D, N]`, or `[E, N, D]` with `transpose_weight`.
+    """
+    weights, biases = _Store(weight, replica_weight), _Store(bias, replica_bias)
+    weight_ids = slot_weights(schedule, weight_of_slot)
+    out = a.new_empty(schedule.num_rows, weight.shape[1 if transpose_weight else 2])
+    for slot, rows in filled_slots(schedule):
+        w = weights[weight_ids[slot]]
+        w = w.t() if transpose_weight else w
+        if bias is None:
+            torch.mm(_rows(a, rows, schedule, gather), w, out=out[rows])
+        else:
+            torch.addmm(biases[weight_ids[slot]], _rows(a, rows, schedule, gather), w, out=out[rows])
+    return out
+
+
+def grouped_gemm_swiglu(
+    x_TH: torch.Tensor,
+    gate_up: torch.Tensor,
+    schedule: Schedule,
+    form: ExpertForm,
+    *,
+    bias: torch.Tensor | None = None,
+    replica_gate_up: torch.Tensor | None = None,
+    replica_bias: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([T*K, 2I], [T*K, I])`."""
+    weights, biases = _Store(gate_up, replica_gate_up), _Store(bias, replica_bias)
+    weight_ids = slot_weights(schedule, weight_of_slot)
+    columns = gate_up.shape[2 if form.is_transposed else 1]
+    h_RJ = x_TH.new_empty(schedule.num_rows, columns)
+    a_RI = x_TH.new_empty(schedule.num_rows, columns // 2)
+    for slot, rows in filled_slots(schedule, CHUNK_ROWS):
+        w = weights[weight_ids[slot]]
+        w = w if form.is_transposed else w.t()
+        x = _rows(x_TH, rows, schedule, gather=True)
+        if bias is None:
+            torch.mm(x, w, out=h_RJ[rows])
+        else:
+            torch.addmm(biases[weight_ids[slot]], x, w, out=h_RJ[rows])
+        a_RI[rows] = swiglu(h_RJ[rows], form)
+    return h_RJ, a_RI
+
+
+def grad_hidden(
+    dout_TH: torch.Tensor,
+    h_RJ: torch.Tensor,
+    weights_TK: torch.Tensor,
+    down: torch.Tensor,
+    schedule: Schedule,
+    form: ExpertForm,
+    *,
+    bias: torch.Tensor | None = None,
+    replica_down: torch.Tensor | None = None,
+    replica_bias: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """From the output's gradient back to h: `(dh [T*K, 2I], w*a [T*K, I], dweights [T, K] in fp32)`.
+
+    With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`. `w*a` is what the
+    gradient of `down` contracts with dout.
+    """
+    weights, biases = _Store(down, replica_down), _Store(bias, replica_bias)
+    weight_ids = slot_weights(schedule, weight_of_slot)
+    accumulate = torch.promote_types(h_RJ.dtype, torch.float32)
+    dh_RJ = torch.empty_like(h_RJ)
+    wa_RI = h_RJ.new_empty(h_RJ.shape[0], h_RJ.shape[1] // 2)
+    dweights = torch.zeros(schedule.num_rows, dtype=accumulate, device=h_RJ.device)
+    flat_weights = weights_TK.reshape(-1)
+    for slot, rows in filled_slots(schedule, CHUNK_ROWS):
+        w = weights[weight_ids[slot]]
+        assignment = schedule.assignment_of[rows].long()
+        dout = _rows(dout_TH, rows, schedule, gather=True)
+        g_RI = (dout @ (w.t() if form.is_transposed else w)).to(accumulate)
+        gate_weight = flat_weights[assignment].to(accumulate)[:, None]
+        dh_RJ[rows], a_RI = swiglu_backward(g_RI * gate_weight, h_RJ[rows], form)
+        dweight = g_RI.mul_(a_RI).sum(1)
+        if bias is not None:
+            dweight += dout.to(accumulate) @ biases[weight_ids[slot]].to(accumulate)
+        dweights[assignment] = dweight
+        wa_RI[rows] = a_RI.mul_(gate_weight)
+    return dh_RJ, wa_RI, dweights.view(schedule.position_of.shape)
+
+
+def grad_weight(
+    left: torch.Tensor,
+    right: torch.Tensor,
+    schedule: Schedule,
+    grad: torch.Tensor,
+    *,
+    gather_left: bool = False,
+    gather_right: bool = False,
+    replica_grad: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+    accumulate: bool = True,
+) -> None:
+    """`grad[w] += sum over the slots s of weight w, in slot order, of left[rows of s]^T @ right[rows of s]`, in place.
+
+    Args:
+        left, right: `[T*K, N]` and `[T*K, D]` rows in slot order, or `[T, ...]` tokens with the `gather_` flag.
+        grad: `[E, N, D]`, fp32 where it accumulates. `replica_grad` `[S, N, D]` likewise.
+        accumulate: False overwrites both buffers, in any dtype, and zeroes the weights that no row uses.
+
+    Sums over slots are in fp32. On a CPU the product of one bf16 or fp16 slot is rounded to that dtype first: its
+    matmuls have no fp32 output, and fp32 matmuls take 2.2 times as long.
+    """
+    grads = _Store(grad, replica_grad)
+    weight_ids = slot_weights(schedule, weight_of_slot)
+    slots_of_weight: dict[int, list[slice]] = {}
+    for slot, rows in filled_slots(schedule):
+        slots_of_weight.setdefault(weight_ids[slot], []).append(rows)
+    if not accumulate:
+        for unused in set(range(len(grads))) - slots_of_weight.keys():
+            grads[unused].zero_()
+    for weight_id, slots in slots_of_weight.items():
+        target = grads[weight_id]
+        total = target
+        if not accumulate and len(slots) > 1:
+            total = target.new_zeros(target.shape, dtype=torch.promote_types(target.dtype, torch.float32))
+        for rows in slots:
+            left_rows = _rows(left, rows, schedule, gather_left).t()
+            right_rows = _rows(right, rows, schedule, gather_right)
+            if not accumulate and len(slots) == 1 and target.dtype == left.dtype:
+                torch.mm(left_rows, right_rows, out=target)
+            elif not accumulate and len(slots) == 1:
+                target.copy_(left_rows @ right_rows)
+            elif total.dtype == left.dtype:
+                total.addmm_(left_rows, right_rows)
+            else:
+                total.add_(left_rows @ right_rows)
+        if total is not target:
+            target.copy_(total)
+
+
+def grad_bias(
+    rows_RN: torch.Tensor,
+    schedule: Schedule,
+    grad: torch.Tensor,
+    *,
+    weights_TK: torch.Tensor | None = None,
+    gather: bool = False,
+    replica_grad: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+    accumulate: bool = True,
+) -> None:
+    """`grad[w] += sum over the rows r of w's slots of weight(r) * rows[r]`, `[E, N]`; flags as in `grad_weight`."""
+    grads = _Store(grad, replica_grad)
+    weight_ids = slot_weights(schedule, weight_of_slot)
+    dtype = torch.promote_types(grad.dtype, torch.float32)
+    totals: dict[int, torch.Tensor] = {}
+    for slot, rows in filled_slots(schedule, CHUNK_ROWS):
+        values = _rows(rows_RN, rows, schedule, gather).to(dtype)
+        if weights_TK is None:
+            total = values.sum(0)
+        else:
+            total = weights_TK.reshape(-1)[schedule.assignment_of[rows]].to(dtype) @ values
+        weight_id = weight_ids[slot]
+        totals[weight_id] = totals[weight_id] + total if weight_id in totals else total
+    if not accumulate:
+        for weight_id in range(len(grads)):
+            grads[weight_id].zero_()
+    for weight_id, total in totals.items():
+        grads[weight_id].add_(total)
+
+
+def filled_slots(schedule: Schedule, most_rows: int | None = None) -> Iterator[tuple[int, slice]]:
+    """(slot, its rows) of every slot that has rows, in slot order, in pieces of `most_rows`."""
+    offsets = schedule.slot_offsets.tolist()
+    for slot, (start, stop) in enumerate(pairwise(offsets)):
+        for first in range(start, stop, most_rows or max(stop - start, 1)):
+            yield slot, slice(first, min(first + most_rows, stop) if most_rows else stop)
+
+
+def slot_weights(schedule: Schedule, weight_of_slot: torch.Tensor | None) -> list[int]:
+    """Index into the two stores for every slot."""
+    return list(range(schedule.num_slots)) if weight_of_slot is None else weight_of_slot.tolist()
+
+
+class _Store:
+    """Home tensors and then those of the replica buffer, under one index."""
+
+    def __init__(self, home: torch.Tensor | None, replica: torch.Tensor | None) -> None:
+        self._home, self._replica = home, replica
+
+    def __len__(self) -> int:
+        return sum(len(store) for store in (self._home, self._replica) if store is not None)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        assert self._home is not None
+        if index < len(self._home):
+            return self._home[index]
+        assert self._replica is not None
+        return self._replica[index - len(self._home)]
+
+
+def _rows(source: torch.Tensor, rows: slice, schedule: Schedule, gather: bool) -> torch.Tensor:
+    if not gather:
+        return source[rows]
+    return source.index_select(0, schedule.assignment_of[rows] // schedule.top_k)

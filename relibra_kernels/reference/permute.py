@@ -1,0 +1,64 @@
+"""Rows into slot order, the weighted sum back, and both backwards. Sums are in fp32 and stored in the input dtype."""
+
+import torch
+
+from ..schedule import Schedule
+
+CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
+
+
+def permute(x_TH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """`rows[r] = x[token of r]`, `[T*K, H]`. Rows of the unused tail are undefined."""
+    rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
+    used = int(schedule.slot_offsets[-1])
+    torch.index_select(x_TH, 0, schedule.assignment_of[:used] // schedule.top_k, out=rows_RH[:used])
+    return rows_RH
+
+
+def permute_backward(drows_RH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """`dx[t] = sum_k drows[position(t, k)]`."""
+    return unpermute(drows_RH, None, schedule)
+
+
+def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:
+    """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
+    T, K, H = schedule.num_tokens, schedule.top_k, y_RH.shape[1]
+    accumulate = torch.promote_types(y_RH.dtype, torch.float32)
+    out_TH = y_RH.new_zeros(T, H)
+    used = int(schedule.slot_offsets[-1])
+    if used == 0:
+        return out_TH
+    all_used = used == schedule.num_rows
+    chunk = max(1, CHUNK_BYTES // (K * H * y_RH.element_size()))
+    for start in range(0, T, chunk):
+        position = schedule.position_of[start : start + chunk].reshape(-1)
+        rows = y_RH.index_select(0, position if all_used else position.clamp(min=0))
+        if not all_used:
+            rows[position < 0] = 0
+        rows_TKH = rows.view(-1, K, H)
+        if weights_TK is None:
+            total_TH = rows_TKH.sum(1, dtype=accumulate)
+        else:
+            weights = weights_TK[start : start + chunk, None].to(accumulate)
+            total_TH = torch.bmm(weights, rows_TKH.to(accumulate)).squeeze(1)
+        out_TH[start : start + chunk] = total_TH
+    return out_TH
+
+
+def unpermute_backward(
+    dout_TH: torch.Tensor, y_RH: torch.Tensor, weights_TK: torch.Tensor, schedule: Schedule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
+    accumulate = torch.promote_types(y_RH.dtype, torch.float32)
+    dy_RH = torch.empty_like(y_RH)
+    dweights = torch.zeros(schedule.num_rows, dtype=accumulate, device=y_RH.device)
+    used = int(schedule.slot_offsets[-1])
+    chunk = max(1, CHUNK_BYTES // (y_RH.shape[1] * y_RH.element_size()))
+    for start in range(0, used, chunk):
+        stop = min(start + chunk, used)
+        assignment = schedule.assignment_of[start:stop]
+        dout = dout_TH.index_select(0, assignment // schedule.top_k).to(accumulate)
+        weight = weights_TK.reshape(-1).index_select(0, assignment).to(accumulate)
+        dy_RH[start:stop] = dout * weight[:, None]
+        dweights.index_copy_(0, assignment.long(), (dout * y_RH[start:stop].to(accumulate)).sum(1))
+    return dy_RH, dweights.view(schedule.position_of.shape)

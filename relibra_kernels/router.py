@@ -1,0 +1,173 @@
+"""Top-k routing with replay of recorded expert choices."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import nn
+
+from .planner.errors import InputError, ShapeError
+
+
+class TopKRouter(nn.Module):
+    """Scores every expert and picks `top_k`, live or as recorded.
+
+    "softmax": softmax over all experts in fp32, the k largest, renormalised to sum 1 with `normalize` (Qwen3, Mixtral).
+    "sigmoid": sigmoid scores in fp32; chosen by score + `e_score_correction_bias` among the `groups_per_token` groups
+    whose two best sum highest; weights are the scores without the bias (DeepSeek-V3).
+
+    Forward: hidden_states `[..., H]` -> (router_logits `[T, E]`, weights `[T, K]`, indices `[T, K]`), as Hugging Face.
+    """
+
+    e_score_correction_bias: torch.Tensor
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_experts: int,
+        top_k: int,
+        *,
+        scoring: Literal["softmax", "sigmoid"] = "softmax",
+        normalize: bool = True,
+        num_groups: int = 1,
+        groups_per_token: int = 1,
+        routed_scaling_factor: float = 1.0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if scoring not in ("softmax", "sigmoid"):
+            raise InputError(f"scoring is {scoring!r}; it must be 'softmax' or 'sigmoid'")
+        if not 1 <= top_k <= num_experts:
+            raise InputError(f"top_k is {top_k}; it must lie in 1..num_experts, which is {num_experts}")
+        if num_groups < 1 or num_experts % num_groups or not 1 <= groups_per_token <= num_groups:
+            raise InputError(
+                f"num_groups is {num_groups} and groups_per_token {groups_per_token}; num_groups must divide "
+                f"num_experts, which is {num_experts}, and groups_per_token must lie in 1..num_groups"
+            )
+        self.hidden_size, self.num_experts, self.top_k = hidden_size, num_experts, top_k
+        self.scoring, self.normalize, self.routed_scaling_factor = scoring, normalize, routed_scaling_factor
+        self.num_groups, self.groups_per_token = num_groups, groups_per_token
+        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=device))
+        nn.init.normal_(self.weight, std=0.02)
+        if scoring == "sigmoid":
+            bias = torch.zeros(num_experts, dtype=torch.float32, device=device)
+            self.register_buffer("e_score_correction_bias", bias)
+        self._recorded: torch.Tensor | None = None
+        self._all_recorded = False
+        self._record: list[torch.Tensor] | None = None
+
+    @property
+    def recorded(self) -> torch.Tensor | None:
+        """Expert ids to use in the next forward, int `[T, K]`, or None. A row of -1 is routed live.
+
+        Checked when set, so that no forward has to wait for the device. It stays until it is set again.
+        """
+        return self._recorded
+
+    @recorded.setter
+    def recorded(self, indices_TK: torch.Tensor | None) -> None:
+        if indices_TK is None:
+            self._recorded = None
+            return
+        if indices_TK.ndim != 2 or indices_TK.shape[1] != self.top_k or indices_TK.is_floating_point():
+            raise ShapeError(
+                f"recorded is {indices_TK.dtype} {tuple(indices_TK.shape)}; it must be integers [T, {self.top_k}]"
+            )
+        unknown = self._check_recorded(indices_TK)
+        self._all_recorded = not unknown
+        self._recorded = indices_TK.to(device=self.weight.device, dtype=torch.int64)
+
+    def _check_recorded(self, indices_TK: torch.Tensor) -> bool:
+        """Refuse rows that no top-k gives; return whether some rows are unknown."""
+        if indices_TK.numel() == 0:
+            return False
+        ids = indices_TK.long()
+        low, high = int(ids.min()), int(ids.max())
+        if low < -1 or high >= self.num_experts:
+            raise InputError(f"recorded holds ids {low}..{high}; they must lie in -1..{self.num_experts - 1}")
+        unknown_T = (ids < 0).any(1)
+        partly = unknown_T & (ids >= 0).any(1)
+        ordered = ids.sort(1).values
+        duplicate = (ordered[:, 1:] == ordered[:, :-1]).any(1) & ~unknown_T
+        for rows, what in ((partly, "is recorded in part"), (duplicate, "names an expert twice")):
+            if rows.any():
+                row = int(rows.nonzero()[0])
+                raise InputError(f"recorded row {row} {what}: {ids[row].tolist()}; it must be distinct ids, or all -1")
+        return bool(unknown_T.any())
+
+    def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        x_TH = hidden_states.reshape(-1, self.hidden_size)
+        if self.scoring == "softmax":
+            logits_TE = nn.functional.linear(x_TH, self.weight)
+            scores_TE = logits_TE.softmax(-1, dtype=torch.float32)
+        else:
+            logits_TE = nn.functional.linear(x_TH.float(), self.weight.float())
+            scores_TE = logits_TE.sigmoid()
+        indices_TK = self._indices(scores_TE.detach())
+        weights_TK = scores_TE.gather(1, indices_TK)
+        if self.normalize:
+            total = weights_TK.sum(-1, keepdim=True)
+            weights_TK = weights_TK / (total if self.scoring == "softmax" else total + 1e-20)
+        weights_TK = weights_TK * self.routed_scaling_factor
+        if self._record is not None:
+            self._record.append(indices_TK.clone())
+        return logits_TE, weights_TK.to(logits_TE.dtype), indices_TK
+
+    def _indices(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        recorded = self._recorded
+        if recorded is None:
+            return self._select(scores_TE)
+        if recorded.shape[0] != scores_TE.shape[0]:
+            raise ShapeError(f"recorded has {recorded.shape[0]} rows and the input {scores_TE.shape[0]} tokens")
+        if self._all_recorded:
+            return recorded
+        return torch.where(recorded < 0, self._select(scores_TE), recorded)
+
+    def _select(self, scores_TE: torch.Tensor) -> torch.Tensor:
+        if self.scoring == "softmax":
+            return scores_TE.topk(self.top_k, dim=-1).indices
+        choice_TE = scores_TE + self.e_score_correction_bias
+        if self.groups_per_token < self.num_groups:
+            grouped = choice_TE.unflatten(1, (self.num_groups, -1))
+            best_two = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)
+            open_groups = best_two.topk(self.groups_per_token, dim=-1, sorted=False).indices
+            closed = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, open_groups, False)
+            choice_TE = grouped.masked_fill(closed[:, :, None], float("-inf")).flatten(1)
+        return choice_TE.topk(self.top_k, dim=-1, sorted=False).indices
+
+    def extra_repr(self) -> str:
+        return f"{self.hidden_size}, num_experts={self.num_experts}, top_k={self.top_k}, scoring={self.scoring}"
+
+
+@contextmanager
+def replay_routing(routers: Sequence[TopKRouter], indices_TLK: torch.Tensor) -> Iterator[None]:
+    """Within the block, router l uses `indices[:, l]` in every forward. Rows of -1 are routed live.
+
+    Run backward inside the block too where activations are recomputed (checkpointing), since that routes again.
+    """
+    if indices_TLK.ndim != 3 or indices_TLK.shape[1] != len(routers):
+        raise ShapeError(f"indices is {tuple(indices_TLK.shape)}; it must be [T, {len(routers)} layers, K]")
+    before = [router.recorded for router in routers]
+    try:
+        for layer, router in enumerate(routers):
+            router.recorded = indices_TLK[:, layer]
+        yield
+    finally:
+        for router, recorded in zip(routers, before, strict=True):
+            router.recorded = recorded
+
+
+@contextmanager
+def record_routing(routers: Sequence[TopKRouter]) -> Iterator[list[list[torch.Tensor]]]:
+    """Yields `recorded[layer][call]`: the indices `[T, K]` of every forward of every router within the block."""
+    recorded: list[list[torch.Tensor]] = [[] for _ in routers]
+    before = [router._record for router in routers]
+    try:
+        for router, calls in zip(routers, recorded, strict=True):
+            router._record = calls
+        yield recorded
+    finally:
+        for router, calls_before in zip(routers, before, strict=True):
+            router._record = calls_before
