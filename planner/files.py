@@ -6,6 +6,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -67,7 +68,7 @@ def npz_keys(path: str | os.PathLike[str]) -> set[str]:
         raise FormatError(f"{os.fspath(path)}: is damaged or not a .npz archive: {error}") from None
 
 
-def scalar(arrays: dict[str, np.ndarray], key: str, path: str | os.PathLike[str]) -> np.generic:
+def scalar(arrays: dict[str, np.ndarray], key: str, path: str | os.PathLike[str]) -> Any:
     """The single value of array `key`."""
     value = arrays[key]
     if value.size != 1:

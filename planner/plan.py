@@ -104,14 +104,7 @@ class BatchPlan:
         """int64 [L, M, R]: assignments that each rank computes under the plan."""
         table = total_loads(loads)
         self._check_loads_shape(table)
-        held = np.repeat(self._order.reshape(self.num_layers, 1, -1), self.num_micro_batches, 1)
-        at_home = np.take_along_axis(table, held, 2).reshape(*table.shape[:2], self.num_ranks, -1).sum(-1)
-        layer, micro_batch, rank, slot = np.nonzero(self.quota)
-        taken = self.quota[layer, micro_batch, rank, slot].astype(np.int64)
-        owner = self.home[layer, self.replicas[layer, micro_batch, rank, slot]]
-        np.add.at(at_home, (layer, micro_batch, rank), taken)
-        np.subtract.at(at_home, (layer, micro_batch, owner), taken)
-        return at_home
+        return rank_loads(table, self.home, self.replicas, self.quota)
 
     def imbalance(self, loads: np.ndarray) -> np.ndarray:
         """float [L, M]: max / mean over ranks of their assignments; nan where a micro-batch has none."""
@@ -180,11 +173,32 @@ class BatchPlan:
             )
 
 
+def rank_loads(
+    table_LME: np.ndarray, home_LE: np.ndarray, replicas_LMRS: np.ndarray, quota_LMRS: np.ndarray
+) -> np.ndarray:
+    """int64 [L, M, R]: assignments that each rank computes."""
+    layers, _, experts = table_LME.shape
+    ranks = replicas_LMRS.shape[2]
+    held = np.argsort(home_LE, axis=1, kind="stable").reshape(layers, 1, experts)
+    at_home = np.take_along_axis(table_LME, held, 2).reshape(*table_LME.shape[:2], ranks, -1).sum(-1)
+    layer, micro_batch, rank, slot = np.nonzero(quota_LMRS)
+    taken = quota_LMRS[layer, micro_batch, rank, slot].astype(np.int64)
+    owner = home_LE[layer, replicas_LMRS[layer, micro_batch, rank, slot]]
+    np.add.at(at_home, (layer, micro_batch, rank), taken)
+    np.subtract.at(at_home, (layer, micro_batch, owner), taken)
+    return at_home
+
+
+def contiguous_home(layers: int, experts: int, ranks: int) -> np.ndarray:
+    """int32 [L, E]: expert e on rank e // (E/R), as frameworks lay experts out."""
+    return np.tile(np.arange(experts, dtype=np.int32) // (experts // ranks), (layers, 1))
+
+
 def loads_digest(loads: np.ndarray) -> str:
     """SHA-256 of the shape and the little-endian int64 table [L, M, E], summed over source ranks."""
     table = total_loads(loads)
     digest = hashlib.sha256(repr(table.shape).encode())
-    digest.update(np.ascontiguousarray(table, "<i8"))
+    digest.update(np.ascontiguousarray(table, "<i8").tobytes())
     return digest.hexdigest()
 
 
@@ -192,10 +206,10 @@ def static_plan(loads: np.ndarray, cluster: ClusterSpec, model: str = "") -> Bat
     """What training without a planner does: expert e on rank e // (E/R), no replicas."""
     table = total_loads(loads)
     layers, micro_batches, experts = table.shape
-    per_rank = cluster.experts_per_rank(experts)
+    cluster.experts_per_rank(experts)
     slots = (cluster.num_ranks, cluster.replica_slots)
     return BatchPlan(
-        home=np.tile(np.arange(experts, dtype=np.int32) // per_rank, (layers, 1)),
+        home=contiguous_home(layers, experts, cluster.num_ranks),
         replicas=np.full((layers, micro_batches, *slots), -1, np.int32),
         quota=np.zeros((layers, micro_batches, *slots), np.int32),
         guests=np.zeros((layers, *slots), np.bool_),

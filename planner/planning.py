@@ -6,7 +6,7 @@ from .cluster import ClusterSpec
 from .errors import ShapeError
 from .loads import total_loads
 from .placement import place
-from .plan import BatchPlan
+from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
 from .replication import Groups, Moves, replicate
 
@@ -27,6 +27,7 @@ def plan_batch(
         check_previous_home(previous_home, layers, experts, cluster.num_ranks)
     home = place(table, cluster.num_nodes, cluster.gpus_per_node)
     replicas, quota = _replicas(table, home, cluster)
+    _keep_static_where_better(table, home, replicas, quota, cluster)
     return BatchPlan(
         home=home,
         replicas=replicas,
@@ -46,6 +47,20 @@ def check_previous_home(previous_home: np.ndarray, layers: int, experts: int, ra
             f"[layers, experts] = {(layers, experts)}"
         )
     check_home(previous_home, ranks)
+
+
+def _keep_static_where_better(
+    table: np.ndarray, home: np.ndarray, replicas: np.ndarray, quota: np.ndarray, cluster: ClusterSpec
+) -> None:
+    """Layers in which the greedy placement came out worse than contiguous homes get these, and their own replicas."""
+    mean = np.maximum(table.sum(2), 1)
+    static = contiguous_home(table.shape[0], table.shape[2], cluster.num_ranks)
+    ours = rank_loads(table, home, replicas, quota).max(2)
+    theirs = rank_loads(table, static, replicas[..., :0], quota[..., :0]).max(2)
+    worse = np.flatnonzero((ours.sum(1) > theirs.sum(1)) | ((ours / mean).sum(1) > (theirs / mean).sum(1)))
+    if len(worse):
+        home[worse] = static[worse]
+        replicas[worse], quota[worse] = _replicas(table[worse], static[worse], cluster)
 
 
 def _replicas(table_LME: np.ndarray, home_LE: np.ndarray, cluster: ClusterSpec) -> tuple[np.ndarray, np.ndarray]:
@@ -70,9 +85,9 @@ def _slots(moves: Moves, held_LNGC: np.ndarray, shape: tuple[int, int, int, int,
     layers, micro_batches, nodes, gpus, slots = shape
     order = np.lexsort((moves.host, moves.group))
     moves = moves.where(order)
-    place_ = moves.group * gpus + moves.host
-    first = np.flatnonzero(np.diff(place_, prepend=-1))
-    slot = np.arange(len(place_)) - np.repeat(first, np.diff([*first, len(place_)]))
+    spot = moves.group * gpus + moves.host
+    first = np.flatnonzero(np.diff(spot, prepend=-1))
+    slot = np.arange(len(spot)) - np.repeat(first, np.diff([*first, len(place_)]))
     layer, node = moves.group // (micro_batches * nodes), moves.group % nodes
     replicas = np.full((layers * micro_batches * nodes, gpus, slots), -1, np.int32)
     quota = np.zeros_like(replicas)

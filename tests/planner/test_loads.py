@@ -1,0 +1,67 @@
+"""Load tables against a plain count."""
+
+import numpy as np
+import pytest
+
+from relibra_kernels.planner import InputError, RoutingTrace, ShapeError, check_loads, count_loads, load_table
+
+
+def make_trace(sequences=9, num_experts=16, layers=3, top_k=4, dtype=np.int8):
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(1, 40, sequences)
+    ids = rng.random((lengths.sum(), layers, num_experts)).argsort(-1)[..., :top_k].astype(dtype)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids[offsets[1:] - 1] = -1
+    return RoutingTrace(ids, offsets, num_experts, tuple(range(layers)))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+def test_load_table_counts_what_was_recorded(dtype, monkeypatch):
+    monkeypatch.setattr("relibra_kernels.planner.trace._CHUNK", 100)  # several chunks a sequence
+    trace = make_trace(dtype=dtype)
+    rng = np.random.default_rng(2)
+    micro_batch, rank = rng.integers(0, 4, 9), rng.integers(0, 2, 9)
+    expected = np.zeros((3, 4, 2, 16), np.int64)
+    for i in range(9):
+        for row in trace.sequence(i):
+            for layer in range(3):
+                for expert in row[layer]:
+                    if expert >= 0:
+                        expected[layer, micro_batch[i], rank[i], expert] += 1
+    table = load_table(trace, micro_batch, rank, 4, 2)
+    assert table.dtype == np.int32
+    np.testing.assert_array_equal(table, expected)
+    np.testing.assert_array_equal(count_loads(trace, micro_batch, 4), expected.sum(2))
+
+
+def test_count_loads_finds_the_number_of_micro_batches():
+    trace = make_trace()
+    assert count_loads(trace, np.arange(9) // 2).shape == (3, 5, 16)
+
+
+def test_bad_groups_are_refused():
+    trace = make_trace()
+    with pytest.raises(ShapeError, match="micro_batch_of_sequence"):
+        count_loads(trace, np.zeros(8, int))
+    with pytest.raises(InputError, match="micro_batch_of_sequence"):
+        count_loads(trace, np.full(9, 3), 3)
+    with pytest.raises(InputError, match="rank_of_sequence"):
+        load_table(trace, np.zeros(9, int), np.full(9, -1), 1, 2)
+    with pytest.raises(ShapeError, match="rank_of_sequence is float64"):
+        load_table(trace, np.zeros(9, int), np.zeros(9), 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("loads", "message"),
+    [
+        (np.full((1, 1, 4), -1), "must not be negative"),
+        (np.ones((1, 1, 4)), "float64"),
+        (np.ones((1, 4), int), r"shape \(1, 4\)"),
+        (np.ones((1, 0, 4), int), r"shape \(1, 0, 4\)"),
+        (np.full((1, 1, 4), 1 << 31), "32 bits"),
+        (np.ones((1, 1, 4), bool), "bool"),
+    ],
+)
+def test_bad_loads_are_refused(loads, message):
+    with pytest.raises(InputError, match=message):
+        check_loads(loads)

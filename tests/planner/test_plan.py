@@ -1,0 +1,144 @@
+"""BatchPlan: its rules, its files, its figures."""
+
+import numpy as np
+import pytest
+
+from relibra_kernels.planner import BatchPlan, ClusterSpec, FormatError, PlanError, ShapeError, plan_batch, static_plan
+
+LOADS = np.random.default_rng(0).integers(10, 100, (2, 3, 8))
+
+
+def parts(**change):
+    """A plan over 2 nodes x 2 ranks with 2 slots: expert 0 (home rank 0) on rank 1, expert 4 as a guest of rank 0."""
+    home = np.tile(np.arange(8) // 2, (2, 1))
+    replicas = np.full((2, 3, 4, 2), -1)
+    quota = np.zeros((2, 3, 4, 2), int)
+    guests = np.zeros((2, 4, 2), bool)
+    replicas[0, 1, 1, 0], quota[0, 1, 1, 0] = 0, 5
+    replicas[1, :, 0, 1], quota[1, :, 0, 1], guests[1, 0, 1] = 4, (3, 0, 2), True
+    values = {"home": home, "replicas": replicas, "quota": quota, "guests": guests, "gpus_per_node": 2, "loads": LOADS}
+    for name, (where, value) in change.items():
+        values[name] = values[name].copy()
+        values[name][where] = value
+    return values
+
+
+def test_properties():
+    plan = BatchPlan(**parts())
+    assert (plan.num_layers, plan.num_micro_batches, plan.num_ranks, plan.num_slots) == (2, 3, 4, 2)
+    assert (plan.num_experts, plan.experts_per_rank) == (8, 2)
+    assert plan.home_experts(0).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
+    assert plan.has_replicas(0, 1)
+    assert not plan.has_replicas(0, 0)
+    loads = plan.rank_loads(LOADS)
+    assert loads[0, 1, 0] == LOADS[0, 1, :2].sum() - 5
+    assert loads[0, 1, 1] == LOADS[0, 1, 2:4].sum() + 5
+    assert loads[1, 2, 2] == LOADS[1, 2, 4:6].sum() - 2
+    np.testing.assert_array_equal(loads.sum(2), LOADS.sum(2))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"home": ((0, 0), 1)}, "rank 0 is home to 1 experts of layer 0"),
+        ({"home": ((0, 0), 4)}, "must be 0 to 3"),
+        ({"replicas": ((0, 1, 1, 0), 2)}, "layer 0, micro-batch 1, rank 1, slot 0 holds a replica .* owns"),
+        ({"replicas": ((0, 1, 1, 0), 5)}, "rank 1, slot 0 is no guest slot but holds an expert of another node"),
+        ({"replicas": ((0, 1, 1, 0), 8)}, "names expert 8"),
+        ({"replicas": ((0, 1, 1, 1), 0)}, "holds one expert twice"),
+        ({"replicas": ((1, 1, 0, 1), 5)}, "changes its expert"),
+        ({"replicas": ((1, 1, 0, 1), -1)}, "changes its expert"),
+        ({"guests": ((1, 0, 1), False)}, "is no guest slot"),
+        ({"quota": ((0, 1, 1, 0), -1)}, "quota"),
+        ({"quota": ((0, 1, 1, 1), 1)}, "quota"),
+        ({"quota": ((0, 1, 1, 0), 10_000)}, "expert 0 in layer 0, micro-batch 1 take"),
+    ],
+)
+def test_every_rule_is_checked(change, message):
+    with pytest.raises(PlanError, match=message):
+        BatchPlan(**parts(**change))
+
+
+def test_shapes_are_checked():
+    with pytest.raises(PlanError, match="gpus_per_node"):
+        BatchPlan(**{**parts(), "gpus_per_node": 3})
+    with pytest.raises(PlanError, match="float64"):
+        BatchPlan(**{**parts(), "home": parts()["home"].astype(float)})
+    with pytest.raises(PlanError, match="quota"):
+        BatchPlan(**{**parts(), "quota": parts()["quota"][:, :1]})
+    with pytest.raises(ShapeError, match="loads has"):
+        BatchPlan(**{**parts(), "loads": LOADS[:1]})
+
+
+def test_quotas_of_one_expert_are_added_up():
+    values = parts(replicas=((0, 1, 1, 0), 0))
+    values["guests"][0, 2, 0] = True
+    values["replicas"][0, :, 2, 0] = 0
+    values["quota"][0, 1, 2, 0] = LOADS[0, 1, 0] - 5
+    BatchPlan(**values)
+    values["quota"][0, 1, 2, 0] += 1
+    with pytest.raises(PlanError, match="take 1 assignments more"):
+        BatchPlan(**values)
+
+
+def test_save_and_load(tmp_path):
+    plan = BatchPlan(**parts(), model="tiny")
+    plan.save(tmp_path / "plan")  # exactly this name: numpy would add .npz
+    again = BatchPlan.load(tmp_path / "plan", loads=LOADS, model="tiny")
+    for name in ("home", "replicas", "quota", "guests"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(plan, name))
+    assert (again.gpus_per_node, again.loads_sha256, again.model) == (2, plan.loads_sha256, "tiny")
+    assert [path.name for path in tmp_path.iterdir()] == ["plan"]
+
+
+def test_a_plan_for_something_else_is_refused(tmp_path):
+    BatchPlan(**parts(), model="tiny").save(tmp_path / "plan.npz")
+    with pytest.raises(PlanError, match=r"plan\.npz: .*'tiny', not 'other'"):
+        BatchPlan.load(tmp_path / "plan.npz", model="other")
+    with pytest.raises(PlanError, match=r"plan\.npz: .*other loads"):
+        BatchPlan.load(tmp_path / "plan.npz", loads=LOADS + 1)
+
+
+def test_the_digest_does_not_depend_on_how_sources_are_kept():
+    by_source = np.random.default_rng(0).integers(0, 9, (1, 2, 4, 8)).astype(np.int32)
+    cluster = ClusterSpec(2, 2)
+    assert static_plan(by_source, cluster).loads_sha256 == static_plan(by_source.sum(2), cluster).loads_sha256
+
+
+@pytest.mark.parametrize("kind", ["missing", "truncated", "pickled", "key", "broken rule", "version"])
+def test_bad_files_are_refused(tmp_path, kind):
+    path = tmp_path / "bad.npz"
+    if kind != "missing":
+        BatchPlan(**parts()).save(path)
+        with np.load(path) as archive:
+            arrays = dict(archive)
+    if kind == "truncated":
+        path.write_bytes(path.read_bytes()[:-100])
+    elif kind == "pickled":
+        np.savez(path, **{**arrays, "home": np.array([{}], object)})
+    elif kind == "key":
+        del arrays["quota"]
+        np.savez(path, **arrays)
+    elif kind == "broken rule":
+        np.savez(path, **{**arrays, "home": arrays["home"][:, ::-1] * 0})
+    elif kind == "version":
+        np.savez(path, **{**arrays, "format_version": 99})
+    with pytest.raises((FormatError, PlanError), match=r"bad\.npz"):
+        BatchPlan.load(path)
+
+
+def test_static_plan():
+    plan = static_plan(LOADS, ClusterSpec(2, 2))
+    assert plan.home[0].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    per_rank = LOADS.reshape(2, 3, 4, 2).sum(-1)
+    np.testing.assert_allclose(plan.imbalance(LOADS), per_rank.max(-1) / per_rank.mean(-1))
+    assert plan.imbalance_worst(LOADS) == plan.imbalance(LOADS).max()
+
+
+def test_micro_batches_without_load_are_left_out():
+    loads = LOADS.copy()
+    loads[1, 2] = 0
+    plan = plan_batch(loads, ClusterSpec(2, 2))
+    assert np.isnan(plan.imbalance(loads)[1, 2])
+    assert np.isfinite(plan.imbalance_mean(loads))
+    assert plan_batch(loads * 0, ClusterSpec(2, 2)).imbalance_mean(loads * 0) == 1.0

@@ -1,0 +1,171 @@
+"""Whole plans: rules, balance, determinism, hard inputs."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from relibra_kernels.planner import ClusterSpec, InputError, PlanError, ShapeError, plan_batch, static_plan
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+TRACE = SHARED / "data" / "gptoss20b_routing.npz"
+
+
+def skewed_loads(layers, micro_batches, experts, seed=0, sigma=1.2):
+    """Log-normal popularity that drifts from one micro-batch to the next."""
+    rng = np.random.default_rng(seed)
+    drift = np.exp(
+        rng.normal(0, sigma, (layers, 1, experts)) + rng.normal(0, sigma / 3, (layers, micro_batches, experts))
+    )
+    return (drift / drift.sum(2, keepdims=True) * 1000 * experts).astype(np.int64)
+
+
+@st.composite
+def problems(draw):
+    nodes, gpus = draw(st.sampled_from([(1, 1), (1, 4), (2, 2), (2, 4), (3, 3), (4, 1)]))
+    experts = nodes * gpus * draw(st.integers(1, 4))
+    layers, micro_batches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    top = draw(st.sampled_from([0, 1, 5, 1000, 2**20]))
+    loads = rng.integers(0, top, (layers, micro_batches, experts), endpoint=True)
+    loads[rng.random(loads.shape) < draw(st.sampled_from([0, 0.5, 0.95]))] = 0
+    loads[..., rng.integers(0, experts)] *= draw(st.sampled_from([1, 50]))
+    return loads, ClusterSpec(nodes, gpus, draw(st.integers(0, 3)))
+
+
+@settings(max_examples=150, deadline=None)
+@given(problems())
+def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
+    loads, cluster = problem
+    plan = plan_batch(loads, cluster)  # every rule is checked on construction
+    np.testing.assert_array_equal(plan.rank_loads(loads).sum(2), loads.sum(2))
+    static = static_plan(loads, cluster)
+    assert plan.imbalance_mean(loads) <= static.imbalance_mean(loads) + 1e-12
+    assert (plan.rank_loads(loads).max(2).sum(1) <= static.rank_loads(loads).max(2).sum(1)).all()
+    assert ((plan.quota > 0) == (plan.replicas >= 0))[~np.broadcast_to(plan.guests[:, None], plan.quota.shape)].all()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "slots", "experts"),
+    [(1, 8, 2, 32), (2, 4, 2, 64), (1, 1, 2, 8), (1, 8, 2, 8), (2, 1, 2, 16)],
+)
+def test_shapes_of_clusters(nodes, gpus, slots, experts):
+    loads = skewed_loads(3, 4, experts)
+    plan = plan_batch(loads, ClusterSpec(nodes, gpus, slots))
+    assert plan.replicas.shape == (3, 4, nodes * gpus, slots)
+    assert plan.imbalance_mean(loads) <= static_plan(loads, ClusterSpec(nodes, gpus)).imbalance_mean(loads)
+
+
+def test_one_node_is_balanced_exactly():
+    loads = skewed_loads(4, 8, 32)
+    plan = plan_batch(loads, ClusterSpec(1, 8, 4))
+    per_rank = plan.rank_loads(loads)
+    np.testing.assert_array_equal(per_rank.max(2), -(-loads.sum(2) // 8))
+    assert (plan.replicas >= 0).sum((2, 3)).max() <= 7
+
+
+def test_without_slots_only_the_placement_helps():
+    loads = skewed_loads(4, 8, 32)
+    plan = plan_batch(loads, ClusterSpec(2, 4, 0))
+    assert plan.replicas.shape == (4, 8, 8, 0)
+    assert plan.imbalance_mean(loads) < static_plan(loads, ClusterSpec(2, 4)).imbalance_mean(loads)
+
+
+def test_one_expert_with_all_the_load():
+    loads = np.zeros((2, 2, 16), np.int64)
+    loads[..., 5] = 1 << 20
+    plan = plan_batch(loads, ClusterSpec(1, 8))
+    assert plan.imbalance_worst(loads) == 1.0
+
+
+def test_layers_and_micro_batches_without_load():
+    loads = skewed_loads(3, 4, 16)
+    loads[1] = 0
+    loads[:, 2] = 0
+    plan = plan_batch(loads, ClusterSpec(1, 4))
+    assert not (plan.replicas[1] >= 0).any()
+    assert not (plan.replicas[:, 2] >= 0).any()
+
+
+@pytest.mark.parametrize("experts", [12, 4])
+def test_experts_must_divide_over_the_ranks(experts):
+    with pytest.raises(InputError, match=f"{experts} experts do not divide over 8 ranks"):
+        plan_batch(np.ones((1, 1, experts), int), ClusterSpec(2, 4))
+
+
+def test_bad_previous_homes_are_refused():
+    loads = skewed_loads(2, 2, 8)
+    with pytest.raises(ShapeError, match="previous_home"):
+        plan_batch(loads, ClusterSpec(2, 2), previous_home=np.zeros((2, 4), int))
+    with pytest.raises(PlanError, match="home to 8 experts"):
+        plan_batch(loads, ClusterSpec(2, 2), previous_home=np.zeros((2, 8), int))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [((0, 4), "num_nodes is 0"), ((2, 1.5), "gpus_per_node"), ((2, 4, -1), "replica_slots"), ((2, 4, 2, 3), "guest")],
+)
+def test_bad_clusters_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        ClusterSpec(*values)
+
+
+DIGEST = """
+import hashlib, sys
+import numpy as np
+from relibra_kernels.planner import ClusterSpec, plan_batch
+with np.load(sys.argv[1]) as file:
+    plan = plan_batch(file["loads"], ClusterSpec(4, 8, 2))
+digest = hashlib.sha256()
+for name in ("home", "replicas", "quota", "guests"):
+    digest.update(getattr(plan, name).tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_same_bits_in_every_process_and_thread_count(tmp_path):
+    loads = skewed_loads(6, 8, 64)
+    np.savez(tmp_path / "loads.npz", loads=loads)
+    digests = set()
+    for threads in ("1", "3"):
+        env = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        done = subprocess.run(
+            [sys.executable, "-c", DIGEST, str(tmp_path / "loads.npz")], env=env, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        digests.add(done.stdout.strip())
+    plan = plan_batch(loads, ClusterSpec(4, 8, 2))
+    here = hashlib.sha256(b"".join(getattr(plan, n).tobytes() for n in ("home", "replicas", "quota", "guests")))
+    assert digests == {here.hexdigest()}
+
+
+@pytest.mark.skipif(not TRACE.exists(), reason="recorded gpt-oss-20b routing is not beside this checkout")
+@pytest.mark.parametrize(("nodes", "gpus", "bound"), [(2, 4, 1.03), (2, 8, 1.03), (4, 8, 1.10)])
+def test_recorded_routing_is_balanced(tmp_path, nodes, gpus, bound):
+    """Through the command line, and checked by a program that shares no code with the planner."""
+    loads, plan = tmp_path / "loads.npz", tmp_path / "plan.npz"
+    cluster = ["--gpus-per-node", str(gpus), "--replica-slots", "2"]
+    command = [sys.executable, "-m", "relibra_kernels", "plan", str(TRACE), "--nodes", str(nodes), *cluster]
+    command += ["--micro-batch-sequences", "16", "--save-loads", str(loads), "--out", str(plan)]
+    subprocess.run(command, check=True, capture_output=True)
+    checker = [sys.executable, str(SHARED / "tools" / "check_plan.py"), str(loads), str(plan), *cluster]
+    done = subprocess.run([*checker, "--max-mean", str(bound)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_importing_the_planner_needs_numpy_alone():
+    code = """
+import sys
+import relibra_kernels.planner
+loaded = {name.split(".")[0] for name in sys.modules}
+assert "numpy" in loaded
+assert not loaded & {"torch", "triton", "scipy", "matplotlib", "transformers"}, loaded
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

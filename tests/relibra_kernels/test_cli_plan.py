@@ -1,0 +1,124 @@
+"""`relibra plan`, as a user starts it."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from relibra_kernels.cli import main
+from relibra_kernels.planner import BatchPlan
+
+CLUSTER = ["--nodes", "2", "--gpus-per-node", "2", "--replica-slots", "2"]
+
+
+@pytest.fixture
+def loads(tmp_path):
+    table = np.random.default_rng(0).integers(0, 100, (2, 3, 8)).astype(np.int32)
+    np.savez(tmp_path / "loads.npz", loads=table)
+    return table
+
+
+def make_trace(path, **change):
+    ids = np.random.default_rng(0).random((20, 2, 8)).argsort(-1)[..., :2].astype(np.int8)
+    arrays = {"expert_ids": ids, "offsets": np.array([0, 6, 12, 20]), "num_experts": 8, **change}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return ids
+
+
+def run(tmp_path, *arguments):
+    return main(["plan", *map(str, arguments), *CLUSTER, "--out", str(tmp_path / "plan.npz")])
+
+
+def test_plan_from_loads(tmp_path, loads, capsys):
+    assert run(tmp_path, tmp_path / "loads.npz", "--json", "--model", "tiny") == 0
+    report = json.loads(capsys.readouterr().out.splitlines()[-1])
+    plan = BatchPlan.load(tmp_path / "plan.npz", loads=loads, model="tiny")
+    assert report["imbalance_mean"] == pytest.approx(plan.imbalance_mean(loads))
+    assert report["imbalance_worst"] == pytest.approx(plan.imbalance_worst(loads))
+    assert report["plan_seconds"] > 0
+
+
+def test_without_json_the_output_is_for_people(tmp_path, loads, capsys):
+    assert run(tmp_path, tmp_path / "loads.npz") == 0
+    out = capsys.readouterr().out
+    assert "max/mean" in out
+    assert "{" not in out
+
+
+def test_plan_from_loads_by_source(tmp_path):
+    table = np.random.default_rng(0).integers(0, 100, (2, 3, 4, 8))
+    np.savez(tmp_path / "loads.npz", loads=table)
+    assert run(tmp_path, tmp_path / "loads.npz", "--save-loads", tmp_path / "again.npz") == 0
+    BatchPlan.load(tmp_path / "plan.npz", loads=table.sum(2))
+    with np.load(tmp_path / "again.npz") as file:
+        np.testing.assert_array_equal(file["loads"], table)
+
+
+def test_plan_from_a_trace(tmp_path):
+    ids = make_trace(tmp_path / "trace.npz")
+    arguments = ["--micro-batch-sequences", 2, "--save-loads", tmp_path / "loads.npz"]
+    assert run(tmp_path, tmp_path / "trace.npz", *arguments) == 0
+    with np.load(tmp_path / "loads.npz") as file:
+        table = file["loads"]
+    assert table.shape == (2, 2, 8)  # the last micro-batch has one sequence
+    np.testing.assert_array_equal(table[1, 1], np.bincount(ids[12:, 1].ravel(), minlength=8))
+    BatchPlan.load(tmp_path / "plan.npz", loads=table)
+
+
+def test_num_experts_for_a_trace_that_does_not_say(tmp_path, capsys):
+    make_trace(tmp_path / "trace.npz", num_experts=None)
+    assert run(tmp_path, tmp_path / "trace.npz", "--micro-batch-sequences", 2) == 2
+    assert "num_experts" in capsys.readouterr().err
+    assert run(tmp_path, tmp_path / "trace.npz", "--micro-batch-sequences", 2, "--num-experts", 8) == 0
+
+
+def test_the_previous_plan_must_fit(tmp_path, loads, capsys):
+    assert run(tmp_path, tmp_path / "loads.npz", "--model", "tiny") == 0
+    (tmp_path / "plan.npz").rename(tmp_path / "before.npz")
+    arguments = [tmp_path / "loads.npz", "--previous", tmp_path / "before.npz"]
+    assert run(tmp_path, *arguments, "--model", "tiny") == 0
+    assert run(tmp_path, *arguments, "--model", "other") == 2
+    assert "before.npz" in capsys.readouterr().err
+
+
+BAD = {
+    "missing file": lambda path: None,
+    "truncated": lambda path: (np.savez(path, loads=np.ones((1, 1, 8), int)), path.write_bytes(path.read_bytes()[:60])),
+    "pickled": lambda path: np.savez(path, loads=np.array([{}], object)),
+    "text": lambda path: path.write_text("loads"),
+    "neither": lambda path: np.savez(path, load=np.ones((1, 1, 8), int)),
+    "negative": lambda path: np.savez(path, loads=-np.ones((1, 1, 8), int)),
+    "not integer": lambda path: np.savez(path, loads=np.ones((1, 1, 8))),
+    "shape": lambda path: np.savez(path, loads=np.ones((1, 8), int)),
+    "experts do not divide": lambda path: np.savez(path, loads=np.ones((1, 1, 10), int)),
+    "trace without micro-batches": make_trace,
+    "ids out of range": lambda path: make_trace(path, num_experts=3),
+    "duplicates": lambda path: make_trace(path, expert_ids=np.zeros((20, 2, 2), np.int8)),
+    "length": lambda path: make_trace(path, offsets=np.array([0, 6, 12, 19])),
+}
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, kind):
+    path = tmp_path / "input.npz"
+    BAD[kind](path)
+    before = sorted(tmp_path.iterdir())
+    command = [sys.executable, "-m", "relibra_kernels", "plan", str(path), *CLUSTER, "--out", str(tmp_path / "p.npz")]
+    command += ["--save-loads", str(tmp_path / "l.npz")]
+    if "trace" not in kind and kind in ("ids out of range", "duplicates", "length"):
+        command += ["--micro-batch-sequences", "2"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("relibra plan: error: ")
+    assert ("input.npz" in done.stderr) or "experts do not divide" in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_planning(tmp_path, loads, capsys):
+    arguments = ["plan", str(tmp_path / "loads.npz"), *CLUSTER, "--out"]
+    assert main([*arguments, str(tmp_path / "nowhere" / "plan.npz")]) == 2
+    assert "--out" in capsys.readouterr().err
