@@ -87,7 +87,7 @@ def _slots(moves: Moves, held_LNGC: np.ndarray, shape: tuple[int, int, int, int,
     moves = moves.where(order)
     spot = moves.group * gpus + moves.host
     first = np.flatnonzero(np.diff(spot, prepend=-1))
-    slot = np.arange(len(spot)) - np.repeat(first, np.diff([*first, len(place_)]))
+    slot = np.arange(len(spot)) - np.repeat(first, np.diff([*first, len(spot)]))
     layer, node = moves.group // (micro_batches * nodes), moves.group % nodes
     replicas = np.full((layers * micro_batches * nodes, gpus, slots), -1, np.int32)
     quota = np.zeros_like(replicas)
