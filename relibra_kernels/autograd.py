@@ -13,7 +13,18 @@ from . import ops
 from .form import ExpertForm
 from .planner.errors import ShapeError
 from .schedule import Schedule
-from .weights import ExpertWeights
+from .weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients, zeros_fp32
+
+__all__ = [
+    "ExpertWeights",
+    "gradient_buffers",
+    "main_grads",
+    "moe_mlp",
+    "moe_mlp_backward",
+    "moe_mlp_forward",
+    "returned_gradients",
+    "zeros_fp32",
+]
 
 NO_WEIGHTS = ExpertWeights(None, None)
 
@@ -180,7 +191,7 @@ class _MoeMlp(torch.autograd.Function):
         tables = (schedule.slot_offsets, schedule.assignment_of, schedule.position_of, weight_of_slot)
         ctx.save_for_backward(x_TH, None if recompute else h_RJ, weights_TK, *home, *tables)
         ctx.form, ctx.tiles = form, schedule.tiles
-        ctx.main_grads = [getattr(parameter, "main_grad", None) for parameter in home]
+        ctx.main_grads = main_grads(home)
         return out_TH
 
     @staticmethod
@@ -189,16 +200,13 @@ class _MoeMlp(torch.autograd.Function):
         x_TH, h_RJ, weights_TK, *saved = ctx.saved_tensors
         home = ExpertWeights(*saved[:4])
         slot_offsets, assignment_of, position_of, weight_of_slot = saved[4:]
-        # One `accumulate` holds for all four: either every buffer is new, or all are added to.
+        needed = ctx.needs_input_grad[2:6]
+        # One `accumulate` holds for all four: either they are added to buffers, or all are new and in their own dtype.
         accumulate = any(main_grad is not None for main_grad in ctx.main_grads)
-        buffers: list[torch.Tensor | None] = []
-        for parameter, main_grad, needed in zip(home, ctx.main_grads, ctx.needs_input_grad[2:6], strict=True):
-            if not needed or main_grad is not None:
-                buffers.append(main_grad if needed else None)
-            elif accumulate:
-                buffers.append(torch.zeros_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32)))
-            else:
-                buffers.append(torch.empty_like(parameter))
+        if accumulate:
+            grad = gradient_buffers(home, ctx.main_grads, needed)
+        else:
+            grad = ExpertWeights(*(torch.empty_like(p) if need else None for p, need in zip(home, needed, strict=True)))
         dx_TH, dweights_TK = moe_mlp_backward(
             dout_TH.contiguous(),
             x_TH,
@@ -207,14 +215,11 @@ class _MoeMlp(torch.autograd.Function):
             Schedule(slot_offsets, assignment_of, position_of, ctx.tiles),
             home,
             ctx.form,
-            grad=ExpertWeights(*buffers),
+            grad=grad,
             weight_of_slot=weight_of_slot,
             accumulate=accumulate,
         )
-        grads = [
-            None if buffer is None or main_grad is not None else buffer.to(parameter.dtype)
-            for parameter, buffer, main_grad in zip(home, buffers, ctx.main_grads, strict=True)
-        ]
+        grads = returned_gradients(home, grad, ctx.main_grads, needed)
         return dx_TH, dweights_TK.to(weights_TK.dtype), *grads, None, None, None, None
 
 

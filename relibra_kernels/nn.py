@@ -114,8 +114,8 @@ class ReplicatedMoE(nn.Module):
 
     def __init__(self, router: TopKRouter, experts: ReplicatedExperts, shared_experts: nn.Module | None = None) -> None:
         super().__init__()
+        self.experts = experts  # before the router, as in the Hugging Face blocks: optimizers go by this order
         self.gate = router
-        self.experts = experts
         self.shared_experts = shared_experts
 
     @property

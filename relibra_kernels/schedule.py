@@ -24,9 +24,10 @@ class Schedule:
 
     Attributes:
         slot_offsets: int32 [slots+1].
-        assignment_of: int32 [T*K], sorted row -> flat assignment, -1 in the unused tail.
+        assignment_of: int32 [rows], sorted row -> flat assignment, -1 in the unused tail. `rows` is T*K, or less where
+            the host knows how many assignments are not dropped: it is the number of rows of every ragged buffer.
         position_of: int32 [T, K], assignment -> sorted row, -1 where dropped.
-        tiles: BLOCK_M -> int32 [cdiv(T*K, BLOCK_M) + slots, 2] of (slot, first row), -1 padded at the end.
+        tiles: BLOCK_M -> int32 [cdiv(rows, BLOCK_M) + slots, 2] of (slot, first row), -1 padded at the end.
     """
 
     slot_offsets: torch.Tensor
@@ -43,10 +44,10 @@ class Schedule:
         for name, table in tables.items():
             if table.dtype != torch.int32 or not table.is_contiguous():
                 raise ShapeError(f"{name} is {table.dtype} with strides {table.stride()}; it must be contiguous int32")
-        if self.position_of.ndim != 2 or self.assignment_of.shape != (self.position_of.numel(),):
+        if self.position_of.ndim != 2 or self.assignment_of.ndim != 1 or self.num_rows > self.position_of.numel():
             raise ShapeError(
                 f"assignment_of is {tuple(self.assignment_of.shape)} and position_of {tuple(self.position_of.shape)}; "
-                "they must be [T*K] and [T, K]"
+                "they must be [rows], with at most T*K rows, and [T, K]"
             )
         if self.slot_offsets.ndim != 1 or self.slot_offsets.numel() < 2:
             raise ShapeError(f"slot_offsets is {tuple(self.slot_offsets.shape)}; it must be [slots+1] with a slot")
@@ -65,7 +66,7 @@ class Schedule:
 
     @property
     def num_rows(self) -> int:
-        """Rows that a ragged buffer has: T*K, of which the last ones are unused where assignments are dropped."""
+        """Rows that a ragged buffer has; where assignments are dropped, the last of T*K rows are unused."""
         return self.assignment_of.numel()
 
 

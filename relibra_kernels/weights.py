@@ -1,6 +1,6 @@
 """One store of experts' weights, or of their gradients."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,10 +17,41 @@ class ExpertWeights(NamedTuple):
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
 
-    def map(self, function: Callable[[torch.Tensor], torch.Tensor]) -> "ExpertWeights":
+    def map(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> "ExpertWeights":
         """`function` of every tensor that there is."""
         return ExpertWeights(*(None if tensor is None else function(tensor) for tensor in self))
 
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that there are."""
         return [tensor for tensor in self if tensor is not None]
+
+
+def main_grads(parameters: ExpertWeights) -> ExpertWeights:
+    """The fp32 `.main_grad` of every parameter that has one: gradients are added there and not returned."""
+    return parameters.map(lambda parameter: getattr(parameter, "main_grad", None))
+
+
+def zeros_fp32(like: torch.Tensor) -> torch.Tensor:
+    """An empty gradient sum: fp32, or float64 for float64."""
+    return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def gradient_buffers(
+    parameters: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 4
+) -> ExpertWeights:
+    """Where to add the gradients that are needed: `main_grad`, else new zeros."""
+    buffers = []
+    for parameter, main_grad, need in zip(parameters, main, needed, strict=True):
+        new = parameter is not None and main_grad is None
+        buffers.append((zeros_fp32(parameter) if new else main_grad) if need else None)
+    return ExpertWeights(*buffers)
+
+
+def returned_gradients(
+    parameters: ExpertWeights, grad: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 4
+) -> list[torch.Tensor | None]:
+    """What backward returns for the parameters: buffers in the parameters' dtypes, None where `main_grad` has it."""
+    return [
+        buffer.to(parameter.dtype) if need and buffer is not None and main_grad is None else None
+        for parameter, buffer, main_grad, need in zip(parameters, grad, main, needed, strict=True)
+    ]

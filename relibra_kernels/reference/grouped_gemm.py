@@ -28,10 +28,10 @@ def grouped_gemm(
     replica_bias: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """`out[r] = a[r] @ W[slot of r] (+ bias)`, `[T*K, N]`; rows of the unused tail are undefined.
+    """`out[r] = a[r] @ W[slot of r] (+ bias)`, `[rows, N]`; rows of the unused tail are undefined.
 
     Args:
-        a: `[T*K, D]` rows in slot order, or `[T, D]` tokens with `gather`.
+        a: `[rows, D]` rows in slot order, or `[T, D]` tokens with `gather`.
         weight: `[E, D, N]`, or `[E, N, D]` with `transpose_weight`.
     """
     weights, biases = _Store(weight, replica_weight), _Store(bias, replica_bias)
@@ -58,7 +58,7 @@ def grouped_gemm_swiglu(
     replica_bias: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([T*K, 2I], [T*K, I])`."""
+    """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
     weights, biases = _Store(gate_up, replica_gate_up), _Store(bias, replica_bias)
     weight_ids = slot_weights(schedule, weight_of_slot)
     columns = gate_up.shape[2 if form.is_transposed else 1]
@@ -89,7 +89,7 @@ def grad_hidden(
     replica_bias: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the output's gradient back to h: `(dh [T*K, 2I], w*a [T*K, I], dweights [T, K] in fp32)`.
+    """From the output's gradient back to h: `(dh [rows, 2I], w*a [rows, I], dweights [T, K] in fp32)`.
 
     With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`. `w*a` is what the
     gradient of `down` contracts with dout.
@@ -99,7 +99,7 @@ def grad_hidden(
     accumulate = torch.promote_types(h_RJ.dtype, torch.float32)
     dh_RJ = torch.empty_like(h_RJ)
     wa_RI = h_RJ.new_empty(h_RJ.shape[0], h_RJ.shape[1] // 2)
-    dweights = torch.zeros(schedule.num_rows, dtype=accumulate, device=h_RJ.device)
+    dweights = torch.zeros(schedule.position_of.numel(), dtype=accumulate, device=h_RJ.device)
     flat_weights = weights_TK.reshape(-1)
     for slot, rows in filled_slots(schedule, CHUNK_ROWS):
         w = weights[weight_ids[slot]]
@@ -131,7 +131,7 @@ def grad_weight(
     """`grad[w] += sum over the slots s of weight w, in slot order, of left[rows of s]^T @ right[rows of s]`, in place.
 
     Args:
-        left, right: `[T*K, N]` and `[T*K, D]` rows in slot order, or `[T, ...]` tokens with the `gather_` flag.
+        left, right: `[rows, N]` and `[rows, D]` rows in slot order, or `[T, ...]` tokens with the `gather_` flag.
         grad: `[E, N, D]`, fp32 where it accumulates. `replica_grad` `[S, N, D]` likewise.
         accumulate: False overwrites both buffers, in any dtype, and zeroes the weights that no row uses.
 

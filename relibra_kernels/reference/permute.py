@@ -8,7 +8,7 @@ CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
 
 
 def permute(x_TH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """`rows[r] = x[token of r]`, `[T*K, H]`. Rows of the unused tail are undefined."""
+    """`rows[r] = x[token of r]`, `[rows, H]`. Rows of the unused tail are undefined."""
     rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
     used = int(schedule.slot_offsets[-1])
     torch.index_select(x_TH, 0, schedule.assignment_of[:used] // schedule.top_k, out=rows_RH[:used])
@@ -28,7 +28,7 @@ def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Sch
     used = int(schedule.slot_offsets[-1])
     if used == 0:
         return out_TH
-    all_used = used == schedule.num_rows
+    all_used = used == T * K
     chunk = max(1, CHUNK_BYTES // (K * H * y_RH.element_size()))
     for start in range(0, T, chunk):
         position = schedule.position_of[start : start + chunk].reshape(-1)
@@ -51,7 +51,7 @@ def unpermute_backward(
     """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
     accumulate = torch.promote_types(y_RH.dtype, torch.float32)
     dy_RH = torch.empty_like(y_RH)
-    dweights = torch.zeros(schedule.num_rows, dtype=accumulate, device=y_RH.device)
+    dweights = torch.zeros(schedule.position_of.numel(), dtype=accumulate, device=y_RH.device)
     used = int(schedule.slot_offsets[-1])
     chunk = max(1, CHUNK_BYTES // (y_RH.shape[1] * y_RH.element_size()))
     for start in range(0, used, chunk):

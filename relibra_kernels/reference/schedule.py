@@ -8,8 +8,17 @@ from ..planner.errors import InputError
 from ..schedule import Schedule, check_slot_of_assignment, tile_bound
 
 
-def build_schedule(slot_of_assignment_TK: torch.Tensor, num_slots: int, block_sizes: Sequence[int] = ()) -> Schedule:
+def build_schedule(
+    slot_of_assignment_TK: torch.Tensor,
+    num_slots: int,
+    block_sizes: Sequence[int] = (),
+    *,
+    num_rows: int | None = None,
+) -> Schedule:
     """The tables of `Schedule` for integer slots in `-1 .. num_slots-1` (-1 = dropped).
+
+    Args:
+        num_rows: how many assignments are not dropped, where the host knows it; None: buffers have T*K rows.
 
     Raises: InputError where a slot is out of range.
     """
@@ -26,10 +35,13 @@ def build_schedule(slot_of_assignment_TK: torch.Tensor, num_slots: int, block_si
     slot_offsets = torch.zeros(num_slots + 1, dtype=torch.int32, device=slot.device)
     counts = torch.bincount(dropped_last, minlength=num_slots + 1)[:num_slots]
     slot_offsets[1:] = counts.cumsum(0)
-    assignment_of = torch.where(rows < slot_offsets[-1], order, -1).int()
+    num_rows = slot.numel() if num_rows is None else num_rows
+    if not int(slot_offsets[-1]) <= num_rows <= slot.numel():
+        raise InputError(f"num_rows is {num_rows}; it must lie in {int(slot_offsets[-1])}..{slot.numel()}")
+    assignment_of = torch.where(rows < slot_offsets[-1], order, -1).int()[:num_rows].contiguous()
     position_of = torch.empty_like(slot).scatter_(0, order, rows)
     position_of = torch.where(slot < 0, -1, position_of).int().view(slot_of_assignment_TK.shape)
-    tiles = {block_m: _tiles(slot_offsets, slot.numel(), block_m) for block_m in block_sizes}
+    tiles = {block_m: _tiles(slot_offsets, num_rows, block_m) for block_m in block_sizes}
     return Schedule(slot_offsets, assignment_of, position_of, tiles)
 
 

@@ -1,0 +1,233 @@
+"""The MoE MLP, forward and backward, against a float64 oracle: every routing shape, every form."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from oracle import moe_mlp_oracle
+from routing import random_slots, routing_cases
+from tolerance import RELATIVE, assert_close
+
+from relibra_kernels.autograd import moe_mlp, moe_mlp_backward, moe_mlp_forward
+from relibra_kernels.form import GPT_OSS, ExpertForm
+from relibra_kernels.ops import build_schedule
+from relibra_kernels.planner.errors import ShapeError
+from relibra_kernels.weights import ExpertWeights
+
+H, I = 24, 20  # noqa: E741
+CASES = routing_cases()
+FORMS = {
+    "qwen": ExpertForm(),
+    "bias": ExpertForm(has_bias=True),
+    "interleaved": ExpertForm(is_concatenated=False),
+    "transposed": ExpertForm(is_transposed=True),
+    "clamped": ExpertForm(activation="clamped", limit=0.7),
+    "gpt-oss": GPT_OSS,
+}
+
+
+@dataclass
+class Problem:
+    x: torch.Tensor
+    weights: torch.Tensor
+    dout: torch.Tensor
+    stores: ExpertWeights  # home, then replica
+
+    def home(self, case):
+        return self.stores.map(lambda tensor: tensor[: case.num_home])
+
+    def replica(self, case):
+        return self.stores.map(lambda tensor: tensor[case.num_home :]) if case.num_replicas else None
+
+
+def problem(case, form, dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape, scale=1.0):
+        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+
+    experts, tokens = case.num_home + case.num_replicas, case.slots.shape[0]
+    biases = (normal(experts, 2 * I), normal(experts, H)) if form.has_bias else (None, None)
+    stores = ExpertWeights(
+        normal(experts, *form.gate_up_shape(H, I), scale=0.5),
+        normal(experts, *form.down_shape(H, I), scale=0.5),
+        *biases,
+    )
+    return Problem(normal(tokens, H), normal(*case.slots.shape), normal(tokens, H), stores)
+
+
+def oracle(case, form, p):
+    """(out, dx, dweights, gradients of the stores), in float64."""
+    leaves = [tensor.double().requires_grad_() for tensor in (p.x, p.weights, *p.stores.tensors())]
+    x, weights, *stores = leaves
+    out = moe_mlp_oracle(x, weights, case.slots, form, *stores, weight_of_slot=case.weight_of_slot)
+    grads = torch.autograd.grad(out, leaves, p.dout.double(), allow_unused=True)
+    grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)]
+    return out.detach(), grads[0], grads[1], grads[2:]
+
+
+def run_functions(case, form, p, start=0.0):
+    """The two plain functions; gradient buffers begin at `start`."""
+    schedule = build_schedule(case.slots, case.num_slots)
+    home, replica = p.home(case), p.replica(case)
+    how = {"replica": replica, "weight_of_slot": case.weight_of_slot}
+    out, h = moe_mlp_forward(p.x, p.weights, schedule, home, form, **how)
+    buffers = p.stores.map(lambda t: torch.full(t.shape, start, dtype=torch.promote_types(t.dtype, torch.float32)))
+    grad = buffers.map(lambda tensor: tensor[: case.num_home])
+    replica_grad = buffers.map(lambda tensor: tensor[case.num_home :]) if replica else None
+    dx, dweights = moe_mlp_backward(
+        p.dout, p.x, h, p.weights, schedule, home, form, grad=grad, replica_grad=replica_grad, **how
+    )
+    return out, dx, dweights, buffers.tensors()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_routing(case, dtype):
+    form = FORMS["qwen"]
+    p = problem(case, form, dtype)
+    out, dx, dweights, grads = run_functions(case, form, p)
+    expected_out, expected_dx, expected_dweights, expected_grads = oracle(case, form, p)
+    tolerance = RELATIVE[dtype]
+    assert out.dtype == dx.dtype == dtype
+    assert dweights.dtype == torch.promote_types(dtype, torch.float32)
+    assert_close(out, expected_out, tolerance, "out")
+    assert_close(dx, expected_dx, tolerance, "dx")
+    assert_close(dweights, expected_dweights, tolerance, "dweights")
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected, tolerance, "weight gradient")
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_every_form(name):
+    form, case = FORMS[name], CASES[-1]
+    p = problem(case, form, torch.float32)
+    out, dx, dweights, grads = run_functions(case, form, p)
+    expected_out, expected_dx, expected_dweights, expected_grads = oracle(case, form, p)
+    assert_close(out, expected_out, 1e-5, "out")
+    assert_close(dx, expected_dx, 1e-5, "dx")
+    assert_close(dweights, expected_dweights, 1e-5, "dweights")
+    for grad, expected in zip(grads, expected_grads, strict=True):
+        assert_close(grad, expected, 1e-5, "weight gradient")
+
+
+def test_gradients_are_added_to_the_buffers():
+    form, case = FORMS["bias"], CASES[0]
+    p = problem(case, form, torch.float32)
+    from_zero = run_functions(case, form, p)[-1]
+    from_three = run_functions(case, form, p, start=3.0)[-1]
+    for zero, three in zip(from_zero, from_three, strict=True):
+        assert_close(three, zero + 3.0, 1e-6)
+
+
+def test_overwriting_ignores_what_the_buffers_held():
+    """`accumulate=False`: NaN in the buffers is gone, experts without rows have zeros, bf16 buffers work."""
+    form, case = FORMS["bias"], CASES[1]
+    p = problem(case, form, torch.bfloat16)
+    schedule = build_schedule(case.slots, case.num_slots)
+    _, h = moe_mlp_forward(p.x, p.weights, schedule, p.stores, form)
+    grad = p.stores.map(lambda tensor: torch.full_like(tensor, float("nan")))
+    moe_mlp_backward(p.dout, p.x, h, p.weights, schedule, p.stores, form, grad=grad, accumulate=False)
+    for got, expected in zip(grad.tensors(), oracle(case, form, p)[3], strict=True):
+        assert_close(got, expected, RELATIVE[torch.bfloat16])
+        assert not got[1].any()
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("case", [CASES[0], CASES[4], CASES[6]], ids=str)
+def test_autograd(case, recompute):
+    form = FORMS["bias"]
+    p = problem(case, form, torch.float32)
+    leaves = [tensor.clone().requires_grad_() for tensor in (p.x, p.weights, *p.stores.tensors())]
+    schedule = build_schedule(case.slots, case.num_slots)
+    out = moe_mlp(leaves[0], leaves[1], schedule, ExpertWeights(*leaves[2:]), form, recompute=recompute)
+    out.backward(p.dout)
+    expected_out, expected_dx, expected_dweights, expected_grads = oracle(case, form, p)
+    assert_close(out.detach(), expected_out, 1e-5)
+    for leaf, expected in zip(leaves, [expected_dx, expected_dweights, *expected_grads], strict=True):
+        assert_close(leaf.grad, expected, 1e-5)
+
+
+def test_gradcheck():
+    """Autograd against finite differences, in float64."""
+    form, case = GPT_OSS, CASES[2]
+    p = problem(case, form, torch.float64)
+    schedule = build_schedule(case.slots, case.num_slots)
+    leaves = [tensor.clone().requires_grad_() for tensor in (p.x, p.weights, *p.stores.tensors())]
+    torch.autograd.gradcheck(
+        lambda x, weights, *stores: moe_mlp(x, weights, schedule, ExpertWeights(*stores), form), leaves
+    )
+
+
+def test_a_row_of_dropped_assignments_gives_zeros():
+    case = CASES[4]
+    case.slots[3] = -1
+    p = problem(case, FORMS["bias"], torch.float32)
+    out, dx, dweights, _ = run_functions(case, FORMS["bias"], p)
+    assert not out[3].any() and not dx[3].any() and not dweights[3].any() and out[2].any()
+
+
+def test_same_input_same_bits():
+    case, form = CASES[-1], FORMS["gpt-oss"]
+    p = problem(case, form, torch.bfloat16)
+    first, second = run_functions(case, form, p), run_functions(case, form, p)
+    for a, b in zip((*first[:3], *first[3]), (*second[:3], *second[3]), strict=True):
+        assert a.equal(b)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_saved_bytes(recompute):
+    """x, h, indices and weights: H + K*2I elements a token and 12 bytes an assignment, nothing of size T*K x H."""
+    tokens, top_k, slots, dtype = 512, 4, 8, torch.bfloat16
+    x = torch.randn(tokens, H).to(dtype).requires_grad_()
+    weights = torch.rand(tokens, top_k).requires_grad_()
+    parameters = [torch.randn(slots, *shape).to(dtype).requires_grad_() for shape in ((2 * I, H), (H, I))]
+    schedule = build_schedule(random_slots(tokens, top_k, slots), slots)
+    saved = {}
+
+    def pack(tensor):
+        saved[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        moe_mlp(x, weights, schedule, ExpertWeights(*parameters), ExpertForm(), recompute=recompute)
+    for parameter in parameters:
+        del saved[parameter.data_ptr()]
+    h_bytes = 0 if recompute else top_k * 2 * I * x.element_size()
+    per_token = H * x.element_size() + h_bytes + top_k * (weights.element_size() + 2 * 4)
+    assert sum(saved.values()) <= tokens * per_token + 4 * (slots + 1)
+
+
+def test_main_grad_takes_the_gradient():
+    case, form = CASES[0], FORMS["qwen"]
+    p = problem(case, form, torch.bfloat16)
+    home = p.stores.map(lambda tensor: torch.nn.Parameter(tensor))
+    home.gate_up.main_grad = torch.ones(home.gate_up.shape)
+    schedule = build_schedule(case.slots, case.num_slots)
+    moe_mlp(p.x.requires_grad_(), p.weights, schedule, home, form).backward(p.dout)
+    expected = oracle(case, form, p)[3]
+    assert home.gate_up.grad is None
+    assert_close(home.gate_up.main_grad - 1, expected[0], RELATIVE[torch.bfloat16])
+    assert home.down.grad.dtype == torch.bfloat16
+    assert_close(home.down.grad, expected[1], RELATIVE[torch.bfloat16])
+
+
+def test_what_does_not_fit_is_refused():
+    case, form = CASES[0], FORMS["qwen"]
+    p = problem(case, form, torch.float32)
+    schedule = build_schedule(case.slots, case.num_slots)
+
+    def refuse(match, x=p.x, weights=p.weights, home=p.stores, form=form, **how):
+        with pytest.raises(ShapeError, match=match):
+            moe_mlp_forward(x, weights, schedule, home, form, **how)
+
+    refuse("must be contiguous", x=p.x.repeat(1, 2)[:, ::2])
+    refuse("must be the same", x=p.x.double())
+    refuse(r"\[T, K\]", weights=p.weights[:, :1])
+    refuse(r"\[E, H, 2I\]", form=ExpertForm(is_transposed=True))
+    refuse("biases", form=ExpertForm(has_bias=True))
+    refuse("weight_of_slot is None", home=p.stores.map(lambda tensor: tensor[:3]))
+    refuse("int32", weight_of_slot=torch.zeros(2, dtype=torch.int32))
+    refuse(
+        "must be contiguous", home=p.stores._replace(down=p.stores.down.transpose(1, 2).contiguous().transpose(1, 2))
+    )

@@ -1,0 +1,37 @@
+"""The MoE MLP one token and one expert at a time, in float64, with autograd: slow, obvious, and written apart."""
+
+import torch
+
+
+def gated(h: torch.Tensor, *, concatenated: bool, clamped: bool, limit: float = 7.0, alpha: float = 1.702):
+    """The activation of one row `[2I]`."""
+    half = h.shape[0] // 2
+    gate, up = (h[:half], h[half:]) if concatenated else (h[::2], h[1::2])
+    if not clamped:
+        return gate / (1 + torch.exp(-gate)) * up
+    gate = torch.minimum(gate, torch.tensor(limit, dtype=h.dtype))
+    up = torch.maximum(torch.minimum(up, torch.tensor(limit, dtype=h.dtype)), torch.tensor(-limit, dtype=h.dtype))
+    return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+
+
+def moe_mlp_oracle(x, weights, slots, form, gate_up, down, gate_up_bias=None, down_bias=None, weight_of_slot=None):
+    """`out [T, H]` from float64 inputs; gate_up and down hold home and replica weights one after the other."""
+    out = []
+    for t in range(x.shape[0]):
+        total = x[t] * 0.0
+        for k in range(slots.shape[1]):
+            slot = int(slots[t, k])
+            if slot < 0:
+                continue
+            e = slot if weight_of_slot is None else int(weight_of_slot[slot])
+            w1, w2 = (gate_up[e].T, down[e].T) if form.is_transposed else (gate_up[e], down[e])
+            h = w1 @ x[t]
+            if gate_up_bias is not None:
+                h = h + gate_up_bias[e]
+            a = gated(h, concatenated=form.is_concatenated, clamped=form.activation == "clamped", limit=form.limit)
+            y = w2 @ a
+            if down_bias is not None:
+                y = y + down_bias[e]
+            total = total + weights[t, k] * y
+        out.append(total)
+    return torch.stack(out) if out else x * 1.0

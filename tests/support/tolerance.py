@@ -1,0 +1,22 @@
+"""The one way to compare numbers in tests."""
+
+import torch
+
+# Norm-wise relative error against float64 of one product of a few hundred terms, by the dtype of its operands.
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+
+
+def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
+    """`|actual - expected| / |expected|` in the Frobenius norm; NaN counts as infinite."""
+    difference = (actual.detach().double() - expected.detach().double()).norm()
+    scale = expected.detach().double().norm()
+    if not torch.isfinite(difference):
+        return float("inf")
+    return float(difference / scale) if scale > 0 else float(difference)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, tolerance: float, what: str = "") -> None:
+    """Equal shapes, and a relative error of at most `tolerance`."""
+    assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    error = relative_error(actual, expected)
+    assert error <= tolerance, f"{what}: relative error {error:.2e} > {tolerance:.0e}"
