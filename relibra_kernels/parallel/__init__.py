@@ -1,0 +1,5 @@
+"""Expert parallelism over `torch.distributed`: dispatch and combine, replicas, migration."""
+
+from .runtime import ExpertParallel
+
+__all__ = ["ExpertParallel"]

@@ -1,0 +1,98 @@
+"""Training under a plan on R ranks is training in one process: losses, every gradient, parameters after the steps."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from toy_training import Case, train_alone, train_parallel
+
+from relibra_kernels.nn import GPT_OSS
+
+UNEQUAL = (17, 2, 1, 2, 30, 1, 2, 2)  # rank 0 has nearly all tokens; a sequence of one token has nothing recorded
+ONE_SIDED = (6, 0, 9, 0, 4, 0, 5, 0)  # on two ranks, the second has no token at all
+
+CASES = {
+    "one rank": Case(ranks=1, gpus_per_node=1),
+    "static": Case(plan="static"),
+    "planned": Case(),
+    "every slot used": Case(plan="shuffled"),
+    "no replica slots": Case(replica_slots=0, plan="shuffled"),
+    "expert without tokens": Case(routing="empty_expert", plan="shuffled"),
+    "all tokens the same experts": Case(routing="same", replica_slots=3),
+    "unequal token counts": Case(sequence_lengths=UNEQUAL, plan="shuffled"),
+    "a rank without tokens": Case(sequence_lengths=ONE_SIDED, plan="shuffled"),
+    "padding": Case(padding=3, plan="shuffled"),
+    "gpt-oss form": Case(form=GPT_OSS, plan="shuffled"),
+    "main_grad": Case(main_grad=True, plan="shuffled"),
+    "four ranks": Case(ranks=4, gpus_per_node=4),
+    "four ranks on two nodes": Case(ranks=4, gpus_per_node=2, plan="shuffled"),
+    "as many experts as ranks": Case(ranks=4, gpus_per_node=4, experts=4, plan="shuffled"),
+    "steps with migration": Case(plan="shuffled", steps=4),
+    "planned steps": Case(ranks=4, gpus_per_node=2, steps=4, sequence_lengths=(9, 14, 6, 11) * 4),
+}
+
+
+def worst_error(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
+    """Largest norm-wise relative error over named arrays."""
+    assert got.keys() == expected.keys()
+    return max(
+        np.linalg.norm(got[name] - expected[name]) / max(np.linalg.norm(expected[name]), 1e-30) for name in expected
+    )
+
+
+def check_parity(case: Case, results: list[dict], tolerance: float) -> None:
+    losses, gradients, parameters = train_alone(case)
+    for result in results:
+        np.testing.assert_allclose(result["losses"], losses, rtol=tolerance)
+        for step in range(case.steps):
+            assert worst_error(result["gradients"][step], gradients[step]) <= tolerance
+        assert worst_error(result["parameters"], parameters) <= tolerance
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_parity_in_float64(ranks, case):
+    results = ranks(case.ranks).run(train_parallel, case)
+    if case.plan == "shuffled":
+        assert results[0]["moved"] > 0
+        assert (results[0]["replicas"] > 0) == (case.replica_slots > 0)
+    check_parity(case, results, 1e-12)
+
+
+@pytest.mark.parametrize("plan", ["planned", "shuffled"])
+def test_parity_in_float32(ranks, plan):
+    case = Case(plan=plan, dtype=torch.float32, steps=2, hidden=32, intermediate=48)
+    check_parity(case, ranks(2).run(train_parallel, case), 1e-5)
+
+
+def test_bfloat16_stays_near_float32(ranks):
+    """Partial sums of a token are rounded to bf16 once for each rank that it visits: a few times 2^-9."""
+    case = Case(plan="shuffled", dtype=torch.bfloat16, hidden=32, intermediate=48)
+    results = ranks(2).run(train_parallel, case)
+    _, gradients, _ = train_alone(replace(case, dtype=torch.float32))
+    exact = train_alone(case)[1]
+    for result in results:
+        error, rounding = (worst_error(run, gradients[0]) for run in (result["gradients"][0], exact[0]))
+        assert error <= 2 * rounding + 2**-8
+
+
+def test_same_plans_same_bits(ranks):
+    case = Case(plan="shuffled", dtype=torch.float32, steps=2)
+    first, second = (ranks(2).run(train_parallel, case) for _ in range(2))
+    for one, other in zip(first, second, strict=True):
+        assert one["losses"] == other["losses"]
+        for name, value in one["parameters"].items():
+            np.testing.assert_array_equal(value, other["parameters"][name])
+
+
+def test_a_layer_without_replicas_sends_nothing_for_them(ranks):
+    sent = ranks(2).run(train_parallel, Case(plan="static"))[0]["bytes"]
+    assert {kind for kind, _ in sent} == {"slots", "dispatch", "combine", "backward dispatch", "backward combine"}
+
+
+def test_traffic_is_counted_by_node(ranks):
+    case = Case(ranks=4, gpus_per_node=2, plan="shuffled")
+    sent = ranks(4).run(train_parallel, case)[0]["bytes"]
+    assert sent["dispatch", "fast"] > 0 and sent["dispatch", "slow"] > 0
+    one_node = ranks(4).run(train_parallel, replace(case, gpus_per_node=4))[0]["bytes"]
+    assert {speed for _, speed in one_node} == {"fast"}

@@ -1,0 +1,79 @@
+"""Ranks of a gloo process group for tests: real processes, started once for each group size and used by many tests."""
+
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+class Ranks:
+    """`size` processes that run the same function at the same time."""
+
+    def __init__(self, size: int):
+        context = mp.get_context("spawn")
+        self._folder = tempfile.TemporaryDirectory()
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            here, there = context.Pipe()
+            arguments = (there, rank, size, f"file://{self._folder.name}/store")
+            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process.start()
+            self._pipes.append(here)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """`function(*arguments)` on every rank; the results by rank. A function of a module, so that it can be sent.
+
+        Raises: the exception that came first as RankError, with its traceback; `kind` is its type's name.
+        """
+        for pipe in self._pipes:
+            pipe.send((function, arguments))
+        answers = [pipe.recv() for pipe in self._pipes]
+        errors = [answer for answer in answers if isinstance(answer, RankError)]
+        if errors:  # where one rank fails, the others only say that they waited for it
+            raise min(errors, key=lambda error: error.kind == "CommunicationError")
+        return answers
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+        for process in self._processes:
+            process.join(20)
+        self._folder.cleanup()
+
+
+class RankError(Exception):
+    """What went wrong on a rank."""
+
+    def __init__(self, kind: str, text: str):
+        super().__init__(kind, text)
+        self.kind, self.text = kind, text
+
+
+def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
+    while (job := pipe.recv()) is not None:
+        function, arguments = job
+        try:
+            pipe.send(function(*arguments))
+        except Exception as error:
+            pipe.send(RankError(type(error).__name__, f"{error}\n{traceback.format_exc()}"))
+    dist.destroy_process_group()
+
+
+@contextmanager
+def one_rank() -> Iterator[None]:
+    """A process group of this process alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            dist.destroy_process_group()

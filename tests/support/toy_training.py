@@ -1,0 +1,218 @@
+"""A toy MoE language model and its training, in one process and expert-parallel: what parity tests compare.
+
+Tokens do not attend to each other, so a sequence's loss depends on its own tokens alone.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter, replay_routing
+from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.planner import BatchPlan, ClusterSpec, RoutingTrace, plan_batch, static_plan
+
+QWEN = ExpertForm()
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to train: sizes, cluster, and how the tokens are routed."""
+
+    ranks: int = 2
+    gpus_per_node: int = 2
+    replica_slots: int = 2
+    layers: int = 2
+    experts: int = 8
+    top_k: int = 2
+    hidden: int = 16
+    intermediate: int = 24
+    micro_batches: int = 2
+    sequence_lengths: tuple[int, ...] = (5, 9, 3, 7, 6, 4, 8, 5)  # sequence i: rank i % ranks
+    routing: str = "skewed"  # skewed | same (every token the same experts) | empty_expert (expert 0 never)
+    plan: str = "planned"  # planned | static | shuffled (random homes and replicas by hand)
+    steps: int = 1
+    dtype: torch.dtype = torch.float64
+    padding: int = 0  # padding tokens before every sequence
+    form: ExpertForm = QWEN
+    main_grad: bool = False
+    seed: int = 0
+
+
+class ToyModel(nn.Module):
+    """Embedding, MoE layers with residuals, output layer: token ids [T] -> logits [T, vocabulary]."""
+
+    def __init__(self, case: Case, vocabulary: int = 32):
+        super().__init__()
+        torch.manual_seed(case.seed)
+        self.embedding = nn.Embedding(vocabulary, case.hidden)
+        self.moe = nn.ModuleList(
+            ReplicatedMoE(
+                TopKRouter(case.hidden, case.experts, case.top_k),
+                ReplicatedExperts(case.experts, case.hidden, case.intermediate, form=case.form),
+            )
+            for _ in range(case.layers)
+        )
+        self.output = nn.Linear(case.hidden, vocabulary)
+        for moe in self.moe:
+            moe.experts.reset_parameters(std=0.3)
+        self.to(case.dtype)
+
+    def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
+        x_TH = self.embedding(tokens_T)
+        for moe in self.moe:
+            x_TH = x_TH + moe(x_TH)
+        return self.output(x_TH)
+
+
+def make_batch(case: Case, step: int) -> tuple[RoutingTrace, np.ndarray, list[np.ndarray]]:
+    """The recorded routing of all sequences, their micro-batches, and their token ids."""
+    random = np.random.default_rng([case.seed, step])
+    popularity = random.lognormal(0, 1.5, (case.layers, case.experts))
+    ids = np.full((sum(case.sequence_lengths), case.layers, case.top_k), -1, np.int8)
+    offsets = np.concatenate([[0], np.cumsum(case.sequence_lengths)])
+    last = set((offsets[1:] - 1).tolist())
+    for token in range(len(ids)):
+        if token in last:
+            continue
+        for layer in range(case.layers):
+            p = popularity[layer].copy()
+            if case.routing == "empty_expert":
+                p[0] = 0
+            chosen = random.choice(case.experts, case.top_k, replace=False, p=p / p.sum())
+            ids[token, layer] = range(case.top_k) if case.routing == "same" else chosen
+    trace = RoutingTrace(ids, offsets, case.experts, tuple(range(case.layers)))
+    groups = np.arange(len(case.sequence_lengths)) // case.ranks % case.micro_batches
+    return trace, groups, [random.integers(0, 32, n) for n in case.sequence_lengths]
+
+
+def loss_sum(logits_TV: torch.Tensor, tokens_T: torch.Tensor, counted_T: torch.Tensor) -> torch.Tensor:
+    """Cross entropy against the token itself plus one, over the counted tokens."""
+    losses = nn.functional.cross_entropy(logits_TV.double(), (tokens_T + 1) % 32, reduction="none")
+    return losses[counted_T].sum()
+
+
+def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """One process: losses, gradients of each step, final parameters."""
+    model = ToyModel(case)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, gradients = [], []
+    for step in range(case.steps):
+        trace, groups, tokens = make_batch(case, step)
+        optimizer.zero_grad()
+        total = 0.0
+        for m in range(case.micro_batches):
+            chosen = np.flatnonzero(groups == m)
+            part = trace.select(chosen)
+            ids = torch.from_numpy(np.concatenate([tokens[i] for i in chosen]))
+            with replay_routing([moe.router for moe in model.moe], torch.from_numpy(part.expert_ids)):
+                loss = loss_sum(model(ids), ids, torch.from_numpy(~part.unknown)) / trace.num_tokens
+                loss.backward()
+            total += loss.item()
+        losses.append(total)
+        gradients.append({name: p.grad.double().numpy().copy() for name, p in model.named_parameters()})
+        optimizer.step()
+    return losses, gradients, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
+
+
+def train_parallel(case: Case) -> dict[str, object]:
+    """On every rank of the default group: the same as `train_alone`, plus what was used on the way."""
+    rank = dist.get_rank()
+    model = ToyModel(case)
+    cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
+    ep = ExpertParallel(model, cluster, model_name="toy")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    losses, gradients, replicas, moved = [], [], 0, 0
+    for step in range(case.steps):
+        trace, groups, tokens = make_batch(case, step)
+        mine = np.arange(rank, trace.num_sequences, case.ranks)
+        my_trace, my_groups = trace.select(mine), groups[mine]
+        plan = make_plan(case, ep, my_trace, my_groups, step)
+        replicas += int((plan.replicas >= 0).sum())
+        moved += int((plan.home != ep.home).sum())
+        optimizer.zero_grad()
+        if case.main_grad:
+            for moe in ep.layers:
+                for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
+                    parameter.main_grad = torch.zeros_like(parameter)
+        total = 0.0
+        with ep.batch(plan, my_trace, my_groups, optimizer):
+            for m in range(case.micro_batches):
+                ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m))
+                with ep.micro_batch(m, rows):
+                    loss = loss_sum(model(ids), ids, counted) / trace.num_tokens
+                    loss.backward()
+                total += loss.item()
+        if case.main_grad:
+            for moe in ep.layers:
+                for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
+                    assert parameter.grad is None
+                    parameter.grad, parameter.main_grad = parameter.main_grad, None
+        ep.reduce_gradients()
+        total_loss = torch.tensor(total, dtype=torch.float64)
+        dist.all_reduce(total_loss)
+        losses.append(total_loss.item())
+        named = ep.named_logical_parameters(lambda p: p.grad)
+        gradients.append({name: grad.double().numpy().copy() for name, grad in named})
+        optimizer.step()
+    parameters = {name: value.double().numpy().copy() for name, value in ep.named_logical_parameters()}
+    return {
+        "losses": losses,
+        "gradients": gradients,
+        "parameters": parameters,
+        "replicas": replicas,
+        "moved": moved,
+        "bytes": dict(ep.comm.bytes_sent),
+    }
+
+
+def model_input(
+    case: Case, trace: RoutingTrace, tokens: list[np.ndarray], mine: np.ndarray, chosen: np.ndarray
+) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
+    """(token ids, trace row of each, which count in the loss) of this rank's `chosen` sequences, padded in front."""
+    ids: list[int] = []
+    rows: list[int] = []
+    row = 0
+    for i in chosen:
+        ids += [0] * case.padding + tokens[mine[i]].tolist()
+        rows += [-1] * case.padding + list(range(row, row := row + len(trace.sequence(i))))
+    unknown = np.append(trace.select(chosen).unknown, True)
+    counted = torch.from_numpy(~unknown[np.array(rows, np.int64)])
+    return torch.tensor(ids, dtype=torch.int64), np.array(rows, np.int64) if case.padding else None, counted
+
+
+def make_plan(case: Case, ep: ExpertParallel, trace: RoutingTrace, groups: np.ndarray, step: int) -> BatchPlan:
+    loads = ep.gather_loads(trace, groups, case.micro_batches)
+    if case.plan == "planned":
+        return ep.plan(trace, groups, case.micro_batches)
+    if case.plan == "static":
+        return static_plan(loads, ep.cluster, "toy")
+    return shuffled_plan(loads, ep.cluster, step)
+
+
+def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> BatchPlan:
+    """Random homes, replicas in every slot (as guests, so of any node), random quotas: everything is used."""
+    random = np.random.default_rng(seed)
+    loads = loads_LMRE.sum(2)
+    layers, _, experts = loads.shape
+    ranks, slots, per_rank = cluster.num_ranks, cluster.replica_slots, experts // cluster.num_ranks
+    empty = plan_batch(np.zeros_like(loads), cluster)
+    home = np.stack([random.permutation(np.arange(experts) // per_rank) for _ in range(layers)])
+    replicas, quota = np.full_like(empty.replicas, -1), np.zeros_like(empty.quota)
+    guests = np.zeros_like(empty.guests)
+    for layer in range(layers):
+        for rank in range(ranks):
+            for slot, expert in enumerate(random.permutation(np.flatnonzero(home[layer] != rank))[:slots]):
+                guests[layer, rank, slot] = True
+                replicas[layer, :, rank, slot] = expert
+    left = loads.copy()
+    for layer, m, rank, slot in np.ndindex(replicas.shape):
+        expert = replicas[layer, m, rank, slot]
+        if expert >= 0:
+            quota[layer, m, rank, slot] = random.integers(0, left[layer, m, expert] + 1)
+            left[layer, m, expert] -= quota[layer, m, rank, slot]
+    return replace(
+        empty, home=home, replicas=replicas, quota=quota, guests=guests, loads_sha256="", model="toy", loads=loads
+    )
