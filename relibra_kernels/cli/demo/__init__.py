@@ -1,0 +1,90 @@
+"""`relibra demo`: the whole loop on this machine's CPU.
+
+A small Qwen3-MoE learns a toy task, samples rollouts while its routing is recorded, the batches are planned, and two
+ranks train on them three ways: static placement, ReLibra plan, and routing balanced by force.
+"""
+
+import argparse
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TypeVar
+
+from ...planner.errors import InputError
+
+T = TypeVar("T")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder for plan, trace, plot and summary"
+    )
+    parser.add_argument("--training-steps", type=_positive, default=30, help="of the toy task, before the rollouts")
+    parser.add_argument("--prompts", type=_positive, default=4, help="of each length, in a batch")
+    parser.add_argument("--repeats", type=_positive, default=5, help="timed optimizer steps of each of the three runs")
+    parser.add_argument("--seed", type=int, default=0, help="of the model's weights, the task and the sampling")
+
+
+def _positive(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not positive")
+    return value
+
+
+def run(args: argparse.Namespace) -> int:
+    try:
+        import matplotlib  # noqa: F401
+        import tqdm  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise InputError(
+            f"{error.name} is not installed; the demo needs `pip install 'relibra-kernels[transformers,plot]'`"
+        ) from None
+    start = time.perf_counter()
+    from . import ranks, report, rollout, toy
+
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out is {args.out}: it must be a folder that can be written ({error.strerror})") from None
+    model = toy.build_model(args.seed)
+    training = toy.train_on_task(model, args.training_steps, args.seed)
+    loss = _progress("toy training", training, args.training_steps)
+    batches = [
+        _progress(
+            f"rollouts of batch {i}", rollout.sample_rollouts(model, args.seed + i, args.prompts), len(toy.DIGITS)
+        )
+        for i in (1, 2)
+    ]
+
+    planning = time.perf_counter()
+    policies = ranks.make_policies(batches)
+    planning = time.perf_counter() - planning
+    state = model.state_dict()
+    reference = ranks.train_alone(state, batches)
+    steps = ranks.run_ranks(state, batches, policies, reference, args.repeats)
+    results = _progress(f"training on {ranks.RANKS} ranks", steps, ranks.steps_to_run(args.repeats))
+
+    batches[0].trace.save(args.out / "trace.npz")
+    policies["planned"].plans[0].save(args.out / "plan.npz")
+    summary = report.summarise(policies, results)
+    summary |= {"repeats": args.repeats, "plan_seconds": planning, "task_loss": loss, "reward": batches[0].reward}
+    report.plot_loads(policies, args.out / "loads.png")
+    summary["seconds"] = time.perf_counter() - start
+    report.save_summary(summary, args.out / "summary.json")
+    print(report.table(summary))
+    print(f"\nSaved: {', '.join(sorted(str(path) for path in args.out.iterdir()))}")
+    return 0
+
+
+def _progress(label: str, steps: Generator[None, None, T], total: int) -> T:
+    """Run `steps` with a progress bar; what they return."""
+    from tqdm import tqdm
+
+    with tqdm(desc=f"{label:20}", total=total, bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}") as bar:
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                return end.value
+            bar.update()

@@ -1,0 +1,117 @@
+"""What the demo prints and saves: one table, one plot, one summary."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...planner import count_loads
+from .ranks import MICRO_BATCHES, RANKS, Policy
+from .toy import POPULARITY_WEIGHT
+
+NAMES = {"static": "static placement", "planned": "ReLibra plan", "balanced": "balanced by force"}
+
+
+def summarise(policies: dict[str, Policy], results: dict[str, Any]) -> dict[str, Any]:
+    """The measured results, with what the plans say."""
+    summary = dict(results)
+    for name, policy in policies.items():
+        ratios = np.concatenate(
+            [(load.max(-1) / load.mean(-1)).reshape(-1) for load in map(np.asarray, rank_loads(policy))]
+        )
+        summary[f"{name}_max_mean"] = float(ratios.mean())
+        summary[f"{name}_max_mean_worst"] = float(ratios.max())
+        summary[f"{name}_replicas"] = float(np.mean([(plan.replicas >= 0).sum((2, 3)) for plan in policy.plans]))
+        moves = [(plan.home != policy.plans[i - 1].home).sum() for i, plan in enumerate(policy.plans)]
+        summary[f"{name}_experts_moved"] = float(np.mean(moves))
+    lost = summary["static_s"] - summary["balanced_s"]
+    summary["speedup"] = summary["static_s"] / summary["planned_s"]
+    summary["recovered"] = (summary["static_s"] - summary["planned_s"]) / lost if lost > 0 else None
+    return summary
+
+
+def rank_loads(policy: Policy) -> list[np.ndarray]:
+    """int64 [L, M, R] for each batch: assignments that each rank computes."""
+    return [
+        plan.rank_loads(count_loads(trace, np.arange(trace.num_sequences) * MICRO_BATCHES // trace.num_sequences))
+        for trace, plan in zip(policy.traces, policy.plans, strict=True)
+    ]
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary for a reader."""
+    rows = [("", *NAMES.values())]
+
+    def row(label: str, cell: Any) -> None:
+        rows.append((label, *(cell(name) for name in NAMES)))
+
+    row("max/mean over ranks, mean", lambda n: f"{summary[f'{n}_max_mean']:.3f}")
+    row("max/mean over ranks, worst", lambda n: f"{summary[f'{n}_max_mean_worst']:.3f}")
+    row("step time, median (measured)", lambda n: f"{summary[f'{n}_s']:.3f} s")
+    row("  quartiles", lambda n: "{:.3f}-{:.3f} s".format(*summary[f"{n}_s_quartiles"]))
+    row("  ratio to balanced", lambda n: f"{summary[f'{n}_s'] / summary['balanced_s']:.3f}")
+    row("replicas a layer and micro-batch", lambda n: f"{summary[f'{n}_replicas']:.2f}")
+    row("experts moved a step", lambda n: f"{summary[f'{n}_experts_moved']:.1f}")
+    row("MB moved a step: tokens", lambda n: _megabytes(summary, n, "bytes", "replica_bytes", "migration_bytes"))
+    row("  replicas and their gradients", lambda n: _megabytes(summary, n, "replica_bytes"))
+    row("  migration with optimizer state", lambda n: _megabytes(summary, n, "migration_bytes"))
+    widths = [max(len(line[i]) for line in rows) for i in range(4)]
+    lines = [
+        "  ".join([line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))])
+        for line in rows
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    recovered = summary["recovered"]
+    lines += [
+        "",
+        f"The planned step is {summary['speedup']:.2f}x as fast as the static one: "
+        + (
+            f"{recovered:.0%} of what perfect balance gives."
+            if recovered is not None
+            else "balance gives nothing here."
+        ),
+        f"Parity with one process, fp32, relative error: loss {summary['parity_loss']:.1e}, gradients "
+        f"{summary['parity_grad']:.1e}, parameters after a migration {summary['parity_parameters']:.1e}.",
+        f"Measured on this machine's CPU: {RANKS} ranks of one thread, {summary['repeats']} interleaved repeats. A step includes",
+        "its migration. The routing is real, its skew partly made: toy training has a loss (weight "
+        f"{POPULARITY_WEIGHT}) that",
+        "makes some experts popular.",
+    ]
+    return "\n".join(lines)
+
+
+def _megabytes(summary: dict[str, Any], name: str, key: str, *less: str) -> str:
+    value = summary[f"{name}_{key}_per_step"] - sum(summary[f"{name}_{other}_per_step"] for other in less)
+    return f"{value / 1e6:.1f}"
+
+
+def save_summary(summary: dict[str, Any], path: Path) -> None:
+    path.write_text(json.dumps(summary, indent=2, sort_keys=True) + "\n")
+
+
+def plot_loads(policies: dict[str, Policy], path: Path) -> None:
+    """Load of every rank in every (layer, micro-batch) of the first batch, before and after, over the mean."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 1, sharex=True, sharey=True)
+    for axis, name in zip(axes, ("static", "planned"), strict=True):
+        load = rank_loads(policies[name])[0]
+        layers, micro_batches, ranks = load.shape
+        relative = (load / load.mean(-1, keepdims=True)).reshape(-1, ranks)
+        place = np.arange(len(relative))
+        for rank in range(ranks):
+            axis.bar(
+                place + (rank - (ranks - 1) / 2) * 0.8 / ranks, relative[:, rank], 0.8 / ranks, label=f"rank {rank}"
+            )
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_ylabel("load / mean")
+        axis.set_title(f"{NAMES[name]}: busiest rank {relative.max(1).mean():.2f} x the mean")
+        axis.set_xticks(place, [f"{layer}.{m}" for layer in range(layers) for m in range(micro_batches)])
+    axes[0].set_ylim(0, RANKS * 1.2)
+    axes[0].legend(loc="upper right", ncols=RANKS)
+    axes[1].set_xlabel("layer . micro-batch")
+    figure.savefig(path, dpi=120)

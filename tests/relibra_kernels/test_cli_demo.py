@@ -1,0 +1,63 @@
+"""The demo, small: everything that it promises to save, and exact results."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relibra_kernels.planner import BatchPlan, RoutingTrace, count_loads
+
+pytest.importorskip("transformers", reason="the demo's model is a transformers one")
+pytest.importorskip("matplotlib", reason="the demo draws a plot")
+
+SMALL = ["--training-steps", "4", "--prompts", "1", "--repeats", "2"]
+
+
+def relibra(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "relibra_kernels", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "output"
+    done = relibra("demo", *SMALL, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    return done, out, json.loads((out / "summary.json").read_text())
+
+
+def test_the_ranks_compute_what_one_process_computes(demo):
+    _, _, summary = demo
+    for name in ("parity_loss", "parity_grad", "parity_parameters"):
+        assert 0 <= summary[name] <= 1e-5, name
+
+
+def test_the_plan_balances_the_recorded_routing(demo):
+    _, out, summary = demo
+    trace = RoutingTrace.load(out / "trace.npz")
+    assert trace.only_last_tokens_unknown and trace.unknown.sum() == trace.num_sequences
+    groups = [4 * i // trace.num_sequences for i in range(trace.num_sequences)]
+    plan = BatchPlan.load(out / "plan.npz", loads=count_loads(trace, groups))
+    assert plan.num_ranks == 2
+    assert summary["planned_max_mean"] < summary["static_max_mean"]
+    assert summary["planned_max_mean"] <= 1.05
+
+
+def test_the_table_and_the_summary_agree(demo):
+    done, out, summary = demo
+    for policy in ("static", "planned", "balanced"):
+        assert f"{summary[f'{policy}_s']:.3f} s" in done.stdout
+        assert f"{summary[f'{policy}_max_mean']:.3f}" in done.stdout
+    assert summary["seconds"] > summary["static_s"] > 0
+    assert (out / "loads.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bad_arguments_end_with_status_2(tmp_path):
+    for arguments in (["--repeats", "0"], ["--prompts", "many"]):
+        done = relibra("demo", *arguments, "--out", str(tmp_path / "out"))
+        assert done.returncode == 2 and "Traceback" not in done.stderr
+    (tmp_path / "file").write_text("")
+    done = relibra("demo", *SMALL, "--out", str(tmp_path / "file"))
+    assert done.returncode == 2 and "file" in done.stderr and "Traceback" not in done.stderr
