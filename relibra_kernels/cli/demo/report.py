@@ -73,9 +73,9 @@ def table(summary: dict[str, Any]) -> str:
         ),
         f"Parity with one process, fp32, relative error: loss {summary['parity_loss']:.1e}, gradients "
         f"{summary['parity_grad']:.1e}, parameters after a migration {summary['parity_parameters']:.1e}.",
-        f"Measured on this machine's CPU: {RANKS} ranks of one thread, {summary['repeats']} interleaved repeats. A step includes",
-        "its migration. The routing is real, its skew partly made: toy training has a loss (weight "
-        f"{POPULARITY_WEIGHT}) that",
+        f"Measured on this machine's CPU: {RANKS} ranks of one thread, {summary['repeats']} interleaved repeats, "
+        "migration included.",
+        f"The routing is real, its skew partly made: a loss of weight {POPULARITY_WEIGHT} in the toy training "
         "makes some experts popular.",
     ]
     return "\n".join(lines)

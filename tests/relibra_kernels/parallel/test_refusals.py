@@ -1,0 +1,45 @@
+"""Bad input to the expert-parallel runtime: a clear error on every rank, and nothing has moved."""
+
+import re
+
+import pytest
+from ep_refusals import refusal
+
+MOVES_FIRST = {  # what is found only once the batch runs, under the new placement
+    "too_few_tokens",
+    "rows_leave_one_out",
+    "rows_out_of_range",
+    "micro_batch_out_of_range",
+    "batch_inside_of_batch",
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("another_model", "PlanError", "plan is for model 'other'; this is 'toy'"),
+        ("other_loads", "PlanError", "made for other loads"),
+        ("other_cluster", "PlanError", r"\(1, 8, 2, 1\); this run has \(1, 8, 2, 2\)"),
+        ("other_plan_on_one_rank", "PlanError", "all must have the same"),
+        ("unknown_in_the_middle", "InputError", "not the last of their sequence"),
+        ("other_layers", "InputError", r"trace has \(layers, top-k, experts\) \(2, 2, 8\); the model has \(1, 2, 8\)"),
+        ("too_few_tokens", "ShapeError", "recorded has"),
+        ("rows_leave_one_out", "InputError", "recorded row 0 0 times"),
+        ("rows_out_of_range", "InputError", "span 1.."),
+        ("micro_batch_out_of_range", "InputError", r"index is 2; the plan has micro-batches 0..1"),
+        ("micro_batch_outside_of_batch", "InputError", "outside of batch"),
+        ("forward_outside_of_micro_batch", "InputError", "outside of a micro-batch"),
+        ("batch_inside_of_batch", "InputError", "open already"),
+        ("optimizer_state_of_another_shape", "InputError", r"optimizer state 'rows' of gate_up_proj has shape \(3,\)"),
+        ("optimizer_state_on_one_rank", "InputError", "must have the same optimizer state"),
+        ("sharded_twice", "InputError", "must have all of its experts"),
+        ("wrong_group_size", "InputError", "cluster has 4 ranks, the process group 2"),
+        ("experts_do_not_divide", "InputError", "7 experts do not divide over 2 ranks"),
+        ("no_moe", "InputError", "model Linear has no ReplicatedMoE"),
+    ],
+)
+def test_refused(ranks, name, kind, words):
+    for got_kind, message, changed in ranks(2).run(refusal, name):
+        assert got_kind == kind, message
+        assert re.search(words, message), message
+        assert changed == (name in MOVES_FIRST)

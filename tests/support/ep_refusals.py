@@ -1,0 +1,106 @@
+"""What the expert-parallel runtime must refuse, run on every rank of a group."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from toy_training import Case, ToyModel, loss_sum, make_batch, shuffled_plan
+
+from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.planner import ClusterSpec, ReLibraError, RoutingTrace
+
+CASE = Case(layers=1)
+
+
+def refusal(name: str) -> tuple[str, str, bool]:
+    """(type of the error, its message, whether any expert weight changed or moved) of one bad input."""
+    cluster = ClusterSpec(1, CASE.ranks, CASE.replica_slots)
+    rank = dist.get_rank()
+    ep = ExpertParallel(ToyModel(CASE), cluster, model_name="toy")
+    experts = ep.layers[0].experts
+    before, home = experts.gate_up_proj.detach().clone(), ep.home.copy()
+    trace, groups, tokens = make_batch(CASE, 0)
+    mine = np.arange(rank, trace.num_sequences, CASE.ranks)
+    trace, groups = trace.select(mine), groups[mine]
+    loads = ep.gather_loads(trace, groups, CASE.micro_batches)
+    plan = shuffled_plan(loads, cluster, 0)
+    optimizer = torch.optim.SGD(ep.model.parameters(), lr=0.1)
+    ids = torch.from_numpy(np.concatenate([tokens[mine[i]] for i in np.flatnonzero(groups == 0)]))
+
+    def train(plan=plan, trace=trace, groups=groups, ids=ids, rows=None, index=0):
+        with ep.batch(plan, trace, groups, optimizer), ep.micro_batch(index, rows):
+            loss_sum(ep.model(ids), ids, torch.ones(len(ids), dtype=torch.bool)).backward()
+
+    def another_model():
+        train(plan=replace(plan, model="other"))
+
+    def other_loads():
+        train(trace=trace.select(np.arange(trace.num_sequences)[::-1]))
+
+    def other_cluster():
+        train(plan=shuffled_plan(loads, ClusterSpec(CASE.ranks, 1, 1), 0))
+
+    def other_plan_on_one_rank():
+        train(plan=shuffled_plan(loads, cluster, rank))
+
+    def unknown_in_the_middle():
+        gap = trace.expert_ids.copy()
+        gap[0] = -1
+        train(trace=RoutingTrace(gap, trace.offsets, trace.num_experts, trace.moe_layer_ids))
+
+    def other_layers():
+        twice = np.concatenate([trace.expert_ids] * 2, 1)
+        train(trace=RoutingTrace(twice, trace.offsets, trace.num_experts, (0, 1)))
+
+    def too_few_tokens():
+        train(ids=ids[:-1])
+
+    def rows_leave_one_out():
+        train(rows=np.append(np.arange(1, len(ids)), -1))
+
+    def rows_out_of_range():
+        train(rows=np.arange(len(ids)) + 1)
+
+    def micro_batch_out_of_range():
+        train(index=CASE.micro_batches)
+
+    def micro_batch_outside_of_batch():
+        with ep.micro_batch(0):
+            pass
+
+    def forward_outside_of_micro_batch():
+        ep.model(ids)
+
+    def batch_inside_of_batch():
+        with ep.batch(plan, trace, groups, optimizer), ep.batch(plan, trace, groups, optimizer):
+            pass
+
+    def optimizer_state_of_another_shape():
+        optimizer.state[experts.gate_up_proj]["rows"] = torch.zeros(3)
+        train()
+
+    def optimizer_state_on_one_rank():
+        if rank == 0:
+            optimizer.state[experts.gate_up_proj]["momentum"] = torch.zeros_like(experts.gate_up_proj)
+        train()
+
+    def sharded_twice():
+        ExpertParallel(ep.model, cluster)
+
+    def wrong_group_size():
+        ExpertParallel(ToyModel(CASE), ClusterSpec(1, CASE.ranks * 2))
+
+    def experts_do_not_divide():
+        ExpertParallel(ToyModel(replace(CASE, experts=7)), cluster)
+
+    def no_moe():
+        ExpertParallel(torch.nn.Linear(2, 2), cluster)
+
+    bad_input = locals()[name]
+    try:
+        bad_input()
+    except ReLibraError as error:
+        changed = not torch.equal(before, experts.gate_up_proj) or not np.array_equal(home, ep.home)
+        return type(error).__name__, str(error), changed
+    return "", "", True
