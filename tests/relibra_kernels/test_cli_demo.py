@@ -53,6 +53,15 @@ def test_the_table_and_the_summary_agree(demo):
     assert (out / "loads.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_trace_can_be_planned_from_the_shell(demo, tmp_path):
+    _, out, _ = demo
+    cluster = ["--nodes", "1", "--gpus-per-node", "2", "--replica-slots", "2"]
+    plan = tmp_path / "plan.npz"
+    done = relibra("plan", str(out / "trace.npz"), "--micro-batch-sequences", "8", *cluster, "--out", str(plan))
+    assert done.returncode == 0, done.stderr
+    assert BatchPlan.load(plan).num_micro_batches == 4
+
+
 def test_bad_arguments_end_with_status_2(tmp_path):
     for arguments in (["--repeats", "0"], ["--prompts", "many"]):
         done = relibra("demo", *arguments, "--out", str(tmp_path / "out"))
