@@ -5,7 +5,7 @@ from .errors import CommunicationError, FormatError, InputError, PlanError, ReLi
 from .formats import from_vllm
 from .loads import check_loads, count_loads, load_table
 from .plan import BatchPlan, static_plan
-from .planning import plan_batch
+from .planning import PlanOptions, plan_batch
 from .splits import destinations, split_over_sources
 from .trace import RoutingTrace
 
@@ -13,6 +13,7 @@ __all__ = [
     "BatchPlan",
     "ClusterSpec",
     "RoutingTrace",
+    "PlanOptions",
     "plan_batch",
     "static_plan",
     "check_loads",

@@ -1,18 +1,60 @@
 """plan_batch: from a load table to a complete plan."""
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from .cluster import ClusterSpec
-from .errors import ShapeError
+from .errors import InputError, ShapeError
 from .loads import total_loads
 from .placement import place
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
-from .replication import Groups, Moves, replicate
+from .replicas import Attempt, Replicas, find_replicas, keep_guests, target_load
+
+# How much of a rank one guest may fill, in the order tried; layers that come out well are not tried again.
+_FILLS = {"fast": (0.5,), "full": (0.5, 0.6, 0.4, 0.75, 0.9)}
+_RULES = {"fast": 2, "full": 6}
+_PLACEMENTS = {"fast": 1, "full": 6}
+_GOOD_MEAN, _GOOD_WORST = 1.5e-3, 1e-2  # a layer this close to its target, in the mean and at worst, came out well
+_NOISE = 3.0  # standard deviations by which the busiest rank may exceed the mean in routing that is uniform
+
+
+@dataclass(frozen=True)
+class PlanOptions:
+    """What a plan is to achieve, and at what price.
+
+    balance:     max/mean over ranks at which a micro-batch is good enough; 1 is as even as possible
+    effort:      "full", or "fast" for one pass without second attempts
+    min_quota:   a replica is not worth its weights for fewer assignments than this
+    max_moves:   with a previous placement, at most this many experts of a layer change their rank
+    max_guests:  at most this many guests a rank over all layers
+    """
+
+    balance: float = 1.0
+    effort: str = "full"
+    min_quota: int = 1
+    max_moves: int | None = None
+    max_guests: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.balance < 1e6:
+            raise InputError(f"balance is {self.balance}, but must be at least 1: it is max/mean over ranks")
+        if self.effort not in _FILLS:
+            raise InputError(f"effort is {self.effort!r}, but must be one of {sorted(_FILLS)}")
+        for name, least in (("min_quota", 1), ("max_moves", 0), ("max_guests", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise InputError(f"{name} is {value}, but must be at least {least}")
 
 
 def plan_batch(
-    loads: np.ndarray, cluster: ClusterSpec, *, previous_home: np.ndarray | None = None, model: str = ""
+    loads: np.ndarray,
+    cluster: ClusterSpec,
+    *,
+    previous_home: np.ndarray | None = None,
+    model: str = "",
+    options: PlanOptions | None = None,
 ) -> BatchPlan:
     """Plan one batch. Deterministic: the same loads give the same plan, bit for bit, on every machine.
 
@@ -21,18 +63,26 @@ def plan_batch(
     model:         a name that the plan carries, so that it is not used for another model
     """
     table = total_loads(loads)
-    layers, _, experts = table.shape
+    options = options or PlanOptions()
+    layers, micro_batches, experts = table.shape
     cluster.experts_per_rank(experts)
-    if previous_home is not None:
+    if previous_home is None:
+        home = contiguous_home(layers, experts, cluster.num_ranks)
+    else:
         check_previous_home(previous_home, layers, experts, cluster.num_ranks)
-    home = place(table, cluster.num_nodes, cluster.gpus_per_node)
-    replicas, quota = _replicas(table, home, cluster)
-    _keep_static_where_better(table, home, replicas, quota, cluster)
+        home = previous_home.astype(np.int32)
+    found = Replicas.none(layers, micro_batches, cluster.num_ranks, cluster.replica_slots)
+    as_is = rank_loads(table, home, found.replicas, found.quota).max(2)
+    skewed = np.flatnonzero(~_within_noise(as_is, table, cluster.num_ranks, options.balance))
+    if len(skewed):
+        fixed = None if previous_home is None else home[skewed]
+        home[skewed], better = _plan_layers(table[skewed], cluster, fixed, options)
+        found.put(skewed, better, np.arange(len(skewed)))
     return BatchPlan(
         home=home,
-        replicas=replicas,
-        quota=quota,
-        guests=np.zeros((layers, cluster.num_ranks, cluster.replica_slots), np.bool_),
+        replicas=found.replicas,
+        quota=found.quota,
+        guests=found.guests,
         gpus_per_node=cluster.gpus_per_node,
         model=model,
         loads=table,
@@ -49,49 +99,108 @@ def check_previous_home(previous_home: np.ndarray, layers: int, experts: int, ra
     check_home(previous_home, ranks)
 
 
-def _keep_static_where_better(
-    table: np.ndarray, home: np.ndarray, replicas: np.ndarray, quota: np.ndarray, cluster: ClusterSpec
-) -> None:
-    """Layers in which the greedy placement came out worse than contiguous homes get these, and their own replicas."""
-    mean = np.maximum(table.sum(2), 1)
-    static = contiguous_home(table.shape[0], table.shape[2], cluster.num_ranks)
-    ours = rank_loads(table, home, replicas, quota).max(2)
-    theirs = rank_loads(table, static, replicas[..., :0], quota[..., :0]).max(2)
-    worse = np.flatnonzero((ours.sum(1) > theirs.sum(1)) | ((ours / mean).sum(1) > (theirs / mean).sum(1)))
+def _plan_layers(
+    table: np.ndarray, cluster: ClusterSpec, previous: np.ndarray | None, options: PlanOptions
+) -> tuple[np.ndarray, Replicas]:
+    layers, _, experts = table.shape
+    ranks, slots = cluster.num_ranks, cluster.replica_slots
+    target = target_load(table, ranks, options.balance)
+    guest_slots = min(1, slots) if cluster.guest_slots is None else cluster.guest_slots
+    if cluster.num_nodes == 1 or options.max_guests == 0:
+        guest_slots = 0
+    attempts = [
+        Attempt(fill, guest_slots, _RULES[options.effort], options.min_quota) for fill in _FILLS[options.effort]
+    ]
+    if guest_slots == 0:
+        attempts = attempts[:1]
+    home = np.zeros((layers, experts), np.int32)
+    found = Replicas.none(layers, table.shape[1], ranks, slots)
+    excess = np.full(table.shape[:2], np.inf)
+    emphasis = np.ones(table.shape[:2], np.int64)
+    for _ in range(_PLACEMENTS[options.effort]):
+        again = np.flatnonzero(_needs_work(excess))
+        if not len(again):
+            break
+        part = table[again]
+        placed = place(
+            part * emphasis[again, :, None],
+            cluster.num_nodes,
+            cluster.gpus_per_node,
+            previous_home=None if previous is None else previous[again],
+            max_moves=options.max_moves,
+            polish=guest_slots == 0 and options.effort == "full",
+        )
+        for attempt in attempts:
+            open_ = np.flatnonzero(_needs_work(excess[again]))
+            if not len(open_):
+                break
+            layer = again[open_]
+            other = find_replicas(part[open_], placed[open_], cluster, target[layer], attempt)
+            other_excess = _excess(part[open_], placed[open_], other, target[layer])
+            chosen = np.flatnonzero(_score(other_excess) < _score(excess[layer]))
+            found.put(layer[chosen], other, chosen)
+            home[layer[chosen]] = placed[open_[chosen]]
+            excess[layer[chosen]] = other_excess[chosen]
+        # Where that did not do, the next placement looks harder at the micro-batches that came out worst.
+        emphasis[excess > _GOOD_WORST] += 1
+    if options.max_guests is not None and guest_slots:
+        _limit_guests(table, home, cluster, target, attempts[0], found, options.max_guests)
+
+    # Never worse than to leave experts where they are.
+    stay = contiguous_home(layers, experts, ranks) if previous is None else previous
+    ours = rank_loads(table, home, found.replicas, found.quota).max(2)
+    theirs = rank_loads(table, stay, found.replicas[..., :0], found.quota[..., :0]).max(2)
+    total = np.maximum(table.sum(2), 1)
+    worse = np.flatnonzero((ours.sum(1) > theirs.sum(1)) | ((ours / total).sum(1) > (theirs / total).sum(1)))
     if len(worse):
-        home[worse] = static[worse]
-        replicas[worse], quota[worse] = _replicas(table[worse], static[worse], cluster)
+        home[worse] = stay[worse]
+        calm = Attempt(attempts[0].guest_fill, 0, attempts[0].rules, options.min_quota)
+        found.put(worse, find_replicas(table[worse], stay[worse], cluster, target[worse], calm), np.arange(len(worse)))
+    return home, found
 
 
-def _replicas(table_LME: np.ndarray, home_LE: np.ndarray, cluster: ClusterSpec) -> tuple[np.ndarray, np.ndarray]:
-    """int32 [L, M, R, S] twice: the expert in each slot, and its quota."""
-    layers, micro_batches, experts = table_LME.shape
-    ranks, gpus, nodes = cluster.num_ranks, cluster.gpus_per_node, cluster.num_nodes
-    held = np.argsort(home_LE, axis=1, kind="stable").reshape(layers, nodes, gpus, -1)  # home experts by rank
-    rest = np.take_along_axis(table_LME, held.reshape(layers, 1, experts), 2)
-    # groups X = (layer, micro-batch, node), last
-    rest_CGX = np.ascontiguousarray(
-        rest.reshape(layers * micro_batches * nodes, gpus, experts // ranks).transpose(2, 1, 0)
-    )
-    load_GX = rest_CGX.sum(0)
-    groups = Groups(load_GX, rest_CGX, np.full_like(load_GX, cluster.replica_slots))
-    mean = -(-table_LME.sum(2) // ranks).reshape(-1)  # rounded up
-    micro_batch = np.repeat(np.arange(layers * micro_batches), nodes)
-    moves = replicate(groups, mean[micro_batch], micro_batch)
-    return _slots(moves, held, (layers, micro_batches, nodes, gpus, cluster.replica_slots))
+def _limit_guests(
+    table: np.ndarray,
+    home: np.ndarray,
+    cluster: ClusterSpec,
+    target: np.ndarray,
+    attempt: Attempt,
+    found: Replicas,
+    max_guests: int,
+) -> None:
+    """Drop guests until no rank has more than `max_guests` over all layers; layers compete for them by their gain."""
+    layer, rank, slot = np.nonzero(found.guests)
+    order = np.lexsort((-found.gain[layer, rank, slot], rank))
+    place_on_rank = np.empty(len(order), np.int64)
+    first = np.flatnonzero(np.diff(rank[order], prepend=-1))
+    place_on_rank[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
+    keep = np.zeros_like(found.guests)
+    kept = place_on_rank < max_guests
+    keep[layer[kept], rank[kept], slot[kept]] = True
+    fewer = np.flatnonzero((keep != found.guests).any((1, 2)))
+    if len(fewer):
+        old = Replicas(*(array[fewer] for array in vars(found).values()))
+        new = keep_guests(table[fewer], home[fewer], cluster, target[fewer], attempt, old, keep[fewer])
+        found.put(fewer, new, np.arange(len(fewer)))
 
 
-def _slots(moves: Moves, held_LNGC: np.ndarray, shape: tuple[int, int, int, int, int]) -> tuple[np.ndarray, np.ndarray]:
-    layers, micro_batches, nodes, gpus, slots = shape
-    order = np.lexsort((moves.host, moves.group))
-    moves = moves.where(order)
-    spot = moves.group * gpus + moves.host
-    first = np.flatnonzero(np.diff(spot, prepend=-1))
-    slot = np.arange(len(spot)) - np.repeat(first, np.diff([*first, len(spot)]))
-    layer, node = moves.group // (micro_batches * nodes), moves.group % nodes
-    replicas = np.full((layers * micro_batches * nodes, gpus, slots), -1, np.int32)
-    quota = np.zeros_like(replicas)
-    replicas[moves.group, moves.host, slot] = held_LNGC[layer, node, moves.donor, moves.index]
-    quota[moves.group, moves.host, slot] = moves.amount
-    full = (layers, micro_batches, nodes * gpus, slots)
-    return replicas.reshape(full), quota.reshape(full)
+def _excess(table: np.ndarray, home: np.ndarray, found: Replicas, target: np.ndarray) -> np.ndarray:
+    """By how much the busiest rank exceeds its target, relative to it, [L, M]."""
+    busiest = rank_loads(table, home, found.replicas, found.quota).max(2)
+    return np.maximum(busiest - target, 0) / np.maximum(target, 1)
+
+
+def _needs_work(excess_LM: np.ndarray) -> np.ndarray:
+    return (excess_LM.mean(1) > _GOOD_MEAN) | (excess_LM.max(1) > _GOOD_WORST)
+
+
+def _score(excess_LM: np.ndarray) -> np.ndarray:
+    return excess_LM.mean(1) + excess_LM.max(1) / 8
+
+
+def _within_noise(busiest_LM: np.ndarray, table: np.ndarray, ranks: int, balance: float) -> np.ndarray:
+    """bool [L]: layers as even as they are that balancing would chase the noise of uniform routing."""
+    mean = np.maximum(table.sum(2) / ranks, 1e-9)
+    ratio = busiest_LM / mean
+    allowed = np.maximum(balance, 1 + _NOISE / np.sqrt(mean))
+    return (ratio - allowed).mean(1) <= 0

@@ -1,12 +1,12 @@
 """Intra-batch replication: which experts each micro-batch copies inside a node, and how many assignments move.
 
 Every (layer, micro-batch, node) is a group, and all groups are worked on at once; arrays have the group axis last, so
-that each step is a few operations over long rows. For a threshold T, the most loaded rank of a group fills the roomiest
-rank that has a free slot, with its hottest expert, until no rank is above T or nothing fits. T starts at the mean over
-all ranks and is searched upwards where that cannot be reached.
+that each step is a few operations over long rows. For a threshold T, overloaded ranks fill ranks that have room and a
+free slot *exactly* to T, hottest expert first: a host then needs no second donor, and G ranks at most G - 1 replicas.
+T starts at the mean over all ranks and is searched upwards where that cannot be reached.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
@@ -39,83 +39,117 @@ class Moves:
     amount: np.ndarray
 
     def where(self, keep: np.ndarray) -> "Moves":
-        return Moves(*(getattr(self, name)[keep] for name in self.__dataclass_fields__))
+        return Moves(*(getattr(self, field.name)[keep] for field in fields(Moves)))
 
-    @staticmethod
-    def join(parts: "list[Moves]") -> "Moves":
-        names = Moves.__dataclass_fields__
-        return Moves(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
+    def replaced(self, columns: np.ndarray, other: "Moves", count: int) -> "Moves":
+        """These, with those of the groups `columns` exchanged for `other`, whose groups are indices into `columns`."""
+        gone = np.zeros(count, np.bool_)
+        gone[columns] = True
+        kept = self.where(~gone[self.group])
+        moved = Moves(columns[other.group], other.donor, other.index, other.host, other.amount)
+        return Moves(*(np.concatenate([getattr(kept, f.name), getattr(moved, f.name)]) for f in fields(Moves)))
 
 
-def replicate(groups: Groups, target_X: np.ndarray, micro_batch_X: np.ndarray) -> Moves:
+@dataclass(frozen=True)
+class Effort:
+    """rules: how many greedy rules are tried on a group that T was not reached in; least: assignments below which a
+    transfer is not worth the weights that it sends."""
+
+    rules: int
+    least: int
+
+
+def replicate(groups: Groups, target_X: np.ndarray, micro_batch_X: np.ndarray, effort: Effort) -> Moves:
     """Bring every group down to its target, or as low as it gets; groups of one (layer, micro-batch) share that T."""
-    best_T, moves = _lowest(groups, target_X)
+    best_T, moves = _lowest(groups, target_X, effort)
     worst = np.zeros(int(micro_batch_X.max(initial=-1)) + 1, np.int64)
     np.maximum.at(worst, micro_batch_X, best_T)
-    shared = worst[micro_batch_X]
     # A group need not be better than the worst one of its micro-batch: fewer replicas do.
+    shared = worst[micro_batch_X]
     relaxed = np.flatnonzero(shared > best_T)
-    reached, cheaper = fill(groups.take(relaxed), shared[relaxed])
-    good = np.zeros(len(best_T), bool)
-    good[relaxed[reached <= shared[relaxed]]] = True
-    kept = moves.where(~good[moves.group])
-    cheaper = Moves(relaxed[cheaper.group], cheaper.donor, cheaper.index, cheaper.host, cheaper.amount)
-    return Moves.join([kept, cheaper.where(good[cheaper.group])])
+    reached, cheaper = fill(groups.take(relaxed), shared[relaxed], effort)
+    good = reached <= shared[relaxed]
+    position = np.cumsum(good) - 1
+    cheaper = cheaper.where(good[cheaper.group])
+    cheaper = Moves(position[cheaper.group], cheaper.donor, cheaper.index, cheaper.host, cheaper.amount)
+    return moves.replaced(relaxed[good], cheaper, len(best_T))
 
 
-def _lowest(groups: Groups, target_X: np.ndarray) -> tuple[np.ndarray, Moves]:
+def _lowest(groups: Groups, target_X: np.ndarray, effort: Effort) -> tuple[np.ndarray, Moves]:
     """The lowest busiest rank found in each group that is not below its target, and the transfers to it."""
-    reached, moves = fill(groups, target_X)
+    reached, moves = fill(groups, target_X, effort)
     best = np.maximum(reached, target_X)
     low, high = target_X.copy(), best.copy()  # not reached at low; reached at high
     for _ in range(_SEARCH_STEPS):
-        open_X = np.flatnonzero(high - low > 1)
-        if not len(open_X):
+        columns = np.flatnonzero(high - low > np.maximum(1, target_X >> 11))
+        if not len(columns):
             break
-        middle = (low[open_X] + high[open_X]) // 2
-        got, tried = fill(groups.take(open_X), middle)
-        better = got < best[open_X]
-        improved = np.zeros(len(best), bool)
-        improved[open_X[better]] = True
-        best[open_X[better]] = got[better]
-        moves = Moves.join(
-            [
-                moves.where(~improved[moves.group]),
-                Moves(open_X[tried.group], tried.donor, tried.index, tried.host, tried.amount).where(
-                    better[tried.group]
-                ),
-            ]
-        )
+        middle = (low[columns] + high[columns]) // 2
+        got, tried = fill(groups.take(columns), middle, effort)
+        got = np.maximum(got, target_X[columns])
+        better = got < best[columns]
+        position = np.cumsum(better) - 1
+        tried = tried.where(better[tried.group])
+        tried = Moves(position[tried.group], tried.donor, tried.index, tried.host, tried.amount)
+        moves = moves.replaced(columns[better], tried, len(best))
+        best[columns[better]] = got[better]
         fits = got <= middle
-        high[open_X[fits]] = middle[fits]
-        low[open_X[~fits]] = middle[~fits]
+        high[columns[fits]] = middle[fits]
+        low[columns[~fits]] = middle[~fits]
         np.minimum(high, best, out=high)
-    return np.maximum(best, target_X), moves
+    return best, moves
 
 
-def fill(groups: Groups, T_X: np.ndarray) -> tuple[np.ndarray, Moves]:
-    """Transfers towards T by the greedy rule; also the load of the busiest rank that they lead to, int64 [X]."""
+def fill(groups: Groups, T_X: np.ndarray, effort: Effort) -> tuple[np.ndarray, Moves]:
+    """Transfers towards T, and the load of the busiest rank that they lead to, int64 [X]: the best of several rules."""
+    reached, moves = _fill(groups, T_X, 0, effort.least)
+    for rule in range(1, effort.rules):
+        columns = np.flatnonzero(reached >= T_X + effort.least)
+        if not len(columns):
+            break
+        got, tried = _fill(groups.take(columns), T_X[columns], rule, effort.least)
+        better = got < reached[columns]
+        position = np.cumsum(better) - 1
+        tried = tried.where(better[tried.group])
+        tried = Moves(position[tried.group], tried.donor, tried.index, tried.host, tried.amount)
+        moves = moves.replaced(columns[better], tried, len(reached))
+        reached[columns[better]] = got[better]
+    return reached, moves
+
+
+def _fill(groups: Groups, T_X: np.ndarray, rule: int, least: int) -> tuple[np.ndarray, Moves]:
+    """One greedy rule. Even rules take the most overloaded rank as donor, odd ones the overloaded rank with the hottest
+    expert; from the third on, ranks are preferred by factors that differ from rule to rule."""
     load, rest, free = groups.load_GX.copy(), groups.rest_CGX.copy(), groups.free_GX.copy()
+    rank = np.arange(len(load))[:, None]
+    as_donor, as_host = (512 + (((rank + 1) * rule * factor) >> 3) % 1024 for factor in (40503, 30011))
     active = np.arange(load.shape[1])
-    parts = [Moves(*[np.zeros(0, np.int64)] * 5)]
+    parts = [[np.zeros(0, np.int64)] * 5]
     while len(active):
-        part_load, part_free, T = load[:, active], free[:, active], T_X[active]
+        part_load, T = load[:, active], T_X[active]
         column = np.arange(len(active))
-        donor = part_load.argmax(0)
+        wish = rest[:, :, active].max(0) if rule % 2 else part_load - T
+        if rule > 1:
+            wish = wish * as_donor
+        donor = np.where(part_load >= T + least, wish, -1).argmax(0)
         over = part_load[donor, column] - T
-        host = np.where(part_free > 0, T - part_load, -1).argmax(0)
-        slots = part_free[host, column]
-        space = np.where(slots > 0, T - part_load[host, column], 0)
         of_donor = rest[:, donor, active]
         index = of_donor.argmax(0)
-        # On its last slot a host is filled to T, even if that takes the donor below T; before that, only the excess.
-        amount = np.minimum(of_donor[index, column], np.where(slots == 1, space, np.minimum(space, over)))
-        keep = (over > 0) & (amount > 0)
-        move = Moves(active, donor, index, host, amount).where(keep)
-        active = move.group
-        load[move.donor, active] -= move.amount
-        load[move.host, active] += move.amount
-        rest[move.index, move.donor, active] -= move.amount
-        free[move.host, active] -= 1
-        parts.append(move)
-    return load.max(0), Moves.join(parts)
+        hot = of_donor[index, column]
+        slots = free[:, active]
+        space = np.where(slots > 0, T - part_load, 0)
+        # The roomiest host that the expert can fill; if there is none, the one with most slots, least room first.
+        fits = np.where(space <= hot, space, 0)
+        if rule > 1:
+            fits = fits * as_host
+        other = np.where(space >= least, (slots << 40) - space, 0)
+        host = np.where(fits.max(0) >= least, fits.argmax(0), other.argmax(0))
+        amount = np.minimum(hot, space[host, column])
+        keep = (over >= least) & (amount >= least)
+        active, donor, index, host, amount = (x[keep] for x in (active, donor, index, host, amount))
+        load[donor, active] -= amount
+        load[host, active] += amount
+        rest[index, donor, active] -= amount
+        free[host, active] -= 1
+        parts.append([active, donor, index, host, amount])
+    return load.max(0), Moves(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from skewed_loads import skewed_loads
 
 from relibra_kernels.planner import ClusterSpec, InputError, PlanError, ShapeError, plan_batch, static_plan
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 TRACE = SHARED / "data" / "gptoss20b_routing.npz"
-
-
-def skewed_loads(layers, micro_batches, experts, seed=0, sigma=1.2):
-    """Log-normal popularity that drifts from one micro-batch to the next."""
-    rng = np.random.default_rng(seed)
-    drift = np.exp(
-        rng.normal(0, sigma, (layers, 1, experts)) + rng.normal(0, sigma / 3, (layers, micro_batches, experts))
-    )
-    return (drift / drift.sum(2, keepdims=True) * 1000 * experts).astype(np.int64)
 
 
 @st.composite

@@ -1,0 +1,89 @@
+"""Guests: what they can fix that nothing inside a node can, and the flow between nodes."""
+
+import numpy as np
+import pytest
+from skewed_loads import skewed_loads
+
+from relibra_kernels.planner import ClusterSpec, PlanOptions, plan_batch
+from relibra_kernels.planner.guests import NodeProblem, carry, choose_guests
+from relibra_kernels.planner.nodeflow import NodeFlow
+
+
+def max_flow(over, room, capacity):
+    """Exact, by scipy, for one micro-batch."""
+    flow = pytest.importorskip("scipy.sparse.csgraph", reason="scipy is the oracle").maximum_flow
+    from scipy.sparse import csr_array
+
+    nodes = len(over)
+    graph = np.zeros((nodes + 2, nodes + 2), np.int32)
+    graph[0, 2:], graph[2:, 1], graph[2:, 2:] = over, room, capacity
+    return flow(csr_array(graph), 0, 1).flow_value
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 5])
+def test_flow_comes_close_to_the_maximum_and_conserves(nodes):
+    rng = np.random.default_rng(nodes)
+    count = 40
+    load = rng.integers(0, 200, (nodes, count))
+    capacity = -(-load.sum(0) // nodes)
+    edges = rng.integers(0, 80, (nodes, nodes, count)) * (rng.random((nodes, nodes, 1)) < 0.5)
+    edges[np.arange(nodes), np.arange(nodes)] = 0
+    flow = NodeFlow(load, capacity)
+    over, room = flow.over_NX.copy(), flow.room_NX.copy()
+    flow.residual_NNX += edges
+    for _ in range(3):
+        flow.push()
+    assert flow.over_NX.min() >= 0
+    assert flow.room_NX.min() >= 0
+    assert flow.residual_NNX.min() >= 0
+    np.testing.assert_array_equal((over - flow.over_NX).sum(0), (room - flow.room_NX).sum(0))
+    net = (edges - flow.residual_NNX).sum(1)  # what leaves each node, less what arrives
+    np.testing.assert_array_equal(net, (over - flow.over_NX) - (room - flow.room_NX))
+    best = sum(max_flow(over[:, x], room[:, x], edges[:, :, x]) for x in range(count))
+    assert (over - flow.over_NX).sum() >= 0.9 * best
+
+
+def test_chosen_guests_carry_what_they_were_chosen_for():
+    table = skewed_loads(3, 6, 32)
+    node = np.tile(np.arange(32) // 8, (3, 1))
+    problem = NodeProblem(table, node, -(-table.sum(2) // 16), num_nodes=4, gpus_per_node=4, fill=0.5)
+    guests, taken = choose_guests(problem, per_node=4)
+    assert len(guests)
+    assert (guests.donor == node[guests.layer, guests.expert]).all()
+    assert (guests.donor != guests.node).all()
+    np.testing.assert_array_equal(carry(problem, guests), taken)
+    assert (taken <= problem.capacity_LM[guests.layer]).all()
+
+
+def test_a_hot_node_needs_guests():
+    loads = np.full((1, 2, 16), 100)
+    loads[..., :4] = 1000  # four experts of a node's eight: the placement levels nodes, so fix it
+    loads[0, 1, :8] = 2000  # ... but not in both micro-batches
+    without = plan_batch(loads, ClusterSpec(2, 4, 2, guest_slots=0))
+    plan = plan_batch(loads, ClusterSpec(2, 4, 2))
+    assert not without.guests.any()
+    assert plan.imbalance_mean(loads) <= without.imbalance_mean(loads)
+
+
+@pytest.mark.parametrize(("nodes", "experts", "slots"), [(4, 64, 2), (4, 32, 2), (8, 128, 2)])
+def test_balance_at_scale(nodes, experts, slots):
+    loads = skewed_loads(6, 16, experts)
+    cluster = ClusterSpec(nodes, 8, slots)
+    plan = plan_batch(loads, cluster)
+    assert plan.imbalance_mean(loads) <= 1.003
+    assert plan.imbalance_worst(loads) <= 1.02
+    sent = ((plan.replicas >= 0) & ~plan.guests[:, None]).sum((2, 3))
+    assert sent.mean() <= cluster.num_ranks - nodes
+    assert plan.guests.sum(2).max() <= 1
+
+
+def test_the_guest_budget_is_kept():
+    loads = skewed_loads(6, 8, 64)
+    cluster = ClusterSpec(4, 8, 2)
+    free = plan_batch(loads, cluster)
+    assert free.guests.sum((0, 2)).max() > 1
+    plan = plan_batch(loads, cluster, options=PlanOptions(max_guests=1))
+    assert plan.guests.sum((0, 2)).max() == 1
+    none = plan_batch(loads, cluster, options=PlanOptions(max_guests=0))
+    assert not none.guests.any()
+    assert free.imbalance_mean(loads) <= plan.imbalance_mean(loads) <= none.imbalance_mean(loads)
