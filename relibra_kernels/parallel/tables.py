@@ -25,7 +25,7 @@ class MicroBatchTables:
 
     `expert_ids` [n, L, K]: recorded routing of this rank's rows, -1 where unknown.
     `routes`: this rank's sends, a layer each.
-    `received_slots`: int32 [received, K] a layer, slots on this rank that each received row visits.
+    `received_slots`: int16 [received, K] a layer, slots on this rank that each received row visits.
     `rows` int64 [L, R, R]: rows that each source (axis 1) sends to each destination (axis 2).
     """
 
@@ -77,13 +77,17 @@ def _exchange_slots(
     """
     sends = [np.split(route.slots, np.cumsum(route.counts)[:-1]) for route in routes]
     send = np.concatenate([layer[destination] for destination in range(comm.size) for layer in sends])
-    received = comm.exchange(
-        torch.from_numpy(send.astype(np.int32)).to(device),
-        rows_LSD[:, comm.rank].sum(0).tolist(),
-        rows_LSD[:, :, comm.rank].sum(0).tolist(),
-        "slots",
-        phase,
-    ).numpy(force=True)
+    received = (
+        comm.exchange(
+            torch.from_numpy(send.astype(np.int32)).to(device),
+            rows_LSD[:, comm.rank].sum(0).tolist(),
+            rows_LSD[:, :, comm.rank].sum(0).tolist(),
+            "slots",
+            phase,
+        )
+        .numpy(force=True)
+        .astype(np.int16)
+    )
     counts_SL = rows_LSD[:, :, comm.rank].T
     pieces = np.split(received, np.cumsum(counts_SL.reshape(-1))[:-1])  # source by source, its layers in order
     layers = len(routes)
