@@ -7,6 +7,7 @@ from torch import nn
 
 from . import ops
 from .autograd import moe_mlp
+from .compiled import moe_mlp_functional
 from .form import GPT_OSS, ExpertForm
 from .planner.errors import InputError, ShapeError
 from .router import TopKRouter, record_routing, replay_routing
@@ -92,15 +93,11 @@ class ReplicatedExperts(nn.Module):
                 f"hidden_states is {tuple(hidden_states.shape)}, top_k_index {tuple(top_k_index.shape)} and "
                 f"top_k_weights {tuple(top_k_weights.shape)}; they must be [T, H], [T, K] and [T, K]"
             )
+        x_TH, weights_TK = hidden_states.contiguous(), top_k_weights.contiguous()
+        if torch.compiler.is_compiling():
+            return moe_mlp_functional(x_TH, weights_TK, top_k_index, self.weights, self.form, recompute=self.recompute)
         schedule = ops.build_schedule(top_k_index, self.num_experts)
-        return moe_mlp(
-            hidden_states.contiguous(),
-            top_k_weights.contiguous(),
-            schedule,
-            self.weights,
-            self.form,
-            recompute=self.recompute,
-        )
+        return moe_mlp(x_TH, weights_TK, schedule, self.weights, self.form, recompute=self.recompute)
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"

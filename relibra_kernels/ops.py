@@ -53,6 +53,7 @@ def _by_device(function: Function) -> Function:
 
 
 build_schedule = _by_device(reference.build_schedule)
+build_split_schedule = _by_device(reference.build_split_schedule)
 permute = _by_device(reference.permute)
 permute_backward = _by_device(reference.permute_backward)
 unpermute = _by_device(reference.unpermute)

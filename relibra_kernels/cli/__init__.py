@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from ..planner.errors import ReLibraError
 
 COMMANDS = {
+    "compile": "compile the kernels for a GPU that need not be here, and report what they need",
     "demo": "the whole loop on this machine: record routing, plan, train expert-parallel under the plan",
     "plan": "plan a batch from load tables or a recorded trace",
 }

@@ -1,11 +1,9 @@
 """The MoE MLP, forward and backward, against a float64 oracle: every routing shape, every form."""
 
-from dataclasses import dataclass
-
 import pytest
 import torch
-from oracle import moe_mlp_oracle
-from routing import random_slots, routing_cases
+from layer_problem import CASES, FORMS, H, I, oracle, problem, run_functions
+from routing import random_slots
 from tolerance import RELATIVE, assert_close
 
 from relibra_kernels.autograd import moe_mlp, moe_mlp_backward, moe_mlp_forward
@@ -13,72 +11,6 @@ from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.ops import build_schedule
 from relibra_kernels.planner.errors import ShapeError
 from relibra_kernels.weights import ExpertWeights
-
-H, I = 24, 20  # noqa: E741
-CASES = routing_cases()
-FORMS = {
-    "qwen": ExpertForm(),
-    "bias": ExpertForm(has_bias=True),
-    "interleaved": ExpertForm(is_concatenated=False),
-    "transposed": ExpertForm(is_transposed=True),
-    "clamped": ExpertForm(activation="clamped", limit=0.7),
-    "gpt-oss": GPT_OSS,
-}
-
-
-@dataclass
-class Problem:
-    x: torch.Tensor
-    weights: torch.Tensor
-    dout: torch.Tensor
-    stores: ExpertWeights  # home, then replica
-
-    def home(self, case):
-        return self.stores.map(lambda tensor: tensor[: case.num_home])
-
-    def replica(self, case):
-        return self.stores.map(lambda tensor: tensor[case.num_home :]) if case.num_replicas else None
-
-
-def problem(case, form, dtype, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape, scale=1.0):
-        return (torch.randn(*shape, generator=generator) * scale).to(dtype)
-
-    experts, tokens = case.num_home + case.num_replicas, case.slots.shape[0]
-    biases = (normal(experts, 2 * I), normal(experts, H)) if form.has_bias else (None, None)
-    stores = ExpertWeights(
-        normal(experts, *form.gate_up_shape(H, I), scale=0.5),
-        normal(experts, *form.down_shape(H, I), scale=0.5),
-        *biases,
-    )
-    return Problem(normal(tokens, H), normal(*case.slots.shape), normal(tokens, H), stores)
-
-
-def oracle(case, form, p):
-    """(out, dx, dweights, gradients of the stores), in float64."""
-    leaves = [tensor.double().requires_grad_() for tensor in (p.x, p.weights, *p.stores.tensors())]
-    x, weights, *stores = leaves
-    out = moe_mlp_oracle(x, weights, case.slots, form, *stores, weight_of_slot=case.weight_of_slot)
-    grads = torch.autograd.grad(out, leaves, p.dout.double(), allow_unused=True)
-    grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)]
-    return out.detach(), grads[0], grads[1], grads[2:]
-
-
-def run_functions(case, form, p, start=0.0):
-    """The two plain functions; gradient buffers begin at `start`."""
-    schedule = build_schedule(case.slots, case.num_slots)
-    home, replica = p.home(case), p.replica(case)
-    how = {"replica": replica, "weight_of_slot": case.weight_of_slot}
-    out, h = moe_mlp_forward(p.x, p.weights, schedule, home, form, **how)
-    buffers = p.stores.map(lambda t: torch.full(t.shape, start, dtype=torch.promote_types(t.dtype, torch.float32)))
-    grad = buffers.map(lambda tensor: tensor[: case.num_home])
-    replica_grad = buffers.map(lambda tensor: tensor[case.num_home :]) if replica else None
-    dx, dweights = moe_mlp_backward(
-        p.dout, p.x, h, p.weights, schedule, home, form, grad=grad, replica_grad=replica_grad, **how
-    )
-    return out, dx, dweights, buffers.tensors()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

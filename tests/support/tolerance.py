@@ -1,9 +1,13 @@
 """The one way to compare numbers in tests."""
 
+import os
+
 import torch
 
-# Norm-wise relative error against float64 of one product of a few hundred terms, by the dtype of its operands.
-RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.5e-2}
+# Norm-wise relative error against float64 of the layer's chain of products, by the dtype of its tensors. Triton's
+# interpreter truncates where it stores bf16, which doubles the rounding error and makes it one-sided.
+BFLOAT16 = 4e-2 if os.environ.get("TRITON_INTERPRET") == "1" else 1.5e-2
+RELATIVE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: BFLOAT16}
 
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,0 +1,28 @@
+"""The Triton kernels, behind the signatures of `relibra_kernels.reference`."""
+
+from .gate_up import grouped_gemm_swiglu
+from .grad_hidden import grad_hidden
+from .grad_weight import grad_bias, grad_weight
+from .grouped_gemm import grouped_gemm
+from .permute import permute, permute_backward, unpermute, unpermute_backward
+from .replica_reduce import pack_replicas, replica_reduce
+from .schedule import build_schedule, build_split_schedule
+from .swiglu import swiglu, swiglu_backward
+
+__all__ = [
+    "build_schedule",
+    "build_split_schedule",
+    "grad_bias",
+    "grad_hidden",
+    "grad_weight",
+    "grouped_gemm",
+    "grouped_gemm_swiglu",
+    "pack_replicas",
+    "permute",
+    "permute_backward",
+    "replica_reduce",
+    "swiglu",
+    "swiglu_backward",
+    "unpermute",
+    "unpermute_backward",
+]

@@ -1,0 +1,70 @@
+"""From tensors and a config to a launch: the constants and grids that the GEMM kernels share."""
+
+from typing import Any
+
+import torch
+import triton
+
+from ..planner.errors import ShapeError
+from ..reference.schedule import tile_table
+from ..schedule import Schedule
+from ..tuning.configs import GemmConfig, config_for
+from .launch import precision, target
+from .permute import check_rows
+
+
+def row_tiles(schedule: Schedule, block_m: int) -> torch.Tensor:
+    """The schedule's table for BLOCK_M; made, and kept with it, where it was built without."""
+    if block_m not in schedule.tiles:
+        schedule.tiles[block_m] = tile_table(schedule.slot_offsets, schedule.num_rows, block_m)
+    return schedule.tiles[block_m]
+
+
+def chosen_config(kernel: str, tensor: torch.Tensor, schedule: Schedule) -> GemmConfig:
+    """The config of a launch that was not given one."""
+    return config_for(kernel, target(tensor), tensor.dtype, schedule.num_rows, schedule.num_slots)
+
+
+def check_operands(rows: torch.Tensor, count: int, *weights: torch.Tensor | None) -> None:
+    """Refuse rows that are not contiguous `[count, ...]`, and weights in another dtype or not contiguous."""
+    check_rows("the rows", rows, count)
+    for weight in weights:
+        if weight is not None and (weight.dtype != rows.dtype or not weight.is_contiguous()):
+            raise ShapeError(
+                f"a weight is {weight.dtype} {tuple(weight.shape)} with strides {weight.stride()}; "
+                f"it must be contiguous {rows.dtype}"
+            )
+
+
+def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[int]:
+    """Persistent programs: as many as the device holds at once, a multiple of its chiplets, no more than tiles."""
+    device = target(tensor)
+    resident = max(device.programs, 1) * max(1, 8 // config.num_warps)
+    return (triton.cdiv(min(resident, most_tiles), device.xcds) * device.xcds,)
+
+
+def gemm_constants(
+    tensor: torch.Tensor, config: GemmConfig, *, widths: tuple[int, ...], gather: bool
+) -> dict[str, Any]:
+    """How operands are loaded and multiplied.
+
+    Args:
+        widths: row lengths of the contiguous operands; descriptors need multiples of 16 bytes.
+        gather: rows of A are picked by index.
+    """
+    device = target(tensor)
+    aligned = all(width * tensor.element_size() % 16 == 0 for width in widths)
+    tma = device.tma and aligned and tensor.dtype != torch.float32
+    gathered = "gather" if tma and device.descriptor_gather else "pointer"
+    return {
+        "TMA": tma,
+        "A_MODE": gathered if gather else ("tma" if tma else "pointer"),
+        "PRECISION": precision(tensor.dtype),
+        "UPCAST": device.interpreted and tensor.dtype == torch.bfloat16,
+        "XCDS": device.xcds,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }

@@ -1,0 +1,168 @@
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+"""`h = gather(x) @ gate_up` and `a = act(h)` in one pass: the activation works on the accumulators.
+
+Concatenated weights: a tile has two accumulators, of BLOCK_N gate columns and of the up columns that go with them.
+Interleaved weights: one accumulator of 2*BLOCK_N columns, split by parity at the end.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..form import ExpertForm
+from ..schedule import Schedule
+from ..tuning.configs import GemmConfig
+from .constants import check_operands, chosen_config, gemm_constants, grid_of, row_tiles
+from .launch import launch
+from .swiglu import activate, form_constants
+from .tiles import (
+    contract,
+    contract_two,
+    describe_rows,
+    describe_weights,
+    first_program,
+    stored,
+    tile_of,
+    weight_of,
+    weight_store,
+)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home"])
+def _gate_up_kernel(
+    x_ptr,
+    home_ptr,
+    replica_ptr,
+    bias_ptr,
+    replica_bias_ptr,
+    h_ptr,
+    a_ptr,
+    tiles_ptr,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    assignment_of_ptr,
+    num_tiles,
+    num_tokens,
+    num_home,
+    I: tl.constexpr,  # noqa: E741
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    A_MODE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    XCDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    WIDE: tl.constexpr = BLOCK_N if CONCATENATED else 2 * BLOCK_N
+    rows_of = describe_rows(x_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
+    home = describe_weights(home_ptr, num_home, 2 * I, D, ROWS_ARE_N, TMA, WIDE, BLOCK_K)
+    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+        m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
+        slot = tl.load(tiles_ptr + 2 * m)
+        if slot >= 0:
+            row0 = tl.load(tiles_ptr + 2 * m + 1)
+            end = tl.load(slot_offsets_ptr + slot + 1)
+            weight = weight_of(slot, weight_of_slot_ptr)
+            row_R = row0 + tl.arange(0, BLOCK_M)
+            token_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1)) // TOP_K
+            n0 = n * BLOCK_N
+            weights, number = weight_store(
+                home, replica_ptr, stored(home_ptr, replica_ptr, weight, num_home, 2 * I * D), weight,
+                2 * I, D, ROWS_ARE_N, TMA, WIDE, BLOCK_K,
+            )  # fmt: skip
+            column = n0 + tl.arange(0, BLOCK_N)
+            inside = column < I
+            stored_R = row_R < end
+            # a 64-bit start and 32-bit offsets inside the tile: registers
+            row_of_tile = tl.arange(0, BLOCK_M)[:, None]
+            h_tile = h_ptr + row0.to(tl.int64) * (2 * I)
+            a_tile = a_ptr + row0.to(tl.int64) * I
+            if CONCATENATED:
+                gate, up = contract_two(
+                    rows_of, row0, token_R, weights, number, n0, I + n0,
+                    2 * I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
+                if bias_ptr is not None:
+                    bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, 2 * I)
+                    gate += tl.load(bias_at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                    up += tl.load(bias_at + I + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                mask = stored_R[:, None] & inside[None, :]
+                h_at = row_of_tile * (2 * I) + column[None, :]
+                tl.store(h_tile + h_at, gate.to(h_ptr.dtype.element_ty), mask=mask)
+                tl.store(h_tile + I + h_at, up.to(h_ptr.dtype.element_ty), mask=mask)
+            else:
+                both = contract(
+                    rows_of, row0, token_R, weights, number, 2 * n0,
+                    2 * I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, WIDE, BLOCK_K,
+                )  # fmt: skip
+                wide = 2 * n0 + tl.arange(0, WIDE)
+                if bias_ptr is not None:
+                    bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, 2 * I)
+                    both += tl.load(bias_at + wide, mask=wide < 2 * I, other=0.0).to(tl.float32)[None, :]
+                mask = stored_R[:, None] & (wide < 2 * I)[None, :]
+                tl.store(h_tile + (row_of_tile * (2 * I) + wide[None, :]), both.to(h_ptr.dtype.element_ty), mask=mask)
+                gate, up = both.reshape(BLOCK_M, BLOCK_N, 2).split()
+            # from h as it is stored, which is what backward sees
+            gate = gate.to(h_ptr.dtype.element_ty).to(tl.float32)
+            up = up.to(h_ptr.dtype.element_ty).to(tl.float32)
+            a = activate(gate, up, CLAMPED, LIMIT, ALPHA)
+            a_at = row_of_tile * I + column[None, :]
+            tl.store(a_tile + a_at, a.to(a_ptr.dtype.element_ty), mask=stored_R[:, None] & inside[None, :])
+
+
+def grouped_gemm_swiglu(
+    x_TH: torch.Tensor,
+    gate_up: torch.Tensor,
+    schedule: Schedule,
+    form: ExpertForm,
+    *,
+    bias: torch.Tensor | None = None,
+    replica_gate_up: torch.Tensor | None = None,
+    replica_bias: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
+    half, hidden_size = gate_up.shape[2 if form.is_transposed else 1] // 2, x_TH.shape[1]
+    check_operands(x_TH, schedule.num_tokens, gate_up, replica_gate_up, bias, replica_bias)
+    config = config or chosen_config("gate_up", x_TH, schedule)
+    h_RJ, a_RI = x_TH.new_empty(schedule.num_rows, 2 * half), x_TH.new_empty(schedule.num_rows, half)
+    tiles = row_tiles(schedule, config.block_m)
+    if not schedule.num_rows:
+        return h_RJ, a_RI
+    launch(
+        _gate_up_kernel,
+        grid_of(x_TH, len(tiles) * triton.cdiv(half, config.block_n), config),
+        x_TH,
+        gate_up,
+        replica_gate_up,
+        bias,
+        replica_bias,
+        h_RJ,
+        a_RI,
+        tiles,
+        schedule.slot_offsets,
+        weight_of_slot,
+        schedule.assignment_of,
+        len(tiles),
+        len(x_TH),
+        len(gate_up),
+        I=half,
+        D=hidden_size,
+        TOP_K=schedule.top_k,
+        ROWS_ARE_N=not form.is_transposed,
+        GROUP_M=config.group_m,
+        **form_constants(form),
+        **gemm_constants(x_TH, config, widths=(hidden_size, 2 * half), gather=True),
+    )
+    return h_RJ, a_RI

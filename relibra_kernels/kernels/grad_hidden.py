@@ -1,0 +1,269 @@
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+"""From the output's gradient back to h in one pass: gather dout, times downᵀ, recompute a, dSwiGLU.
+
+With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`, and `w * a` for the gradient
+of down. Each column tile writes its part of `<g, a>` as fp32 partials; a second kernel adds them in order: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..form import ExpertForm
+from ..schedule import Schedule
+from ..tuning.configs import GemmConfig
+from .constants import check_operands, chosen_config, gemm_constants, grid_of, row_tiles
+from .launch import launch
+from .swiglu import derivatives, form_constants
+from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
+
+
+@triton.jit
+def _finish(
+    g,
+    w_R,
+    h_ptr,
+    dh_ptr,
+    wa_ptr,
+    row0,
+    end,
+    n0,
+    I: tl.constexpr,  # noqa: E741
+    CONCATENATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write dh and w*a of the tile whose `dout @ down` is g; return its part of `<g, a>`."""
+    row = tl.arange(0, BLOCK_M)[:, None]
+    column = n0 + tl.arange(0, BLOCK_N)[None, :]
+    here = (row0 + row < end) & (column < I)
+    h_ptr += row0.to(tl.int64) * (2 * I)  # 64-bit starts and 32-bit offsets inside the tile: registers
+    dh_ptr += row0.to(tl.int64) * (2 * I)
+    wa_ptr += row0.to(tl.int64) * I
+    element = dh_ptr.dtype.element_ty
+    # each output is stored as soon as it is known: registers
+    if CONCATENATED:
+        h_at = row * (2 * I) + column
+        gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
+        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA)
+        da = g * w_R[:, None]
+        tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
+        tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
+    else:
+        wide = 2 * n0 + tl.arange(0, 2 * BLOCK_N)[None, :]
+        h_at = row * (2 * I) + wide
+        here_wide = (row0 + row < end) & (wide < 2 * I)
+        h = tl.load(h_ptr + h_at, mask=here_wide, other=0.0).to(tl.float32)
+        gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
+        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA)
+        da = g * w_R[:, None]
+        dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
+        tl.store(dh_ptr + h_at, dh, mask=here_wide)
+    a = act * factor
+    tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
+    return tl.sum(tl.where(here, g * a, 0.0), 1)
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home", "num_rows"])
+def _grad_hidden_kernel(
+    dout_ptr,
+    home_ptr,
+    replica_ptr,
+    h_ptr,
+    weights_ptr,
+    dh_ptr,
+    wa_ptr,
+    partials_ptr,
+    tiles_ptr,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    assignment_of_ptr,
+    num_tiles,
+    num_tokens,
+    num_home,
+    num_rows,
+    I: tl.constexpr,  # noqa: E741
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    A_MODE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    XCDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    rows_of = describe_rows(dout_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
+    home = describe_weights(home_ptr, num_home, I, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
+    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+        m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
+        slot = tl.load(tiles_ptr + 2 * m)
+        if slot >= 0:
+            row0 = tl.load(tiles_ptr + 2 * m + 1)
+            end = tl.load(slot_offsets_ptr + slot + 1)
+            weight = weight_of(slot, weight_of_slot_ptr)
+            row_R = row0 + tl.arange(0, BLOCK_M)
+            assignment_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1))
+            n0 = n * BLOCK_N
+            weights, number = weight_store(
+                home, replica_ptr, stored(home_ptr, replica_ptr, weight, num_home, I * D), weight,
+                I, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            g = contract(
+                rows_of, row0, assignment_R // TOP_K, weights, number, n0,
+                I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
+            # one half of the columns after the other: h and what comes of it take half the registers
+            left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+            partial_R = _finish(
+                left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+                I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            partial_R += _finish(
+                right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
+                I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+            tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_home"])
+def _dweights_kernel(
+    partials_ptr,
+    dout_ptr,
+    bias_ptr,
+    replica_bias_ptr,
+    position_ptr,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    dweights_ptr,
+    num_rows,
+    num_home,
+    NUM_PARTIALS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One token: its partials in order, and where there is a bias `<dout, bias of the assignment's expert>`."""
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    real = lane < TOP_K
+    row = tl.load(position_ptr + token * TOP_K + lane, mask=real, other=-1)
+    used = row >= 0
+    total = tl.zeros([LANES], dtype=tl.float32)
+    for n in range(0, NUM_PARTIALS):
+        total += tl.load(partials_ptr + tl.cast(n, tl.int64) * num_rows + row, mask=used, other=0.0)
+    if bias_ptr is not None:
+        low = tl.zeros([LANES], dtype=tl.int32)
+        high = tl.full([LANES], NUM_SLOTS, dtype=tl.int32)
+        for _ in tl.static_range(SEARCH_STEPS):  # the slot whose rows contain this one
+            middle = (low + high) // 2
+            beyond = tl.load(slot_offsets_ptr + middle) > row
+            high = tl.where(beyond, middle, high)
+            low = tl.where(beyond, low, middle)
+        weight = low
+        if weight_of_slot_ptr is not None:
+            weight = tl.load(weight_of_slot_ptr + low, mask=used, other=0)
+        at = bias_ptr + weight.to(tl.int64) * H
+        if replica_bias_ptr is not None:
+            at = tl.where(weight < num_home, at, replica_bias_ptr + (weight - num_home).to(tl.int64) * H)
+        for first in range(0, H, BLOCK_H):
+            column = first + tl.arange(0, BLOCK_H)
+            inside = column < H
+            dout = tl.load(dout_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
+            bias = tl.load(at[:, None] + column[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+            total += tl.sum(dout[None, :] * bias.to(tl.float32), 1)
+    tl.store(dweights_ptr + token * TOP_K + lane, total, mask=real)
+
+
+def grad_hidden(
+    dout_TH: torch.Tensor,
+    h_RJ: torch.Tensor,
+    weights_TK: torch.Tensor,
+    down: torch.Tensor,
+    schedule: Schedule,
+    form: ExpertForm,
+    *,
+    bias: torch.Tensor | None = None,
+    replica_down: torch.Tensor | None = None,
+    replica_bias: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`(dh [rows, 2I], w*a [rows, I], dweights [T, K] in fp32)`; rows of the unused tail are undefined."""
+    half, hidden_size = h_RJ.shape[1] // 2, dout_TH.shape[1]
+    check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
+    check_operands(h_RJ, schedule.num_rows, down)
+    config = config or chosen_config("grad_hidden", dout_TH, schedule)
+    num_n = triton.cdiv(half, config.block_n)
+    dh_RJ, wa_RI = torch.empty_like(h_RJ), h_RJ.new_empty(schedule.num_rows, half)
+    partials = torch.empty(num_n, schedule.num_rows, dtype=torch.float32, device=h_RJ.device)
+    dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=h_RJ.device)
+    tiles = row_tiles(schedule, config.block_m)
+    if not schedule.num_rows:
+        return dh_RJ, wa_RI, dweights_TK.zero_()
+    launch(
+        _grad_hidden_kernel,
+        grid_of(dout_TH, len(tiles) * num_n, config),
+        dout_TH,
+        down,
+        replica_down,
+        h_RJ,
+        weights_TK,
+        dh_RJ,
+        wa_RI,
+        partials,
+        tiles,
+        schedule.slot_offsets,
+        weight_of_slot,
+        schedule.assignment_of,
+        len(tiles),
+        len(dout_TH),
+        len(down),
+        schedule.num_rows,
+        I=half,
+        D=hidden_size,
+        TOP_K=schedule.top_k,
+        ROWS_ARE_N=form.is_transposed,
+        GROUP_M=config.group_m,
+        **form_constants(form),
+        **gemm_constants(dout_TH, config, widths=(hidden_size, half), gather=True),
+    )
+    launch(
+        _dweights_kernel,
+        (len(dout_TH),),
+        partials,
+        dout_TH,
+        bias,
+        replica_bias,
+        schedule.position_of,
+        schedule.slot_offsets,
+        weight_of_slot,
+        dweights_TK,
+        schedule.num_rows,
+        len(down),
+        NUM_PARTIALS=num_n,
+        NUM_SLOTS=schedule.num_slots,
+        SEARCH_STEPS=schedule.num_slots.bit_length() + 1,
+        H=hidden_size,
+        TOP_K=schedule.top_k,
+        LANES=triton.next_power_of_2(schedule.top_k),
+        BLOCK_H=min(triton.next_power_of_2(hidden_size), 256),
+        num_warps=1,
+    )
+    return dh_RJ, wa_RI, dweights_TK

@@ -1,0 +1,132 @@
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+"""`out[r] = a[r] @ W[slot of r]`: ragged in rows, two stores of weights, also backwards (dX) with the other layout.
+
+Persistent programs walk the (row tile, column tile) pairs; a tile lies in one slot, padding tiles cost one load.
+Contiguous operands come by TMA descriptors where the device has them, gathered rows by pointers or descriptor gather.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..schedule import Schedule
+from ..tuning.configs import GemmConfig
+from .constants import check_operands, chosen_config, gemm_constants, grid_of, row_tiles
+from .launch import launch
+from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
+
+
+@triton.jit(do_not_specialize=["num_tiles", "num_a_rows", "num_home"])
+def _grouped_gemm_kernel(
+    a_ptr,
+    home_ptr,
+    replica_ptr,
+    bias_ptr,
+    replica_bias_ptr,
+    out_ptr,
+    tiles_ptr,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    assignment_of_ptr,
+    num_tiles,
+    num_a_rows,
+    num_home,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    A_MODE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    XCDS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    rows_of = describe_rows(a_ptr, num_a_rows, D, A_MODE, BLOCK_M, BLOCK_K)
+    home = describe_weights(home_ptr, num_home, N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
+    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+        m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
+        slot = tl.load(tiles_ptr + 2 * m)
+        if slot >= 0:
+            row0 = tl.load(tiles_ptr + 2 * m + 1)
+            end = tl.load(slot_offsets_ptr + slot + 1)
+            weight = weight_of(slot, weight_of_slot_ptr)
+            row_R = row0 + tl.arange(0, BLOCK_M)
+            source_R = tl.minimum(row_R, end - 1)
+            if TOP_K > 0:
+                source_R = tl.load(assignment_of_ptr + source_R) // TOP_K
+            n0 = n * BLOCK_N
+            weights, number = weight_store(
+                home, replica_ptr, stored(home_ptr, replica_ptr, weight, num_home, N * D), weight,
+                N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            acc = contract(
+                rows_of, row0, source_R, weights, number, n0,
+                N, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            column = n0 + tl.arange(0, BLOCK_N)
+            inside = column < N
+            if bias_ptr is not None:
+                bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, N)
+                acc += tl.load(bias_at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+            # a 64-bit start and 32-bit offsets inside the tile: registers
+            out_at = out_ptr + row0.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
+            tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row_R < end)[:, None] & inside[None, :])
+
+
+def grouped_gemm(
+    a: torch.Tensor,
+    weight: torch.Tensor,
+    schedule: Schedule,
+    *,
+    transpose_weight: bool,
+    gather: bool = False,
+    bias: torch.Tensor | None = None,
+    replica_weight: torch.Tensor | None = None,
+    replica_bias: torch.Tensor | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> torch.Tensor:
+    """`out[r] = a[r] @ W[slot of r] (+ bias)`, `[rows, N]`; rows of the unused tail are undefined.
+
+    Args:
+        a: `[rows, D]` rows in slot order, or `[T, D]` tokens with `gather`.
+        weight: `[E, D, N]`, or `[E, N, D]` with `transpose_weight`.
+        config: tile sizes; None looks them up.
+    """
+    n, d = (weight.shape[1], weight.shape[2]) if transpose_weight else (weight.shape[2], weight.shape[1])
+    count = schedule.num_tokens if gather else schedule.num_rows
+    check_operands(a, count, weight, replica_weight, bias, replica_bias)
+    config = config or chosen_config("grouped_gemm", a, schedule)
+    out = a.new_empty(schedule.num_rows, n)
+    tiles = row_tiles(schedule, config.block_m)
+    if not schedule.num_rows:
+        return out
+    launch(
+        _grouped_gemm_kernel,
+        grid_of(a, len(tiles) * triton.cdiv(n, config.block_n), config),
+        a,
+        weight,
+        replica_weight,
+        bias,
+        replica_bias,
+        out,
+        tiles,
+        schedule.slot_offsets,
+        weight_of_slot,
+        schedule.assignment_of,
+        len(tiles),
+        len(a),
+        len(weight),
+        N=n,
+        D=d,
+        TOP_K=schedule.top_k if gather else 0,
+        ROWS_ARE_N=transpose_weight,
+        GROUP_M=config.group_m,
+        **gemm_constants(a, config, widths=(n, d), gather=gather),
+    )
+    return out

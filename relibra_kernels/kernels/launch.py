@@ -1,0 +1,74 @@
+"""Every kernel launch goes through here, so that tests can count them and `tuning.compile_only` can record them."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+from ..planner.errors import InputError
+from ..tuning.limits import INTERPRETER, Device, device_of
+
+INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch as it was asked for: the kernel, its positional arguments, constants and options by name."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+
+
+_recorder: ContextVar[tuple[Device, Callable[[Launch], None]] | None] = ContextVar("relibra_recorder", default=None)
+
+
+@contextmanager
+def recording(device: Device, record: Callable[[Launch], None]) -> Iterator[None]:
+    """Within the block nothing runs: launches are chosen as for `device` and handed to `record`."""
+    token = _recorder.set((device, record))
+    try:
+        yield
+    finally:
+        _recorder.reset(token)
+
+
+def target(tensor: torch.Tensor) -> Device:
+    """What the kernels are launched on: the tensor's GPU, the interpreter, or the device that is being recorded for."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder[0]
+    if tensor.device.type == "cpu":
+        if not INTERPRETING:
+            raise InputError("the tensors are on the CPU: the kernels need a GPU, or TRITON_INTERPRET=1 from the start")
+        return INTERPRETER
+    return device_of(tensor.device)
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+    """`kernel[grid](*args, **options)`; a grid of no programs is no launch."""
+    if 0 in grid:
+        return
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder[1](Launch(kernel, grid, args, options))
+        return
+    if options.get("TMA") and not INTERPRETING:
+        triton.set_allocator(_scratch)
+    kernel[grid](*args, **options)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """fp32 products are exact unless the user allows tf32 as for torch's own matmuls."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:
+    """Memory for descriptors that kernels make on the device."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")

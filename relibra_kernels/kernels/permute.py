@@ -1,0 +1,126 @@
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+"""Rows into slot order, the weighted sum back, and both backwards: one program a token, a row is read once.
+
+A program walks its token's row in blocks of BLOCK_H, so that every access is a run of 16-byte pieces; hidden sizes that
+are no power of two end in a masked block. Sums are in fp32 in the order of k: no atomics.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..planner.errors import ShapeError
+from ..schedule import Schedule
+from .launch import launch
+
+
+@triton.jit
+def _permute_kernel(x_ptr, position_ptr, rows_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    for first in range(0, H, BLOCK_H):
+        column = first + tl.arange(0, BLOCK_H)
+        inside = column < H
+        x = tl.load(x_ptr + token * H + column, mask=inside, other=0.0)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(position_ptr + token * TOP_K + k).to(tl.int64)
+            tl.store(rows_ptr + row * H + column, x, mask=inside & (row >= 0))
+
+
+@triton.jit
+def _unpermute_kernel(
+    y_ptr, weights_ptr, position_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    for first in range(0, H, BLOCK_H):
+        column = first + tl.arange(0, BLOCK_H)
+        inside = column < H
+        total = tl.zeros([BLOCK_H], dtype=tl.float32)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(position_ptr + token * TOP_K + k).to(tl.int64)
+            y = tl.load(y_ptr + row * H + column, mask=inside & (row >= 0), other=0.0).to(tl.float32)
+            if weights_ptr is not None:
+                y *= tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
+            total += y
+        tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _unpermute_backward_kernel(
+    dout_ptr,
+    y_ptr,
+    weights_ptr,
+    position_ptr,
+    dy_ptr,
+    dweights_ptr,
+    H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    dweights = tl.zeros([LANES], dtype=tl.float32)
+    for first in range(0, H, BLOCK_H):
+        column = first + tl.arange(0, BLOCK_H)
+        inside = column < H
+        dout = tl.load(dout_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
+        for k in tl.static_range(TOP_K):
+            row = tl.load(position_ptr + token * TOP_K + k).to(tl.int64)
+            here = inside & (row >= 0)
+            y = tl.load(y_ptr + row * H + column, mask=here, other=0.0).to(tl.float32)
+            weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
+            tl.store(dy_ptr + row * H + column, (dout * weight).to(dy_ptr.dtype.element_ty), mask=here)
+            dweights += tl.where(lane == k, tl.sum(dout * y, 0), 0.0)
+    tl.store(dweights_ptr + token * TOP_K + lane, dweights, mask=lane < TOP_K)
+
+
+def permute(x_TH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """`rows[r] = x[token of r]`, `[rows, H]`. Rows of the unused tail are undefined."""
+    check_rows("x", x_TH, schedule.num_tokens)
+    rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
+    launch(_permute_kernel, (len(x_TH),), x_TH, schedule.position_of, rows_RH, TOP_K=schedule.top_k, **_row(x_TH))
+    return rows_RH
+
+
+def permute_backward(drows_RH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+    """`dx[t] = sum_k drows[position(t, k)]`."""
+    return unpermute(drows_RH, None, schedule)
+
+
+def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:
+    """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
+    check_rows("y", y_RH, schedule.num_rows)
+    out_TH = y_RH.new_empty(schedule.num_tokens, y_RH.shape[1])
+    arguments = (y_RH, weights_TK, schedule.position_of, out_TH)
+    launch(_unpermute_kernel, (len(out_TH),), *arguments, TOP_K=schedule.top_k, **_row(y_RH))
+    return out_TH
+
+
+def unpermute_backward(
+    dout_TH: torch.Tensor, y_RH: torch.Tensor, weights_TK: torch.Tensor, schedule: Schedule
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
+    check_rows("dout", dout_TH, schedule.num_tokens)
+    check_rows("y", y_RH, schedule.num_rows)
+    dy_RH = torch.empty_like(y_RH)
+    dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=y_RH.device)
+    arguments = (dout_TH, y_RH, weights_TK, schedule.position_of, dy_RH, dweights_TK)
+    lanes = triton.next_power_of_2(schedule.top_k)
+    row = _row(y_RH)
+    launch(_unpermute_backward_kernel, (len(dout_TH),), *arguments, TOP_K=schedule.top_k, LANES=lanes, **row)
+    return dy_RH, dweights_TK
+
+
+def check_rows(name: str, rows: torch.Tensor, count: int) -> None:
+    """Refuse rows that are not contiguous `[count, ...]`."""
+    if rows.ndim != 2 or not rows.is_contiguous() or len(rows) != count:
+        raise ShapeError(
+            f"{name} is {tuple(rows.shape)} with strides {rows.stride()}; it must be contiguous with {count} rows"
+        )
+
+
+def _row(rows: torch.Tensor) -> dict[str, int]:
+    """How a program walks a row: blocks of at most 2048 elements, at least 16 bytes a thread."""
+    width = rows.shape[1]
+    block = min(triton.next_power_of_2(width), 2048)
+    return {"H": width, "BLOCK_H": block, "num_warps": max(1, min(8, block * rows.element_size() // (32 * 16)))}

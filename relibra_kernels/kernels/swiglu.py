@@ -1,0 +1,104 @@
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+"""The gated activation and its gradient, element by element: what the fused GEMMs compute on their accumulators.
+
+`gate_and_up` pairs are handled by `activate` and `derivatives`, which the GEMM kernels call as well; the two
+kernels here apply them alone.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from ..form import ExpertForm
+from .launch import launch
+
+
+@triton.jit
+def activate(gate, up, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """a from fp32 gate and up."""
+    if CLAMPED:
+        gate = tl.minimum(gate, LIMIT)
+        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
+        return gate / (1.0 + tl.exp(-ALPHA * gate)) * up
+    else:
+        return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
+def derivatives(gate, up, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr):
+    """(act, factor, slope, act_open) with a = act * factor, dgate = da * factor * slope, dup = da * act_open.
+
+    A clamped element on its limit passes the gradient.
+    """
+    if CLAMPED:
+        clamped = tl.minimum(gate, LIMIT)
+        sigmoid = 1.0 / (1.0 + tl.exp(-ALPHA * clamped))
+        act = clamped * sigmoid
+        slope = tl.where(gate <= LIMIT, sigmoid + ALPHA * act * (1.0 - sigmoid), 0.0)
+        act_open = tl.where((up <= LIMIT) & (up >= -LIMIT), act, 0.0)
+        return act, tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0, slope, act_open
+    else:
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        act = gate * sigmoid
+        return act, up, sigmoid + act * (1.0 - sigmoid), act
+
+
+@triton.jit
+def _swiglu_kernel(
+    h_ptr,
+    da_ptr,
+    out_ptr,
+    a_ptr,
+    I: tl.constexpr,  # noqa: E741
+    CONCATENATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one row: `a` into out, or where da is given dh into out and a (fp32) beside it."""
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < I
+    gate_at = row * 2 * I + (column if CONCATENATED else 2 * column)
+    up_at = gate_at + (I if CONCATENATED else 1)
+    gate = tl.load(h_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(h_ptr + up_at, mask=inside, other=0.0).to(tl.float32)
+    if da_ptr is None:
+        a = activate(gate, up, CLAMPED, LIMIT, ALPHA)
+        tl.store(out_ptr + row * I + column, a.to(out_ptr.dtype.element_ty), mask=inside)
+    else:
+        da = tl.load(da_ptr + row * I + column, mask=inside, other=0.0).to(tl.float32)
+        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA)
+        tl.store(out_ptr + gate_at, (da * factor * slope).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(out_ptr + up_at, (da * act_open).to(out_ptr.dtype.element_ty), mask=inside)
+        tl.store(a_ptr + row * I + column, act * factor, mask=inside)
+
+
+def form_constants(form: ExpertForm) -> dict[str, bool | float]:
+    """`form` as the kernels' constants."""
+    clamped = form.activation == "clamped"
+    return {"CONCATENATED": form.is_concatenated, "CLAMPED": clamped, "LIMIT": form.limit, "ALPHA": form.alpha}
+
+
+def swiglu(h_RJ: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+    """`[R, 2I] -> [R, I]`."""
+    a_RI = h_RJ.new_empty(len(h_RJ), h_RJ.shape[1] // 2)
+    _launch(h_RJ, None, a_RI, None, form)
+    return a_RI
+
+
+def swiglu_backward(da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(dh [R, 2I], a [R, I])` from da and h; `a` is recomputed on the way and kept in fp32."""
+    dh_RJ, a_RI = torch.empty_like(h_RJ), torch.empty(da_RI.shape, dtype=torch.float32, device=h_RJ.device)
+    _launch(h_RJ, da_RI, dh_RJ, a_RI, form)
+    return dh_RJ, a_RI
+
+
+def _launch(
+    h_RJ: torch.Tensor, da_RI: torch.Tensor | None, out: torch.Tensor, a_RI: torch.Tensor | None, form: ExpertForm
+) -> None:
+    rows, half = len(h_RJ), h_RJ.shape[1] // 2
+    block = min(triton.next_power_of_2(half), 1024)
+    grid = (rows, triton.cdiv(half, block))
+    launch(_swiglu_kernel, grid, h_RJ, da_RI, out, a_RI, I=half, BLOCK=block, **form_constants(form))

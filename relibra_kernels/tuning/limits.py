@@ -1,0 +1,103 @@
+"""The one place that knows what each device can do."""
+
+from dataclasses import dataclass, replace
+from functools import cache
+
+import torch
+
+from ..planner.errors import InputError
+
+
+@dataclass(frozen=True)
+class Device:
+    """Limits that a kernel's config must respect.
+
+    Attributes:
+        backend, arch, warp_size: what Triton's compiler is told.
+        shared_bytes: most shared memory (AMD: LDS) that one block may use.
+        warps_per_sm: resident warps an SM (AMD: waves a compute unit) can hold.
+        family: devices that get the same configs.
+        stages_in_registers: how many of a config's stages need no shared memory.
+        registers_per_sm: 32-bit registers, over which `warps_per_sm` is shared (AMD: per SIMD lane, 4 SIMDs).
+        xcds: chiplets with an L2 cache of their own; blocks are dealt to them in turn.
+        tma: has tensor-memory copies; descriptor_gather: also of rows picked by index.
+        programs: persistent programs to start; 0 means the device's number of SMs.
+    """
+
+    name: str
+    backend: str
+    arch: int | str
+    warp_size: int
+    shared_bytes: int
+    warps_per_sm: int
+    registers_per_sm: int = 65536
+    family: str = "ampere"
+    stages_in_registers: int = 0
+    xcds: int = 1
+    tma: bool = False
+    descriptor_gather: bool = False
+    programs: int = 0
+    interpreted: bool = False
+
+
+_KIB = 1024
+_CDNA = 4 * 512 * 64  # 32-bit registers of a compute unit: 4 SIMDs of 64 lanes of 512
+DEVICES = {
+    device.name: device
+    for device in (
+        # CUDA C++ programming guide, table of technical specifications per compute capability
+        Device("sm_80", "cuda", 80, 32, 163 * _KIB, 64),
+        Device("sm_86", "cuda", 86, 32, 99 * _KIB, 48),
+        Device("sm_89", "cuda", 89, 32, 99 * _KIB, 48),
+        Device("sm_90", "cuda", 90, 32, 227 * _KIB, 64, family="hopper", tma=True),
+        Device("sm_100", "cuda", 100, 32, 227 * _KIB, 64, family="blackwell", tma=True, descriptor_gather=True),
+        Device("sm_120", "cuda", 120, 32, 99 * _KIB, 48),
+        # CDNA3 and CDNA4 ISA guides: 64 and 160 KiB of LDS, 8 waves a SIMD, 8 XCDs on MI300 and MI350
+        Device(
+            "gfx942", "hip", "gfx942", 64, 64 * _KIB, 32, 4 * 512 * 64, family="cdna3", stages_in_registers=1, xcds=8
+        ),
+        Device("gfx950", "hip", "gfx950", 64, 160 * _KIB, 32, 4 * 512 * 64, family="cdna4", xcds=8),
+    )
+}
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")  # compiled and gated without a GPU
+
+INTERPRETER = Device("interpreter", "cuda", 0, 32, 227 * _KIB, 64, programs=3, interpreted=True)
+
+
+def device_named(name: str) -> Device:
+    if name not in DEVICES:
+        raise InputError(f"target is {name!r}; it must be one of {', '.join(DEVICES)}")
+    return DEVICES[name]
+
+
+@cache
+def device_of(device: torch.device) -> Device:
+    """The limits of the GPU that holds a tensor; of the nearest older relative where the table lacks it."""
+    if device.type != "cuda":
+        raise InputError(f"the tensors are on {device}; the kernels need a CUDA or ROCm device")
+    properties = torch.cuda.get_device_properties(device)
+    programs = properties.multi_processor_count
+    if torch.version.hip:
+        name = properties.gcnArchName.split(":")[0]
+        if name not in DEVICES:
+            raise InputError(f"the GPU is a {name}; the kernels know {', '.join(d for d in DEVICES if d[0] == 'g')}")
+        return replace(DEVICES[name], programs=programs)
+    capability = properties.major * 10 + properties.minor
+    # Within a major version code runs on later minors; 110 and 121 are relatives of 100 and 120.
+    older = [d for d in DEVICES.values() if d.backend == "cuda" and isinstance(d.arch, int) and d.arch <= capability]
+    if not older:
+        raise InputError(
+            f"the GPU has compute capability {properties.major}.{properties.minor}; it must be 8.0 or newer"
+        )
+    nearest = max(older, key=lambda d: int(d.arch))
+    same_family = int(nearest.arch) // 10 == capability // 10
+    return replace(
+        nearest,
+        arch=capability,
+        programs=programs,
+        tma=nearest.tma,
+        descriptor_gather=nearest.descriptor_gather and same_family,
+        shared_bytes=min(
+            nearest.shared_bytes, getattr(properties, "shared_memory_per_block_optin", nearest.shared_bytes)
+        ),
+    )

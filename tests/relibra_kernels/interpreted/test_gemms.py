@@ -1,0 +1,108 @@
+"""The whole layer on the kernels, forward and backward, against the float64 oracle: every GEMM kernel is in it."""
+
+import dataclasses
+
+import pytest
+import torch
+from layer_problem import CASES, FORMS, oracle, problem, run_functions
+from tolerance import RELATIVE, assert_close
+
+from relibra_kernels import kernels
+from relibra_kernels.form import ExpertForm
+from relibra_kernels.kernels import launch
+from relibra_kernels.planner.errors import ShapeError
+from relibra_kernels.tuning.configs import GemmConfig
+
+
+def check(case, form, dtype):
+    p = problem(case, form, dtype)
+    got = run_functions(case, form, p)
+    expected = oracle(case, form, p)
+    names = ("out", "dx", "dweights", *(f"gradient {i}" for i in range(4)))
+    for name, a, b in zip(names, (*got[:3], *got[3]), (*expected[:3], *expected[3]), strict=False):
+        assert_close(a, b, RELATIVE[dtype], name)
+    return got
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_routing_in_fp32(case):
+    check(case, FORMS["qwen"], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision(dtype):
+    check(CASES[-1], FORMS["qwen"], dtype)
+
+
+@pytest.mark.parametrize("name", ["bias", "interleaved", "transposed", "clamped", "gpt-oss"])
+def test_every_form(name):
+    check(CASES[3], FORMS[name], torch.float32)
+
+
+def test_replicas_with_biases():
+    check(CASES[-1], FORMS["gpt-oss"], torch.float32)
+
+
+@pytest.mark.parametrize("gather", [False, True], ids=["pointer gather", "descriptor gather"])
+@pytest.mark.parametrize("name", ["qwen", "gpt-oss"])
+@pytest.mark.parametrize("replicas", [False, True])
+def test_descriptors(monkeypatch, gather, name, replicas):
+    """The loads of sm_90 (descriptors, gathered rows by pointer) and sm_100 (descriptor gather)."""
+    device = dataclasses.replace(launch.INTERPRETER, tma=True, descriptor_gather=gather)
+    monkeypatch.setattr(launch, "INTERPRETER", device)
+    check(CASES[-1] if replicas else CASES[3], FORMS[name], torch.float16)
+
+
+def test_same_input_same_bits_whatever_the_grid(monkeypatch):
+    case, form = CASES[1], FORMS["qwen"]
+    p = problem(case, form, torch.float32)
+    first = run_functions(case, form, p)
+    monkeypatch.setattr(launch, "INTERPRETER", dataclasses.replace(launch.INTERPRETER, programs=5, xcds=2))
+    second = run_functions(case, form, p)
+    for a, b in zip((*first[:3], *first[3]), (*second[:3], *second[3]), strict=True):
+        assert a.equal(b)
+
+
+def test_overwriting_zeroes_what_no_row_uses():
+    schedule = kernels.build_schedule(CASES[1].slots, 6)
+    left, right = torch.randn(schedule.num_rows, 24), torch.randn(schedule.num_rows, 20)
+    grad = torch.full((6, 24, 20), float("nan"))
+    kernels.grad_weight(left, right, schedule, grad, accumulate=False)
+    offsets = schedule.slot_offsets.tolist()
+    for slot in range(6):
+        rows = slice(offsets[slot], offsets[slot + 1])
+        assert_close(grad[slot], left[rows].double().T @ right[rows].double(), 1e-5)
+
+
+def test_weights_beyond_32_bits():
+    """Weight number 2^23 of 256 elements starts at element 2^31."""
+    number = 1 << 23
+    storage = torch.UntypedStorage((number + 1) * 256 * 2)
+    weight = torch.tensor([], dtype=torch.float16).set_(storage).view(number + 1, 16, 16)
+    weight[number] = torch.eye(16) * 2
+    schedule = kernels.build_schedule(torch.tensor([[0], [0]]), 1, (16,))
+    a, table = torch.randn(2, 16).half(), torch.tensor([number], dtype=torch.int32)
+    out = kernels.grouped_gemm(a, weight, schedule, transpose_weight=True, weight_of_slot=table)
+    assert out.equal(2 * a)
+
+
+def test_wrong_operands_are_refused():
+    schedule = kernels.build_schedule(torch.tensor([[0], [1]]), 2, (16,))
+    weight = torch.zeros(2, 16, 16)
+    with pytest.raises(ShapeError, match=r"contiguous torch\.float16"):
+        kernels.grouped_gemm(torch.zeros(2, 16).half(), weight, schedule, transpose_weight=True)
+    with pytest.raises(ShapeError, match="contiguous"):
+        kernels.grouped_gemm(torch.zeros(16, 2).t(), weight, schedule, transpose_weight=True)
+    with pytest.raises(ShapeError, match="float32"):
+        kernels.grad_weight(torch.zeros(2, 16), torch.zeros(2, 16), schedule, weight.half())
+    with pytest.raises(ShapeError, match="must be the same"):
+        kernels.grad_weight(torch.zeros(2, 16), torch.zeros(2, 16).half(), schedule, weight)
+
+
+def test_a_tile_size_can_be_given():
+    schedule = kernels.build_schedule(torch.tensor([[0, 1], [1, 0], [1, 2]]), 3)  # without its table of tiles
+    a, weight = torch.randn(6, 24), torch.randn(3, 40, 24)
+    config = GemmConfig(32, 16, 16, 4, 1)
+    out = kernels.grouped_gemm(a, weight, schedule, transpose_weight=True, config=config)
+    assert_close(out[2:5], a[2:5].double() @ weight[1].double().T, 1e-5)
+    assert ExpertForm() == FORMS["qwen"]

@@ -1,0 +1,91 @@
+"""Permute, gather-sum, both backwards, activation, replica reduction: the kernels against the reference in float64."""
+
+import pytest
+import torch
+from routing import routing_cases
+from tolerance import RELATIVE, assert_close
+
+from relibra_kernels import kernels, reference
+from relibra_kernels.form import ExpertForm
+from relibra_kernels.kernels.permute import _unpermute_kernel
+from relibra_kernels.planner.errors import ShapeError
+
+CASES = routing_cases()
+H = 40  # no power of two
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+
+def normal(*shape, dtype, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_permute_and_back(case, dtype):
+    schedule = kernels.build_schedule(case.slots, case.num_slots)
+    used, (tokens, top_k) = int(schedule.slot_offsets[-1]), case.slots.shape
+    x, dout = normal(tokens, H, dtype=dtype), normal(tokens, H, dtype=dtype, seed=1)
+    weights = normal(tokens, top_k, dtype=torch.float32, seed=2)
+    y = normal(tokens * top_k, H, dtype=dtype, seed=3)
+    y[used:] = float("nan")
+    assert kernels.permute(x, schedule)[:used].equal(reference.permute(x, schedule)[:used])
+    wide = (y.double(), weights.double(), schedule)
+    tolerance = RELATIVE[dtype]
+    assert_close(kernels.unpermute(y, weights, schedule), reference.unpermute(*wide), tolerance)
+    assert_close(kernels.permute_backward(y, schedule), reference.permute_backward(y.double(), schedule), tolerance)
+    dy, dweights = kernels.unpermute_backward(dout, y, weights, schedule)
+    expected_dy, expected_dweights = reference.unpermute_backward(dout.double(), *wide)
+    assert_close(dy[:used], expected_dy[:used], tolerance)
+    assert dweights.dtype == torch.float32
+    assert_close(dweights, expected_dweights, 1e-5)
+
+
+@pytest.mark.parametrize("concatenated", [True, False])
+@pytest.mark.parametrize("activation", ["silu", "clamped"])
+def test_swiglu(activation, concatenated):
+    form = ExpertForm(activation=activation, is_concatenated=concatenated, limit=0.7)
+    h, da = normal(5, 72, dtype=torch.float32), normal(5, 36, dtype=torch.float32, seed=1)
+    assert_close(kernels.swiglu(h, form), reference.swiglu(h.double(), form), 1e-6)
+    for got, expected in zip(
+        kernels.swiglu_backward(da, h, form), reference.swiglu_backward(da.double(), h.double(), form), strict=True
+    ):
+        assert_close(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_replica_reduce_is_the_reference_to_the_bit(dtype):
+    grad = normal(4, 70, 60, dtype=torch.float32)  # more than a block, no multiple of it
+    shards, place = normal(5, 70, 60, dtype=dtype, seed=1), torch.tensor([2, 0, 2, -1, 2], dtype=torch.int32)
+    expected = grad.clone()
+    reference.replica_reduce(expected, shards, place)
+    kernels.replica_reduce(grad, shards, place)
+    assert grad.equal(expected)
+    kernels.replica_reduce(grad, shards[:0], place[:0])
+    assert grad.equal(expected)
+
+
+def test_pack():
+    weight, places = normal(4, 70, 60, dtype=torch.float32), torch.tensor([3, 0, 3])
+    assert kernels.pack_replicas(weight, places).equal(weight[places])
+    assert_close(kernels.pack_replicas(weight, places, torch.bfloat16), weight[places], RELATIVE[torch.bfloat16])
+
+
+def test_products_beyond_32_bits():
+    """Row 2^18 + 3 of 8192 elements starts past 2^31. The memory is reserved, and only the rows in use are touched."""
+    width, row = 8192, (1 << 18) + 3
+    storage = torch.UntypedStorage((row + 1) * width * 2)
+    y = torch.tensor([], dtype=torch.float16).set_(storage).view(row + 1, width)
+    y[row] = 1.5
+    out = torch.zeros(1, width, dtype=torch.float16)
+    _unpermute_kernel[(1,)](y, None, torch.tensor([[row]]).int(), out, H=width, TOP_K=1, BLOCK_H=2048)
+    assert out.eq(1.5).all()
+
+
+def test_wrong_rows_are_refused():
+    schedule = kernels.build_schedule(torch.tensor([[0, 1]]), 2)
+    with pytest.raises(ShapeError, match="contiguous with 1 rows"):
+        kernels.permute(torch.zeros(2, H), schedule)
+    with pytest.raises(ShapeError, match="contiguous with 2 rows"):
+        kernels.unpermute(torch.zeros(H, 2).t(), None, schedule)
+    with pytest.raises(ShapeError, match="contiguous"):
+        kernels.replica_reduce(torch.zeros(4, 6), torch.zeros(6, 2).t(), torch.tensor([0, 1]))

@@ -1,0 +1,70 @@
+"""The schedule kernels give the reference's tables, in three launches."""
+
+import pytest
+import torch
+from routing import RoutingCase, random_slots, routing_cases
+
+from relibra_kernels import kernels, reference
+from relibra_kernels.kernels import schedule as module
+from relibra_kernels.planner.errors import InputError
+from relibra_kernels.schedule import Splits
+
+CASES = [*routing_cases(), RoutingCase("most slots", random_slots(40, 4, 512, dropped=0.1), 512, 512)]
+
+
+def same(got, expected):
+    for name in ("slot_offsets", "assignment_of", "position_of"):
+        assert getattr(got, name).equal(getattr(expected, name)), name
+    assert got.tiles.keys() == expected.tiles.keys()
+    for block_m, tiles in expected.tiles.items():
+        assert got.tiles[block_m].equal(tiles), block_m
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_slots(case):
+    same(
+        kernels.build_schedule(case.slots, case.num_slots, (16, 64)),
+        reference.build_schedule(case.slots, case.num_slots, (16, 64)),
+    )
+
+
+def test_known_row_counts_shorten_the_buffers():
+    slots = random_slots(40, 3, 6, dropped=0.5).to(torch.int16)
+    used = int((slots >= 0).sum())
+    same(
+        kernels.build_schedule(slots, 6, (16,), num_rows=used), reference.build_schedule(slots, 6, (16,), num_rows=used)
+    )
+
+
+def test_experts_split_over_slots():
+    experts, slots = 5, torch.tensor([[3, 9, 0], [1, 4, 11], [7, -1, -1], [8, 2, 5], [6, 10, 12]], dtype=torch.int32)
+    ids = random_slots(60, 3, experts, seed=1, dropped=0.1)
+    total = torch.bincount(ids[ids >= 0], minlength=experts)
+    cumulative = torch.stack([total // 3, total // 2, total], 1).int()
+    cumulative[2], cumulative[3, 2] = total[2], cumulative[3, 1] + 1  # one part; some beyond the last quota
+    splits = Splits(cumulative, slots)
+    got = kernels.build_split_schedule(ids, splits, 14, (16,))
+    same(got, reference.build_split_schedule(ids, splits, 14, (16,)))
+    counts = got.slot_offsets.diff()
+    assert counts[slots[0].long()].tolist() == cumulative[0].diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    assert counts[5] == 1 and counts[13] == 0
+
+
+def test_three_launches(monkeypatch):
+    launched = []
+    monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: launched.append(kernel))
+    module.build_schedule(random_slots(40, 3, 6), 6, (16, 32))
+    assert len(launched) == 3
+
+
+def test_too_many_slots_are_refused():
+    with pytest.raises(InputError, match="513 slots"):
+        kernels.build_schedule(random_slots(4, 2, 8), 513)
+
+
+def test_ids_out_of_range_are_dropped_or_caught(monkeypatch):
+    slots = torch.tensor([[0, 7], [1, -5]])
+    assert kernels.build_schedule(slots, 2).assignment_of.tolist() == [0, 2, -1, -1]
+    monkeypatch.setenv("RELIBRA_DEBUG", "1")
+    with pytest.raises(RuntimeError, match=r"must lie in -1\.\.1"):
+        kernels.build_schedule(slots, 2)

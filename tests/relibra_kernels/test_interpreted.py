@@ -1,0 +1,21 @@
+"""Run the kernel tests in Triton's interpreter: it must be chosen before triton is imported, so in another process."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+HERE = Path(__file__).parent / "interpreted"
+
+
+@pytest.mark.parametrize("file", sorted(path.name for path in HERE.glob("test_*.py")))
+def test_in_the_interpreter(file):
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "RELIBRA_BACKEND": "triton"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / file)]
+    done = subprocess.run(command, env=environment, cwd=HERE.parents[2], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stdout.splitlines()[-1])
