@@ -17,7 +17,7 @@ _FILLS = {"fast": (0.5,), "full": (0.5, 0.6, 0.4, 0.75, 0.9)}
 _RULES = {"fast": 2, "full": 6}
 _PLACEMENTS = {"fast": 1, "full": 6}
 _GOOD_MEAN, _GOOD_WORST = 1.5e-3, 1e-2  # a layer this close to its target, in the mean and at worst, came out well
-_NOISE = 3.0  # standard deviations by which the busiest rank may exceed the mean in routing that is uniform
+_DISPERSION = 1.5  # variance over mean of the experts' loads up to which routing is uniform; random draws have 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def plan_batch(
         home = previous_home.astype(np.int32)
     found = Replicas.none(layers, micro_batches, cluster.num_ranks, cluster.replica_slots)
     as_is = rank_loads(table, home, found.replicas, found.quota).max(2)
-    skewed = np.flatnonzero(~_within_noise(as_is, table, cluster.num_ranks, options.balance))
+    skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance))
     if len(skewed):
         fixed = None if previous_home is None else home[skewed]
         home[skewed], better = _plan_layers(table[skewed], cluster, fixed, options)
@@ -198,9 +198,10 @@ def _score(excess_LM: np.ndarray) -> np.ndarray:
     return excess_LM.mean(1) + excess_LM.max(1) / 8
 
 
-def _within_noise(busiest_LM: np.ndarray, table: np.ndarray, ranks: int, balance: float) -> np.ndarray:
-    """bool [L]: layers as even as they are that balancing would chase the noise of uniform routing."""
-    mean = np.maximum(table.sum(2) / ranks, 1e-9)
-    ratio = busiest_LM / mean
-    allowed = np.maximum(balance, 1 + _NOISE / np.sqrt(mean))
-    return (ratio - allowed).mean(1) <= 0
+def _even_enough(table: np.ndarray, busiest_LM: np.ndarray, ranks: int, balance: float) -> np.ndarray:
+    """bool [L]: layers that need no plan, since every micro-batch is good enough as it is, or since their routing is
+    uniform: the experts' loads vary no more than if every assignment had been drawn at random."""
+    good = (busiest_LM * ranks <= np.maximum(table.sum(2) * balance, ranks)).all(1)
+    mean = np.maximum(table.mean(2, keepdims=True), 1e-9)
+    dispersion = ((table - mean) ** 2 / mean).sum(2) / max(table.shape[2] - 1, 1)  # 1 for random draws
+    return good | (dispersion.mean(1) <= _DISPERSION)
