@@ -1,11 +1,16 @@
 """The planner: from recorded routing to where every expert lives and what each micro-batch replicates. Numpy only."""
 
 from .cluster import ClusterSpec
+from .cost import break_even, distinct_rows, price, replica_bytes
 from .errors import CommunicationError, FormatError, InputError, PlanError, ReLibraError, ShapeError
 from .formats import from_vllm
+from .generator import generate_loads, generate_trace
+from .hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
 from .loads import check_loads, count_loads, load_table
+from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan, static_plan
 from .planning import PlanOptions, plan_batch
+from .simulate import Result, Scenario, simulate
 from .splits import destinations, split_over_sources
 from .trace import RoutingTrace
 
@@ -22,6 +27,23 @@ __all__ = [
     "split_over_sources",
     "destinations",
     "from_vllm",
+    "DeviceSpec",
+    "ModelShape",
+    "DEVICES",
+    "MODELS",
+    "find_device",
+    "find_model",
+    "Outcome",
+    "outcome_of_plan",
+    "price",
+    "break_even",
+    "replica_bytes",
+    "distinct_rows",
+    "generate_loads",
+    "generate_trace",
+    "Scenario",
+    "Result",
+    "simulate",
     "ReLibraError",
     "InputError",
     "ShapeError",

@@ -38,8 +38,9 @@ class Guests:
 class NodeProblem:
     """What guests are chosen for: loads [L, M, E], the experts' nodes [L, E], and what a rank is to carry [L, M].
 
-    fill: how much of a rank's capacity one guest may take. With a rank full of guest, its own experts must all find
-          room elsewhere; with little, more guests are needed.
+    slack: a factor on how level the nodes must get; 1 is for the best plan
+    fill:  how much of a rank's capacity one guest may take. With a rank full of guest, its own experts must all find
+           room elsewhere; with little, more guests are needed.
     """
 
     table_LME: np.ndarray
@@ -48,6 +49,7 @@ class NodeProblem:
     num_nodes: int
     gpus_per_node: int
     fill: float
+    slack: float = 1.0
 
     @property
     def limit(self) -> np.ndarray:
@@ -88,8 +90,8 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
     found, bounds = [np.zeros((5, 0), np.int64)], [np.zeros((0, micro_batches), np.int64)]
     while per_node:
         worst = flow.over_NX.max(0).reshape(layers, micro_batches)
-        peak = worst > capacity * _PEAK_TOLERANCE
-        coarse &= worst.sum(1) > capacity.sum(1) * _SUM_TOLERANCE
+        peak = worst > capacity * (_PEAK_TOLERANCE * problem.slack)
+        coarse &= worst.sum(1) > capacity.sum(1) * (_SUM_TOLERANCE * problem.slack)
         active = active[coarse[active] | peak[active].any(1)]
         if not len(active):
             break
@@ -101,7 +103,9 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
         sink *= (hosted[active] < per_node)[:, :, None]
         offer = np.minimum(weight[active], np.minimum(supply, 1 << bits)[:, :, None].astype(np.int32))
         sink = np.minimum(sink, 1 << bits).astype(np.int32)
-        gain = np.stack([np.minimum(offer, sink[:, None, None, node]).sum(3) for node in range(nodes)], 3)
+        gain = np.stack(
+            [np.minimum(offer, sink[:, None, None, node]).sum(3, dtype=np.int32) for node in range(nodes)], 3
+        )
         gain[:, np.arange(nodes), :, np.arange(nodes)] = 0
         flat = gain.reshape(len(active), -1)
         best = flat.argmax(1)
@@ -110,7 +114,9 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
         coarse[active[~enough]] = False
         remaining, (layer, best, value) = active[value > 0], (x[enough] for x in (active, best, value))
         donor, index, node = np.unravel_index(best, gain.shape[1:])
-        found.append(np.stack([layer, members[layer, donor, index], donor, node, value << shift[layer]]))
+        found.append(
+            np.stack([layer, members[layer, donor, index], donor, node, value.astype(np.int64) << shift[layer]])
+        )
         amount = np.minimum(rest[layer, donor, index], limit[layer])
         bounds.append(amount)
         edge[donor, node, layer] += amount

@@ -12,10 +12,26 @@ from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
 from .replicas import Attempt, Replicas, find_replicas, keep_guests, target_load
 
-# How much of a rank one guest may fill, in the order tried; layers that come out well are not tried again.
-_FILLS = {"fast": (0.5,), "full": (0.5, 0.6, 0.4, 0.75, 0.9)}
-_RULES = {"fast": 2, "full": 6}
-_PLACEMENTS = {"fast": 1, "full": 6}
+
+@dataclass(frozen=True)
+class _Effort:
+    """How hard to try, in units of work and never of time, so that the plan is the same everywhere.
+
+    fills:      how much of a rank one guest may fill, in the order tried; layers that come out well are not tried again
+    placements: how often a layer is placed; each time with more weight on the micro-batches that came out worst
+    """
+
+    fills: tuple[float, ...]
+    placements: int
+    sweeps: int
+    rules: int
+    slack: float
+
+
+_EFFORTS = {
+    "fast": _Effort(fills=(0.5,), placements=1, sweeps=3, rules=2, slack=8.0),
+    "full": _Effort(fills=(0.5, 0.6, 0.4, 0.75, 0.9), placements=4, sweeps=12, rules=6, slack=1.0),
+}
 _GOOD_MEAN, _GOOD_WORST = 1.5e-3, 1e-2  # a layer this close to its target, in the mean and at worst, came out well
 _DISPERSION = 1.5  # variance over mean of the experts' loads up to which routing is uniform; random draws have 1
 
@@ -40,8 +56,8 @@ class PlanOptions:
     def __post_init__(self) -> None:
         if not 1 <= self.balance < 1e6:
             raise InputError(f"balance is {self.balance}, but must be at least 1: it is max/mean over ranks")
-        if self.effort not in _FILLS:
-            raise InputError(f"effort is {self.effort!r}, but must be one of {sorted(_FILLS)}")
+        if self.effort not in _EFFORTS:
+            raise InputError(f"effort is {self.effort!r}, but must be one of {sorted(_EFFORTS)}")
         for name, least in (("min_quota", 1), ("max_moves", 0), ("max_guests", 0)):
             value = getattr(self, name)
             if value is not None and value < least:
@@ -108,16 +124,15 @@ def _plan_layers(
     guest_slots = min(1, slots) if cluster.guest_slots is None else cluster.guest_slots
     if cluster.num_nodes == 1 or options.max_guests == 0:
         guest_slots = 0
-    attempts = [
-        Attempt(fill, guest_slots, _RULES[options.effort], options.min_quota) for fill in _FILLS[options.effort]
-    ]
+    effort = _EFFORTS[options.effort]
+    attempts = [Attempt(fill, effort.slack, guest_slots, effort.rules, options.min_quota) for fill in effort.fills]
     if guest_slots == 0:
         attempts = attempts[:1]
     home = np.zeros((layers, experts), np.int32)
     found = Replicas.none(layers, table.shape[1], ranks, slots)
     excess = np.full(table.shape[:2], np.inf)
     emphasis = np.ones(table.shape[:2], np.int64)
-    for _ in range(_PLACEMENTS[options.effort]):
+    for _ in range(effort.placements if guest_slots else 1):
         again = np.flatnonzero(_needs_work(excess))
         if not len(again):
             break
@@ -129,6 +144,7 @@ def _plan_layers(
             previous_home=None if previous is None else previous[again],
             max_moves=options.max_moves,
             polish=guest_slots == 0 and options.effort == "full",
+            sweeps=effort.sweeps,
         )
         for attempt in attempts:
             open_ = np.flatnonzero(_needs_work(excess[again]))
@@ -154,7 +170,7 @@ def _plan_layers(
     worse = np.flatnonzero((ours.sum(1) > theirs.sum(1)) | ((ours / total).sum(1) > (theirs / total).sum(1)))
     if len(worse):
         home[worse] = stay[worse]
-        calm = Attempt(attempts[0].guest_fill, 0, attempts[0].rules, options.min_quota)
+        calm = Attempt(0.0, effort.slack, 0, effort.rules, options.min_quota)
         found.put(worse, find_replicas(table[worse], stay[worse], cluster, target[worse], calm), np.arange(len(worse)))
     return home, found
 

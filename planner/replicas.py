@@ -11,9 +11,10 @@ from .replication import Effort, Groups, Moves, replicate
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to go about it. guest_fill: see NodeProblem; guests_a_rank: at most; rules, least: see Effort."""
+    """One way to go about it. guest_fill, slack: see NodeProblem; guests_a_rank: at most; rules, least: see Effort."""
 
     guest_fill: float
+    slack: float
     guests_a_rank: int
     rules: int
     least: int
@@ -82,7 +83,15 @@ def _problem(
     table_LME: np.ndarray, home_LE: np.ndarray, cluster: ClusterSpec, target_LM: np.ndarray, attempt: Attempt
 ) -> NodeProblem:
     node_LE = home_LE // cluster.gpus_per_node
-    return NodeProblem(table_LME, node_LE, target_LM, cluster.num_nodes, cluster.gpus_per_node, attempt.guest_fill)
+    return NodeProblem(
+        table_LME,
+        node_LE,
+        target_LM,
+        cluster.num_nodes,
+        cluster.gpus_per_node,
+        attempt.guest_fill,
+        attempt.slack,
+    )
 
 
 def _assemble(

@@ -4,10 +4,23 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from ..planner import BatchPlan, ClusterSpec, RoutingTrace, check_loads, count_loads, plan_batch
+from ..planner import (
+    MODELS,
+    BatchPlan,
+    ClusterSpec,
+    PlanOptions,
+    RoutingTrace,
+    check_loads,
+    count_loads,
+    find_model,
+    outcome_of_plan,
+    plan_batch,
+    replica_bytes,
+)
 from ..planner.errors import FormatError, InputError
 from ..planner.files import load_npz, npz_keys, save_npz
 
@@ -17,11 +30,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
     parser.add_argument("--replica-slots", type=int, required=True, metavar="S", help="replica slots a rank")
-    parser.add_argument("--guest-slots", type=int, metavar="A", help="of them for other nodes' experts, at most")
+    parser.add_argument(
+        "--guest-slots", type=int, metavar="A", help="of them, at most, for other nodes' experts; default: as needed"
+    )
+    parser.add_argument("--guest-bytes", type=float, metavar="BYTES", help="a rank's memory for guests over all layers")
+    parser.add_argument(
+        "--balance", type=float, default=1.0, metavar="X", help="max/mean that is good enough; default 1"
+    )
+    parser.add_argument("--effort", choices=("fast", "full"), default="full", help="default full")
+    parser.add_argument("--min-quota", type=int, default=1, metavar="N", help="no replica for fewer assignments")
     parser.add_argument("--previous", type=Path, metavar="PLAN.npz", help="plan of the batch before")
+    parser.add_argument("--max-moves", type=int, metavar="N", help="with --previous: experts of a layer that may move")
     parser.add_argument("--micro-batch-sequences", type=int, metavar="B", help="for a trace: sequences a micro-batch")
     parser.add_argument("--num-experts", type=int, metavar="E", help="for a trace that does not say")
     parser.add_argument("--model", default="", help="name of the model, kept in the plan")
+    parser.add_argument(
+        "--shape", default="Qwen3-235B-A22B", help=f"whose experts to count bytes for: {', '.join(MODELS)}"
+    )
     parser.add_argument("--save-loads", type=Path, metavar="LOADS.npz", help="also write the load table")
     parser.add_argument("--out", type=Path, required=True, metavar="PLAN.npz")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -30,51 +55,77 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     for name in ("out", "save_loads"):
         path = getattr(args, name)
-        if path is not None and not path.parent.is_dir():
-            raise InputError(f"--{name.replace('_', '-')} is {path}, but {path.parent} is not a directory")
+        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+            raise InputError(f"--{name.replace('_', '-')} is {path}, but must be a file in a directory that exists")
+    shape = find_model(args.shape)
     cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots, args.guest_slots)
-    loads = _read_loads(args)
+    guest_bytes = shape.expert_bytes + shape.gradient_bytes
+    if args.guest_bytes is not None and not args.guest_bytes >= 0:
+        raise InputError(f"--guest-bytes is {args.guest_bytes}, but must not be negative")
+    options = PlanOptions(
+        balance=args.balance,
+        effort=args.effort,
+        min_quota=args.min_quota,
+        max_moves=args.max_moves,
+        max_guests=None if args.guest_bytes is None else int(min(args.guest_bytes // guest_bytes, 1 << 31)),
+    )
+    loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
     previous = None if args.previous is None else BatchPlan.load(args.previous, model=args.model).home
 
     start = time.perf_counter()
-    plan = plan_batch(loads, cluster, previous_home=previous, model=args.model)
+    plan = plan_batch(loads, cluster, previous_home=previous, model=args.model, options=options)
     seconds = time.perf_counter() - start
 
     if args.save_loads is not None:
         save_npz(args.save_loads, loads=loads)
     plan.save(args.out)
-    report = {
+    outcome = outcome_of_plan(plan, loads, previous)
+    fast, slow = replica_bytes(outcome, shape)
+    report: dict[str, Any] = {
         "imbalance_mean": plan.imbalance_mean(loads),
         "imbalance_worst": plan.imbalance_worst(loads),
         "plan_seconds": seconds,
-        "replicas_mean": float((plan.replicas >= 0).sum() / (plan.num_layers * plan.num_micro_batches)),
+        "replicas_mean": float(outcome.pushed_in.sum(2).mean()),
+        "guests_mean": float(plan.guests.sum((1, 2)).mean()),
+        "moves_mean": float(outcome.moved_in.sum(1).mean()),
+        "bytes_fast": fast,
+        "bytes_slow": slow,
+        "guest_bytes": int(plan.guests.sum((0, 2)).max() * guest_bytes),
+        "shape": shape.name,
     }
     print(
         f"{plan.num_layers} layers x {plan.num_micro_batches} micro-batches x {plan.num_experts} experts over "
         f"{plan.num_ranks} ranks, planned in {seconds:.2f} s"
     )
     print(f"max/mean over ranks: mean {report['imbalance_mean']:.4f}, worst {report['imbalance_worst']:.4f}")
-    print(f"replicas per layer and micro-batch: {report['replicas_mean']:.1f}")
+    print(
+        f"per layer and micro-batch: {report['replicas_mean']:.1f} replicas, {fast / 1e6:.1f} MB inside nodes, ", end=""
+    )
+    print(f"{slow / 1e6:.1f} MB between them (experts of {shape.name})")
+    print(f"per layer: {report['guests_mean']:.1f} guests, {report['moves_mean']:.1f} experts moved; ", end="")
+    print(f"guests take up to {report['guest_bytes'] / 1e9:.2f} GB of a rank")
     print(f"plan written to {args.out}")
     if args.json:
         print(json.dumps(report))
     return 0
 
 
-def _read_loads(args: argparse.Namespace) -> np.ndarray:
-    keys = npz_keys(args.input)
+def read_loads(path: Path, micro_batch_sequences: int | None, num_experts: int | None) -> np.ndarray:
+    """The load table in a file, or that of the trace in it."""
+    keys = npz_keys(path)
     if "loads" in keys:
-        if args.micro_batch_sequences is not None:
-            raise InputError(f"--micro-batch-sequences is for a trace, but {args.input} holds load tables")
+        if micro_batch_sequences is not None:
+            raise InputError(f"--micro-batch-sequences is for a trace, but {path} holds load tables")
         try:
-            return check_loads(load_npz(args.input, ("loads",))["loads"])
+            loads = check_loads(load_npz(path, ("loads",))["loads"])
+            if num_experts is not None and num_experts != loads.shape[-1]:
+                raise InputError(f"--num-experts is {num_experts}, but the loads are for {loads.shape[-1]}")
+            return loads
         except InputError as error:
-            raise type(error)(f"{args.input}: {error}") from None
+            raise type(error)(f"{path}: {error}") from None
     if "expert_ids" not in keys:
-        raise FormatError(f"{args.input}: holds neither 'loads' nor 'expert_ids', only {sorted(keys)}")
-    if args.micro_batch_sequences is None or args.micro_batch_sequences < 1:
-        raise InputError(
-            f"--micro-batch-sequences is {args.micro_batch_sequences}, but a trace ({args.input}) needs at least 1"
-        )
-    trace = RoutingTrace.load(args.input, args.num_experts)
-    return count_loads(trace, np.arange(trace.num_sequences) // args.micro_batch_sequences)
+        raise FormatError(f"{path}: holds neither 'loads' nor 'expert_ids', only {sorted(keys)}")
+    if micro_batch_sequences is None or micro_batch_sequences < 1:
+        raise InputError(f"--micro-batch-sequences is {micro_batch_sequences}, but a trace ({path}) needs at least 1")
+    trace = RoutingTrace.load(path, num_experts)
+    return count_loads(trace, np.arange(trace.num_sequences) // micro_batch_sequences)

@@ -1,0 +1,91 @@
+"""A batch under several policies, priced by cost.py: the paper's comparison on any load table."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .baselines import BASELINES
+from .cluster import ClusterSpec
+from .cost import Cost, price
+from .errors import InputError
+from .hardware import DeviceSpec, ModelShape
+from .loads import total_loads
+from .outcome import Outcome, outcome_of_plan
+from .plan import BatchPlan
+from .planning import PlanOptions, plan_batch
+
+OURS = "relibra"
+POLICIES = ("static", *(name for name in BASELINES if name not in ("static", "balanced")), OURS, "balanced")
+
+
+@dataclass(frozen=True, eq=False)
+class Scenario:
+    """What is simulated: a model on a cluster of devices, with sequences of this length."""
+
+    model: ModelShape
+    cluster: ClusterSpec
+    device: DeviceSpec
+    sequence_length: int = 8192
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """One policy. planning_seconds were measured on the machine that simulates; all else is modelled."""
+
+    policy: str
+    cost: Cost
+    imbalance_mean: float
+    imbalance_worst: float
+    replicas: float  # per layer and micro-batch
+    guests: float  # per layer
+    planning_seconds: float
+    rank_load: np.ndarray  # [L, M, R]
+
+
+def simulate(
+    loads: np.ndarray,
+    scenario: Scenario,
+    policies: Sequence[str] = POLICIES,
+    options: PlanOptions | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> dict[str, Result]:
+    """Every policy's result by name."""
+    table = total_loads(loads)
+    unknown = [name for name in policies if name not in POLICIES]
+    if unknown:
+        raise InputError(f"policy {unknown[0]!r} is not known; known are {', '.join(POLICIES)}")
+    results = {}
+    for name in policies:
+        start = time.perf_counter()
+        if name == OURS:
+            outcome = _ours(table, scenario, options or PlanOptions())
+        else:
+            outcome = BASELINES[name](table, scenario.cluster)
+        results[name] = _result(name, outcome, scenario, time.perf_counter() - start)
+        if progress is not None:
+            progress(name)
+    return results
+
+
+def _ours(table: np.ndarray, scenario: Scenario, options: PlanOptions) -> Outcome:
+    plan: BatchPlan = plan_batch(table, scenario.cluster, model=scenario.model.name, options=options)
+    return outcome_of_plan(plan, table)
+
+
+def _result(name: str, outcome: Outcome, scenario: Scenario, seconds: float) -> Result:
+    cost = price(outcome, scenario.model, scenario.device, scenario.cluster.gpus_per_node, scenario.sequence_length)
+    ratio = outcome.imbalance()
+    known = not np.isnan(ratio).all()
+    layers, micro_batches = ratio.shape
+    return Result(
+        policy=name,
+        cost=cost,
+        imbalance_mean=float(np.nanmean(ratio)) if known else 1.0,
+        imbalance_worst=float(np.nanmax(ratio)) if known else 1.0,
+        replicas=float((outcome.pushed_in + outcome.far_in).sum() / (layers * micro_batches)),
+        guests=float(outcome.kept_in.sum() / layers),
+        planning_seconds=seconds,
+        rank_load=outcome.rank_load,
+    )
