@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..planner.errors import CommunicationError, InputError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
 
 
 class Comm:
@@ -37,13 +37,13 @@ class Comm:
         """Turn a failed collective into a CommunicationError that names the phase and this rank."""
         try:
             yield
-        except (dist.DistError, RuntimeError) as error:
-            if isinstance(error, CommunicationError):
-                raise
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what gloo and NCCL raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CommunicationError(
-                f"rank {self.rank} of {self.size} failed in {phase}: {reason}. Another rank died or did not answer "
-                "within the process-group timeout"
+                f"rank {self.rank} of {self.size} failed in {phase}: {reason}. The usual cause is that another "
+                "rank died, or did not answer within the process-group timeout"
             ) from error
 
     def exchange(
@@ -74,6 +74,25 @@ class Comm:
         with self.during(phase):
             dist.all_gather(list(everyone.unbind(0)), local, group=self.group)
         return everyone.cpu().numpy()
+
+    def agree(self, problem: ReLibraError | None, facts: dict[str, int], device: torch.device, what: str) -> None:
+        """Let every rank go on, or none: what a rank found wrong, and numbers that must be the same on all. Collective.
+
+        Raises: `problem` on the rank that has one, else InputError naming the rank that has, or the fact that differs.
+        """
+        status = np.array([problem is not None, *facts.values()], np.int64)
+        everyone = self.gather_arrays(status, device, what)
+        if problem is not None:
+            raise problem
+        refused = np.flatnonzero(everyone[:, 0])
+        if len(refused):
+            raise InputError(f"rank {refused[0]} stopped {what}; its own error says why")
+        for name, mine, values in zip(facts, facts.values(), everyone[:, 1:].T, strict=True):
+            other = np.flatnonzero(values != mine)
+            if len(other):
+                raise InputError(
+                    f"{name} of rank {other[0]} differs from rank {self.rank}'s; every rank needs the same"
+                )
 
     def gather_tensors(self, local: Tensor, phase: str) -> Tensor:
         """The same-shaped tensor of every rank, stacked: [R, ...]."""

@@ -30,6 +30,7 @@ class LayerSite:
         send_counts, receive_counts: rows to and from each rank, length R.
         local: received rows sorted by the slot on this rank; a row visits up to K of them.
         replicas: transfers of the replicas; None where the layer has none.
+        pushed_slots: int64 [n], home slots that are pushed, where there are replicas.
         weight_of_slot: int32 [E/R + S] where there are replicas, else None.
         where: "layer l, micro-batch m", for errors.
     """
@@ -40,6 +41,7 @@ class LayerSite:
     receive_counts: list[int]
     local: Schedule
     replicas: ReplicaRoute | None
+    pushed_slots: Tensor | None
     weight_of_slot: Tensor | None
     where: str
 
@@ -56,24 +58,26 @@ class LayerSite:
 
     def push(self, home: ExpertWeights) -> ExpertWeights | None:
         """The replicas on this rank, or None where the layer has none anywhere."""
-        if self.replicas is None:
+        if self.replicas is None or self.pushed_slots is None:
             return None
-        route, phase = self.replicas, f"replica weights of {self.where}"
-        return home.map(lambda weight: push_weights(self.comm, route, weight, phase))
+        route, slots, phase = self.replicas, self.pushed_slots, f"replica weights of {self.where}"
+        return home.map(lambda weight: push_weights(self.comm, route, slots, weight, phase))
 
     def reduce(self, replica_grad: ExpertWeights, home_grad: ExpertWeights) -> None:
         """Replicas' gradients into their owners' buffers."""
-        assert self.replicas is not None
+        assert self.replicas is not None and self.pushed_slots is not None
         phase = f"replica gradients of {self.where}"
         for shard, owner in zip(replica_grad.tensors(), home_grad.tensors(), strict=True):
-            return_gradients(self.comm, self.replicas, shard, owner, phase)
+            return_gradients(self.comm, self.replicas, self.pushed_slots, shard, owner, phase)
 
 
 class ExpertParallelMLP(torch.autograd.Function):
     """`(x [T, H], weights [T, K], this rank's experts) -> out [T, H]`, on every rank of the group at once."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weights: Tensor, site: LayerSite, form: ExpertForm, *parameters: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, site: LayerSite, form: ExpertForm, recompute: bool, *parameters: Tensor
+    ) -> Tensor:
         home = ExpertWeights(*parameters)
         replica = site.push(home)
         x_rows = site.dispatch(x, "dispatch")
@@ -83,7 +87,7 @@ class ExpertParallelMLP(torch.autograd.Function):
         )
         ctx.site, ctx.form, ctx.weights_dtype = site, form, weights.dtype
         ctx.main_grads = main_grads(home)
-        ctx.save_for_backward(x_rows, h, weight_rows, *parameters)
+        ctx.save_for_backward(x_rows, None if recompute else h, weight_rows, *parameters)
         return site.combine(out_rows, "combine")
 
     @staticmethod
@@ -93,7 +97,7 @@ class ExpertParallelMLP(torch.autograd.Function):
         x_rows, h, weight_rows, *parameters = ctx.saved_tensors
         home = ExpertWeights(*parameters)
         replica = site.push(home)
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         grad = gradient_buffers(home, ctx.main_grads, needed)
         replica_grad = gradient_buffers(replica, NO_WEIGHTS, needed) if replica else None
         dx_rows, dweight_rows = moe_mlp_backward(
@@ -114,4 +118,4 @@ class ExpertParallelMLP(torch.autograd.Function):
         if replica_grad is not None:
             site.reduce(replica_grad, grad)
         returned = returned_gradients(home, grad, ctx.main_grads, needed)
-        return dx, dweights.to(ctx.weights_dtype), None, None, *returned
+        return dx, dweights.to(ctx.weights_dtype), None, None, None, *returned

@@ -7,7 +7,6 @@ until the layer is done; it never becomes a parameter, has no optimizer state an
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from .. import ops
@@ -55,14 +54,15 @@ def replica_route(plan: BatchPlan, layer: int, micro_batch: int, rank: int) -> R
     )
 
 
-def push_weights(comm: Comm, route: ReplicaRoute, weight: Tensor, phase: str) -> Tensor:
+def push_weights(comm: Comm, route: ReplicaRoute, home_slots: Tensor, weight: Tensor, phase: str) -> Tensor:
     """Send this rank's hot experts out and receive the replicas that it hosts: [arrivals, ...] of `weight`'s dtype."""
-    home_slots = torch.from_numpy(route.home_slots).to(weight.device)
     leaving = weight.detach().index_select(0, home_slots)
     return comm.exchange(leaving, route.push_counts, route.pull_counts, "replica_weights", phase)
 
 
-def return_gradients(comm: Comm, route: ReplicaRoute, replica_grad: Tensor, home_grad: Tensor, phase: str) -> None:
+def return_gradients(
+    comm: Comm, route: ReplicaRoute, home_slots: Tensor, replica_grad: Tensor, home_grad: Tensor, phase: str
+) -> None:
     """Send the replicas' fp32 gradients home and add them to `home_grad`, in place, in the order of the host ranks."""
     shards = comm.exchange(replica_grad, route.pull_counts, route.push_counts, "replica_gradients", phase)
-    ops.replica_reduce(home_grad, shards, torch.from_numpy(route.home_slots).to(home_grad.device))
+    ops.replica_reduce(home_grad, shards, home_slots)

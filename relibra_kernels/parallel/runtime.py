@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..nn import ReplicatedExperts, ReplicatedMoE, replay_routing
 from ..planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch
-from ..planner.errors import InputError, PlanError
+from ..planner.errors import InputError, PlanError, ReLibraError
 from .comm import Comm
 from .layer import ExpertParallelMLP
 from .migration import expert_tensors, move_experts
@@ -78,8 +78,13 @@ class ExpertParallel:
         self, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int
     ) -> np.ndarray:
         """The load table of the whole group, int32 [L, M, R, E], from every rank's own sequences. Collective."""
-        self._check_trace(trace)
-        local = count_loads(trace, micro_batch_of_sequence, num_micro_batches)
+        local, problem = np.zeros(0), None
+        try:
+            self._check_trace(trace)
+            local = count_loads(trace, micro_batch_of_sequence, num_micro_batches)
+        except ReLibraError as error:
+            problem = error
+        self.comm.agree(problem, {"num_micro_batches": num_micro_batches}, self.device, "counting the loads")
         everyone = self.comm.gather_arrays(local, self.device, "the exchange of loads")  # [R, L, M, E]
         return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))
 
@@ -94,30 +99,32 @@ class ExpertParallel:
         plan: BatchPlan,
         trace: RoutingTrace,
         micro_batch_of_sequence: np.ndarray,
-        optimizer: torch.optim.Optimizer | None = None,
+        optimizer: torch.optim.Optimizer | None,
     ) -> Iterator[None]:
         """Run a batch under `plan`: check it, move the experts to their homes, make the tables. Collective.
 
         Args:
             trace: the recorded routing of this rank's sequences, last tokens unknown.
             micro_batch_of_sequence: int [sequences of this rank].
-            optimizer: whose state moves with the experts.
+            optimizer: whose state moves with the experts; None where the experts are not trained.
 
-        Raises: PlanError for a plan made for another model, cluster, or routing; InputError for a trace that does not
-            fit. Nothing has moved then.
+        Raises: PlanError for a plan made for another model, cluster, or routing; InputError for a trace or optimizer
+            that does not fit, on this rank or another. Nothing has moved then.
         """
-        if self._plan is not None:
-            raise InputError("a batch is open already: leave it before the next begins")
+        tensors, problem = [], None
+        try:
+            self._check_plan(plan)
+            self._check_optimizer(optimizer)
+            tensors = [self._tensors_to_move(moe.experts, optimizer) for moe in self.layers]
+        except ReLibraError as error:
+            problem = error
+        facts = {
+            "the plan": _checksum(plan.home, plan.replicas, plan.quota, plan.guests),
+            "the optimizer's state": zlib.crc32(repr([list(layer) for layer in tensors]).encode()),
+        }
+        self.comm.agree(problem, facts, self.device, "opening the batch")
         loads = self.gather_loads(trace, micro_batch_of_sequence, plan.num_micro_batches)
-        self._check_plan(plan, loads)
-        tensors = [
-            {
-                name: tensor
-                for attribute, parameter in _expert_parameters(moe.experts)
-                for name, tensor in expert_tensors(parameter, attribute, optimizer).items()
-            }
-            for moe in self.layers
-        ]
+        dataclasses.replace(plan, loads=loads)  # refuses other loads, which are the same on every rank
         for layer in range(len(self.layers)):
             move_experts(self.comm, tensors[layer], self.home[layer], plan.home[layer], f"layer {layer}")
             self.home[layer] = plan.home[layer]
@@ -133,14 +140,17 @@ class ExpertParallel:
     def micro_batch(self, index: int, rows: np.ndarray | None = None) -> Iterator[None]:
         """Run one micro-batch, forward and backward: routers replay, experts are reached where the plan has them.
 
+        Every rank must run every micro-batch, also one in which it has no tokens. Backward belongs inside: where blocks
+        are checkpointed, it runs their forward again.
+
         Args:
             rows: int [tokens of the model's input], which of the micro-batch's trace rows (its sequences in trace
                 order) each token is; -1 for padding, which visits no expert. None: the input is exactly those rows.
         """
         if self._plan is None:
             raise InputError("micro_batch is used outside of batch: open `with ep.batch(plan, ...)` first")
-        if not 0 <= index < self._plan.num_micro_batches:
-            raise InputError(f"index is {index}; the plan has micro-batches 0..{self._plan.num_micro_batches - 1}")
+        if not isinstance(index, int | np.integer) or not 0 <= index < self._plan.num_micro_batches:
+            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{self._plan.num_micro_batches - 1}")
         if self._micro_batch is not None:
             raise InputError("a micro-batch is open already: leave it before the next begins")
         micro_batch = MicroBatch(self.comm, self._plan, self._tables[index], index, rows, self.device)
@@ -164,7 +174,7 @@ class ExpertParallel:
         present = torch.tensor([float(p.grad is not None) for p in dense], device=self.device)
         self.comm.all_reduce(present, "the reduction of dense gradients")
         used = [p for p, count in zip(dense, present.tolist(), strict=True) if count]
-        for dtype in {p.dtype for p in used}:
+        for dtype in dict.fromkeys(p.dtype for p in used):  # the same order on every rank
             same = [p for p in used if p.dtype == dtype]
             flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in same])
             self.comm.all_reduce(flat, "the reduction of dense gradients")
@@ -177,6 +187,8 @@ class ExpertParallel:
         self, tensor_of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter under its name in the whole model, experts [E, ...] in logical order. Collective.
+
+        `model.state_dict()` has this rank's experts only, in the order of its home slots.
 
         Args:
             tensor_of: what to give for each parameter instead of its data, such as its gradient.
@@ -205,7 +217,12 @@ class ExpertParallel:
                     f"MoE layer {layer} got {len(x_TH)} tokens; the micro-batch's routing is for {current.num_tokens}"
                 )
             return ExpertParallelMLP.apply(
-                x_TH.contiguous(), weights_TK, current.site(layer), experts.form, *experts.weights
+                x_TH.contiguous(),
+                weights_TK,
+                current.sites[layer],
+                experts.form,
+                experts.recompute,
+                *experts.weights,
             )
 
         return dispatch
@@ -223,19 +240,42 @@ class ExpertParallel:
                 "routing of every other token must be known"
             )
 
-    def _check_plan(self, plan: BatchPlan, loads: np.ndarray) -> None:
+    def _check_plan(self, plan: BatchPlan) -> None:
+        if self._plan is not None:
+            raise InputError("a batch is open already: leave it before the next begins")
         if plan.model and self.model_name and plan.model != self.model_name:
             raise PlanError(f"plan is for model {plan.model!r}; this is {self.model_name!r}")
         shape = (plan.num_layers, plan.num_experts, plan.num_ranks, plan.gpus_per_node)
         expected = (len(self.layers), self.num_experts, self.comm.size, self.cluster.gpus_per_node)
         if shape != expected:
             raise PlanError(f"plan is for (layers, experts, ranks, GPUs a node) {shape}; this run has {expected}")
-        dataclasses.replace(plan, loads=loads)  # refuses other loads
-        digest = zlib.crc32(b"".join(array.tobytes() for array in (plan.home, plan.replicas, plan.quota, plan.guests)))
-        everyone = self.comm.gather_arrays(np.array([digest]), self.device, "the comparison of plans")[:, 0]
-        different = np.flatnonzero(everyone != everyone[self.comm.rank])
-        if len(different):
-            raise PlanError(f"rank {different[0]} has another plan than rank {self.comm.rank}; all must have the same")
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        if optimizer is None:
+            return
+        trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for layer, moe in enumerate(self.layers):
+            for name, parameter in _expert_parameters(moe.experts):
+                if parameter.requires_grad and id(parameter) not in trained:
+                    raise InputError(
+                        f"optimizer does not have {name} of MoE layer {layer}: it must be made after ExpertParallel, "
+                        "which replaces the experts' parameters"
+                    )
+
+    @staticmethod
+    def _tensors_to_move(experts: ReplicatedExperts, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+        return {
+            name: tensor
+            for attribute, parameter in _expert_parameters(experts)
+            for name, tensor in expert_tensors(parameter, attribute, optimizer).items()
+        }
+
+
+def _checksum(*arrays: np.ndarray) -> int:
+    checksum = 0
+    for array in arrays:
+        checksum = zlib.crc32(array.tobytes(), zlib.crc32(repr(array.shape).encode(), checksum))
+    return checksum
 
 
 def _expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:

@@ -25,15 +25,16 @@ class MicroBatchTables:
 
     `expert_ids` [n, L, K]: recorded routing of this rank's rows, -1 where unknown.
     `routes`: this rank's sends, a layer each.
+    `receive_counts` int64 [L, R]: rows that come from each rank.
     `received_slots`: int16 [received, K] a layer, slots on this rank that each received row visits.
-    `rows` int64 [L, R, R]: rows that each source (axis 1) sends to each destination (axis 2).
+    `replicas`: this rank's transfers, a layer each; None where the layer has no replicas.
     """
 
     expert_ids: np.ndarray
     routes: list[SendRoute]
+    receive_counts: np.ndarray
     received_slots: list[np.ndarray]
     replicas: list[ReplicaRoute | None]
-    rows: np.ndarray
 
 
 def make_tables(
@@ -45,57 +46,57 @@ def make_tables(
     device: torch.device,
 ) -> list[MicroBatchTables]:
     """The tables of every micro-batch. Collective."""
-    expert_ids = [
-        trace.select(np.flatnonzero(micro_batch_of_sequence == m)).expert_ids for m in range(plan.num_micro_batches)
-    ]
+    layers, micro_batches = range(plan.num_layers), range(plan.num_micro_batches)
+    expert_ids = [trace.select(np.flatnonzero(micro_batch_of_sequence == m)).expert_ids for m in micro_batches]
     routes = [
-        [send_route(ids[:, layer], plan, loads_LMRE, layer, micro_batch, comm.rank) for layer in range(plan.num_layers)]
-        for micro_batch, ids in enumerate(expert_ids)
+        [send_route(expert_ids[m][:, layer], plan, loads_LMRE, layer, m, comm.rank) for layer in layers]
+        for m in micro_batches
     ]
-    counts = np.array([[route.counts for route in layers] for layers in routes])  # [M, L, R]
-    rows = comm.gather_arrays(counts, device, "the exchange of row counts").transpose(
-        1, 2, 0, 3
-    )  # [M, L, R_src, R_dst]
+    receive_counts_MLR = _exchange_counts(comm, routes, device)
     return [
         MicroBatchTables(
             expert_ids=expert_ids[m],
             routes=routes[m],
-            received_slots=_exchange_slots(comm, routes[m], rows[m], device, f"the exchange of slots, micro-batch {m}"),
-            replicas=[replica_route(plan, layer, m, comm.rank) for layer in range(plan.num_layers)],
-            rows=rows[m],
+            receive_counts=receive_counts_MLR[m],
+            received_slots=_exchange_slots(comm, routes[m], receive_counts_MLR[m], device, m),
+            replicas=[replica_route(plan, layer, m, comm.rank) for layer in layers],
         )
-        for m in range(plan.num_micro_batches)
+        for m in micro_batches
     ]
 
 
+def _exchange_counts(comm: Comm, routes: list[list[SendRoute]], device: torch.device) -> np.ndarray:
+    """int64 [M, L, R]: rows that this rank gets from each rank in every layer and micro-batch."""
+    counts_MLR = np.array([[route.counts for route in layers] for layers in routes])
+    one_each = [1] * comm.size
+    send = torch.from_numpy(np.ascontiguousarray(counts_MLR.transpose(2, 0, 1))).to(device)
+    received = comm.exchange(send, one_each, one_each, "counts", "the exchange of row counts")
+    return received.numpy(force=True).transpose(1, 2, 0)
+
+
 def _exchange_slots(
-    comm: Comm, routes: list[SendRoute], rows_LSD: np.ndarray, device: torch.device, phase: str
+    comm: Comm, routes: list[SendRoute], receive_counts_LR: np.ndarray, device: torch.device, micro_batch: int
 ) -> list[np.ndarray]:
     """Send the slots of every layer's rows at once; return what this rank receives, a layer each.
 
-    They travel as int32: neither gloo nor NCCL has a 16-bit integer.
+    They travel as bytes: neither gloo nor NCCL has a 16-bit integer.
     """
     sends = [np.split(route.slots, np.cumsum(route.counts)[:-1]) for route in routes]
     send = np.concatenate([layer[destination] for destination in range(comm.size) for layer in sends])
-    received = (
-        comm.exchange(
-            torch.from_numpy(send.astype(np.int32)).to(device),
-            rows_LSD[:, comm.rank].sum(0).tolist(),
-            rows_LSD[:, :, comm.rank].sum(0).tolist(),
-            "slots",
-            phase,
-        )
-        .numpy(force=True)
-        .astype(np.int16)
+    received = comm.exchange(
+        torch.from_numpy(send.view(np.uint8)).to(device),
+        np.sum([route.counts for route in routes], 0).tolist(),
+        receive_counts_LR.sum(0).tolist(),
+        "slots",
+        f"the exchange of slots, micro-batch {micro_batch}",
     )
-    counts_SL = rows_LSD[:, :, comm.rank].T
-    pieces = np.split(received, np.cumsum(counts_SL.reshape(-1))[:-1])  # source by source, its layers in order
-    layers = len(routes)
-    return [np.concatenate(pieces[layer::layers]) for layer in range(layers)]
+    slots = received.numpy(force=True).view(np.int16)
+    pieces = np.split(slots, np.cumsum(receive_counts_LR.T.reshape(-1))[:-1])  # source by source, its layers in order
+    return [np.concatenate(pieces[layer :: len(routes)]) for layer in range(len(routes))]
 
 
 class MicroBatch:
-    """One micro-batch as the layers see it: the recorded indices, and a `LayerSite` a layer, made when first needed.
+    """One micro-batch as the layers see it: the recorded indices, and a `LayerSite` a layer.
 
     Args:
         tables: from `make_tables`.
@@ -116,36 +117,31 @@ class MicroBatch:
     ):
         self._comm, self._plan, self._tables, self._index, self._device = comm, plan, tables, index, device
         num_rows, _, self._top_k = tables.expert_ids.shape
-        if rows is None:
-            rows = np.arange(num_rows)
-        self.token_of_row = _token_of_row(np.asarray(rows), tables.expert_ids, index)
+        rows = np.arange(num_rows) if rows is None else np.asarray(rows)
+        rows = rows if rows.size else rows.astype(np.int64)  # an empty list has no integers in it
+        self.token_of_row = _token_of_row(rows, tables.expert_ids, index)
         self.num_tokens = len(rows)
         padding = np.full((1, *tables.expert_ids.shape[1:]), -1, tables.expert_ids.dtype)
         self.expert_ids = np.concatenate([tables.expert_ids, padding])[rows]  # row -1 is the last one
-        self._sites: dict[int, LayerSite] = {}
-
-    def site(self, layer: int) -> LayerSite:
-        """What `layer` needs to run; the same object in forward and in a recomputation."""
-        if layer not in self._sites:
-            self._sites[layer] = self._make_site(layer)
-        return self._sites[layer]
+        self.sites = [self._make_site(layer) for layer in range(plan.num_layers)]
 
     def _make_site(self, layer: int) -> LayerSite:
-        tables, me = self._tables, self._comm.rank
-        route, replicas, rows = tables.routes[layer], tables.replicas[layer], tables.rows[layer]
+        tables = self._tables
+        route, replicas = tables.routes[layer], tables.replicas[layer]
         slots = self._plan.experts_per_rank + (self._plan.num_slots if replicas else 0)
         received_slots = tables.received_slots[layer]
         return LayerSite(
             comm=self._comm,
             send=self._send_schedule(route),
-            send_counts=rows[me].tolist(),
-            receive_counts=rows[:, me].tolist(),
+            send_counts=route.counts.tolist(),
+            receive_counts=tables.receive_counts[layer].tolist(),
             local=ops.backend(self._device).build_schedule(
                 torch.from_numpy(received_slots).to(self._device),
                 slots,
                 num_rows=int(np.count_nonzero(received_slots >= 0)),
             ),
             replicas=replicas,
+            pushed_slots=torch.from_numpy(replicas.home_slots).to(self._device) if replicas else None,
             weight_of_slot=torch.from_numpy(replicas.weight_of_slot).to(self._device) if replicas else None,
             where=f"layer {layer}, micro-batch {self._index}",
         )
@@ -180,8 +176,8 @@ def _token_of_row(rows: np.ndarray, expert_ids: np.ndarray, micro_batch: int) ->
     wrong = np.flatnonzero((times > 1) | ((times == 0) & recorded))
     if len(wrong):
         raise InputError(
-            f"rows of micro-batch {micro_batch} name recorded row {wrong[0]} {times[wrong[0]]} times; every "
-            "recorded row must be in the model's input exactly once"
+            f"rows of micro-batch {micro_batch} name row {wrong[0]} {times[wrong[0]]} times; no row may be named "
+            "twice, and every recorded row must be in the model's input"
         )
     token_of_row = np.full(len(expert_ids), -1, np.int64)
     token_of_row[rows[tokens]] = tokens

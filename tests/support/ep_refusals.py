@@ -10,7 +10,7 @@ from toy_training import Case, ToyModel, loss_sum, make_batch, shuffled_plan
 from relibra_kernels.parallel import ExpertParallel
 from relibra_kernels.planner import ClusterSpec, ReLibraError, RoutingTrace
 
-CASE = Case(layers=1)
+CASE = Case(layers=3)
 
 
 def refusal(name: str) -> tuple[str, str, bool]:
@@ -50,8 +50,7 @@ def refusal(name: str) -> tuple[str, str, bool]:
         train(trace=RoutingTrace(gap, trace.offsets, trace.num_experts, trace.moe_layer_ids))
 
     def other_layers():
-        twice = np.concatenate([trace.expert_ids] * 2, 1)
-        train(trace=RoutingTrace(twice, trace.offsets, trace.num_experts, (0, 1)))
+        train(trace=RoutingTrace(trace.expert_ids[:, :2].copy(), trace.offsets, trace.num_experts, (0, 1)))
 
     def too_few_tokens():
         train(ids=ids[:-1])
@@ -80,7 +79,24 @@ def refusal(name: str) -> tuple[str, str, bool]:
         optimizer.state[experts.gate_up_proj]["rows"] = torch.zeros(3)
         train()
 
+    def gap_on_one_rank():
+        unknown_in_the_middle() if rank == 0 else train()
+
+    def other_model_on_one_rank():
+        another_model() if rank == 0 else train()
+
+    def other_number_of_micro_batches_on_one_rank():
+        ep.gather_loads(trace, groups, CASE.micro_batches + rank)
+
+    def micro_batch_not_an_integer():
+        train(index="0")
+
+    def optimizer_made_too_early():
+        with ep.batch(plan, trace, groups, torch.optim.SGD(ToyModel(CASE).parameters())):
+            pass
+
     def optimizer_state_on_one_rank():
+        experts = ep.layers[2].experts  # the layers before it must not have moved either
         if rank == 0:
             optimizer.state[experts.gate_up_proj]["momentum"] = torch.zeros_like(experts.gate_up_proj)
         train()

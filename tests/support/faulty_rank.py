@@ -1,6 +1,6 @@
-"""One rank of a training that loses a rank: `python faulty_rank.py RANK SIZE STORE VICTIM PHASE`.
+"""One rank of a training that loses a rank: `python faulty_rank.py RANK SIZE STORE VICTIM PHASE SIGNAL`.
 
-The victim kills itself when it gets to PHASE (a collective's phase that begins so). The others print the error
+The victim sends itself SIGNAL when it gets to PHASE (a collective's phase that begins so). The others print the error
 that they stop with.
 """
 
@@ -19,7 +19,8 @@ from relibra_kernels.planner import CommunicationError
 
 
 def main() -> None:
-    rank, size, store, victim, phase = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), sys.argv[5]
+    rank, size, victim = int(sys.argv[1]), int(sys.argv[2]), int(sys.argv[4])
+    store, phase, sent = sys.argv[3], sys.argv[5], signal.Signals[sys.argv[6]]
     torch.set_num_threads(1)
     if rank == victim:
         during = Comm.during
@@ -27,7 +28,7 @@ def main() -> None:
         @contextmanager
         def die(self: Comm, current: str):
             if current.startswith(phase):
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), sent)
             with during(self, current):
                 yield
 
@@ -35,7 +36,7 @@ def main() -> None:
     timeout = timedelta(seconds=10)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
     try:
-        train_parallel(Case(ranks=size, gpus_per_node=size, plan="shuffled", steps=2))
+        train_parallel(Case(ranks=size, gpus_per_node=size, experts=4 * size, plan="shuffled", steps=2))
     except CommunicationError as error:
         print(f"stopped: {error}", flush=True)
         os._exit(3)  # the group is broken: destroying it could wait for the dead rank

@@ -38,6 +38,11 @@ class Case:
     padding: int = 0  # padding tokens before every sequence
     form: ExpertForm = QWEN
     main_grad: bool = False
+    recompute: bool = False
+    shared_experts: bool = False
+    output_dtype: torch.dtype | None = None  # of the output layer, where it differs
+    frozen: tuple[str, ...] = ()  # parameters whose names end so
+    scoring: str = "softmax"
     seed: int = 0
 
 
@@ -50,8 +55,11 @@ class ToyModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary, case.hidden)
         self.moe = nn.ModuleList(
             ReplicatedMoE(
-                TopKRouter(case.hidden, case.experts, case.top_k),
-                ReplicatedExperts(case.experts, case.hidden, case.intermediate, form=case.form),
+                TopKRouter(case.hidden, case.experts, case.top_k, scoring=case.scoring),
+                ReplicatedExperts(
+                    case.experts, case.hidden, case.intermediate, form=case.form, recompute=case.recompute
+                ),
+                nn.Linear(case.hidden, case.hidden) if case.shared_experts else None,
             )
             for _ in range(case.layers)
         )
@@ -59,12 +67,15 @@ class ToyModel(nn.Module):
         for moe in self.moe:
             moe.experts.reset_parameters(std=0.3)
         self.to(case.dtype)
+        self.output.to(case.output_dtype or case.dtype)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(not name.endswith(case.frozen) if case.frozen else True)
 
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         x_TH = self.embedding(tokens_T)
         for moe in self.moe:
             x_TH = x_TH + moe(x_TH)
-        return self.output(x_TH)
+        return self.output(x_TH.to(self.output.weight.dtype))
 
 
 def make_batch(case: Case, step: int) -> tuple[RoutingTrace, np.ndarray, list[np.ndarray]]:
@@ -97,7 +108,7 @@ def loss_sum(logits_TV: torch.Tensor, tokens_T: torch.Tensor, counted_T: torch.T
 def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """One process: losses, gradients of each step, final parameters."""
     model = ToyModel(case)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses, gradients = [], []
     for step in range(case.steps):
         trace, groups, tokens = make_batch(case, step)
@@ -112,7 +123,7 @@ def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], d
                 loss.backward()
             total += loss.item()
         losses.append(total)
-        gradients.append({name: p.grad.double().numpy().copy() for name, p in model.named_parameters()})
+        gradients.append({n: p.grad.double().numpy().copy() for n, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
     return losses, gradients, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
@@ -123,7 +134,7 @@ def train_parallel(case: Case) -> dict[str, object]:
     model = ToyModel(case)
     cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
     ep = ExpertParallel(model, cluster, model_name="toy")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
     losses, gradients, replicas, moved = [], [], 0, 0
     for step in range(case.steps):
         trace, groups, tokens = make_batch(case, step)
@@ -155,7 +166,7 @@ def train_parallel(case: Case) -> dict[str, object]:
         dist.all_reduce(total_loss)
         losses.append(total_loss.item())
         named = ep.named_logical_parameters(lambda p: p.grad)
-        gradients.append({name: grad.double().numpy().copy() for name, grad in named})
+        gradients.append({name: grad.double().numpy().copy() for name, grad in named if grad is not None})
         optimizer.step()
     parameters = {name: value.double().numpy().copy() for name, value in ep.named_logical_parameters()}
     return {

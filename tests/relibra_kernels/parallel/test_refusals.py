@@ -10,6 +10,7 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
     "rows_leave_one_out",
     "rows_out_of_range",
     "micro_batch_out_of_range",
+    "micro_batch_not_an_integer",
     "batch_inside_of_batch",
 }
 
@@ -19,19 +20,22 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
     [
         ("another_model", "PlanError", "plan is for model 'other'; this is 'toy'"),
         ("other_loads", "PlanError", "made for other loads"),
-        ("other_cluster", "PlanError", r"\(1, 8, 2, 1\); this run has \(1, 8, 2, 2\)"),
-        ("other_plan_on_one_rank", "PlanError", "all must have the same"),
+        ("other_cluster", "PlanError", r"\(3, 8, 2, 1\); this run has \(3, 8, 2, 2\)"),
+        ("other_plan_on_one_rank", "InputError", r"the plan of rank \d differs"),
         ("unknown_in_the_middle", "InputError", "not the last of their sequence"),
-        ("other_layers", "InputError", r"trace has \(layers, top-k, experts\) \(2, 2, 8\); the model has \(1, 2, 8\)"),
+        ("other_layers", "InputError", r"trace has \(layers, top-k, experts\) \(2, 2, 8\); the model has \(3, 2, 8\)"),
         ("too_few_tokens", "ShapeError", "recorded has"),
-        ("rows_leave_one_out", "InputError", "recorded row 0 0 times"),
+        ("rows_leave_one_out", "InputError", "name row 0 0 times"),
         ("rows_out_of_range", "InputError", "span 1.."),
         ("micro_batch_out_of_range", "InputError", r"index is 2; the plan has micro-batches 0..1"),
+        ("micro_batch_not_an_integer", "InputError", "index is '0'"),
         ("micro_batch_outside_of_batch", "InputError", "outside of batch"),
         ("forward_outside_of_micro_batch", "InputError", "outside of a micro-batch"),
         ("batch_inside_of_batch", "InputError", "open already"),
         ("optimizer_state_of_another_shape", "InputError", r"optimizer state 'rows' of gate_up_proj has shape \(3,\)"),
-        ("optimizer_state_on_one_rank", "InputError", "must have the same optimizer state"),
+        ("optimizer_state_on_one_rank", "InputError", r"the optimizer's state of rank \d differs"),
+        ("optimizer_made_too_early", "InputError", "optimizer does not have gate_up_proj of MoE layer 0"),
+        ("other_number_of_micro_batches_on_one_rank", "InputError", r"num_micro_batches of rank \d differs"),
         ("sharded_twice", "InputError", "must have all of its experts"),
         ("wrong_group_size", "InputError", "cluster has 4 ranks, the process group 2"),
         ("experts_do_not_divide", "InputError", "7 experts do not divide over 2 ranks"),
@@ -43,3 +47,12 @@ def test_refused(ranks, name, kind, words):
         assert got_kind == kind, message
         assert re.search(words, message), message
         assert changed == (name in MOVES_FIRST)
+
+
+@pytest.mark.parametrize("name", ["gap_on_one_rank", "other_model_on_one_rank"])
+def test_what_one_rank_refuses_stops_all(ranks, name):
+    """At once, not after a time-out: the others name the rank whose error says why."""
+    (_, own, _), (kind, message, changed) = ranks(2).run(refusal, name)
+    assert "not the last of their sequence" in own or "plan is for model" in own
+    assert kind == "InputError" and "rank 0 stopped" in message
+    assert not changed
