@@ -80,6 +80,8 @@ SPACE_FP32 = {
 # (family, kernel) -> configs that spill registers or need more shared memory than there is, as `relibra compile` shows
 EXCLUDED: dict[tuple[str, str], list[GemmConfig]] = {
     ("ampere", "gate_up"): _all((128, 128, 64, 8, 3)),
+    ("blackwell", "gate_up"): _all((128, 128, 64, 8, 3)),
+    ("blackwell", "grouped_gemm"): _all((64, 64, 32, 4, 2)),
 }
 
 INTERPRETED = GemmConfig(16, 16, 16, 4, 1)

@@ -1,0 +1,49 @@
+"""Forward + backward of one layer's experts on a CPU thread, against transformers' built-in implementations.
+
+    python bench/cpu_layer.py [--rounds 3]
+
+4096 tokens, H 2048, I 768, 32 experts, top-8, bf16. Implementations take turns, so that a busy machine slows all of
+them; best and worst of the rounds are shown. transformers' batched_mm is left out: it gathers the weights of every
+assignment, 206 GB here. The last line is a JSON object.
+"""
+
+import argparse
+import json
+import os
+import time
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from models import Model, make_layer
+from peers import implementations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    tokens, model = 4096, Model("Qwen3-30B-A3B, 32 experts", 2048, 768, 32, 8)
+    layer = make_layer(model, tokens, 0.5, num_experts=32, dtype=torch.bfloat16, device="cpu")
+    seconds: dict[str, list[float]] = {name: [] for name in implementations(form_is_qwen=True)}
+    for round_number in range(args.rounds + 1):  # the first warms up
+        for name, run in implementations(form_is_qwen=True).items():
+            start = time.perf_counter()
+            run(layer.experts, layer.x, layer.indices, layer.weights).backward(layer.dout)
+            if round_number:
+                seconds[name].append(time.perf_counter() - start)
+            layer.clear()
+    print(f"{'implementation':28} {'best s':>8} {'worst s':>8} {'GFLOP/s':>8} {'relibra is':>11}")
+    ours = min(seconds["relibra"])
+    for name, times in seconds.items():
+        rate = model.flops(tokens) / min(times) / 1e9
+        print(f"{name:28} {min(times):8.2f} {max(times):8.2f} {rate:8.0f} {min(times) / ours:10.2f}x")
+    built_in = {name: min(times) for name, times in seconds.items() if name.startswith("transformers")}
+    best = min(built_in, key=built_in.__getitem__)
+    print(json.dumps({"relibra_s": ours, "best_built_in": best, "best_built_in_s": built_in[best],
+                      "ratio": built_in[best] / ours}))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""Every kernel compiles for every target without a GPU: no spilled registers, and the instructions it should use."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from relibra_kernels.cli import main
+from relibra_kernels.planner.errors import InputError
+from relibra_kernels.tuning.catalogue import gemm_calls, other_calls, recorded
+from relibra_kernels.tuning.compile_only import compile_launch
+from relibra_kernels.tuning.configs import SPACE, config_for, configs
+from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, TARGETS, device_named
+
+interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
+GATHERING = ["gate_up", "grad_hidden", "grad_weight"]
+MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+
+
+@interpreting
+@pytest.mark.parametrize("kernel", SPACE)
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_first_config_of_every_gemm(target, kernel):
+    device = device_named(target)
+    config = configs(kernel, device, torch.bfloat16)[0]
+    variant, call = next(gemm_calls(kernel, config, torch.bfloat16))
+    for number, launch in enumerate(recorded(device, call)):
+        report = compile_launch(launch, device)
+        assert report.spill_bytes == 0, (variant, report)
+        assert report.shared_bytes <= device.shared_bytes, (variant, report)
+        if number == 0:
+            assert report.kernel == kernel
+            assert report.mma is not None and report.mma.startswith(MMA[target])
+            assert (report.tma > 0) == device.tma
+            by_pointer = {"sm_80": SPACE, "sm_90": GATHERING, "sm_100": ["grad_weight"]}.get(target, [])
+            assert (report.async_copies > 0) == (kernel in by_pointer)
+
+
+@interpreting
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_kernels_without_a_config(target):
+    device = device_named(target)
+    names = set()
+    for kernel, variant, call in other_calls(torch.bfloat16):
+        for launch in recorded(device, call):
+            report = compile_launch(launch, device)
+            assert report.spill_bytes == 0 and report.shared_bytes <= device.shared_bytes, (variant, report)
+            names.add(kernel)
+    assert names == {"schedule", "permute", "swiglu", "replica_reduce", "grad_bias"}
+
+
+@interpreting
+def test_the_command_prints_a_table_and_json(capsys):
+    assert main(["compile", "--target", "sm_90", "--kernel", "permute", "--json"]) == 0
+    *table, last = capsys.readouterr().out.splitlines()
+    reports = json.loads(last)
+    assert len(table) == len(reports) + 1 and "registers" in table[0]
+    keys = {"kernel", "config", "registers", "spill_bytes", "shared_bytes", "mma", "tma"}
+    assert all(keys <= report.keys() and report["spill_bytes"] == 0 for report in reports)
+
+
+def test_bad_targets_and_kernels_are_refused(capsys):
+    assert main(["compile", "--target", "sm_70"]) == 2
+    assert "target is 'sm_70'" in capsys.readouterr().err
+    assert main(["compile", "--target", "sm_90", "--kernel", "attention"]) == 2
+    assert "--kernel is 'attention'" in capsys.readouterr().err
+
+
+def test_the_interpreter_cannot_compile():
+    """It replaces the compiler for the whole process: a clear error, no crash."""
+    command = [sys.executable, "-m", "relibra_kernels", "compile", "--target", "sm_90", "--kernel", "permute"]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 2 and "needs a process without it" in done.stderr
+
+
+@pytest.mark.parametrize("device", [*DEVICES.values(), INTERPRETER], ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("kernel", SPACE)
+def test_there_is_a_config_for_everything(kernel, dtype, device):
+    for rows, slots in ((0, 1), (100, 128), (1 << 20, 16)):
+        assert config_for(kernel, device, dtype, rows, slots) in configs(kernel, device, dtype)
+
+
+def test_few_rows_a_slot_get_small_tiles():
+    device = device_named("sm_90")
+    assert config_for("grouped_gemm", device, torch.bfloat16, 1000, 128).block_m == 64
+    assert config_for("grouped_gemm", device, torch.bfloat16, 100_000, 128).block_m == 128
+
+
+def test_unknown_devices_are_refused():
+    with pytest.raises(InputError, match="sm_90"):
+        device_named("sm_10")
