@@ -159,6 +159,8 @@ def _plan_layers(
             excess[layer[chosen]] = other_excess[chosen]
         # Where that did not do, the next placement looks harder at the micro-batches that came out worst.
         emphasis[excess > _GOOD_WORST] += 1
+    if guest_slots and previous is None:
+        _spread_guests(home, found, cluster)
     if options.max_guests is not None and guest_slots:
         _limit_guests(table, home, cluster, target, attempts[0], found, options.max_guests)
 
@@ -173,6 +175,27 @@ def _plan_layers(
         calm = Attempt(0.0, effort.slack, 0, effort.rules, options.min_quota)
         found.put(worse, find_replicas(table[worse], stay[worse], cluster, target[worse], calm), np.arange(len(worse)))
     return home, found
+
+
+def _spread_guests(home: np.ndarray, found: Replicas, cluster: ClusterSpec) -> None:
+    """Exchange ranks of a node, layer by layer, so that over all layers they hold about the same number of guests."""
+    nodes, gpus = cluster.num_nodes, cluster.gpus_per_node
+    base = np.arange(nodes)[:, None] * gpus
+    held = np.zeros((nodes, gpus), np.int64)
+    for layer, count in enumerate(found.guests.sum(2).reshape(-1, nodes, gpus)):
+        emptiest = np.argsort(held, axis=1, kind="stable")
+        fullest = np.argsort(-count, axis=1, kind="stable")
+        new = np.empty((nodes, gpus), np.int64)
+        np.put_along_axis(new, fullest, base + emptiest, 1)  # rank -> its new name
+        old = np.argsort(new.reshape(-1))
+        home[layer] = new.reshape(-1)[home[layer]]
+        for array in (found.replicas, found.quota):
+            array[layer] = array[layer][:, old]
+        for array in (found.guests, found.gain):
+            array[layer] = array[layer][old]
+        np.put_along_axis(
+            held, emptiest, np.take_along_axis(held, emptiest, 1) + np.take_along_axis(count, fullest, 1), 1
+        )
 
 
 def _limit_guests(

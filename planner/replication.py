@@ -80,6 +80,7 @@ def _lowest(groups: Groups, target_X: np.ndarray, effort: Effort) -> tuple[np.nd
     reached, moves = fill(groups, target_X, effort)
     best = np.maximum(reached, target_X)
     low, high = target_X.copy(), best.copy()  # not reached at low; reached at high
+    effort = Effort(min(effort.rules, 2), effort.least)  # many thresholds, few rules for each
     for _ in range(_SEARCH_STEPS):
         columns = np.flatnonzero(high - low > np.maximum(1, target_X >> 11))
         if not len(columns):

@@ -87,3 +87,13 @@ def test_the_guest_budget_is_kept():
     none = plan_batch(loads, cluster, options=PlanOptions(max_guests=0))
     assert not none.guests.any()
     assert free.imbalance_mean(loads) <= plan.imbalance_mean(loads) <= none.imbalance_mean(loads)
+
+
+def test_guests_are_spread_over_the_ranks_of_a_node():
+    """Over many layers the ranks of a node hold about the same number; the plan is as balanced as it was."""
+    loads = skewed_loads(24, 8, 64)
+    plan = plan_batch(loads, ClusterSpec(4, 8, 2))
+    held = plan.guests.sum((0, 2)).reshape(4, 8)
+    assert held.sum() > 24
+    assert (held.max(1) - held.min(1)).max() <= 1
+    assert plan.imbalance_mean(loads) <= 1.003

@@ -1,5 +1,7 @@
 """Load tables against a plain count."""
 
+import tracemalloc
+
 import numpy as np
 import pytest
 
@@ -65,3 +67,14 @@ def test_bad_groups_are_refused():
 def test_bad_loads_are_refused(loads, message):
     with pytest.raises(InputError, match=message):
         check_loads(loads)
+
+
+def test_counting_does_not_copy_the_trace():
+    trace = make_trace(sequences=300, num_experts=64, layers=24, top_k=8)
+    tracemalloc.start()
+    count_loads(trace, np.arange(300) // 30)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert trace.expert_ids.nbytes > 1 << 20
+    assert peak < 8 * trace.expert_ids.nbytes  # one copy in 64 bits
+    assert peak < 6 << 20  # a few chunks, however long the trace is

@@ -31,7 +31,7 @@ def problems(draw):
     return loads, ClusterSpec(nodes, gpus, draw(st.integers(0, 3)))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(problems())
 def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
     loads, cluster = problem
