@@ -59,12 +59,12 @@ class BatchPlan:
         if loads is not None:
             table = total_loads(loads)
             self._check_loads_shape(table)
-            check_quotas(table, self.replicas, self.quota)
             digest = loads_digest(table)
             if self.loads_sha256 and self.loads_sha256 != digest:
                 raise PlanError(
                     f"the plan was made for other loads: its loads_sha256 is {self.loads_sha256}, these have {digest}"
                 )
+            check_quotas(table, self.replicas, self.quota)
             object.__setattr__(self, "loads_sha256", digest)
 
     @property
