@@ -69,7 +69,7 @@ def run_functions(case, form, p, start=0.0):
     home, replica = p.home(case), p.replica(case)
     how = {"replica": replica, "weight_of_slot": case.weight_of_slot}
     out, h = moe_mlp_forward(p.x, p.weights, schedule, home, form, **how)
-    buffers = p.stores.map(lambda t: torch.full(t.shape, start, dtype=torch.promote_types(t.dtype, torch.float32)))
+    buffers = p.stores.map(lambda t: torch.full_like(t, start, dtype=torch.promote_types(t.dtype, torch.float32)))
     grad = buffers.map(lambda tensor: tensor[: case.num_home])
     replica_grad = buffers.map(lambda tensor: tensor[case.num_home :]) if replica else None
     dx, dweights = moe_mlp_backward(

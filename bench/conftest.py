@@ -1,0 +1,6 @@
+"""Benchmarks import their neighbours by name, and run with `pytest bench/` alone."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
