@@ -17,31 +17,22 @@ def split_over_sources(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micr
     its replicas leave. First what a host takes of its own rank's assignments, then of its own node's, then the rest;
     the last two source by source, in proportion to what the hosts still take, by largest remainder.
     """
-    ranks, experts = plan.num_ranks, plan.num_experts
-    if loads_LMRE.ndim != 4 or loads_LMRE.shape[2:] != (ranks, experts):
-        raise ShapeError(
-            f"loads has shape {loads_LMRE.shape}, but must be [layers, micro-batches, {ranks} source ranks, {experts}]"
-        )
+    _check_sources(plan, loads_LMRE)
     have_SE = np.asarray(loads_LMRE[layer, micro_batch], np.int64)
-    home = plan.home[layer]
-    split = np.zeros((ranks, experts, ranks), np.int32)
-    split[:, np.arange(experts), home] = have_SE
+    split = np.zeros((plan.num_ranks, plan.num_experts, plan.num_ranks), np.int32)
+    split[:, np.arange(plan.num_experts), plan.home[layer]] = have_SE
+    _, expert, split_XSR = _replicated(plan, loads_LMRE, layer, slice(micro_batch, micro_batch + 1), slice(None))
+    split[:, expert] = split_XSR.transpose(1, 0, 2)
+    return split
 
-    rank, slot = np.nonzero(plan.quota[layer, micro_batch] > 0)
-    if not len(rank):
-        return split
-    replicated, row = np.unique(plan.replicas[layer, micro_batch, rank, slot], return_inverse=True)
-    take_XR = np.zeros((len(replicated), ranks), np.int64)
-    take_XR[row, rank] = plan.quota[layer, micro_batch, rank, slot]
-    have_XS = np.ascontiguousarray(have_SE[:, replicated].T)
-    at_home = have_XS.sum(1) - take_XR.sum(1)
-    if (at_home < 0).any():
-        raise PlanError(
-            f"the replicas of expert {replicated[at_home.argmin()]} in layer {layer}, micro-batch {micro_batch} take "
-            f"more assignments than these loads have"
-        )
-    take_XR[np.arange(len(replicated)), home[replicated]] = at_home
-    split[:, replicated] = _split(have_XS, take_XR, plan.gpus_per_node).transpose(1, 0, 2)
+
+def splits_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, source: int) -> np.ndarray:
+    """int32 [M, E, R_dst]: `split_over_sources(...)[source]` of every micro-batch, much faster than one by one."""
+    _check_sources(plan, loads_LMRE)
+    split = np.zeros((plan.num_micro_batches, plan.num_experts, plan.num_ranks), np.int32)
+    split[:, np.arange(plan.num_experts), plan.home[layer]] = loads_LMRE[layer, :, source]
+    micro_batch, expert, split_XSR = _replicated(plan, loads_LMRE, layer, slice(None), slice(source, source + 1))
+    split[micro_batch, expert] = split_XSR[:, 0]
     return split
 
 
@@ -67,25 +58,61 @@ def destinations(expert_ids_TK: np.ndarray, split_of_source_ER: np.ndarray) -> n
     return out.reshape(ids.shape)
 
 
-def _split(have_XS: np.ndarray, take_XR: np.ndarray, gpus_per_node: int) -> np.ndarray:
-    """int64 [X, S, R] with row sums have_XS and column sums take_XR (experts X are independent)."""
+def _check_sources(plan: BatchPlan, loads_LMRE: np.ndarray) -> None:
+    if loads_LMRE.ndim != 4 or loads_LMRE.shape[2:] != (plan.num_ranks, plan.num_experts):
+        raise ShapeError(
+            f"loads has shape {loads_LMRE.shape}, but must be [layers, micro-batches, {plan.num_ranks} source ranks, "
+            f"{plan.num_experts}]"
+        )
+
+
+def _replicated(
+    plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batches: slice, sources: slice
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Micro-batch (from the start of the slice), expert, and split int32 [X, sources, R], where there are replicas."""
+    quota = plan.quota[layer, micro_batches]
+    micro_batch, rank, slot = np.nonzero(quota)
+    key = micro_batch * plan.num_experts + plan.replicas[layer, micro_batches][micro_batch, rank, slot]
+    key, row = np.unique(key, return_inverse=True)
+    of, expert = np.divmod(key, plan.num_experts)
+    take_XR = np.zeros((len(key), plan.num_ranks), np.int64)
+    take_XR[row, rank] = quota[micro_batch, rank, slot]
+    have_XS = loads_LMRE[layer, micro_batches][of, :, expert].astype(np.int64)
+    at_home = have_XS.sum(1) - take_XR.sum(1)
+    if (at_home < 0).any():
+        worst = int(at_home.argmin())
+        raise PlanError(
+            f"the replicas of expert {expert[worst]} in layer {layer}, micro-batch "
+            f"{of[worst] + (micro_batches.start or 0)} take more assignments than these loads have"
+        )
+    take_XR[np.arange(len(key)), plan.home[layer, expert]] = at_home
+    return of, expert, _split(have_XS, take_XR, plan.gpus_per_node, sources)
+
+
+def _split(have_XS: np.ndarray, take_XR: np.ndarray, gpus_per_node: int, sources: slice) -> np.ndarray:
+    """int32 [X, sources, R] of a split with row sums have_XS and column sums take_XR (experts X are independent)."""
     experts, ranks = have_XS.shape
-    nodes = ranks // gpus_per_node
-    split = np.zeros((experts, ranks, ranks), np.int64)
-    own = np.arange(ranks)
+    chosen = np.arange(ranks)[sources]
+    split = np.zeros((experts, len(chosen), ranks), np.int32)
     same_rank = np.minimum(have_XS, take_XR)
-    split[:, own, own] = same_rank
+    split[:, np.arange(len(chosen)), chosen] = same_rank[:, chosen]
     have, take = have_XS - same_rank, take_XR - same_rank
 
     # Within a node, all nodes at once: [X * N, G]. What the node's hosts cannot take waits for the second round.
-    near_have, near_take = have.reshape(-1, gpus_per_node), take.reshape(-1, gpus_per_node)
-    near = _by_largest_remainder(near_have, near_take)
-    for node in range(nodes):
-        span = slice(node * gpus_per_node, (node + 1) * gpus_per_node)
-        split[:, span, span] += near.reshape(experts, nodes, gpus_per_node, gpus_per_node)[:, node]
+    near = _by_largest_remainder(have.reshape(-1, gpus_per_node), take.reshape(-1, gpus_per_node))
     have -= near.sum(2).reshape(have.shape)
     take -= near.sum(1).reshape(take.shape)
-    return split + _by_largest_remainder(have, take)
+    near = near.reshape(experts, ranks, gpus_per_node)
+    for position, source in enumerate(chosen):
+        node = source // gpus_per_node * gpus_per_node
+        split[:, position, node : node + gpus_per_node] += near[:, source].astype(np.int32)
+
+    # The rest, over the few ranks that are hosts, in rank order.
+    hosts = np.argsort(take == 0, axis=1, kind="stable")[:, : int((take > 0).sum(1).max(initial=0))]
+    far = _by_largest_remainder(have, np.take_along_axis(take, hosts, 1))[:, chosen]
+    place = np.arange(experts)[:, None, None], np.arange(len(chosen))[None, :, None], hosts[:, None]
+    split[place] += far.astype(np.int32)
+    return split
 
 
 def _by_largest_remainder(have_BS: np.ndarray, take_BH: np.ndarray) -> np.ndarray:

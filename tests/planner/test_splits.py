@@ -5,7 +5,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from relibra_kernels.planner import ClusterSpec, PlanError, ShapeError, destinations, plan_batch, split_over_sources
+from relibra_kernels.planner import (
+    BatchPlan,
+    ClusterSpec,
+    PlanError,
+    ShapeError,
+    destinations,
+    plan_batch,
+    split_over_sources,
+    splits_of_source,
+)
 
 
 @st.composite
@@ -59,10 +68,21 @@ def test_near_comes_first(problem):
             assert sent[np.ix_(inside, inside)].sum() == local + left
 
 
+@settings(max_examples=20, deadline=None)
+@given(problems())
+def test_one_source_in_all_micro_batches_is_the_same_split(problem):
+    loads, cluster = problem
+    plan = plan_batch(loads, cluster)
+    for source in range(cluster.num_ranks):
+        together = splits_of_source(plan, loads, 1, source)
+        for micro_batch in range(2):
+            np.testing.assert_array_equal(
+                together[micro_batch], split_over_sources(plan, loads, 1, micro_batch)[source]
+            )
+
+
 def test_the_rest_follows_the_largest_remainder():
     """Two sources without a host of their own; expert 0 is on ranks 0 and 1 of another node, 5 and 4 assignments."""
-    from relibra_kernels.planner import BatchPlan
-
     loads = np.zeros((1, 1, 4, 4), np.int64)
     loads[0, 0, 2, 0], loads[0, 0, 3, 0] = 3, 6
     replicas = np.full((1, 1, 4, 1), -1)
