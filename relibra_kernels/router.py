@@ -36,7 +36,7 @@ class TopKRouter(nn.Module):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # not super(): integrations mix in the router class of their framework
         if scoring not in ("softmax", "sigmoid"):
             raise InputError(f"scoring is {scoring!r}; it must be 'softmax' or 'sigmoid'")
         if not 1 <= top_k <= num_experts:

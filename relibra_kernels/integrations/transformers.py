@@ -1,5 +1,6 @@
 """Put the layer into Hugging Face models."""
 
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -30,12 +31,18 @@ def replace_moe_blocks(model: nn.Module) -> list[ReplicatedMoE]:
     return replaced
 
 
+@cache
+def _router_class(theirs: type[nn.Module]) -> type[TopKRouter]:
+    """Our router, which transformers takes for its own: it goes by the class to collect router logits."""
+    return type("TopKRouter", (TopKRouter, theirs), {})
+
+
 def _replicated(block: Any) -> ReplicatedMoE:
     gate, experts = block.gate, block.experts
     act = type(experts.act_fn).__name__
     if act not in ("SiLU", "SiLUActivation"):
         raise InputError(f"the experts' activation is {act}; it must be silu")
-    router = TopKRouter(gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta")
+    router = _router_class(type(gate))(gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta")
     router.weight = gate.weight
     ours = ReplicatedExperts(experts.num_experts, experts.hidden_dim, experts.intermediate_dim, device="meta")
     ours.gate_up_proj, ours.down_proj = experts.gate_up_proj, experts.down_proj

@@ -58,6 +58,18 @@ def test_same_logits_gradients_and_state_dict():
         assert_close(gradient, expected[name], 1e-5, name)
 
 
+def test_router_logits_and_their_loss_are_still_collected():
+    model, tokens = make_model(), torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
+    expected = model(tokens, labels=tokens, output_router_logits=True)
+    replace_moe_blocks(model)
+    got = model(tokens, labels=tokens, output_router_logits=True)
+    assert len(got.router_logits) == 2
+    for a, b in zip(got.router_logits, expected.router_logits, strict=True):
+        assert_close(a, b, 1e-5)
+    assert expected.aux_loss > 0
+    assert_close(got.aux_loss, expected.aux_loss, 1e-5)
+
+
 def test_recorded_routing_replays():
     model, tokens = make_model(), torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
     routers = [block.gate for block in replace_moe_blocks(model)]

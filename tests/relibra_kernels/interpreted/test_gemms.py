@@ -11,6 +11,7 @@ from relibra_kernels import kernels
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.kernels import launch
 from relibra_kernels.planner.errors import ShapeError
+from relibra_kernels.schedule import Schedule
 from relibra_kernels.tuning.configs import GemmConfig
 
 
@@ -84,6 +85,28 @@ def test_weights_beyond_32_bits():
     a, table = torch.randn(2, 16).half(), torch.tensor([number], dtype=torch.int32)
     out = kernels.grouped_gemm(a, weight, schedule, transpose_weight=True, weight_of_slot=table)
     assert out.equal(2 * a)
+
+
+def test_rows_beyond_32_bits(monkeypatch):
+    """Row 2^18 of 8192 columns starts at element 2^31. The memory is reserved, and only the row in use is touched."""
+    far, width = 1 << 18, 8192
+    storage = torch.UntypedStorage((far + 1) * width * 2)
+    reserved = torch.tensor([], dtype=torch.float16).set_(storage).view(far + 1, width)
+    index = {"dtype": torch.int32}
+    assignment_of, position_of = torch.full((far + 1,), -1, **index), torch.full((far + 1, 1), -1, **index)
+    assignment_of[far], position_of[0] = 0, far
+    tiles = {16: torch.tensor([[0, far]], **index)}
+    schedule = Schedule(torch.tensor([far, far + 1], **index), assignment_of, position_of, tiles)
+    a, weight = torch.zeros(far + 1, 16, dtype=torch.float16), torch.randn(1, width, 16).half()
+    a[far] = torch.randn(16)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(
+        torch.Tensor,
+        "new_empty",
+        lambda self, *size, **how: reserved if width in size else new_empty(self, *size, **how),
+    )
+    out = kernels.grouped_gemm(a, weight, schedule, transpose_weight=True)
+    assert_close(out[far], a[far].double() @ weight[0].double().T, RELATIVE[torch.float16])
 
 
 def test_wrong_operands_are_refused():
