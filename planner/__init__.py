@@ -10,7 +10,7 @@ from .loads import check_loads, count_loads, load_table
 from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan, static_plan
 from .planning import PlanOptions, plan_batch
-from .simulate import Result, Scenario, simulate
+from .simulate import Result, Scenario, cheapest_plan, simulate
 from .splits import destinations, split_over_sources, splits_of_source
 from .trace import RoutingTrace
 
@@ -45,6 +45,7 @@ __all__ = [
     "Scenario",
     "Result",
     "simulate",
+    "cheapest_plan",
     "ReLibraError",
     "InputError",
     "ShapeError",

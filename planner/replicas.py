@@ -11,10 +11,12 @@ from .replication import Effort, Groups, Moves, replicate
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to go about it. guest_fill, slack: see NodeProblem; guests_a_rank: at most; rules, least: see Effort."""
+    """One way to go about it. guest_fill, slack, candidates: see NodeProblem; guests_a_rank: at most; rules, least: see
+    Effort."""
 
     guest_fill: float
     slack: float
+    candidates: int | None
     guests_a_rank: int
     rules: int
     least: int
@@ -91,6 +93,7 @@ def _problem(
         cluster.gpus_per_node,
         attempt.guest_fill,
         attempt.slack,
+        attempt.candidates,
     )
 
 

@@ -102,6 +102,15 @@ def test_ours_is_nearly_balanced_with_every_byte_priced(nodes):
         assert seconds["static"] / seconds["relibra"] >= 1.5
 
 
+def test_small_batches_are_not_drowned_in_weights():
+    """With a few tokens a rank, weights cost more than they bring: the plan must see that."""
+    model = MODELS["Qwen3-30B-A3B"]
+    loads = generate_loads(2, 4, model.experts, model.top_k, 64 * 16)
+    results = simulate(loads, Scenario(model, ClusterSpec(2, 8, 2), DEVICES["8xH100"]), ["static", "relibra"])
+    assert results["relibra"].cost.seconds < results["static"].cost.seconds
+    assert results["relibra"].replicas < 5
+
+
 def test_unknown_policies_are_refused():
     scenario = Scenario(MODELS["Qwen3-30B-A3B"], ClusterSpec(1, 8), DEVICES["8xH100"])
     with pytest.raises(InputError, match="policy 'magic'"):
