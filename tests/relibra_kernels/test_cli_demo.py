@@ -1,6 +1,9 @@
 """The demo, small: everything that it promises to save, and exact results."""
 
 import json
+import os
+import re
+import signal
 import subprocess
 import sys
 
@@ -62,8 +65,22 @@ def test_the_trace_can_be_planned_from_the_shell(demo, tmp_path):
     assert BatchPlan.load(plan).num_micro_batches == 4
 
 
+def test_a_rank_that_dies_ends_with_status_2(tmp_path):
+    command = [sys.executable, "-m", "relibra_kernels", "demo", *SMALL, "--out", str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as demo:
+        errors = b""
+        while not re.search(rb"training on 2 ranks[^\r]* 1/", errors):  # both ranks are at work
+            errors += os.read(demo.stderr.fileno(), 4096)
+            assert demo.poll() is None, errors
+        children = subprocess.run(["pgrep", "-P", str(demo.pid), "-f", "spawn_main"], capture_output=True, text=True)
+        os.kill(int(children.stdout.split()[-1]), signal.SIGKILL)
+        errors = demo.communicate(timeout=120)[1].decode()
+    assert demo.returncode == 2, errors
+    assert "relibra demo: error: rank" in errors and "Traceback" not in errors
+
+
 def test_bad_arguments_end_with_status_2(tmp_path):
-    for arguments in (["--repeats", "0"], ["--prompts", "many"]):
+    for arguments in (["--repeats", "0"], ["--prompts", "many"], ["--seed", "-1"]):
         done = relibra("demo", *arguments, "--out", str(tmp_path / "out"))
         assert done.returncode == 2 and "Traceback" not in done.stderr
     (tmp_path / "file").write_text("")

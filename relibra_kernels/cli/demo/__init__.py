@@ -19,16 +19,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("demo-output"), help="folder for plan, trace, plot and summary"
     )
-    parser.add_argument("--training-steps", type=_positive, default=30, help="of the toy task, before the rollouts")
-    parser.add_argument("--prompts", type=_positive, default=4, help="of each length, in a batch")
-    parser.add_argument("--repeats", type=_positive, default=5, help="timed optimizer steps of each of the three runs")
-    parser.add_argument("--seed", type=int, default=0, help="of the model's weights, the task and the sampling")
+    parser.add_argument("--training-steps", type=_positive, default=25, help="of the toy task, before the rollouts")
+    parser.add_argument("--prompts", type=_positive, default=3, help="of each length, in a batch")
+    parser.add_argument("--repeats", type=_positive, default=3, help="timed rounds of each of the three runs")
+    parser.add_argument("--seed", type=_seed, default=0, help="of the model's weights, the task and the sampling")
 
 
 def _positive(text: str) -> int:
-    if (value := int(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not positive")
-    return value
+    return _integer(text, 1)
+
+
+def _seed(text: str) -> int:
+    return _integer(text, 0)
+
+
+def _integer(text: str, least: int) -> int:
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text!r} must be an integer of at least {least}")
+    return int(text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -45,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "summary.json").write_text("{}\n")  # found out now, not after two minutes
     except OSError as error:
         raise InputError(f"--out is {args.out}: it must be a folder that can be written ({error.strerror})") from None
     model = toy.build_model(args.seed)
@@ -57,9 +66,7 @@ def run(args: argparse.Namespace) -> int:
         for i in (1, 2)
     ]
 
-    planning = time.perf_counter()
-    policies = ranks.make_policies(batches)
-    planning = time.perf_counter() - planning
+    policies, plan_seconds = ranks.make_policies(batches)
     state = model.state_dict()
     reference = ranks.train_alone(state, batches)
     steps = ranks.run_ranks(state, batches, policies, reference, args.repeats)
@@ -68,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     batches[0].trace.save(args.out / "trace.npz")
     policies["planned"].plans[0].save(args.out / "plan.npz")
     summary = report.summarise(policies, results)
-    summary |= {"repeats": args.repeats, "plan_seconds": planning, "task_loss": loss, "reward": batches[0].reward}
+    summary |= {"repeats": args.repeats, "plan_seconds": plan_seconds, "task_loss": loss, "reward": batches[0].reward}
     report.plot_loads(policies, args.out / "loads.png")
     summary["seconds"] = time.perf_counter() - start
     report.save_summary(summary, args.out / "summary.json")

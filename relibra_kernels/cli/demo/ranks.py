@@ -1,5 +1,6 @@
 """The demo's ranks: one process each, which train on the rollouts under three policies and check the results."""
 
+import math
 import statistics
 import tempfile
 import time
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ...nn import replay_routing
 from ...parallel import ExpertParallel
 from ...planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch, static_plan
+from ...planner.errors import CommunicationError
 from .grpo import answer_tokens, make_inputs, sequence_losses
 from .rollout import Rollouts
 from .toy import build_model, moe_layers
@@ -26,39 +29,56 @@ CLUSTER = ClusterSpec(num_nodes=1, gpus_per_node=RANKS, replica_slots=2)
 MICRO_BATCHES = 4
 LEARNING_RATE = 1e-4
 MODEL_NAME = "demo-qwen3-moe"
+BYTES = {  # what the table reports -> the kinds of traffic it sums
+    "token_bytes": ("counts", "slots", "dispatch", "combine", "backward dispatch", "backward combine"),
+    "replica_bytes": ("replica_weights", "replica_gradients"),
+    "migration_bytes": ("migration",),
+}
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How one of the compared runs routes and places: for each batch, the trace that is replayed and its plan."""
+    """How one of the compared runs routes and places: for each batch, the trace that is replayed and its plan.
+
+    loads: int64 [L, M, R] for each batch, assignments that each rank computes.
+    """
 
     traces: list[RoutingTrace]
     plans: list[BatchPlan]
+    loads: list[np.ndarray]
 
 
-def micro_batch_of_sequence(rollouts: Rollouts) -> np.ndarray:
+def micro_batch_of_sequence(trace: RoutingTrace) -> np.ndarray:
     """Consecutive sequences, so that micro-batches differ in length."""
-    return np.arange(len(rollouts.tokens)) * MICRO_BATCHES // len(rollouts.tokens)
+    return np.arange(trace.num_sequences) * MICRO_BATCHES // trace.num_sequences
 
 
-def make_policies(batches: list[Rollouts]) -> dict[str, Policy]:
-    """Static placement, our plans, and routing that is balanced by force, for the same batches."""
+def make_policies(batches: list[Rollouts]) -> tuple[dict[str, Policy], float]:
+    """Static placement, our plans, and routing that is balanced by force, for the same batches; seconds of one plan.
+
+    The batches are trained on in turns, so each plan starts from the homes of the other one's.
+    """
     recorded = [rollouts.trace for rollouts in batches]
-    loads = [count_loads(r.trace, micro_batch_of_sequence(r), MICRO_BATCHES) for r in batches]
-    planned: list[BatchPlan] = []
-    for table in loads:
-        previous = planned[-1].home if planned else None
-        planned.append(plan_batch(table, CLUSTER, previous_home=previous, model=MODEL_NAME))
+    tables = [count_loads(trace, micro_batch_of_sequence(trace), MICRO_BATCHES) for trace in recorded]
+    home, planned = None, []
+    start = time.perf_counter()
+    for table in (tables[-1], *tables):
+        planned.append(plan_batch(table, CLUSTER, previous_home=home, model=MODEL_NAME))
+        home = planned[-1].home
+    seconds = (time.perf_counter() - start) / len(planned)
     balanced = [_balanced_trace(trace) for trace in recorded]
-    balanced_loads = [
-        count_loads(trace, micro_batch_of_sequence(r), MICRO_BATCHES)
-        for trace, r in zip(balanced, batches, strict=True)
-    ]
+    balanced_tables = [count_loads(trace, micro_batch_of_sequence(trace), MICRO_BATCHES) for trace in balanced]
+
+    def policy(traces: list[RoutingTrace], tables: list[np.ndarray], plans: list[BatchPlan]) -> Policy:
+        return Policy(traces, plans, [plan.rank_loads(table) for plan, table in zip(plans, tables, strict=True)])
+
     return {
-        "static": Policy(recorded, [static_plan(table, CLUSTER, MODEL_NAME) for table in loads]),
-        "planned": Policy(recorded, planned),
-        "balanced": Policy(balanced, [static_plan(table, CLUSTER, MODEL_NAME) for table in balanced_loads]),
-    }
+        "static": policy(recorded, tables, [static_plan(table, CLUSTER, MODEL_NAME) for table in tables]),
+        "planned": policy(recorded, tables, planned[1:]),
+        "balanced": policy(
+            balanced, balanced_tables, [static_plan(table, CLUSTER, MODEL_NAME) for table in balanced_tables]
+        ),
+    }, seconds
 
 
 def _balanced_trace(trace: RoutingTrace) -> RoutingTrace:
@@ -78,6 +98,16 @@ class Reference:
     gradients: dict[str, Tensor]
     parameters: dict[str, Tensor]
 
+    def save(self, folder: Path) -> None:
+        for name in ("gradients", "parameters"):
+            save_file(getattr(self, name), folder / f"{name}.safetensors")
+        save_file({"losses": self.losses}, folder / "losses.safetensors")
+
+    @classmethod
+    def load(cls, folder: Path) -> "Reference":
+        gradients, parameters = (load_file(folder / f"{name}.safetensors") for name in ("gradients", "parameters"))
+        return cls(load_file(folder / "losses.safetensors")["losses"], gradients, parameters)
+
 
 def train_alone(state: dict[str, Tensor], batches: list[Rollouts]) -> Reference:
     """One optimizer step a batch in this process, with the recorded routing replayed."""
@@ -89,7 +119,7 @@ def train_alone(state: dict[str, Tensor], batches: list[Rollouts]) -> Reference:
     for index, rollouts in enumerate(batches):
         optimizer.zero_grad()
         for m in range(MICRO_BATCHES):
-            sequences = np.flatnonzero(micro_batch_of_sequence(rollouts) == m)
+            sequences = np.flatnonzero(micro_batch_of_sequence(rollouts.trace) == m)
             inputs = make_inputs(rollouts, sequences)
             ids = rollouts.trace.select(sequences).expert_ids
             padding = np.full((1, *ids.shape[1:]), -1, ids.dtype)
@@ -119,7 +149,7 @@ class Run:
         """Gradients of one batch; returns the losses of this rank's sequences."""
         rollouts, trace, plan = self.batches[index], self.policy.traces[index], self.policy.plans[index]
         mine = np.arange(self.ep.comm.rank, len(rollouts.tokens), RANKS)
-        groups = micro_batch_of_sequence(rollouts)[mine]
+        groups = micro_batch_of_sequence(rollouts.trace)[mine]
         self.optimizer.zero_grad()
         losses = []
         with self.ep.batch(plan, trace.select(mine), groups, self.optimizer):
@@ -132,15 +162,16 @@ class Run:
         self.ep.reduce_gradients()
         return torch.cat(losses)
 
-    def timed_step(self, index: int) -> float:
-        """Seconds of a whole optimizer step, migration and tables included: the slowest rank's."""
+    def timed_step(self) -> float:
+        """Seconds of an optimizer step with migration and tables, mean over the batches: the slowest rank's."""
         dist.barrier()
         start = time.perf_counter()
-        self.forward_backward(index)
-        self.optimizer.step()
+        for index in range(len(self.batches)):
+            self.forward_backward(index)
+            self.optimizer.step()
         seconds = torch.tensor(time.perf_counter() - start)
         dist.all_reduce(seconds, op=dist.ReduceOp.MAX)
-        return float(seconds)
+        return float(seconds) / len(self.batches)
 
 
 def check_parity(run: Run, reference: Reference) -> dict[str, float]:
@@ -162,8 +193,9 @@ def check_parity(run: Run, reference: Reference) -> dict[str, float]:
 
 
 def _relative_error(got: Tensor | None, expected: Tensor) -> float:
-    assert got is not None
-    return float((got.double() - expected.double()).norm() / expected.double().norm())
+    """In the Frobenius norm; infinite where anything is missing or not finite, so that no maximum can pass over it."""
+    error = float("inf") if got is None else float((got.double() - expected.double()).norm() / expected.double().norm())
+    return error if math.isfinite(error) else float("inf")
 
 
 def run_ranks(
@@ -173,64 +205,72 @@ def run_ranks(
     reference: Reference,
     repeats: int,
 ) -> Generator[None, None, dict[str, Any]]:
-    """Start the ranks and return rank 0's results; yields for every optimizer step done."""
+    """Start the ranks and return rank 0's results; yields for every step of `steps_to_run`.
+
+    Raises: CommunicationError where a rank fails or dies.
+    """
     queue = mp.get_context("spawn").SimpleQueue()
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = (str(Path(folder) / "store"), queue, state, batches, policies, reference, repeats)
-        ranks = mp.start_processes(_rank_main, arguments, nprocs=RANKS, join=False, start_method="spawn")
-        results: dict[str, Any] | None = None
-        while results is None:
-            while queue.empty():
-                ranks.join(timeout=0.05)  # raises where a rank failed
-            results = queue.get()
-            if results is None:
-                yield
-        while not ranks.join():
-            pass
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)  # weights go through files: shared memory is small in containers
+        save_file(state, folder / "state.safetensors")
+        reference.save(folder)
+        try:
+            arguments = (name, queue, batches, policies, repeats)
+            ranks = mp.start_processes(_rank_main, arguments, nprocs=RANKS, join=False, start_method="spawn")
+            results: dict[str, Any] | None = None
+            while results is None:
+                while queue.empty():
+                    ranks.join(timeout=0.05)  # raises where a rank failed
+                results = queue.get()
+                if results is None:
+                    yield
+            while not ranks.join():
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            if isinstance(error, mp.ProcessRaisedException) and CommunicationError.__name__ not in str(error):
+                raise  # a defect, which keeps its traceback
+            reason = str(error).strip().splitlines()[-1]
+            raise CommunicationError(f"rank {error.error_index} of {RANKS} failed: {reason}") from None
     return results
 
 
 def steps_to_run(repeats: int) -> int:
-    """How many optimizer steps `run_ranks` reports."""
-    return 2 + 3 * (repeats + 1)
+    """How many steps `run_ranks` reports: the parity check, and a round of each run to warm up."""
+    return 1 + 3 * (repeats + 1)
 
 
 def _rank_main(
-    rank: int,
-    store: str,
-    queue: Any,
-    state: dict[str, Tensor],
-    batches: list[Rollouts],
-    policies: dict[str, Policy],
-    reference: Reference,
-    repeats: int,
+    rank: int, folder: str, queue: Any, batches: list[Rollouts], policies: dict[str, Policy], repeats: int
 ) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    state = load_file(Path(folder) / "state.safetensors")
 
     def report(message: dict[str, Any] | None) -> None:
         if rank == 0:
             queue.put(message)
 
-    results: dict[str, Any] = check_parity(Run(policies["planned"], state, batches), reference)
-    report(None)
+    results: dict[str, Any] = check_parity(Run(policies["planned"], state, batches), Reference.load(Path(folder)))
     report(None)
     runs = {name: Run(policy, state, batches) for name, policy in policies.items()}
     seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     for repeat in range(repeats + 1):  # interleaved, so that a slow moment of the machine hits all alike
-        for name, run in runs.items():
-            took = run.timed_step(repeat % len(batches))
-            if repeat:  # the first one warms up
+        for name in order:
+            took = runs[name].timed_step()
+            if repeat == 0:  # the first round warms up
+                runs[name].ep.comm.bytes_sent.clear()
+            else:
                 seconds[name].append(took)
             report(None)
+        order.append(order.pop(0))
     for name, run in runs.items():
         results[f"{name}_s"] = statistics.median(seconds[name])
         results[f"{name}_s_quartiles"] = np.quantile(seconds[name], [0.25, 0.75]).tolist()
-        sent = torch.tensor([float(sum(run.ep.comm.bytes_sent.values()))])
-        replica = torch.tensor([float(sum(n for (kind, _), n in run.ep.comm.bytes_sent.items() if "replica" in kind))])
-        moved = torch.tensor([float(sum(n for (kind, _), n in run.ep.comm.bytes_sent.items() if kind == "migration"))])
-        for key, value in (("bytes", sent), ("replica_bytes", replica), ("migration_bytes", moved)):
-            dist.all_reduce(value)
-            results[f"{name}_{key}_per_step"] = float(value) / (repeats + 1)
+        sent = run.ep.comm.bytes_sent
+        for what, kinds in BYTES.items():
+            total = torch.tensor([float(sum(n for (kind, _), n in sent.items() if kind in kinds))])
+            dist.all_reduce(total)
+            results[f"{name}_{what}_per_step"] = float(total) / (repeats * len(batches))
     report(results)
     dist.destroy_process_group()
