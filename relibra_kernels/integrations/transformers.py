@@ -32,7 +32,7 @@ def replace_moe_blocks(model: nn.Module) -> list[ReplicatedMoE]:
 
 
 @cache
-def _router_class(theirs: type[nn.Module]) -> type[TopKRouter]:
+def _router_class(theirs: Any) -> type[TopKRouter]:
     """Our router, which transformers takes for its own: it goes by the class to collect router logits."""
     return type("TopKRouter", (TopKRouter, theirs), {})
 
@@ -42,8 +42,9 @@ def _replicated(block: Any) -> ReplicatedMoE:
     act = type(experts.act_fn).__name__
     if act not in ("SiLU", "SiLUActivation"):
         raise InputError(f"the experts' activation is {act}; it must be silu")
-    router = _router_class(type(gate))(gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta")
+    router = _router_class(gate.__class__)(gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta")
     router.weight = gate.weight
+    router._forward_hooks.update(gate._forward_hooks)  # transformers installs its collectors once, at the first forward
     ours = ReplicatedExperts(experts.num_experts, experts.hidden_dim, experts.intermediate_dim, device="meta")
     ours.gate_up_proj, ours.down_proj = experts.gate_up_proj, experts.down_proj
     return ReplicatedMoE(router, ours)

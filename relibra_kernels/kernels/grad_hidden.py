@@ -68,6 +68,36 @@ def _finish(
     return tl.sum(tl.where(here, g * a, 0.0), 1)
 
 
+@triton.jit
+def _finish_halves(
+    g,
+    w_R,
+    h_ptr,
+    dh_ptr,
+    wa_ptr,
+    row0,
+    end,
+    n0,
+    I: tl.constexpr,  # noqa: E741
+    CONCATENATED: tl.constexpr,
+    CLAMPED: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """`_finish` of the left half of the columns, then of the right one."""
+    left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+    partial_R = _finish(
+        left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+        I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+    return partial_R + _finish(
+        right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
+        I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home", "num_rows"])
 def _grad_hidden_kernel(
     dout_ptr,
@@ -126,16 +156,22 @@ def _grad_hidden_kernel(
                 I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
-            # one half of the columns after the other: h and what comes of it take half the registers
-            left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-            partial_R = _finish(
-                left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
-            partial_R += _finish(
-                right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
-                I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
-            )  # fmt: skip
+            # a part of the columns after the other: h and what comes of it take a fraction of the registers
+            if CONCATENATED:
+                partial_R = _finish_halves(
+                    g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+                    I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N,
+                )  # fmt: skip
+            else:
+                left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+                partial_R = _finish_halves(
+                    left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+                    I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
+                )  # fmt: skip
+                partial_R += _finish_halves(
+                    right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
+                    I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
+                )  # fmt: skip
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 
 

@@ -58,9 +58,10 @@ def test_same_logits_gradients_and_state_dict():
         assert_close(gradient, expected[name], 1e-5, name)
 
 
-def test_router_logits_and_their_loss_are_still_collected():
+@pytest.mark.parametrize("used_before", [True, False])
+def test_router_logits_and_their_loss_are_still_collected(used_before):
     model, tokens = make_model(), torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
-    expected = model(tokens, labels=tokens, output_router_logits=True)
+    expected = (model if used_before else make_model())(tokens, labels=tokens, output_router_logits=True)
     replace_moe_blocks(model)
     got = model(tokens, labels=tokens, output_router_logits=True)
     assert len(got.router_logits) == 2
