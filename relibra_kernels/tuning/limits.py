@@ -95,7 +95,6 @@ def device_of(device: torch.device) -> Device:
         nearest,
         arch=capability,
         programs=programs,
-        tma=nearest.tma,
         descriptor_gather=nearest.descriptor_gather and same_family,
         shared_bytes=min(
             nearest.shared_bytes, getattr(properties, "shared_memory_per_block_optin", nearest.shared_bytes)

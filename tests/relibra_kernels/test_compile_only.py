@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning.catalogue import gemm_calls, other_calls, recorded
 from relibra_kernels.tuning.compile_only import compile_launch
 from relibra_kernels.tuning.configs import SPACE, config_for, configs
-from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, TARGETS, device_named
+from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, TARGETS, device_named, device_of
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 GATHERING = ["gate_up", "grad_hidden", "grad_weight"]
@@ -92,6 +93,38 @@ def test_few_rows_a_slot_get_small_tiles():
     assert config_for("grouped_gemm", device, torch.bfloat16, 100_000, 128).block_m == 128
 
 
-def test_unknown_devices_are_refused():
+GPUS = [
+    (8, 0, "sm_80", False),
+    (8, 7, "sm_86", False),
+    (9, 0, "sm_90", False),
+    (10, 3, "sm_100", True),
+    (11, 0, "sm_100", False),
+    (12, 1, "sm_120", False),
+]
+
+
+@pytest.mark.parametrize(("major", "minor", "name", "gather"), GPUS)
+def test_a_gpu_gets_the_limits_of_its_nearest_older_relative(monkeypatch, major, minor, name, gather):
+    shared = 90 * 1024
+    properties = SimpleNamespace(
+        major=major, minor=minor, multi_processor_count=77, shared_memory_per_block_optin=shared
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    device = device_of.__wrapped__(torch.device("cuda"))
+    assert (device.name, device.programs, device.descriptor_gather) == (name, 77, gather)
+    assert device.arch == 10 * major + minor and device.shared_bytes == shared
+    assert config_for("grouped_gemm", device, torch.bfloat16, 1 << 20, 16).block_m == 128
+
+
+def test_unknown_devices_are_refused(monkeypatch):
     with pytest.raises(InputError, match="sm_90"):
         device_named("sm_10")
+    with pytest.raises(InputError, match="the tensors are on cpu"):
+        device_of.__wrapped__(torch.device("cpu"))
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda device: SimpleNamespace(major=7, minor=5, multi_processor_count=40)
+    )
+    monkeypatch.setattr(torch.version, "hip", None)
+    with pytest.raises(InputError, match=r"compute capability 7\.5; it must be 8\.0 or newer"):
+        device_of.__wrapped__(torch.device("cuda"))
