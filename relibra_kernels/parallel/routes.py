@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..planner import BatchPlan
-from ..planner.splits import destinations, split_over_sources
+from ..planner.splits import destinations, splits_of_source
 
 
 @dataclass(frozen=True)
@@ -41,14 +41,20 @@ def slot_table(plan: BatchPlan, layer: int, micro_batch: int) -> np.ndarray:
     return table
 
 
-def send_route(
-    expert_ids_TK: np.ndarray, plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int, rank: int
+def send_routes(
+    expert_ids: list[np.ndarray], plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, rank: int
+) -> list[SendRoute]:
+    """The routes of `rank` in one layer, a micro-batch each; `expert_ids[m]` is [n, L, K], rows of -1 go nowhere."""
+    split_MER = splits_of_source(plan, loads_LMRE, layer, rank)
+    return [_send_route(ids[:, layer], split_MER[m], plan, layer, m) for m, ids in enumerate(expert_ids)]
+
+
+def _send_route(
+    expert_ids_TK: np.ndarray, split_ER: np.ndarray, plan: BatchPlan, layer: int, micro_batch: int
 ) -> SendRoute:
-    """The route of `rank`'s tokens, whose recorded experts are `expert_ids_TK` (rows of -1 go nowhere)."""
     tokens, top_k = expert_ids_TK.shape
     if plan.has_replicas(layer, micro_batch):
-        split = split_over_sources(plan, loads_LMRE, layer, micro_batch)[rank]
-        dest_TK = destinations(expert_ids_TK, split)
+        dest_TK = destinations(expert_ids_TK, split_ER)
     else:
         dest_TK = np.where(expert_ids_TK >= 0, plan.home[layer][expert_ids_TK], -1)
 

@@ -16,7 +16,7 @@ from ..schedule import Schedule
 from .comm import Comm
 from .layer import LayerSite
 from .replicas import ReplicaRoute, replica_route
-from .routes import SendRoute, send_route
+from .routes import SendRoute, send_routes
 
 
 @dataclass(frozen=True)
@@ -48,10 +48,8 @@ def make_tables(
     """The tables of every micro-batch. Collective."""
     layers, micro_batches = range(plan.num_layers), range(plan.num_micro_batches)
     expert_ids = [trace.select(np.flatnonzero(micro_batch_of_sequence == m)).expert_ids for m in micro_batches]
-    routes = [
-        [send_route(expert_ids[m][:, layer], plan, loads_LMRE, layer, m, comm.rank) for layer in layers]
-        for m in micro_batches
-    ]
+    by_layer = [send_routes(expert_ids, plan, loads_LMRE, layer, comm.rank) for layer in layers]
+    routes = [[by_layer[layer][m] for layer in layers] for m in micro_batches]
     receive_counts_MLR = _exchange_counts(comm, routes, device)
     return [
         MicroBatchTables(

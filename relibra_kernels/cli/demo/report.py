@@ -61,12 +61,13 @@ def _notes(summary: dict[str, Any]) -> str:
     if summary["recovered"] is not None:
         gained = f"{summary['recovered']:.0%} of what forced balance gives"
     return (
-        f"The planned step is {summary['speedup']:.2f}x as fast as the static one: {gained}. Parity with one process, fp32, "
-        f"largest relative error: loss {summary['parity_loss']:.1e}, gradients {summary['parity_grad']:.1e}, parameters "
-        f"after a migration {summary['parity_parameters']:.1e}. Times are measured on this machine's CPU: {RANKS} ranks of "
-        f"one thread, {summary['repeats']} interleaved rounds, migration included; planning, {summary['plan_seconds']:.3f} s "
-        "a batch, is not. The routing is real, its skew partly made: in the toy training a loss of weight "
-        f"{POPULARITY_WEIGHT} makes some experts popular."
+        f"The planned step is {summary['speedup']:.2f}x as fast as the static one: {gained}. "
+        f"Parity with one process, fp32, largest relative error: loss {summary['parity_loss']:.1e}, "
+        f"gradients {summary['parity_grad']:.1e}, parameters after a migration {summary['parity_parameters']:.1e}. "
+        f"Times are measured on this machine's CPU: {RANKS} ranks of one thread, {summary['repeats']} interleaved "
+        f"rounds, migration included; planning, {summary['plan_seconds']:.3f} s a batch, is not. "
+        "The routing is real, its skew partly made: "
+        f"in the toy training a loss of weight {POPULARITY_WEIGHT} makes some experts popular."
     )
 
 
