@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -61,7 +61,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
         return
     if options.get("TMA") and not INTERPRETING:
         triton.set_allocator(_scratch)
-    kernel[grid](*args, **options)
+    with _on_device_of(next(argument for argument in args if isinstance(argument, torch.Tensor))):
+        kernel[grid](*args, **options)
+
+
+def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.is_cuda and tensor.device.index != torch.cuda.current_device():
+        return torch.cuda.device(tensor.device)
+    return nullcontext()
 
 
 def precision(dtype: torch.dtype) -> str:

@@ -18,7 +18,8 @@ import triton.language as tl
 
 from ..planner.errors import InputError
 from ..schedule import Schedule, Splits, check_slot_of_assignment, check_splits, tile_bound
-from .launch import INTERPRETING, launch
+from ..tuning.configs import row_blocks
+from .launch import INTERPRETING, launch, target
 
 MOST_SLOTS = 512  # a row of counts is one vector
 
@@ -180,7 +181,8 @@ def build_schedule(
 ) -> Schedule:
     """The tables of `Schedule` for slots in `-1 .. num_slots-1` (-1 = dropped); others are dropped too.
 
-    `RELIBRA_DEBUG=1` checks the range on the device and stops the program where it is broken.
+    Tables of tiles come for `block_sizes` and for what the GEMMs choose. `RELIBRA_DEBUG=1` checks the range on the device
+    and stops the program where it is broken.
 
     Args:
         num_rows: how many assignments are not dropped, where the host knows it; None: buffers have T*K rows.
@@ -216,6 +218,7 @@ def _build(
         )
     if os.environ.get("RELIBRA_DEBUG") == "1":
         torch._assert_async(((ids_TK >= -1) & (ids_TK < num_keys)).all(), f"ids must lie in -1..{num_keys - 1}")
+    block_sizes = tuple(dict.fromkeys((*block_sizes, *row_blocks(target(ids_TK)))))
     ids_TK, device, total = ids_TK.contiguous(), ids_TK.device, ids_TK.numel()
     num_rows = total if num_rows is None else num_rows
     if not 0 <= num_rows <= total:
@@ -234,7 +237,7 @@ def _build(
     assignment_of, position_of = table(num_rows), table(*ids_TK.shape)
     cumulative, slot = (splits.cumulative_EP, splits.slot_EP) if splits is not None else (None, None)
     sizes = {"NUM_KEYS": num_keys, "BINS": bins}
-    shape = {"NUM_SLOTS": num_slots, "NUM_PARTS": num_parts, "BLOCK_SIZES": tuple(block_sizes)}
+    shape = {"NUM_SLOTS": num_slots, "NUM_PARTS": num_parts, "BLOCK_SIZES": block_sizes}
     launch(_count_kernel, (num_blocks,), ids_TK, shift, total, **sizes, BLOCK=block, num_warps=4)
     launch(
         _scan_kernel,
@@ -269,10 +272,10 @@ def _build(
         num_rows,
         **sizes,
         **shape,
-        STRIPE=triton.next_power_of_2(triton.cdiv(max(bounds, default=1), num_blocks)),
+        STRIPE=triton.next_power_of_2(triton.cdiv(max(bounds), num_blocks)),
         SEARCH_STEPS=num_slots.bit_length() + 1,
         BLOCK=block,
         num_warps=4,
     )
-    parts = tiles.split(bounds) if bounds else ()
+    parts = tiles.split(bounds)
     return Schedule(slot_offsets, assignment_of, position_of, dict(zip(block_sizes, parts, strict=True)))

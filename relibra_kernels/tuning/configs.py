@@ -87,6 +87,11 @@ EXCLUDED: dict[tuple[str, str], list[GemmConfig]] = {
 INTERPRETED = GemmConfig(16, 16, 16, 4, 1)
 
 
+def row_blocks(device: Device) -> tuple[int, ...]:
+    """The block_m that `config_for` may choose: a schedule comes with these tables of tiles."""
+    return (INTERPRETED.block_m,) if device.interpreted else (64, 128)
+
+
 def configs(kernel: str, device: Device, dtype: torch.dtype) -> list[GemmConfig]:
     """What `kernel` may be given on `device`: everything here compiles without spills and fits."""
     if device.interpreted:
