@@ -181,8 +181,8 @@ def build_schedule(
 ) -> Schedule:
     """The tables of `Schedule` for slots in `-1 .. num_slots-1` (-1 = dropped); others are dropped too.
 
-    Tables of tiles come for `block_sizes` and for what the GEMMs choose. `RELIBRA_DEBUG=1` checks the range on the device
-    and stops the program where it is broken.
+    Tables of tiles come for `block_sizes` and for what the GEMMs choose. `RELIBRA_DEBUG=1` checks the range on the
+    device and stops the program where it is broken.
 
     Args:
         num_rows: how many assignments are not dropped, where the host knows it; None: buffers have T*K rows.
