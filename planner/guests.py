@@ -14,6 +14,7 @@ from .nodeflow import NodeFlow
 _SUM_TOLERANCE = 5e-4  # a layer's nodes are level when the worst of them, summed over micro-batches, is this far above
 _PEAK_TOLERANCE = 1e-2  # ... and no micro-batch has a node further above than this
 _LEAST_GAIN = 2e-4  # of a node's load over the batch: guests that add less flow are worth it only for a peak
+_FEW_NODES = 16  # up to which every way over a third node is looked at with every guest
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,7 +133,7 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
         hosted[layer, node] += 1
         rest[layer, donor, index] -= amount  # what an expert has beyond a guest's limit may go to another one
         weight[layer, donor, index] = np.minimum(rest[layer, donor, index], limit[layer]) >> shift[layer, None]
-        flow.push()
+        flow.push(through=nodes <= _FEW_NODES or len(found) % 16 == 0)
         active = remaining
     guests = Guests(*np.concatenate(found, 1))
     return guests, _fill_up(problem, guests, flow, np.concatenate(bounds))
@@ -150,7 +151,7 @@ def carry(problem: NodeProblem, guests: Guests) -> np.ndarray:
         bound[turn] = np.minimum(rest[layer, :, expert], problem.limit[layer])
         rest[layer, :, expert] -= bound[turn]
         edge[guests.donor[turn], guests.node[turn], layer] += bound[turn]
-        flow.push()
+        flow.push(through=problem.num_nodes <= _FEW_NODES)
     return _fill_up(problem, guests, flow, bound)
 
 

@@ -19,8 +19,8 @@ class NodeFlow:
         self.room_NX = np.maximum(capacity_X - load_NX, 0)
         self.residual_NNX = np.zeros((len(load_NX), *load_NX.shape), load_NX.dtype)
 
-    def push(self) -> None:
-        """Move excess to room, straight or over one node in between."""
+    def push(self, through: bool = True) -> None:
+        """Move excess to room, straight or (`through`) over one node in between."""
         columns = np.flatnonzero(self.over_NX.any(0) & self.room_NX.any(0))
         if not len(columns):
             return
@@ -28,7 +28,7 @@ class NodeFlow:
         usable = np.asarray(np.any(residual, axis=2))
         for p, q in zip(*np.nonzero(usable), strict=True):
             _send(over[p], room[q], [(residual[p, q], residual[q, p])])
-        for p in range(len(over)):
+        for p in range(len(over) if through else 0):
             # The few columns in which p still has excess, in copies that stay in the cache.
             few = np.flatnonzero(over[p])
             if len(few):

@@ -136,7 +136,7 @@ def _plan_layers(
     found = Replicas.none(layers, table.shape[1], ranks, slots)
     excess = np.full(table.shape[:2], np.inf)
     emphasis = np.ones(table.shape[:2], np.int64)
-    for _ in range(effort.placements if guest_slots else 1):
+    for _ in range(effort.placements if guest_slots and cluster.num_nodes <= 8 else 1):
         again = np.flatnonzero(_needs_work(excess))
         if not len(again):
             break

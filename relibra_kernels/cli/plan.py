@@ -70,7 +70,14 @@ def run(args: argparse.Namespace) -> int:
         max_guests=None if args.guest_bytes is None else int(min(args.guest_bytes // guest_bytes, 1 << 31)),
     )
     loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
-    previous = None if args.previous is None else BatchPlan.load(args.previous, model=args.model).home
+    previous = None
+    if args.previous is not None:
+        previous = BatchPlan.load(args.previous, model=args.model).home
+        if previous.shape != (loads.shape[0], loads.shape[-1]):
+            raise InputError(
+                f"--previous {args.previous} is for [layers, experts] {previous.shape}, but the loads are for "
+                f"{(loads.shape[0], loads.shape[-1])}"
+            )
 
     start = time.perf_counter()
     plan = plan_batch(loads, cluster, previous_home=previous, model=args.model, options=options)

@@ -118,6 +118,44 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, kind):
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_a_previous_plan_for_other_experts_is_refused(tmp_path, loads, capsys):
+    assert run(tmp_path, tmp_path / "loads.npz") == 0
+    (tmp_path / "plan.npz").rename(tmp_path / "before.npz")
+    np.savez(tmp_path / "loads.npz", loads=loads[:1])
+    assert run(tmp_path, tmp_path / "loads.npz", "--previous", tmp_path / "before.npz") == 2
+    assert "before.npz is for [layers, experts] (2, 8)" in capsys.readouterr().err
+
+
+def test_json_reports_what_balance_costs(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "skewed.npz", loads=(np.exp(rng.normal(0, 1.5, (2, 4, 32))) * 1000).astype(np.int64))
+    reports = []
+    for balance in ("1.0", "1.1"):
+        arguments = ["--balance", balance, "--effort", "fast", "--shape", "GLM-4.5-Air", "--json"]
+        assert run(tmp_path, tmp_path / "skewed.npz", *arguments) == 0
+        reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert reports[0]["replicas_mean"] > reports[1]["replicas_mean"] > 0
+    assert reports[0]["bytes_fast"] > reports[1]["bytes_fast"]
+    assert reports[0]["bytes_slow"] >= reports[1]["bytes_slow"]
+    assert reports[0]["shape"] == "GLM-4.5-Air"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--balance", "0.5"], "balance is 0.5"),
+        (["--guest-bytes", "-1"], "--guest-bytes is -1"),
+        (["--shape", "nope"], "model 'nope'"),
+        (["--guest-slots", "5"], "guest_slots is 5"),
+        (["--num-experts", "9"], "--num-experts is 9"),
+    ],
+)
+def test_bad_options_are_refused(tmp_path, loads, capsys, arguments, message):
+    assert run(tmp_path, tmp_path / "loads.npz", *arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "plan.npz").exists()
+
+
 def test_an_output_that_cannot_be_written_is_refused_before_planning(tmp_path, loads, capsys):
     arguments = ["plan", str(tmp_path / "loads.npz"), *CLUSTER, "--out"]
     assert main([*arguments, str(tmp_path / "nowhere" / "plan.npz")]) == 2
