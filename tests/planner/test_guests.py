@@ -47,6 +47,7 @@ def test_chosen_guests_carry_what_they_were_chosen_for():
     table = skewed_loads(3, 6, 32)
     node = np.tile(np.arange(32) // 8, (3, 1))
     problem = NodeProblem(table, node, -(-table.sum(2) // 16), num_nodes=4, gpus_per_node=4, fill=0.5)
+    assert np.bincount(choose_guests(problem, per_node=1)[0].layer).max() <= 4
     guests, taken = choose_guests(problem, per_node=4)
     assert len(guests)
     assert (guests.donor == node[guests.layer, guests.expert]).all()

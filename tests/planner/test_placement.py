@@ -6,7 +6,7 @@ from skewed_loads import skewed_loads
 
 from relibra_kernels.planner import ClusterSpec, InputError, PlanOptions, plan_batch
 from relibra_kernels.planner.matching import match_labels
-from relibra_kernels.planner.placement import place
+from relibra_kernels.planner.placement import _relabel, place
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
@@ -43,6 +43,14 @@ def test_a_placement_that_still_fits_does_not_move():
     table = skewed_loads(4, 8, 64)
     home = place(table, 4, 4)
     np.testing.assert_array_equal(place(table, 4, 4, previous_home=home), home)
+
+
+def test_groups_keep_the_label_that_moves_fewest():
+    """Two groups that have exchanged their experts but for one each are the old groups under swapped labels."""
+    before = np.array([[0, 0, 0, 1, 1, 1]])
+    members = np.array([[[3, 4, 0], [1, 2, 5]]])
+    assert _relabel(members, before).tolist() == [[[1, 2, 5], [3, 4, 0]]]
+    assert _relabel(members[:, ::-1], before).tolist() == [[[1, 2, 5], [3, 4, 0]]]
 
 
 def test_fewer_experts_move_from_a_previous_placement():

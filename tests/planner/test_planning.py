@@ -43,6 +43,17 @@ def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
     assert ((plan.quota > 0) == (plan.replicas >= 0))[~np.broadcast_to(plan.guests[:, None], plan.quota.shape)].all()
 
 
+def test_a_bad_placement_is_not_taken(monkeypatch):
+    loads = skewed_loads(3, 4, 16)
+    hottest_first = np.argsort(np.argsort(-loads.sum(1), axis=1), axis=1) // 4  # the worst there is
+    monkeypatch.setattr("relibra_kernels.planner.planning.place", lambda table, *_, **__: hottest_first[: len(table)])
+    plan = plan_batch(loads, ClusterSpec(1, 4, 0))
+    assert (plan.home == np.arange(16) // 4).all(1).any()
+    assert (
+        plan.rank_loads(loads).max(2).sum(1) <= static_plan(loads, ClusterSpec(1, 4)).rank_loads(loads).max(2).sum(1)
+    ).all()
+
+
 @pytest.mark.parametrize(
     ("nodes", "gpus", "slots", "experts"),
     [(1, 8, 2, 32), (2, 4, 2, 64), (1, 1, 2, 8), (1, 8, 2, 8), (2, 1, 2, 16)],

@@ -48,6 +48,14 @@ def test_slots_as_many_as_home_experts_balance_a_node_exactly():
     np.testing.assert_array_equal(plan.rank_loads(loads).max(2), -(-loads.sum(2) // 8))
 
 
+def test_where_the_mean_is_out_of_reach_the_lowest_threshold_is_searched(monkeypatch):
+    loads = skewed_loads(8, 8, 64, sigma=2)
+    found = plan_batch(loads, ClusterSpec(2, 8, 1, guest_slots=0))
+    monkeypatch.setattr("relibra_kernels.planner.replication._SEARCH_STEPS", 0)
+    unsearched = plan_batch(loads, ClusterSpec(2, 8, 1, guest_slots=0))
+    assert found.rank_loads(loads).max(2).sum() < unsearched.rank_loads(loads).max(2).sum()
+
+
 def test_good_enough_costs_less():
     loads = skewed_loads(6, 8, 64)
     cluster = ClusterSpec(4, 8, 2)
