@@ -42,7 +42,9 @@ def _replicated(block: Any) -> ReplicatedMoE:
     act = type(experts.act_fn).__name__
     if act not in ("SiLU", "SiLUActivation"):
         raise InputError(f"the experts' activation is {act}; it must be silu")
-    router = _router_class(gate.__class__)(gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta")
+    router = _router_class(gate.__class__)(
+        gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta"
+    )
     router.weight = gate.weight
     router._forward_hooks.update(gate._forward_hooks)  # transformers installs its collectors once, at the first forward
     ours = ReplicatedExperts(experts.num_experts, experts.hidden_dim, experts.intermediate_dim, device="meta")
