@@ -72,12 +72,14 @@ def run(args: argparse.Namespace) -> int:
     loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
     previous = None
     if args.previous is not None:
-        previous = BatchPlan.load(args.previous, model=args.model).home
-        if previous.shape != (loads.shape[0], loads.shape[-1]):
+        before = BatchPlan.load(args.previous, model=args.model or None)
+        shape = (before.num_layers, before.num_experts, before.num_ranks)
+        expected = (loads.shape[0], loads.shape[-1], cluster.num_ranks)
+        if shape != expected:
             raise InputError(
-                f"--previous {args.previous} is for [layers, experts] {previous.shape}, but the loads are for "
-                f"{(loads.shape[0], loads.shape[-1])}"
+                f"--previous {args.previous} is for [layers, experts, ranks] {shape}, but this batch has {expected}"
             )
+        previous = before.home
 
     start = time.perf_counter()
     plan = plan_batch(loads, cluster, previous_home=previous, model=args.model, options=options)

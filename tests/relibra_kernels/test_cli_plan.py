@@ -79,6 +79,7 @@ def test_the_previous_plan_must_fit(tmp_path, loads, capsys):
     (tmp_path / "plan.npz").rename(tmp_path / "before.npz")
     arguments = [tmp_path / "loads.npz", "--previous", tmp_path / "before.npz"]
     assert run(tmp_path, *arguments, "--model", "tiny") == 0
+    assert run(tmp_path, *arguments) == 0
     assert run(tmp_path, *arguments, "--model", "other") == 2
     assert "before.npz" in capsys.readouterr().err
 
@@ -123,7 +124,7 @@ def test_a_previous_plan_for_other_experts_is_refused(tmp_path, loads, capsys):
     (tmp_path / "plan.npz").rename(tmp_path / "before.npz")
     np.savez(tmp_path / "loads.npz", loads=loads[:1])
     assert run(tmp_path, tmp_path / "loads.npz", "--previous", tmp_path / "before.npz") == 2
-    assert "before.npz is for [layers, experts] (2, 8)" in capsys.readouterr().err
+    assert "before.npz is for [layers, experts, ranks] (2, 8" in capsys.readouterr().err
 
 
 def test_json_reports_what_balance_costs(tmp_path, capsys):
