@@ -73,11 +73,11 @@ def run(args: argparse.Namespace) -> int:
     previous = None
     if args.previous is not None:
         before = BatchPlan.load(args.previous, model=args.model or None)
-        shape = (before.num_layers, before.num_experts, before.num_ranks)
+        sizes = (before.num_layers, before.num_experts, before.num_ranks)
         expected = (loads.shape[0], loads.shape[-1], cluster.num_ranks)
-        if shape != expected:
+        if sizes != expected:
             raise InputError(
-                f"--previous {args.previous} is for [layers, experts, ranks] {shape}, but this batch has {expected}"
+                f"--previous {args.previous} is for [layers, experts, ranks] {sizes}, but this batch has {expected}"
             )
         previous = before.home
 
