@@ -6,6 +6,8 @@ import numpy as np
 
 from .errors import InputError
 
+MOST = 512  # nodes, GPUs a node, replica slots a rank: beyond any cluster, and small enough to allocate
+
 
 @dataclass(frozen=True)
 class ClusterSpec:
@@ -23,8 +25,8 @@ class ClusterSpec:
     def __post_init__(self) -> None:
         for name, least in (("num_nodes", 1), ("gpus_per_node", 1), ("replica_slots", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
-                raise InputError(f"{name} is {value!r}, but must be an integer of at least {least}")
+            if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= MOST:
+                raise InputError(f"{name} is {value!r}, but must be an integer from {least} to {MOST}")
         if self.guest_slots is not None and not 0 <= self.guest_slots <= self.replica_slots:
             raise InputError(
                 f"guest_slots is {self.guest_slots}, but must be 0 to replica_slots = {self.replica_slots}"

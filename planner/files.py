@@ -16,6 +16,8 @@ from .errors import FormatError
 def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
     """Write `arrays` under exactly this name, or leave what was there: a temporary file beside it is renamed."""
     target = Path(path)
+    if target.exists() and not target.is_file():
+        raise FormatError(f"{target}: is not a file, and only a file is replaced")
     try:
         handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     except OSError as error:
@@ -39,6 +41,7 @@ def load_npz(
     name = os.fspath(path)
     required = tuple(required)
     try:
+        npz_keys(name)  # says so where it is no archive at all
         archive = np.load(name, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise FormatError(f"{name}: is not a .npz archive")
@@ -53,7 +56,7 @@ def load_npz(
         if "pickle" in str(error).lower():
             raise FormatError(f"{name}: holds pickled objects, which are never loaded") from None
         raise FormatError(f"{name}: is damaged: {error}") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError) as error:
+    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, MemoryError) as error:
         raise FormatError(f"{name}: is damaged or cannot be read: {error}") from None
 
 
@@ -64,6 +67,8 @@ def npz_keys(path: str | os.PathLike[str]) -> set[str]:
             return {entry.removesuffix(".npy") for entry in archive.namelist()}
     except FileNotFoundError:
         raise FormatError(f"{os.fspath(path)}: no such file") from None
+    except (IsADirectoryError, PermissionError) as error:
+        raise FormatError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from None
     except (OSError, zipfile.BadZipFile) as error:
         raise FormatError(f"{os.fspath(path)}: is damaged or not a .npz archive: {error}") from None
 

@@ -61,8 +61,8 @@ class PlanOptions:
             raise InputError(f"effort is {self.effort!r}, but must be one of {sorted(_EFFORTS)}")
         for name, least in (("min_quota", 1), ("max_moves", 0), ("max_guests", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise InputError(f"{name} is {value}, but must be at least {least}")
+            if value is not None and not least <= value < 1 << 32:
+                raise InputError(f"{name} is {value}, but must be an integer from {least} to 2^32 - 1")
 
 
 def plan_batch(

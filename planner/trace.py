@@ -118,7 +118,10 @@ class RoutingTrace:
         """Read a .npz file. `num_experts` is for files that lack it, and must agree with files that have it."""
         arrays = load_npz(path, ("expert_ids", "offsets"), ("num_experts", "moe_layer_ids"))
         if "num_experts" in arrays:
-            recorded = int(scalar(arrays, "num_experts", path))
+            recorded = scalar(arrays, "num_experts", path)
+            if not isinstance(recorded, np.integer):
+                raise FormatError(f"{os.fspath(path)}: num_experts is {recorded!r}, but must be an integer")
+            recorded = int(recorded)
             if num_experts is not None and num_experts != recorded:
                 raise InputError(f"num_experts is {num_experts}, but {os.fspath(path)} was recorded with {recorded}")
             num_experts = recorded

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -55,13 +56,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     for name in ("out", "save_loads"):
         path = getattr(args, name)
-        if path is not None and (not path.parent.is_dir() or path.is_dir()):
+        if path is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
             raise InputError(f"--{name.replace('_', '-')} is {path}, but must be a file in a directory that exists")
+        if path is not None and path.resolve() == args.input.resolve():
+            raise InputError(f"--{name.replace('_', '-')} is {path}, which is the input")
+    if args.save_loads is not None and args.save_loads.resolve() == args.out.resolve():
+        raise InputError(f"--save-loads and --out are both {args.out}, but must be two files")
     shape = find_model(args.shape)
     cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots, args.guest_slots)
     guest_bytes = shape.expert_bytes + shape.gradient_bytes
-    if args.guest_bytes is not None and not args.guest_bytes >= 0:
-        raise InputError(f"--guest-bytes is {args.guest_bytes}, but must not be negative")
+    if args.guest_bytes is not None and not 0 <= args.guest_bytes < math.inf:
+        raise InputError(f"--guest-bytes is {args.guest_bytes}, but must be a finite number that is not negative")
     options = PlanOptions(
         balance=args.balance,
         effort=args.effort,
@@ -85,9 +90,9 @@ def run(args: argparse.Namespace) -> int:
     plan = plan_batch(loads, cluster, previous_home=previous, model=args.model, options=options)
     seconds = time.perf_counter() - start
 
+    plan.save(args.out)
     if args.save_loads is not None:
         save_npz(args.save_loads, loads=loads)
-    plan.save(args.out)
     outcome = outcome_of_plan(plan, loads, previous)
     fast, slow = replica_bytes(outcome, shape)
     report: dict[str, Any] = {
@@ -137,4 +142,6 @@ def read_loads(path: Path, micro_batch_sequences: int | None, num_experts: int |
     if micro_batch_sequences is None or micro_batch_sequences < 1:
         raise InputError(f"--micro-batch-sequences is {micro_batch_sequences}, but a trace ({path}) needs at least 1")
     trace = RoutingTrace.load(path, num_experts)
-    return count_loads(trace, np.arange(trace.num_sequences) // micro_batch_sequences)
+    if trace.num_sequences == 0:
+        raise FormatError(f"{path}: holds no sequences")
+    return count_loads(trace, np.arange(trace.num_sequences) // min(micro_batch_sequences, trace.num_sequences))

@@ -3,12 +3,13 @@
 import json
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
 
 from relibra_kernels.cli import main
-from relibra_kernels.planner import BatchPlan
+from relibra_kernels.planner import BatchPlan, ClusterSpec, InputError
 
 CLUSTER = ["--nodes", "2", "--gpus-per-node", "2", "--replica-slots", "2"]
 
@@ -161,3 +162,40 @@ def test_an_output_that_cannot_be_written_is_refused_before_planning(tmp_path, l
     arguments = ["plan", str(tmp_path / "loads.npz"), *CLUSTER, "--out"]
     assert main([*arguments, str(tmp_path / "nowhere" / "plan.npz")]) == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--guest-bytes", "inf"], "--guest-bytes is inf"),
+        (["--min-quota", str(2**70)], "min_quota is"),
+        (["--save-loads", "plan.npz"], "must be two files"),
+        (["--save-loads", "loads.npz"], "which is the input"),
+        (["--save-loads", "/dev/null"], "must be a file in a directory that exists"),
+    ],
+)
+def test_values_and_paths_that_cannot_be(tmp_path, loads, capsys, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    before = (tmp_path / "loads.npz").read_bytes()
+    assert run(tmp_path, tmp_path / "loads.npz", *arguments) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "plan.npz").exists() and (tmp_path / "loads.npz").read_bytes() == before
+
+
+def test_a_header_that_claims_too_much_is_refused(tmp_path, capsys):
+    header = {"descr": "<i8", "fortran_order": False, "shape": (100_000, 100_000, 1000)}
+    with zipfile.ZipFile(tmp_path / "huge.npz", "w") as archive, archive.open("loads.npy", "w") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+    assert run(tmp_path, tmp_path / "huge.npz") == 2
+    assert "huge.npz" in capsys.readouterr().err
+
+
+def test_more_sequences_a_micro_batch_than_there_are(tmp_path):
+    make_trace(tmp_path / "trace.npz")
+    assert run(tmp_path, tmp_path / "trace.npz", "--micro-batch-sequences", str(2**70)) == 0
+    assert BatchPlan.load(tmp_path / "plan.npz").num_micro_batches == 1
+
+
+def test_slots_that_could_not_be_allocated_are_refused():
+    with pytest.raises(InputError, match="replica_slots is 1099511627776"):
+        ClusterSpec(1, 4, replica_slots=2**40)
