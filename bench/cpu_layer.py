@@ -1,10 +1,11 @@
 """Forward + backward of one layer's experts on a CPU thread, against transformers' built-in implementations.
 
-    python bench/cpu_layer.py [--rounds 3]
+    python bench/cpu_layer.py [--rounds 3] [--tokens 4096]
 
-4096 tokens, H 2048, I 768, 32 experts, top-8, bf16. Implementations take turns, so that a busy machine slows all of
+Tokens, H 2048, I 768, 32 experts, top-8, bf16. Implementations take turns, so that a busy machine slows all of
 them; best and worst of the rounds are shown. transformers' batched_mm is left out: it gathers the weights of every
-assignment, 206 GB here. The last line is a JSON object.
+assignment, 206 GB at 4096 tokens. Without AVX-512 torch multiplies bf16 in plain loops, and transformers takes minutes
+a round. The last line is a JSON object.
 """
 
 import argparse
@@ -22,9 +23,10 @@ from peers import implementations
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--tokens", type=int, default=4096)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    tokens, model = 4096, Model("Qwen3-30B-A3B, 32 experts", 2048, 768, 32, 8)
+    tokens, model = args.tokens, Model("Qwen3-30B-A3B, 32 experts", 2048, 768, 32, 8)
     layer = make_layer(model, tokens, 0.5, num_experts=32, dtype=torch.bfloat16, device="cpu")
     seconds: dict[str, list[float]] = {name: [] for name in implementations(form_is_qwen=True)}
     for round_number in range(args.rounds + 1):  # the first warms up

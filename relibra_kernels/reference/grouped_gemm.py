@@ -2,6 +2,7 @@
 
 Weights come from two stores, home `[E, ...]` and an optional replica buffer `[S, ...]`; `weight_of_slot` indexes their
 concatenation, None means slot i uses weight i. A slot without rows costs nothing and its weight is never read.
+Operands are multiplied in `operand_dtype`: as they are, or in fp32 where the CPU has no fast product of theirs.
 """
 
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 
 from ..form import ExpertForm
 from ..schedule import Schedule
+from .matmul import operand_dtype
 from .swiglu import swiglu, swiglu_backward
 
 CHUNK_ROWS = 2048  # bounds the fp32 temporaries of the elementwise parts (6 MB each at I = 768)
@@ -34,16 +36,14 @@ def grouped_gemm(
         a: `[rows, D]` rows in slot order, or `[T, D]` tokens with `gather`.
         weight: `[E, D, N]`, or `[E, N, D]` with `transpose_weight`.
     """
-    weights, biases = _Store(weight, replica_weight), _Store(bias, replica_bias)
+    operand = operand_dtype(a)
+    weights, biases = _Store(weight, replica_weight, operand), _Store(bias, replica_bias, operand)
     weight_ids = slot_weights(schedule, weight_of_slot)
     out = a.new_empty(schedule.num_rows, weight.shape[1 if transpose_weight else 2])
-    for slot, rows in filled_slots(schedule):
+    for slot, rows in filled_slots(schedule, None if operand == a.dtype else CHUNK_ROWS):
         w = weights[weight_ids[slot]]
         w = w.t() if transpose_weight else w
-        if bias is None:
-            torch.mm(_rows(a, rows, schedule, gather), w, out=out[rows])
-        else:
-            torch.addmm(biases[weight_ids[slot]], _rows(a, rows, schedule, gather), w, out=out[rows])
+        _product(_rows(a, rows, schedule, gather, operand), w, biases, weight_ids[slot], out[rows])
     return out
 
 
@@ -59,7 +59,8 @@ def grouped_gemm_swiglu(
     weight_of_slot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
-    weights, biases = _Store(gate_up, replica_gate_up), _Store(bias, replica_bias)
+    operand = operand_dtype(x_TH)
+    weights, biases = _Store(gate_up, replica_gate_up, operand), _Store(bias, replica_bias, operand)
     weight_ids = slot_weights(schedule, weight_of_slot)
     columns = gate_up.shape[2 if form.is_transposed else 1]
     h_RJ = x_TH.new_empty(schedule.num_rows, columns)
@@ -67,12 +68,8 @@ def grouped_gemm_swiglu(
     for slot, rows in filled_slots(schedule, CHUNK_ROWS):
         w = weights[weight_ids[slot]]
         w = w if form.is_transposed else w.t()
-        x = _rows(x_TH, rows, schedule, gather=True)
-        if bias is None:
-            torch.mm(x, w, out=h_RJ[rows])
-        else:
-            torch.addmm(biases[weight_ids[slot]], x, w, out=h_RJ[rows])
-        a_RI[rows] = swiglu(h_RJ[rows], form)
+        x = _rows(x_TH, rows, schedule, True, operand)
+        a_RI[rows] = swiglu(_product(x, w, biases, weight_ids[slot], h_RJ[rows]), form)
     return h_RJ, a_RI
 
 
@@ -94,7 +91,8 @@ def grad_hidden(
     With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`. `w*a` is what the
     gradient of `down` contracts with dout.
     """
-    weights, biases = _Store(down, replica_down), _Store(bias, replica_bias)
+    operand = operand_dtype(dout_TH)
+    weights, biases = _Store(down, replica_down, operand), _Store(bias, replica_bias)
     weight_ids = slot_weights(schedule, weight_of_slot)
     accumulate = torch.promote_types(h_RJ.dtype, torch.float32)
     dh_RJ = torch.empty_like(h_RJ)
@@ -104,7 +102,7 @@ def grad_hidden(
     for slot, rows in filled_slots(schedule, CHUNK_ROWS):
         w = weights[weight_ids[slot]]
         assignment = schedule.assignment_of[rows].long()
-        dout = _rows(dout_TH, rows, schedule, gather=True)
+        dout = _rows(dout_TH, rows, schedule, True, operand)
         g_RI = (dout @ (w.t() if form.is_transposed else w)).to(accumulate)
         gate_weight = flat_weights[assignment].to(accumulate)[:, None]
         dh_RJ[rows], a_RI = swiglu_backward(g_RI * gate_weight, h_RJ[rows], form)
@@ -135,13 +133,14 @@ def grad_weight(
         grad: `[E, N, D]`, fp32 where it accumulates. `replica_grad` `[S, N, D]` likewise.
         accumulate: False overwrites both buffers, in any dtype, and zeroes the weights that no row uses.
 
-    Sums over slots are in fp32. On a CPU the product of one bf16 or fp16 slot is rounded to that dtype first: its
-    matmuls have no fp32 output, and fp32 matmuls take 2.2 times as long.
+    Sums over slots are in fp32. Where the CPU multiplies bf16 or fp16 well, the product of one slot is rounded to that
+    dtype first: those matmuls have no fp32 output, and fp32 matmuls take 2.2 times as long.
     """
+    operand = operand_dtype(left)
     grads = _Store(grad, replica_grad)
     weight_ids = slot_weights(schedule, weight_of_slot)
     slots_of_weight: dict[int, list[slice]] = {}
-    for slot, rows in filled_slots(schedule):
+    for slot, rows in filled_slots(schedule, None if operand == left.dtype else CHUNK_ROWS):
         slots_of_weight.setdefault(weight_ids[slot], []).append(rows)
     if not accumulate:
         for unused in set(range(len(grads))) - slots_of_weight.keys():
@@ -152,13 +151,13 @@ def grad_weight(
         if not accumulate and len(slots) > 1:
             total = target.new_zeros(target.shape, dtype=torch.promote_types(target.dtype, torch.float32))
         for rows in slots:
-            left_rows = _rows(left, rows, schedule, gather_left).t()
-            right_rows = _rows(right, rows, schedule, gather_right)
-            if not accumulate and len(slots) == 1 and target.dtype == left.dtype:
+            left_rows = _rows(left, rows, schedule, gather_left, operand).t()
+            right_rows = _rows(right, rows, schedule, gather_right, operand)
+            if not accumulate and len(slots) == 1 and target.dtype == operand:
                 torch.mm(left_rows, right_rows, out=target)
             elif not accumulate and len(slots) == 1:
                 target.copy_(left_rows @ right_rows)
-            elif total.dtype == left.dtype:
+            elif total.dtype == operand:
                 total.addmm_(left_rows, right_rows)
             else:
                 total.add_(left_rows @ right_rows)
@@ -183,7 +182,7 @@ def grad_bias(
     dtype = torch.promote_types(grad.dtype, torch.float32)
     totals: dict[int, torch.Tensor] = {}
     for slot, rows in filled_slots(schedule, CHUNK_ROWS):
-        values = _rows(rows_RN, rows, schedule, gather).to(dtype)
+        values = _rows(rows_RN, rows, schedule, gather, dtype)
         if weights_TK is None:
             total = values.sum(0)
         else:
@@ -213,15 +212,26 @@ def slot_weights(schedule: Schedule, weight_of_slot: torch.Tensor | None) -> lis
 
 
 class _Store:
-    """Home tensors and then those of the replica buffer, under one index."""
+    """Home tensors and then those of the replica buffer, under one index; cast to `dtype`, the last one remembered."""
 
-    def __init__(self, home: torch.Tensor | None, replica: torch.Tensor | None) -> None:
-        self._home, self._replica = home, replica
+    def __init__(
+        self, home: torch.Tensor | None, replica: torch.Tensor | None, dtype: torch.dtype | None = None
+    ) -> None:
+        self._home, self._replica, self._dtype = home, replica, dtype
+        self._last: tuple[int, torch.Tensor] | None = None
+
+    def __bool__(self) -> bool:
+        return self._home is not None
 
     def __len__(self) -> int:
         return sum(len(store) for store in (self._home, self._replica) if store is not None)
 
     def __getitem__(self, index: int) -> torch.Tensor:
+        if self._last is None or self._last[0] != index:
+            self._last = index, self._stored(index).to(self._dtype)
+        return self._last[1]
+
+    def _stored(self, index: int) -> torch.Tensor:
         assert self._home is not None
         if index < len(self._home):
             return self._home[index]
@@ -229,7 +239,15 @@ class _Store:
         return self._replica[index - len(self._home)]
 
 
-def _rows(source: torch.Tensor, rows: slice, schedule: Schedule, gather: bool) -> torch.Tensor:
-    if not gather:
-        return source[rows]
-    return source.index_select(0, schedule.assignment_of[rows] // schedule.top_k)
+def _product(a: torch.Tensor, b: torch.Tensor, biases: _Store, weight_id: int, out: torch.Tensor) -> torch.Tensor:
+    """`a @ b (+ bias)` into `out`, rounded to its dtype; returned as it was computed."""
+    same = out if out.dtype == a.dtype else None
+    product = torch.addmm(biases[weight_id], a, b, out=same) if biases else torch.mm(a, b, out=same)
+    if same is None:
+        out.copy_(product)
+    return product
+
+
+def _rows(source: torch.Tensor, rows: slice, schedule: Schedule, gather: bool, dtype: torch.dtype) -> torch.Tensor:
+    taken = source.index_select(0, schedule.assignment_of[rows] // schedule.top_k) if gather else source[rows]
+    return taken.to(dtype)

@@ -1,5 +1,7 @@
 """The MoE MLP, forward and backward, against a float64 oracle: every routing shape, every form."""
 
+import importlib
+
 import pytest
 import torch
 from layer_problem import CASES, FORMS, H, I, oracle, problem, run_functions
@@ -28,6 +30,25 @@ def test_every_routing(case, dtype):
     assert_close(dweights, expected_dweights, tolerance, "dweights")
     for grad, expected in zip(grads, expected_grads, strict=True):
         assert_close(grad, expected, tolerance, "weight gradient")
+
+
+@pytest.mark.parametrize("operand", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("accumulate", [True, False])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_products_in_either_dtype_and_in_pieces(case, accumulate, operand, monkeypatch):
+    """Whatever this CPU would choose: bf16 as it is, and cast to fp32, with slots cut into pieces of 3 rows."""
+    products = importlib.import_module("relibra_kernels.reference.grouped_gemm")  # the function has that name too
+    monkeypatch.setattr(products, "operand_dtype", lambda tensor: operand)
+    monkeypatch.setattr(products, "CHUNK_ROWS", 3)
+    form = FORMS["bias"]
+    p = problem(case, form, torch.bfloat16)
+    out, dx, dweights, grads = run_functions(case, form, p, accumulate=accumulate)
+    expected_out, expected_dx, expected_dweights, expected_grads = oracle(case, form, p)
+    pairs = zip(
+        (out, dx, dweights, *grads), (expected_out, expected_dx, expected_dweights, *expected_grads), strict=True
+    )
+    for got, expected in pairs:
+        assert_close(got, expected, RELATIVE[torch.bfloat16])
 
 
 @pytest.mark.parametrize("name", FORMS)

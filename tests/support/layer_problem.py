@@ -63,16 +63,27 @@ def oracle(case, form, p):
     return out.detach(), grads[0], grads[1], grads[2:]
 
 
-def run_functions(case, form, p, start=0.0):
-    """The two plain functions; gradient buffers begin at `start`."""
+def run_functions(case, form, p, start=0.0, accumulate=True):
+    """The two plain functions; gradient buffers begin at `start`, and are in p's dtype where they are overwritten."""
     schedule = build_schedule(case.slots, case.num_slots)
     home, replica = p.home(case), p.replica(case)
     how = {"replica": replica, "weight_of_slot": case.weight_of_slot}
     out, h = moe_mlp_forward(p.x, p.weights, schedule, home, form, **how)
-    buffers = p.stores.map(lambda t: torch.full_like(t, start, dtype=torch.promote_types(t.dtype, torch.float32)))
+    dtype = torch.promote_types(p.x.dtype, torch.float32) if accumulate else p.x.dtype
+    buffers = p.stores.map(lambda t: torch.full_like(t, start, dtype=dtype))
     grad = buffers.map(lambda tensor: tensor[: case.num_home])
     replica_grad = buffers.map(lambda tensor: tensor[case.num_home :]) if replica else None
     dx, dweights = moe_mlp_backward(
-        p.dout, p.x, h, p.weights, schedule, home, form, grad=grad, replica_grad=replica_grad, **how
+        p.dout,
+        p.x,
+        h,
+        p.weights,
+        schedule,
+        home,
+        form,
+        grad=grad,
+        replica_grad=replica_grad,
+        accumulate=accumulate,
+        **how,
     )
     return out, dx, dweights, buffers.tensors()
