@@ -1,13 +1,18 @@
 """Permute, gather-sum, both backwards, activation, replica reduction: the kernels against the reference in float64."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from routing import routing_cases
 from tolerance import RELATIVE, assert_close
+from triton.runtime import interpreter
 
 from relibra_kernels import kernels, reference
 from relibra_kernels.form import ExpertForm
-from relibra_kernels.kernels.permute import _unpermute_kernel
+from relibra_kernels.kernels.permute import _permute_kernel, _unpermute_backward_kernel, _unpermute_kernel
 from relibra_kernels.planner.errors import ShapeError
 
 CASES = routing_cases()
@@ -73,12 +78,48 @@ def test_pack():
 def test_products_beyond_32_bits():
     """Row 2^18 + 3 of 8192 elements starts past 2^31. The memory is reserved, and only the rows in use are touched."""
     width, row = 8192, (1 << 18) + 3
-    storage = torch.UntypedStorage((row + 1) * width * 2)
-    y = torch.tensor([], dtype=torch.float16).set_(storage).view(row + 1, width)
+    y = reserved(row + 1, width, dtype=torch.float16)
     y[row] = 1.5
     out = torch.zeros(1, width, dtype=torch.float16)
     _unpermute_kernel[(1,)](y, None, torch.tensor([[row]]).int(), out, H=width, TOP_K=1, BLOCK_H=2048)
     assert out.eq(1.5).all()
+
+
+def reserved(*shape, dtype):
+    """A tensor whose memory is reserved but not touched."""
+    storage = torch.UntypedStorage(math.prod(shape) * dtype.itemsize)
+    return torch.tensor([], dtype=dtype).set_(storage).view(shape)
+
+
+def test_tokens_beyond_32_bits(monkeypatch):
+    """Token 2^18 + 3 of 8192 elements starts past 2^31 in every tensor by token. Only its program runs."""
+    width, token, top_k = 8192, (1 << 18) + 3, 2
+    monkeypatch.setattr(
+        interpreter.interpreter_builder,
+        "create_get_program_id",
+        lambda axis: interpreter.TensorHandle(np.array([token], dtype=np.int32), tl.int32),
+    )
+    x = reserved(token + 1, width, dtype=torch.float16)
+    x[token] = 1.5
+    position = reserved(token + 1, top_k, dtype=torch.int32)
+    position[token] = torch.tensor([1, 0])
+    weights = reserved(token + 1, top_k, dtype=torch.float32)
+    weights[token] = torch.tensor([2.0, 3.0])
+    sizes = {"H": width, "TOP_K": top_k, "BLOCK_H": 2048}
+
+    rows = torch.zeros(top_k, width, dtype=torch.float16)
+    _permute_kernel[(1,)](x, position, rows, **sizes)
+    assert rows.eq(1.5).all()
+
+    y = torch.stack([torch.full((width,), value, dtype=torch.float16) for value in (0.25, 0.5)])
+    out = reserved(token + 1, width, dtype=torch.float16)
+    _unpermute_kernel[(1,)](y, weights, position, out, **sizes)
+    assert out[token].eq(2 * 0.5 + 3 * 0.25).all()
+
+    dy, dweights = torch.zeros_like(y), reserved(token + 1, top_k, dtype=torch.float32)
+    _unpermute_backward_kernel[(1,)](x, y, weights, position, dy, dweights, LANES=2, **sizes)
+    assert dy[0].eq(3 * 1.5).all() and dy[1].eq(2 * 1.5).all()
+    assert dweights[token].tolist() == [1.5 * 0.5 * width, 1.5 * 0.25 * width]
 
 
 def test_wrong_rows_are_refused():
