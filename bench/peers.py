@@ -83,7 +83,16 @@ def implementations(form_is_qwen: bool) -> dict[str, Implementation]:
             found["sonic-moe"] = transformers("sonicmoe")
     if form_is_qwen and importlib.util.find_spec("scattermoe") and torch.cuda.is_available():
         found["scattermoe"] = scattermoe
+    if form_is_qwen and importlib.util.find_spec("liger_kernel") and torch.cuda.is_available():
+        found["liger"] = liger
     return found
+
+
+def liger(experts, x, indices, weights):
+    """Liger's fused MoE, https://github.com/linkedin/Liger-Kernel."""
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return LigerFusedMoEFunction.apply(x, experts.gate_up_proj, experts.down_proj, indices.int(), weights)
 
 
 def scattermoe(experts, x, indices, weights):

@@ -52,9 +52,13 @@ def target(tensor: torch.Tensor) -> Device:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
-    """`kernel[grid](*args, **options)`; a grid of no programs is no launch."""
+    """`kernel[grid](*args, **options)`; a grid of no programs is no launch.
+
+    Multiply-adds are fused, whatever this Triton's default is: it changes with 3.10, and results with it.
+    """
     if 0 in grid:
         return
+    options["enable_fp_fusion"] = True
     recorder = _recorder.get()
     if recorder is not None:
         recorder[1](Launch(kernel, grid, args, options))

@@ -28,7 +28,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
-_OPTIONS = ("num_warps", "num_stages")
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # fifth-generation, warpgroup and warp matrix products; AMD's matrix cores
 _MMA = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HID]MMA|v_mfma_\w+)\b")
 
