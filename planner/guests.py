@@ -14,7 +14,6 @@ from .nodeflow import NodeFlow
 _SUM_TOLERANCE = 5e-4  # a layer's nodes are level when the worst of them, summed over micro-batches, is this far above
 _PEAK_TOLERANCE = 1e-2  # ... and no micro-batch has a node further above than this
 _LEAST_GAIN = 2e-4  # of a node's load over the batch: guests that add less flow are worth it only for a peak
-_FEW_NODES = 16  # up to which every way over a third node is looked at with every guest
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +87,6 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
         members = np.take_along_axis(members, hottest, 2)
         rest = np.take_along_axis(rest, hottest[..., None], 2)
     flow = problem.flow()
-    edge = flow.residual_NNX.reshape(nodes, nodes, layers, micro_batches)
     # Gains are compared at a scale at which sums over micro-batches fit 32 bits.
     bits = 30 - micro_batches.bit_length()
     shift = np.maximum(np.frexp(limit.max(1).astype(np.float64))[1] - bits, 0)
@@ -129,11 +127,10 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
         )
         amount = np.minimum(rest[layer, donor, index], limit[layer])
         bounds.append(amount)
-        edge[donor, node, layer] += amount
+        flow.add(layer, donor, node, amount)
         hosted[layer, node] += 1
         rest[layer, donor, index] -= amount  # what an expert has beyond a guest's limit may go to another one
         weight[layer, donor, index] = np.minimum(rest[layer, donor, index], limit[layer]) >> shift[layer, None]
-        flow.push(through=nodes <= _FEW_NODES or len(found) % 16 == 0)
         active = remaining
     guests = Guests(*np.concatenate(found, 1))
     return guests, _fill_up(problem, guests, flow, np.concatenate(bounds))
@@ -141,17 +138,15 @@ def choose_guests(problem: NodeProblem, per_node: int) -> tuple[Guests, np.ndarr
 
 def carry(problem: NodeProblem, guests: Guests) -> np.ndarray:
     """int64 [guests, M]: what each of these guests takes in each micro-batch."""
-    layers, micro_batches, _ = problem.table_LME.shape
+    _, micro_batches, _ = problem.table_LME.shape
     flow = problem.flow()
-    edge = flow.residual_NNX.reshape(problem.num_nodes, problem.num_nodes, layers, micro_batches)
     rest = problem.table_LME.copy()
     bound = np.zeros((len(guests), micro_batches), np.int64)
     for turn in in_turn(guests.layer):
         layer, expert = guests.layer[turn], guests.expert[turn]
         bound[turn] = np.minimum(rest[layer, :, expert], problem.limit[layer])
         rest[layer, :, expert] -= bound[turn]
-        edge[guests.donor[turn], guests.node[turn], layer] += bound[turn]
-        flow.push(through=problem.num_nodes <= _FEW_NODES)
+        flow.add(layer, guests.donor[turn], guests.node[turn], bound[turn])
     return _fill_up(problem, guests, flow, bound)
 
 

@@ -11,6 +11,7 @@ from .placement import place
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
 from .replicas import Attempt, Replicas, find_replicas, keep_guests, target_load
+from .replication import Effort
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,16 @@ class _Effort:
     placements: int
     sweeps: int
     rules: int
+    steps: int
     slack: float
     candidates: int | None
 
 
 _EFFORTS = {
-    "fast": _Effort(fills=(0.5,), placements=1, sweeps=2, rules=2, slack=8.0, candidates=6),
-    "full": _Effort(fills=(0.5, 0.6, 0.4, 0.75, 0.9), placements=4, sweeps=12, rules=6, slack=1.0, candidates=None),
+    "fast": _Effort(fills=(0.5,), placements=1, sweeps=1, rules=1, steps=3, slack=8.0, candidates=4),
+    "full": _Effort(
+        fills=(0.5, 0.6, 0.4, 0.75, 0.9), placements=4, sweeps=12, rules=6, steps=8, slack=1.0, candidates=None
+    ),
 }
 _GOOD_MEAN, _GOOD_WORST = 1.5e-3, 1e-2  # a layer this close to its target, in the mean and at worst, came out well
 _DISPERSION = 1.5  # variance over mean of the experts' loads up to which routing is uniform; random draws have 1
@@ -126,10 +130,8 @@ def _plan_layers(
     if cluster.num_nodes == 1 or options.max_guests == 0:
         guest_slots = 0
     effort = _EFFORTS[options.effort]
-    attempts = [
-        Attempt(fill, effort.slack, effort.candidates, guest_slots, effort.rules, options.min_quota)
-        for fill in effort.fills
-    ]
+    inside = Effort(effort.rules, effort.steps, options.min_quota)
+    attempts = [Attempt(fill, effort.slack, effort.candidates, guest_slots, inside) for fill in effort.fills]
     if guest_slots == 0:
         attempts = attempts[:1]
     home = np.zeros((layers, experts), np.int32)
@@ -176,7 +178,7 @@ def _plan_layers(
     worse = np.flatnonzero((ours.sum(1) > theirs.sum(1)) | ((ours / total).sum(1) > (theirs / total).sum(1)))
     if len(worse):
         home[worse] = stay[worse]
-        calm = Attempt(0.0, effort.slack, None, 0, effort.rules, options.min_quota)
+        calm = Attempt(0.0, effort.slack, None, 0, inside)
         found.put(worse, find_replicas(table[worse], stay[worse], cluster, target[worse], calm), np.arange(len(worse)))
     return home, found
 

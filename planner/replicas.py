@@ -11,15 +11,13 @@ from .replication import Effort, Groups, Moves, replicate
 
 @dataclass(frozen=True)
 class Attempt:
-    """One way to go about it. guest_fill, slack, candidates: see NodeProblem; guests_a_rank: at most; rules, least: see
-    Effort."""
+    """One way to go about it. guest_fill, slack, candidates: see NodeProblem; guests_a_rank: at most."""
 
     guest_fill: float
     slack: float
     candidates: int | None
     guests_a_rank: int
-    rules: int
-    least: int
+    effort: Effort
 
 
 @dataclass(frozen=True, eq=False)
@@ -137,7 +135,7 @@ def _assemble(
     )
     micro_batch = np.repeat(np.arange(layers * micro_batches), cluster.num_nodes)
     target = problem.capacity_LM.reshape(-1)[micro_batch]
-    moves = replicate(groups, target, micro_batch, Effort(attempt.rules, attempt.least))
+    moves = replicate(groups, target, micro_batch, attempt.effort)
     _write(moves, held, out, gpus)
     return out
 

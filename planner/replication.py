@@ -6,11 +6,9 @@ free slot *exactly* to T, hottest expert first: a host then needs no second dono
 T starts at the mean over all ranks and is searched upwards where that cannot be reached.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
-
-_SEARCH_STEPS = 8  # halvings of the interval in which the lowest reachable T lies
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,10 +50,15 @@ class Moves:
 
 @dataclass(frozen=True)
 class Effort:
-    """rules: how many greedy rules are tried on a group that T was not reached in; least: assignments below which a
-    transfer is not worth the weights that it sends."""
+    """How hard to look.
+
+    rules: how many greedy rules are tried on a group that T was not reached in
+    steps: halvings of the interval in which the lowest T in reach lies
+    least: assignments below which a transfer is not worth the weights that it sends
+    """
 
     rules: int
+    steps: int
     least: int
 
 
@@ -80,8 +83,8 @@ def _lowest(groups: Groups, target_X: np.ndarray, effort: Effort) -> tuple[np.nd
     reached, moves = fill(groups, target_X, effort)
     best = np.maximum(reached, target_X)
     low, high = target_X.copy(), best.copy()  # not reached at low; reached at high
-    effort = Effort(min(effort.rules, 2), effort.least)  # many thresholds, few rules for each
-    for _ in range(_SEARCH_STEPS):
+    effort = replace(effort, rules=min(effort.rules, 2))  # many thresholds, few rules for each
+    for _ in range(effort.steps):
         columns = np.flatnonzero(high - low > np.maximum(1, target_X >> 11))
         if not len(columns):
             break

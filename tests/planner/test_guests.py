@@ -43,6 +43,30 @@ def test_flow_comes_close_to_the_maximum_and_conserves(nodes):
     assert (over - flow.over_NX).sum() >= 0.9 * best
 
 
+def test_edges_added_one_by_one_carry_nearly_all_that_pushing_finds():
+    """`add` looks only at ways over the new edge, in a fixed number of steps; the flow is about the same."""
+    rng = np.random.default_rng(0)
+    nodes, layers, micro_batches = 6, 4, 8
+    load = rng.integers(0, 200, (nodes, layers * micro_batches))
+    flow = NodeFlow(load, -(-load.sum(0) // nodes))
+    over, room = flow.over_NX.copy(), flow.room_NX.copy()
+    total = np.zeros((nodes, nodes, layers, micro_batches), np.int64)
+    for _ in range(12):
+        layer = np.sort(rng.permutation(layers)[:3])
+        start = rng.integers(0, nodes, 3)
+        end = (start + rng.integers(1, nodes, 3)) % nodes
+        amount = rng.integers(0, 40, (3, micro_batches))
+        flow.add(layer, start, end, amount)
+        total[start, end, layer] += amount
+    sent = over - flow.over_NX
+    assert min(flow.over_NX.min(), flow.room_NX.min(), flow.residual_NNX.min()) >= 0
+    net = (total.reshape(nodes, nodes, -1) - flow.residual_NNX).sum(1)
+    np.testing.assert_array_equal(net, sent - (room - flow.room_NX))
+    flow.push()
+    pushed = over - flow.over_NX
+    assert pushed.sum() > 0 and sent.sum() >= 0.95 * pushed.sum()
+
+
 def test_chosen_guests_carry_what_they_were_chosen_for():
     table = skewed_loads(3, 6, 32)
     node = np.tile(np.arange(32) // 8, (3, 1))
