@@ -1,4 +1,4 @@
-"""Which new group keeps which old label, so that the fewest experts move: assignment problems, many at once."""
+"""Which group gets which label, so that they have most in common: assignment problems, many at once."""
 
 import numpy as np
 

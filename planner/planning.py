@@ -7,6 +7,7 @@ import numpy as np
 from .cluster import ClusterSpec
 from .errors import InputError, ShapeError
 from .loads import total_loads
+from .matching import match_labels
 from .placement import place
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
@@ -79,7 +80,8 @@ def plan_batch(
 ) -> BatchPlan:
     """Plan one batch. Deterministic: the same loads give the same plan, bit for bit, on every machine.
 
-    loads:         integer [L, M, E], or [L, M, R, E] by source rank
+    loads:         integer [L, M, E], or [L, M, R, E] by source rank: then nodes get experts that their own tokens use,
+                   as far as that costs no balance and, with a previous placement, no move
     previous_home: [L, E], the placement that the batch before left the experts in
     model:         a name that the plan carries, so that it is not used for another model
     """
@@ -97,7 +99,10 @@ def plan_batch(
     skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance))
     if len(skewed):
         fixed = None if previous_home is None else home[skewed]
-        home[skewed], better = _plan_layers(table[skewed], cluster, fixed, options)
+        wanted = _wanted_by_nodes(np.asarray(loads), cluster)
+        home[skewed], better = _plan_layers(
+            table[skewed], cluster, fixed, options, None if wanted is None else wanted[skewed]
+        )
         found.put(skewed, better, np.arange(len(skewed)))
     return BatchPlan(
         home=home,
@@ -121,7 +126,11 @@ def check_previous_home(previous_home: np.ndarray, layers: int, experts: int, ra
 
 
 def _plan_layers(
-    table: np.ndarray, cluster: ClusterSpec, previous: np.ndarray | None, options: PlanOptions
+    table: np.ndarray,
+    cluster: ClusterSpec,
+    previous: np.ndarray | None,
+    options: PlanOptions,
+    wanted_LNE: np.ndarray | None,
 ) -> tuple[np.ndarray, Replicas]:
     layers, _, experts = table.shape
     ranks, slots = cluster.num_ranks, cluster.replica_slots
@@ -165,6 +174,8 @@ def _plan_layers(
             excess[layer[chosen]] = other_excess[chosen]
         # Where that did not do, the next placement looks harder at the micro-batches that came out worst.
         emphasis[excess > _GOOD_WORST] += 1
+    if wanted_LNE is not None and previous is None:
+        _bring_near(wanted_LNE, home, found, cluster)
     if guest_slots and previous is None:
         _spread_guests(home, found, cluster)
     if options.max_guests is not None and guest_slots:
@@ -183,6 +194,37 @@ def _plan_layers(
     return home, found
 
 
+def _wanted_by_nodes(loads: np.ndarray, cluster: ClusterSpec) -> np.ndarray | None:
+    """int64 [L, N, E]: the assignments of each node's own tokens, where the table says whose they are."""
+    if loads.ndim == 3 or cluster.num_nodes == 1:
+        return None
+    if loads.shape[2] != cluster.num_ranks:
+        raise ShapeError(f"loads has {loads.shape[2]} source ranks, but the cluster has {cluster.num_ranks} ranks")
+    layers, micro_batches, _, experts = loads.shape
+    by_node = loads.reshape(layers, micro_batches, cluster.num_nodes, -1, experts)
+    return by_node.sum((1, 3), dtype=np.int64)
+
+
+def _bring_near(wanted_LNE: np.ndarray, home: np.ndarray, found: Replicas, cluster: ClusterSpec) -> None:
+    """Exchange nodes, layer by layer, so that the fewest assignments leave the node of their token."""
+    layers, nodes, _ = wanted_LNE.shape
+    hosted = (home[:, None] // cluster.gpus_per_node == np.arange(nodes)[:, None]).astype(np.int64)  # [L, N, E]
+    label = match_labels(np.matmul(hosted, wanted_LNE.swapaxes(1, 2)))
+    ranks = label[:, :, None] * cluster.gpus_per_node + np.arange(cluster.gpus_per_node)
+    for layer in range(layers):
+        _rename(home, found, layer, ranks[layer].reshape(-1))
+
+
+def _rename(home: np.ndarray, found: Replicas, layer: int, new: np.ndarray) -> None:
+    """Rank r of a layer becomes rank new[r]."""
+    old = np.argsort(new)
+    home[layer] = new[home[layer]]
+    for array in (found.replicas, found.quota):
+        array[layer] = array[layer][:, old]
+    for array in (found.guests, found.gain):
+        array[layer] = array[layer][old]
+
+
 def _spread_guests(home: np.ndarray, found: Replicas, cluster: ClusterSpec) -> None:
     """Exchange ranks of a node, layer by layer, so that over all layers they hold about the same number of guests."""
     nodes, gpus = cluster.num_nodes, cluster.gpus_per_node
@@ -193,12 +235,7 @@ def _spread_guests(home: np.ndarray, found: Replicas, cluster: ClusterSpec) -> N
         fullest = np.argsort(-count, axis=1, kind="stable")
         new = np.empty((nodes, gpus), np.int64)
         np.put_along_axis(new, fullest, base + emptiest, 1)  # rank -> its new name
-        old = np.argsort(new.reshape(-1))
-        home[layer] = new.reshape(-1)[home[layer]]
-        for array in (found.replicas, found.quota):
-            array[layer] = array[layer][:, old]
-        for array in (found.guests, found.gain):
-            array[layer] = array[layer][old]
+        _rename(home, found, layer, new.reshape(-1))
         np.put_along_axis(
             held, emptiest, np.take_along_axis(held, emptiest, 1) + np.take_along_axis(count, fullest, 1), 1
         )

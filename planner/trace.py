@@ -16,7 +16,7 @@ _CHUNK = 1 << 18  # assignments looked at together: a few copies of them stay in
 class RoutingTrace:
     """Expert ids of every token of every sequence, checked once on construction.
 
-    expert_ids:    int8 or int16 [tokens, L, K]; a row of -1 is a token whose routing was not recorded
+    expert_ids:    int8, int16 or int32 [tokens, L, K]; a row of -1 is a token whose routing was not recorded
     offsets:       int64 [sequences + 1]; sequence i is the rows offsets[i] to offsets[i + 1], all of its tokens
     num_experts:   E; ids are 0 to E - 1
     moe_layer_ids: the model's layer number of each of the L layers
@@ -29,9 +29,9 @@ class RoutingTrace:
 
     def __post_init__(self) -> None:
         ids = np.asarray(self.expert_ids)
-        if ids.ndim != 3 or ids.dtype not in (np.int8, np.int16):
+        if ids.ndim != 3 or ids.dtype not in (np.int8, np.int16, np.int32):
             raise ShapeError(
-                f"expert_ids is {ids.dtype} of shape {ids.shape}, but must be int8 or int16 [tokens, layers, k]"
+                f"expert_ids is {ids.dtype} of shape {ids.shape}, but must be int8, int16 or int32 [tokens, layers, k]"
             )
         if min(ids.shape[1:]) < 1:
             raise ShapeError(f"expert_ids has shape {ids.shape}, but needs at least one layer and one choice a token")

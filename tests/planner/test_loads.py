@@ -17,7 +17,7 @@ def make_trace(sequences=9, num_experts=16, layers=3, top_k=4, dtype=np.int8):
     return RoutingTrace(ids, offsets, num_experts, tuple(range(layers)))
 
 
-@pytest.mark.parametrize("dtype", [np.int8, np.int16])
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
 def test_load_table_counts_what_was_recorded(dtype, monkeypatch):
     monkeypatch.setattr("relibra_kernels.planner.trace._CHUNK", 100)  # several chunks a sequence
     trace = make_trace(dtype=dtype)

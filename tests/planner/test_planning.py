@@ -172,3 +172,24 @@ assert not loaded & {"torch", "triton", "scipy", "matplotlib", "transformers"}, 
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_nodes_get_the_experts_that_their_own_tokens_use():
+    """The same sums, once by source: the same balance, and fewer assignments leave their node."""
+    rng = np.random.default_rng(0)
+    nodes, gpus, experts = 4, 4, 32
+    loads = rng.integers(1, 40, (3, 6, nodes * gpus, experts))
+    favourite = rng.permuted(np.broadcast_to(np.arange(experts) % nodes, (3, experts)), axis=1)
+    own = favourite[:, None, None] == (np.arange(nodes * gpus) // gpus)[:, None]  # [L, 1, R, E]
+    loads += own * rng.integers(0, 900, loads.shape)
+    cluster = ClusterSpec(nodes, gpus, 2)
+    blind, near = plan_batch(loads.sum(2), cluster), plan_batch(loads, cluster)
+    assert near.imbalance_mean(loads) == blind.imbalance_mean(loads)
+
+    def leaving(plan):
+        home_node = (plan.home // gpus)[:, None, None]
+        return int(loads[np.broadcast_to(home_node != (np.arange(16) // gpus)[:, None], loads.shape)].sum())
+
+    assert leaving(near) < 0.97 * leaving(blind)
+    with pytest.raises(ShapeError, match="16 source ranks, but the cluster has 8"):
+        plan_batch(loads, ClusterSpec(2, 4, 2))
