@@ -33,8 +33,8 @@ def write_report(path: Path, results: list[tuple[Scenario, dict[str, Result]]]) 
             f"<style>{_STYLE}</style></head><body><h1>relibra simulate</h1>",
             "<p class=note>Modelled, not measured. Step times come from FLOPs, tile rounding, bandwidths and what "
             "hides behind attention; max/mean and counts of replicas are exact for the load tables used.</p>",
-            "<p class=note>No policy can beat forced balanced routing, so what balanced gains over a policy bounds what "
-            "any policy can gain over it. The ReLibra paper reports 0.90 to 0.94 of balanced; its policy, "
+            "<p class=note>No policy can beat forced balanced routing, so what balanced gains over a policy bounds "
+            "what any policy can gain over it. The ReLibra paper reports 0.90 to 0.94 of balanced; its policy, "
             "relibra_paper, comes out higher here with the same max/mean: the model leaves out launches, slower small "
             "products and transfers that hide imperfectly, which would weigh on ours as well.</p>",
             *(_section(scenario, by_policy) for scenario, by_policy in results),
