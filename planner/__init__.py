@@ -11,7 +11,7 @@ from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan, static_plan
 from .planning import PlanOptions, plan_batch
 from .simulate import Result, Scenario, cheapest_plan, simulate
-from .splits import destinations, split_over_sources, splits_of_source
+from .splits import destinations, split_of_source, split_over_sources
 from .trace import RoutingTrace
 
 __all__ = [
@@ -25,7 +25,7 @@ __all__ = [
     "count_loads",
     "load_table",
     "split_over_sources",
-    "splits_of_source",
+    "split_of_source",
     "destinations",
     "from_vllm",
     "DeviceSpec",

@@ -26,13 +26,14 @@ def split_over_sources(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micr
     return split
 
 
-def splits_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, source: int) -> np.ndarray:
-    """int32 [M, E, R_dst]: `split_over_sources(...)[source]` of every micro-batch, much faster than one by one."""
+def split_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int, source: int) -> np.ndarray:
+    """int32 [E, R_dst]: `split_over_sources(...)[source]`, without the other sources."""
     _check_sources(plan, loads_LMRE)
-    split = np.zeros((plan.num_micro_batches, plan.num_experts, plan.num_ranks), np.int32)
-    split[:, np.arange(plan.num_experts), plan.home[layer]] = loads_LMRE[layer, :, source]
-    micro_batch, expert, split_XSR = _replicated(plan, loads_LMRE, layer, slice(None), slice(source, source + 1))
-    split[micro_batch, expert] = split_XSR[:, 0]
+    split = np.zeros((plan.num_experts, plan.num_ranks), np.int32)
+    split[np.arange(plan.num_experts), plan.home[layer]] = loads_LMRE[layer, micro_batch, source]
+    only = slice(micro_batch, micro_batch + 1), slice(source, source + 1)
+    _, expert, split_XSR = _replicated(plan, loads_LMRE, layer, *only)
+    split[expert] = split_XSR[:, 0]
     return split
 
 

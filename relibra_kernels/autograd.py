@@ -38,12 +38,14 @@ def moe_mlp_forward(
     *,
     replica: ExpertWeights | None = None,
     weight_of_slot: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out [T, H], h [T*K, 2I])`; h is what backward needs. A token whose assignments are all dropped gives zeros.
 
     Args:
         x_TH: rows, contiguous, in the dtype of the weights.
         weights_TK: gate weights, any floating dtype.
+        out_dtype: of out; the dtype of x where None.
         home: weights `[E, ...]`. replica: weights of the replica slots `[S, ...]`.
         weight_of_slot: int32 [slots], index into home, then replica; None: slot i uses weight i.
     """
@@ -60,7 +62,7 @@ def moe_mlp_forward(
         replica_bias=guest.down_bias,
         weight_of_slot=weight_of_slot,
     )
-    return ops.unpermute(y_RH, weights_TK, schedule), h_RJ
+    return ops.unpermute(y_RH.to(out_dtype or y_RH.dtype), weights_TK, schedule), h_RJ
 
 
 def moe_mlp_backward(
@@ -77,6 +79,7 @@ def moe_mlp_backward(
     replica_grad: ExpertWeights | None = None,
     weight_of_slot: torch.Tensor | None = None,
     accumulate: bool = True,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(dx [T, H], dweights [T, K] in fp32)`; weight gradients are added to the given fp32 buffers, in place.
 
@@ -84,6 +87,7 @@ def moe_mlp_backward(
         h_RJ: from forward; None computes it again.
         grad, replica_grad: fp32 buffers shaped like `home` and `replica`; what is None is not computed.
         accumulate: False overwrites the buffers (any dtype), with zeros for weights without rows.
+        out_dtype: of dx; the dtype of x where None.
     """
     check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
     if dout_TH.shape != x_TH.shape or dout_TH.dtype != x_TH.dtype or not dout_TH.is_contiguous():
@@ -129,7 +133,7 @@ def moe_mlp_backward(
         replica_weight=guest.gate_up,
         weight_of_slot=weight_of_slot,
     )
-    return ops.permute_backward(dx_RH, schedule), dweights_TK
+    return ops.permute_backward(dx_RH.to(out_dtype or dx_RH.dtype), schedule), dweights_TK
 
 
 def _gate_up(

@@ -1,6 +1,6 @@
 """Top-k routing with replay of recorded expert choices."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
@@ -18,6 +18,9 @@ class TopKRouter(nn.Module):
     whose two best sum highest; weights are the scores without the bias (DeepSeek-V3).
 
     Forward: hidden_states `[..., H]` -> (router_logits `[T, E]`, weights `[T, K]`, indices `[T, K]`), as Hugging Face.
+
+    Where `replay` is set, every forward asks it for (recorded ids int64 `[T, K]`, whether no row is -1) instead of
+    looking at `recorded`: that is how the expert-parallel runtime gives each micro-batch its own.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -57,6 +60,7 @@ class TopKRouter(nn.Module):
         self._recorded: torch.Tensor | None = None
         self._all_recorded = False
         self._record: list[torch.Tensor] | None = None
+        self.replay: Callable[[], tuple[torch.Tensor, bool]] | None = None
 
     @property
     def recorded(self) -> torch.Tensor | None:
@@ -116,12 +120,14 @@ class TopKRouter(nn.Module):
         return logits_TE, weights_TK.to(logits_TE.dtype), indices_TK
 
     def _indices(self, scores_TE: torch.Tensor) -> torch.Tensor:
-        recorded = self._recorded
+        recorded, all_recorded = self._recorded, self._all_recorded
+        if self.replay is not None:
+            recorded, all_recorded = self.replay()
         if recorded is None:
             return self._select(scores_TE)
         if recorded.shape[0] != scores_TE.shape[0]:
             raise ShapeError(f"recorded has {recorded.shape[0]} rows and the input {scores_TE.shape[0]} tokens")
-        if self._all_recorded:
+        if all_recorded:
             return recorded
         return torch.where(recorded < 0, self._select(scores_TE), recorded)
 

@@ -2,7 +2,7 @@
 
 Forward:  rows and gate weights go to the ranks of their experts, the weighted partial sums come back and add up.
 Backward: dout goes the same way, partial dx and the gate weights' gradients come back; replicas are fetched again,
-          their gradients go to the owner. Every size is a host integer known since the batch began.
+          their gradients go to the owner. Every size is a host integer known since the micro-batch opened.
 """
 
 from dataclasses import dataclass
@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import ops
 from ..autograd import NO_WEIGHTS, moe_mlp_backward, moe_mlp_forward
 from ..form import ExpertForm
-from ..schedule import Schedule
+from ..planner.errors import InputError
 from ..weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
-from .comm import Comm
-from .replicas import ReplicaRoute, push_weights, return_gradients
+from .guests import KeptGuests
+from .paths import PlannedPath
+from .replicas import GradientReturn, ReplicaPushes, ReplicaRoute
+from .session import Session
 
 
 @dataclass(frozen=True)
@@ -26,49 +27,49 @@ class LayerSite:
     """Everything one rank needs to run one (layer, micro-batch): captured in forward, used again in backward.
 
     Attributes:
-        send: tokens sorted by destination rank, a token once per rank: slots are ranks, rows what is sent.
-        send_counts, receive_counts: rows to and from each rank, length R.
-        local: received rows sorted by the slot on this rank; a row visits up to K of them.
-        replicas: transfers of the replicas; None where the layer has none.
-        pushed_slots: int64 [n], home slots that are pushed, where there are replicas.
-        weight_of_slot: int32 [E/R + S] where there are replicas, else None.
-        where: "layer l, micro-batch m", for errors.
+        tag: int64 [3] on the host, (batch, micro-batch, layer): saved with the activations, so that those of another
+            micro-batch are not taken for this one's.
+        replicas: None where the layer has none. weight_of_slot: int32 [E/R + S] there.
+        next_routes: the replicas of the layer before (in backward) and after (in forward), fetched ahead.
     """
 
-    comm: Comm
-    send: Schedule
-    send_counts: list[int]
-    receive_counts: list[int]
-    local: Schedule
+    session: Session
+    layer: int
+    micro_batch: int
+    tag: Tensor
+    path: PlannedPath
+    pushes: ReplicaPushes
+    guests: KeptGuests
     replicas: ReplicaRoute | None
-    pushed_slots: Tensor | None
     weight_of_slot: Tensor | None
-    where: str
+    next_routes: tuple[ReplicaRoute | None, ReplicaRoute | None]
 
-    def dispatch(self, values_T: Tensor, kind: str) -> Tensor:
-        """Tokens' values [T, ...] to the ranks that compute them: [received, ...]."""
-        token_of_row = torch.div(self.send.assignment_of, self.send.top_k, rounding_mode="floor")
-        rows = values_T.index_select(0, token_of_row)
-        return self.comm.exchange(rows, self.send_counts, self.receive_counts, kind, f"{kind} of {self.where}")
+    @property
+    def where(self) -> str:
+        return f"layer {self.layer}, micro-batch {self.micro_batch}"
 
-    def combine(self, partial: Tensor, kind: str) -> Tensor:
-        """Partial results [received, ...] back to their tokens, added up over the ranks: [T, ...]."""
-        rows = self.comm.exchange(partial, self.receive_counts, self.send_counts, kind, f"{kind} of {self.where}")
-        return ops.unpermute(rows, None, self.send)
+    def fetch(self, *, backward: bool, hold: bool = False) -> ExpertWeights | None:
+        """The replicas on this rank; begins to fetch those of the layer that comes next."""
+        with self.session.ledger.span("replica", self.path.device):
+            mine = self.pushes.take(self.layer, self.micro_batch, backward, self.replicas, hold)
+            if not hold:
+                ahead = self.layer - 1 if backward else self.layer + 1
+                self.pushes.start(ahead, self.micro_batch, backward, self.next_routes[not backward])
+        return mine
 
-    def push(self, home: ExpertWeights) -> ExpertWeights | None:
-        """The replicas on this rank, or None where the layer has none anywhere."""
-        if self.replicas is None or self.pushed_slots is None:
+    def start_return(self, replica_grad: ExpertWeights, home_grad: ExpertWeights) -> GradientReturn | None:
+        """Gradients of pushed replicas begin their way home; those of kept guests are added up here."""
+        assert self.replicas is not None
+        pushed = self.replicas.pushed
+        arrivals = len(pushed.arrivals)
+        if self.guests.transfers(self.layer) is not None:
+            self.guests.add_gradients(self.layer, replica_grad.map(lambda grad: grad[arrivals:]))
+        if not pushed.anywhere:
             return None
-        route, slots, phase = self.replicas, self.pushed_slots, f"replica weights of {self.where}"
-        return home.map(lambda weight: push_weights(self.comm, route, slots, weight, phase))
-
-    def reduce(self, replica_grad: ExpertWeights, home_grad: ExpertWeights) -> None:
-        """Replicas' gradients into their owners' buffers."""
-        assert self.replicas is not None and self.pushed_slots is not None
         phase = f"replica gradients of {self.where}"
-        for shard, owner in zip(replica_grad.tensors(), home_grad.tensors(), strict=True):
-            return_gradients(self.comm, self.replicas, self.pushed_slots, shard, owner, phase)
+        return GradientReturn(
+            self.pushes.comm, pushed, replica_grad.map(lambda grad: grad[:arrivals]), home_grad, phase
+        )
 
 
 class ExpertParallelMLP(torch.autograd.Function):
@@ -78,44 +79,98 @@ class ExpertParallelMLP(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, weights: Tensor, site: LayerSite, form: ExpertForm, recompute: bool, *parameters: Tensor
     ) -> Tensor:
+        session, options = site.session, site.session.options
         home = ExpertWeights(*parameters)
-        replica = site.push(home)
-        x_rows = site.dispatch(x, "dispatch")
-        weight_rows = site.dispatch(weights.to(torch.promote_types(weights.dtype, torch.float32)), "dispatch")
-        out_rows, h = moe_mlp_forward(
-            x_rows, weight_rows, site.local, home, form, replica=replica, weight_of_slot=site.weight_of_slot
-        )
+        keep = any(ctx.needs_input_grad)
+        keep_rows = keep and not options.redispatch
+        exact = torch.promote_types(weights.dtype, torch.float32)
+        with session.running(site.where):
+            in_backward = torch._C._current_graph_task_id() != -1
+            replica = site.fetch(backward=in_backward, hold=in_backward)
+            with session.ledger.span("dispatch", x.device):
+                chunks = site.path.dispatch((x, weights.to(exact)), "dispatch", keep_rows)
+            partials, saved = [], []
+            for chunk in chunks:
+                with session.ledger.span("dispatch", x.device):
+                    x_rows, weight_rows = chunk.wait()
+                with session.ledger.span("compute", x.device):
+                    out_rows, h = moe_mlp_forward(
+                        x_rows,
+                        weight_rows,
+                        chunk.schedule,
+                        home,
+                        form,
+                        replica=replica,
+                        weight_of_slot=site.weight_of_slot,
+                        out_dtype=options.combine_dtype,
+                    )
+                partials.append([out_rows])
+                saved += [x_rows if keep_rows else None, None if recompute else h, weight_rows if keep_rows else None]
+            with session.ledger.span("combine", x.device):
+                (out,) = site.path.combine(partials, "combine")
         ctx.site, ctx.form, ctx.weights_dtype = site, form, weights.dtype
         ctx.main_grads = main_grads(home)
-        ctx.save_for_backward(x_rows, None if recompute else h, weight_rows, *parameters)
-        return site.combine(out_rows, "combine")
+        sources = (x, weights) if options.redispatch else (None, None)
+        ctx.save_for_backward(site.tag, *parameters, *sources, *saved)
+        return out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         site: LayerSite = ctx.site
-        x_rows, h, weight_rows, *parameters = ctx.saved_tensors
-        home = ExpertWeights(*parameters)
-        replica = site.push(home)
+        session, options = site.session, site.session.options
+        session.check_open(f"backward of {site.where}")
+        tag, *saved = ctx.saved_tensors
+        check_tag(tag, site.tag, site.where)
+        home = ExpertWeights(*saved[:4])
+        x, weights, *rows = saved[4:]
         needed = ctx.needs_input_grad[5:]
-        grad = gradient_buffers(home, ctx.main_grads, needed)
-        replica_grad = gradient_buffers(replica, NO_WEIGHTS, needed) if replica else None
-        dx_rows, dweight_rows = moe_mlp_backward(
-            site.dispatch(dout.contiguous(), "backward dispatch"),
-            x_rows,
-            h,
-            weight_rows,
-            site.local,
-            home,
-            ctx.form,
-            grad=grad,
-            replica=replica,
-            replica_grad=replica_grad,
-            weight_of_slot=site.weight_of_slot,
-        )
-        dx = site.combine(dx_rows, "backward combine")
-        dweights = site.combine(dweight_rows, "backward combine")
-        if replica_grad is not None:
-            site.reduce(replica_grad, grad)
+        partials = []
+        with session.running(site.where):
+            replica = site.fetch(backward=True)
+            grad = gradient_buffers(home, ctx.main_grads, needed)
+            replica_grad = gradient_buffers(replica, NO_WEIGHTS, needed) if replica else None
+            with session.ledger.span("dispatch", dout.device):
+                chunks = site.path.dispatch((dout.contiguous(),), "backward dispatch", keep=False)
+                if x is not None:
+                    again = x, weights.to(torch.promote_types(weights.dtype, torch.float32))
+                    for i, chunk in enumerate(site.path.dispatch(again, "redispatch", keep=True)):
+                        rows[3 * i], rows[3 * i + 2] = chunk.wait()
+            for i, chunk in enumerate(chunks):
+                x_rows, h, weight_rows = rows[3 * i : 3 * i + 3]
+                with session.ledger.span("dispatch", dout.device):
+                    (dout_rows,) = chunk.wait()
+                with session.ledger.span("compute", dout.device):
+                    dx_rows, dweight_rows = moe_mlp_backward(
+                        dout_rows,
+                        x_rows,
+                        h,
+                        weight_rows,
+                        chunk.schedule,
+                        home,
+                        ctx.form,
+                        grad=grad,
+                        replica=replica,
+                        replica_grad=replica_grad,
+                        weight_of_slot=site.weight_of_slot,
+                        out_dtype=options.combine_dtype,
+                    )
+                partials.append([dx_rows, dweight_rows])
+            going_home = site.start_return(replica_grad, grad) if replica_grad is not None else None
+            with session.ledger.span("combine", dout.device):
+                dx, dweights = site.path.combine(partials, "backward combine")
+            if going_home is not None:
+                with session.ledger.span("replica", dout.device):
+                    going_home.finish()
         returned = returned_gradients(home, grad, ctx.main_grads, needed)
-        return dx, dweights.to(ctx.weights_dtype), None, None, None, *returned
+        return dx.to(dout.dtype), dweights.to(ctx.weights_dtype), None, None, None, *returned
+
+
+def check_tag(got: Tensor, expected: Tensor, where: str) -> None:
+    """Refuse activations that a recomputation made for another micro-batch. Both are on the host."""
+    if got is not expected and not torch.equal(got, expected):
+        _, micro_batch, layer = got.tolist()
+        raise InputError(
+            f"backward of {where} got the activations of layer {layer}, micro-batch {micro_batch}: its forward was "
+            "recomputed without knowing its micro-batch"
+        )

@@ -1,13 +1,17 @@
 """Inter-batch reordering: experts move to the rank that the next plan calls their home, with everything that is theirs.
 
-What moves for each expert is one row of every tensor that has the shape of the expert parameter: the weights, the
-optimizer's moments, gradients that are still held. Layer by layer: stage the new rows, let every rank confirm, then
-swap; so a failure leaves each layer either wholly moved or untouched, and `home` says which.
+What moves for each expert is one row of every tensor that has the shape of the expert parameter: the weights, an fp32
+master, the optimizer's moments, gradients that are still held. Layer by layer: the rows that arrive are staged, every
+rank confirms, then rows are swapped in place; so a failure leaves each layer either wholly moved or untouched, and
+`home` says which. Memory: the rows of one layer that move, and one row.
 """
+
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
 from torch.nn import Parameter
 
 from ..planner.errors import InputError
@@ -17,57 +21,110 @@ from .comm import Comm
 def expert_tensors(parameter: Parameter, name: str, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """Every tensor that belongs to the experts of `parameter` [E/R, ...], by name, in a fixed order.
 
+    Of a sharded tensor (DTensor), this rank's part of every expert.
     Raises: InputError for optimizer state that is neither of the parameter's shape nor a single number, since it cannot
         be split by expert.
     """
-    tensors = {name: parameter.data}
+    tensors = _of_parameter(parameter, name, optimizer)
+    master = getattr(parameter, "main_param", None)
+    if master is not None:
+        if master.shape != parameter.shape:
+            raise InputError(
+                f"the master of {name} has shape {tuple(master.shape)}; it must have the parameter's shape "
+                f"{tuple(parameter.shape)}, otherwise it cannot move with an expert"
+            )
+        tensors.update(_of_parameter(master, f"{name}.main_param", optimizer))
+    return {key: _local(key, tensor) for key, tensor in tensors.items()}
+
+
+def move_experts(
+    comm: Comm, tensors: dict[str, Tensor], old_home: np.ndarray, new_home: np.ndarray, where: str
+) -> None:
+    """Move one layer's experts from `old_home` [E] to `new_home` [E], in place in every tensor [E/R, ...]. Collective.
+
+    Home slots hold a rank's experts in ascending order, before and after. Every rank must bring the same tensors, by
+    name.
+    """
+    if np.array_equal(old_home, new_home):
+        return
+    me = comm.rank
+    before, after = np.flatnonzero(old_home == me), np.flatnonzero(new_home == me)
+    leaving = [np.flatnonzero((old_home == me) & (new_home == r) & (r != me)) for r in range(comm.size)]
+    arriving = [np.flatnonzero((old_home == r) & (new_home == me) & (r != me)) for r in range(comm.size)]
+    send_counts, receive_counts = [len(experts) for experts in leaving], [len(experts) for experts in arriving]
+    send_slots = np.searchsorted(before, np.concatenate(leaving))
+    arrivals = np.concatenate(arriving)
+    # Where each row of the new order comes from: an old slot, or len(before) + a position among the arrivals.
+    source = np.searchsorted(before, after).clip(max=len(before) - 1)
+    new = ~np.isin(after, before)
+    by_expert = np.argsort(arrivals, kind="stable")
+    source[new] = len(before) + by_expert[np.searchsorted(arrivals[by_expert], after[new])]
+
+    staged = {}
+    for name, tensor in tensors.items():
+        send = tensor.detach().index_select(0, torch.from_numpy(send_slots).to(tensor.device))
+        staged[name] = comm.exchange(send, send_counts, receive_counts, "migration", f"{where}, moving {name}")
+    confirmed = torch.ones(1, device=next(iter(tensors.values())).device)
+    comm.all_reduce(confirmed, f"{where}, confirming")
+    for name, tensor in tensors.items():
+        _reorder_rows(tensor, staged[name], source.tolist())
+
+
+def _reorder_rows(tensor: Tensor, arrivals: Tensor, source: list[int]) -> None:
+    """`tensor[i] = [old rows, arrivals][source[i]]` for all i, in place, with one spare row.
+
+    No old row is wanted twice. A row is overwritten once whoever wants it has it: chains of old rows are walked from
+    their end, where nobody wants the row, and cycles are broken with the spare row.
+    """
+    with torch.no_grad():
+        rows = len(source)
+        wanted_by = {old: i for i, old in enumerate(source) if old < rows}
+        done = [old == i for i, old in enumerate(source)]
+        ends = [i for i in range(rows) if i not in wanted_by]
+        for start in [*ends, *range(rows)]:
+            if done[start]:
+                continue
+            spare = tensor[start].clone() if start in wanted_by else None  # a cycle comes back to its start
+            slot = start
+            while True:
+                done[slot] = True
+                old = source[slot]
+                if old >= rows:
+                    tensor[slot].copy_(arrivals[old - rows])
+                    break
+                if old == start and spare is not None:
+                    tensor[slot].copy_(spare)
+                    break
+                tensor[slot].copy_(tensor[old])
+                slot = old
+
+
+def _of_parameter(parameter: Tensor, name: str, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {name: parameter.data}
     if parameter.grad is not None:
         tensors[f"{name}.grad"] = parameter.grad
     main_grad = getattr(parameter, "main_grad", None)
     if main_grad is not None:
         tensors[f"{name}.main_grad"] = main_grad
-    state = optimizer.state.get(parameter, {}) if optimizer is not None else {}
+    state: dict[str, Any] = optimizer.state.get(parameter, {}) if optimizer is not None else {}
     for key, value in sorted(state.items()):
-        if not isinstance(value, Tensor) or value.numel() == 1:
+        if value is None or isinstance(value, bool | int | float | str):
             continue
-        if value.shape != parameter.shape:
+        if isinstance(value, Tensor) and value.numel() == 1:
+            continue
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            what = f"has shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"is a {type(value).__name__}"
             raise InputError(
-                f"optimizer state {key!r} of {name} has shape {tuple(value.shape)}: it must be a single number or have "
+                f"optimizer state {key!r} of {name} {what}: it must be a single number or have "
                 f"the parameter's shape {tuple(parameter.shape)}, otherwise it cannot move with an expert"
             )
         tensors[f"{name}.{key}"] = value
     return tensors
 
 
-def move_experts(
-    comm: Comm, tensors: dict[str, Tensor], old_home: np.ndarray, new_home: np.ndarray, where: str
-) -> None:
-    """Move one layer's experts from `old_home` [E] to `new_home` [E], in place in every tensor [E/R, ...].
-
-    Home slots hold a rank's experts in ascending order, before and after. Collective; memory: one copy of this
-    layer's tensors. Every rank must bring the same
-    tensors, by name.
-    """
-    if np.array_equal(old_home, new_home):
-        return
-    before = [np.flatnonzero(old_home == rank) for rank in range(comm.size)]
-    after = [np.flatnonzero(new_home == rank) for rank in range(comm.size)]
-    me = comm.rank
-    leaving = [np.flatnonzero((old_home == me) & (new_home == r) & (r != me)) for r in range(comm.size)]
-    arriving = [np.flatnonzero((old_home == r) & (new_home == me) & (r != me)) for r in range(comm.size)]
-    send_counts, receive_counts = [len(experts) for experts in leaving], [len(experts) for experts in arriving]
-    send_slots = np.searchsorted(before[me], np.concatenate(leaving))
-    kept = np.intersect1d(before[me], after[me])
-    # rows of the new tensor, taken from [kept rows, arrivals]
-    source = np.argsort(np.concatenate([kept, *arriving]), kind="stable")
-
-    staged = {}
-    for name, tensor in tensors.items():
-        send = tensor.index_select(0, torch.from_numpy(send_slots).to(tensor.device))
-        received = comm.exchange(send, send_counts, receive_counts, "migration", f"{where}, moving {name}")
-        stay = tensor.index_select(0, torch.from_numpy(np.searchsorted(before[me], kept)).to(tensor.device))
-        staged[name] = torch.cat([stay, received]).index_select(0, torch.from_numpy(source).to(tensor.device))
-    confirmed = torch.ones(1, device=next(iter(tensors.values())).device)
-    comm.all_reduce(confirmed, f"{where}, confirming")
-    for name, tensor in tensors.items():
-        tensor.copy_(staged[name])
+def _local(name: str, tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    if any(isinstance(placement, Shard) and placement.dim == 0 for placement in tensor.placements):
+        raise InputError(f"{name} is sharded over its experts ({tensor.placements}); it must hold whole experts")
+    return tensor.to_local()

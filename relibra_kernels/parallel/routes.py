@@ -1,7 +1,7 @@
-"""Where the tokens of one rank go, for every layer and micro-batch of a batch: numpy, once a batch, before the step.
+"""Where the tokens of one rank go, for every layer of a micro-batch: numpy, worked out before it runs.
 
 A token travels to a rank once, however many of its experts live there. What travels in a layer is the row and its gate
-weights; which slots a row visits follows from the recorded routing, so it is sent ahead, once a batch.
+weights; which slots a row visits follows from the recorded routing, so it is sent ahead, once a micro-batch.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..planner import BatchPlan
-from ..planner.splits import destinations, splits_of_source
+from ..planner.splits import destinations, split_of_source
 
 
 @dataclass(frozen=True)
@@ -42,19 +42,21 @@ def slot_table(plan: BatchPlan, layer: int, micro_batch: int) -> np.ndarray:
 
 
 def send_routes(
-    expert_ids: list[np.ndarray], plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, rank: int
+    expert_ids_TLK: np.ndarray, plan: BatchPlan, loads_LMRE: np.ndarray, micro_batch: int, rank: int
 ) -> list[SendRoute]:
-    """The routes of `rank` in one layer, a micro-batch each; `expert_ids[m]` is [n, L, K], rows of -1 go nowhere."""
-    split_MER = splits_of_source(plan, loads_LMRE, layer, rank)
-    return [_send_route(ids[:, layer], split_MER[m], plan, layer, m) for m, ids in enumerate(expert_ids)]
+    """The routes of `rank` in one micro-batch, a layer each; rows of -1 go nowhere."""
+    return [
+        _send_route(np.ascontiguousarray(expert_ids_TLK[:, layer]), plan, loads_LMRE, layer, micro_batch, rank)
+        for layer in range(plan.num_layers)
+    ]
 
 
 def _send_route(
-    expert_ids_TK: np.ndarray, split_ER: np.ndarray, plan: BatchPlan, layer: int, micro_batch: int
+    expert_ids_TK: np.ndarray, plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int, rank: int
 ) -> SendRoute:
     tokens, top_k = expert_ids_TK.shape
     if plan.has_replicas(layer, micro_batch):
-        dest_TK = destinations(expert_ids_TK, split_ER)
+        dest_TK = destinations(expert_ids_TK, split_of_source(plan, loads_LMRE, layer, micro_batch, rank))
     else:
         dest_TK = np.where(expert_ids_TK >= 0, plan.home[layer][expert_ids_TK], -1)
 

@@ -79,8 +79,8 @@ def refusal(name: str) -> tuple[str, str, bool]:
         optimizer.state[experts.gate_up_proj]["rows"] = torch.zeros(3)
         train()
 
-    def gap_on_one_rank():
-        unknown_in_the_middle() if rank == 0 else train()
+    def other_layers_on_one_rank():
+        other_layers() if rank == 0 else train()
 
     def other_model_on_one_rank():
         another_model() if rank == 0 else train()

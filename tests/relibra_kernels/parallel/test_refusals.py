@@ -22,7 +22,7 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
         ("other_loads", "PlanError", "made for other loads"),
         ("other_cluster", "PlanError", r"\(3, 8, 2, 1\); this run has \(3, 8, 2, 2\)"),
         ("other_plan_on_one_rank", "InputError", r"the plan of rank \d differs"),
-        ("unknown_in_the_middle", "InputError", "not the last of their sequence"),
+        ("unknown_in_the_middle", "PlanError", "made for other loads"),
         ("other_layers", "InputError", r"trace has \(layers, top-k, experts\) \(2, 2, 8\); the model has \(3, 2, 8\)"),
         ("too_few_tokens", "ShapeError", "recorded has"),
         ("rows_leave_one_out", "InputError", "name row 0 0 times"),
@@ -49,10 +49,10 @@ def test_refused(ranks, name, kind, words):
         assert changed == (name in MOVES_FIRST)
 
 
-@pytest.mark.parametrize("name", ["gap_on_one_rank", "other_model_on_one_rank"])
+@pytest.mark.parametrize("name", ["other_layers_on_one_rank", "other_model_on_one_rank"])
 def test_what_one_rank_refuses_stops_all(ranks, name):
     """At once, not after a time-out: the others name the rank whose error says why."""
     (_, own, _), (kind, message, changed) = ranks(2).run(refusal, name)
-    assert "not the last of their sequence" in own or "plan is for model" in own
+    assert "trace has (layers" in own or "plan is for model" in own
     assert kind == "InputError" and "rank 0 stopped" in message
     assert not changed

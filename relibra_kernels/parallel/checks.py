@@ -1,0 +1,77 @@
+"""What must hold before a batch begins, on every rank: checked before anything moves."""
+
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..nn import ReplicatedExperts, ReplicatedMoE
+from ..planner import BatchPlan, ClusterSpec, RoutingTrace
+from ..planner.errors import InputError, PlanError
+
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+
+
+def expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:
+    """The parameters that there are, by attribute."""
+    pairs = [(attribute, getattr(experts, attribute)) for attribute in EXPERT_PARAMETERS]
+    return [(attribute, parameter) for attribute, parameter in pairs if parameter is not None]
+
+
+def checksum(*values: object) -> int:
+    """The same number on every rank that has the same values: arrays by their bytes, others by their repr."""
+    total = 0
+    for value in values:
+        if isinstance(value, np.ndarray):
+            total = zlib.crc32(np.ascontiguousarray(value).tobytes(), zlib.crc32(repr(value.shape).encode(), total))
+        else:
+            total = zlib.crc32(repr(value).encode(), total)
+    return total
+
+
+def model_digest(layers: Sequence[ReplicatedMoE]) -> int:
+    """Of everything about the MoE layers that ranks must share: shapes, dtypes, form, what is trained."""
+    return checksum(
+        *(
+            (moe.experts.form, moe.experts.recompute, attribute, tuple(p.shape), p.dtype, p.requires_grad)
+            for moe in layers
+            for attribute, p in expert_parameters(moe.experts)
+        )
+    )
+
+
+def check_trace(trace: RoutingTrace, layers: Sequence[ReplicatedMoE], num_experts: int) -> None:
+    """A trace of this model's routing."""
+    shape = (trace.num_layers, trace.top_k, trace.num_experts)
+    expected = (len(layers), layers[0].router.top_k, num_experts)
+    if shape != expected:
+        raise InputError(f"trace has (layers, top-k, experts) {shape}; the model has {expected}")
+
+
+def check_plan(
+    plan: BatchPlan, layers: Sequence[ReplicatedMoE], num_experts: int, cluster: ClusterSpec, model_name: str
+) -> None:
+    """A plan for this model on this cluster."""
+    if plan.model and model_name and plan.model != model_name:
+        raise PlanError(f"plan is for model {plan.model!r}; this is {model_name!r}")
+    shape = (plan.num_layers, plan.num_experts, plan.num_ranks, plan.gpus_per_node)
+    expected = (len(layers), num_experts, cluster.num_ranks, cluster.gpus_per_node)
+    if shape != expected:
+        raise PlanError(f"plan is for (layers, experts, ranks, GPUs a node) {shape}; this run has {expected}")
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, layers: Sequence[ReplicatedMoE]) -> None:
+    """Every expert parameter that is trained is in the optimizer, itself or as its fp32 master `main_param`."""
+    if optimizer is None:
+        return
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for layer, moe in enumerate(layers):
+        for name, parameter in expert_parameters(moe.experts):
+            known = id(parameter) in trained or id(getattr(parameter, "main_param", None)) in trained
+            if parameter.requires_grad and not known:
+                raise InputError(
+                    f"optimizer does not have {name} of MoE layer {layer}: it must be made after ExpertParallel, "
+                    "which replaces the experts' parameters"
+                )

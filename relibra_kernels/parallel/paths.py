@@ -1,0 +1,149 @@
+"""The way of planned rows: from their tokens to the ranks that compute them, and partial results back.
+
+A token travels to a rank once. With `overlap`, the rows that stay on their rank are a chunk of their own, computed
+while the others are on their way.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..schedule import Schedule
+from .comm import Buffers, Comm, Exchange
+from .routes import SendRoute
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Rows on this rank that are computed together: `wait()` gives their values, one tensor for each dispatched."""
+
+    schedule: Schedule
+    wait: Callable[[], list[Tensor]]
+
+
+class PlannedPath:
+    """The rows of one (layer, micro-batch).
+
+    Args:
+        route: what this rank sends. receive_counts: int64 [R]. received_slots: int16 [received, K].
+        token_of_row: int64 [rows of the trace], the position in the model's input of each, -1 where it is left out.
+        num_tokens: of the model's input. num_slots: slots of this rank that rows may visit.
+        where: "layer l, micro-batch m", for errors.
+    """
+
+    def __init__(
+        self,
+        comm: Comm,
+        buffers: Buffers,
+        route: SendRoute,
+        receive_counts: np.ndarray,
+        received_slots: np.ndarray,
+        token_of_row: np.ndarray,
+        num_tokens: int,
+        num_slots: int,
+        device: torch.device,
+        where: str,
+        overlap: bool = False,
+    ):
+        self._comm, self._buffers, self._where, self.device = comm, buffers, where, device
+        me, send_counts = comm.rank, route.counts
+        assignment_of = route.assignment_of
+        slots = [received_slots]
+        if overlap:  # own rows last
+            start, stop = (int(edge) for edge in np.cumsum(send_counts)[me - 1 : me + 1]) if me else (0, send_counts[0])
+            own = slice(start, stop)
+            assignment_of = np.concatenate([assignment_of[:start], assignment_of[stop:], assignment_of[own]])
+            first = int(receive_counts[:me].sum())
+            mine = slice(first, first + int(receive_counts[me]))
+            others = np.concatenate([received_slots[: mine.start], received_slots[mine.stop :]])
+            slots = [received_slots[mine], others]
+            away = np.arange(comm.size) != me
+            send_counts, receive_counts = send_counts * away, receive_counts * away
+        self._send_counts, self._receive_counts = send_counts.tolist(), receive_counts.tolist()
+        self._sent = sum(self._send_counts)  # rows that leave; those after them stay
+        top_k = received_slots.shape[1]
+        self._send = _send_schedule(assignment_of, route.counts, token_of_row, num_tokens, top_k, device)
+        self._token_of_sent = torch.div(self._send.assignment_of, top_k, rounding_mode="floor")
+        build = ops.backend(device).build_schedule
+        self.schedules = [
+            build(torch.from_numpy(part).to(device), num_slots, num_rows=int(np.count_nonzero(part >= 0)))
+            for part in slots
+        ]
+
+    @property
+    def assignments(self) -> int:
+        """How many (row, expert) pairs this rank computes."""
+        return sum(schedule.num_rows for schedule in self.schedules)
+
+    def dispatch(self, values: Sequence[Tensor], kind: str, keep: bool) -> list[Chunk]:
+        """Begin to send tokens' values [T, ...] to the ranks that compute them.
+
+        Args:
+            keep: the received rows outlive the layer; otherwise the next dispatch overwrites them.
+        """
+        own: list[Tensor] = []
+        exchanges: list[Exchange] = []
+        for i, value in enumerate(values):
+            shape = value.shape[1:]
+            sent = self._token_of_sent[: self._sent]
+            rows = self._buffers.take(f"send {kind} {i}", (self._sent, *shape), value)
+            torch.index_select(value, 0, sent, out=rows)
+            size = (sum(self._receive_counts), *shape)
+            into = value.new_empty(size) if keep else self._buffers.take(f"received {kind} {i}", size, value)
+            counts = self._send_counts, self._receive_counts
+            exchanges.append(self._comm.start(rows, *counts, kind, f"{kind} of {self._where}", into))
+            if len(self.schedules) > 1:
+                own.append(value.index_select(0, self._token_of_sent[self._sent :]))
+        received = partial(_wait_all, exchanges)
+        waits: list[Callable[[], list[Tensor]]] = [received]
+        if len(self.schedules) > 1:
+            waits.insert(0, lambda: own)
+        return [Chunk(schedule, wait) for schedule, wait in zip(self.schedules, waits, strict=True)]
+
+    def combine(self, partials: Sequence[Sequence[Tensor]], kind: str) -> list[Tensor]:
+        """Partial results, `partials[chunk][i]` [rows, ...], back to their tokens and added up: [T, ...] each."""
+        *own, away = partials
+        exchanges = []
+        for i, rows in enumerate(away):
+            total = self._send.num_rows
+            into = self._buffers.take(f"combined {i}", (total, *rows.shape[1:]), rows)
+            counts = self._receive_counts, self._send_counts
+            phase = f"{kind} of {self._where}"
+            exchanges.append((self._comm.start(rows, *counts, kind, phase, into[: self._sent]), into))
+            if own:
+                into[self._sent :].copy_(own[0][i])
+        results = []
+        for exchange, into in exchanges:
+            exchange.wait()
+            results.append(ops.unpermute(into, None, self._send))
+        return results
+
+
+def _wait_all(exchanges: list[Exchange]) -> list[Tensor]:
+    return [exchange.wait() for exchange in exchanges]
+
+
+def _send_schedule(
+    row_assignment_of: np.ndarray,
+    counts: np.ndarray,
+    token_of_row: np.ndarray,
+    num_tokens: int,
+    top_k: int,
+    device: torch.device,
+) -> Schedule:
+    """Tokens sorted by destination: slots are ranks, rows what is sent."""
+    row, choice = np.divmod(row_assignment_of, top_k)
+    assignment_of = (token_of_row[row] * top_k + choice).astype(np.int32)
+    position_of = np.full(num_tokens * top_k, -1, np.int32)
+    position_of[assignment_of] = np.arange(len(assignment_of))
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    return Schedule(
+        slot_offsets=torch.from_numpy(offsets).to(device),
+        assignment_of=torch.from_numpy(assignment_of).to(device),
+        position_of=torch.from_numpy(position_of.reshape(-1, top_k)).to(device),
+    )

@@ -1,0 +1,72 @@
+"""What one batch cost on one rank: bytes by kind and network, seconds by part."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.profiler import record_function
+
+PARTS = ("dispatch", "compute", "combine", "replica", "live", "migration", "tables")
+
+
+class Ledger:
+    """Counters that the runtime writes as it goes.
+
+    On CUDA, seconds are those between two events of the current stream, read only when asked for; elsewhere those of
+    the host's clock.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_sent: Counter[tuple[str, str]] = Counter()  # (kind, "fast" | "slow") -> bytes to other ranks
+        self._bytes_before: Counter[tuple[str, str]] = Counter()
+        self._seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    def add_bytes(self, kind: str, fast: bool, count: int) -> None:
+        self.bytes_sent[kind, "fast" if fast else "slow"] += count
+
+    @contextmanager
+    def span(self, part: str, device: torch.device) -> Iterator[None]:
+        """Count the time within as `part`, and show it as a range of `torch.profiler`."""
+        with record_function(f"relibra::{part}"):
+            if device.type == "cuda":
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                try:
+                    yield
+                finally:
+                    end.record()
+                    self._events.append((part, begin, end))
+            else:
+                start = time.perf_counter()
+                try:
+                    yield
+                finally:
+                    self._seconds[part] += time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        """By part; waits for the device."""
+        for part, begin, end in self._events:
+            end.synchronize()
+            self._seconds[part] += begin.elapsed_time(end) / 1e3
+        self._events.clear()
+        return dict(self._seconds)
+
+    def begin_batch(self) -> None:
+        """What follows belongs to a new batch; `bytes_sent` goes on counting."""
+        self._bytes_before = Counter(self.bytes_sent)
+        self._seconds = dict.fromkeys(PARTS, 0.0)
+        self._events.clear()
+
+    def batch_bytes(self) -> Counter[tuple[str, str]]:
+        """`bytes_sent` since the batch began."""
+        return self.bytes_sent - self._bytes_before
+
+
+def json_line(stats: dict[str, Any]) -> str:
+    """One line of JSON without a newline, keys in a fixed order."""
+    return json.dumps(stats, sort_keys=True, allow_nan=False)
