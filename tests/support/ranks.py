@@ -19,6 +19,7 @@ class Ranks:
         context = mp.get_context("spawn")
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
+        self.broken = False  # an exchange may hang half-way: no further use
         for rank in range(size):
             here, there = context.Pipe()
             arguments = (there, rank, size, f"file://{self._folder.name}/store")
@@ -37,10 +38,16 @@ class Ranks:
         answers = [pipe.recv() for pipe in self._pipes]
         errors = [answer for answer in answers if isinstance(answer, RankError)]
         if errors:  # where one rank fails, the others only say that they waited for it
+            self.broken = True
             raise min(errors, key=lambda error: error.kind == "CommunicationError")
         return answers
 
     def close(self) -> None:
+        if self.broken:
+            for process in self._processes:
+                process.kill()
+            self._folder.cleanup()
+            return
         for pipe in self._pipes:
             pipe.send(None)
         for process in self._processes:

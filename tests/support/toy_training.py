@@ -3,15 +3,19 @@
 Tokens do not attend to each other, so a sequence's loss depends on its own tokens alone.
 """
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter, replay_routing
-from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
 from relibra_kernels.planner import BatchPlan, ClusterSpec, RoutingTrace, plan_batch, static_plan
 
 QWEN = ExpertForm()
@@ -43,6 +47,12 @@ class Case:
     output_dtype: torch.dtype | None = None  # of the output layer, where it differs
     frozen: tuple[str, ...] = ()  # parameters whose names end so
     scoring: str = "softmax"
+    unrecorded: float = 0.0  # fraction of tokens, beside the last ones, that are routed live
+    checkpoint: str = ""  # "reentrant" | "non-reentrant": every block computes its activations again
+    order: str = "each"  # when backward runs: each | after (outside of the context) | thread | one_ahead | together
+    passes_before: int = 0  # passes over all micro-batches without gradients
+    options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    learning_rate: float = 1e-2
     seed: int = 0
 
 
@@ -52,6 +62,7 @@ class ToyModel(nn.Module):
     def __init__(self, case: Case, vocabulary: int = 32):
         super().__init__()
         torch.manual_seed(case.seed)
+        self.checkpoint = case.checkpoint
         self.embedding = nn.Embedding(vocabulary, case.hidden)
         self.moe = nn.ModuleList(
             ReplicatedMoE(
@@ -71,10 +82,19 @@ class ToyModel(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not name.endswith(case.frozen) if case.frozen else True)
 
+    @staticmethod
+    def _block(moe: nn.Module, x_TH: torch.Tensor) -> torch.Tensor:
+        out_TH = x_TH + moe(x_TH)
+        return nn.functional.rms_norm(out_TH, out_TH.shape[-1:])  # saves an activation made after the experts
+
     def forward(self, tokens_T: torch.Tensor) -> torch.Tensor:
         x_TH = self.embedding(tokens_T)
         for moe in self.moe:
-            x_TH = x_TH + moe(x_TH)
+            if self.checkpoint:
+                reentrant = self.checkpoint == "reentrant"
+                x_TH = checkpoint(self._block, moe, x_TH, use_reentrant=reentrant, preserve_rng_state=False)
+            else:
+                x_TH = self._block(moe, x_TH)
         return self.output(x_TH.to(self.output.weight.dtype))
 
 
@@ -86,7 +106,7 @@ def make_batch(case: Case, step: int) -> tuple[RoutingTrace, np.ndarray, list[np
     offsets = np.concatenate([[0], np.cumsum(case.sequence_lengths)])
     last = set((offsets[1:] - 1).tolist())
     for token in range(len(ids)):
-        if token in last:
+        if token in last or random.random() < case.unrecorded:
             continue
         for layer in range(case.layers):
             p = popularity[layer].copy()
@@ -105,10 +125,24 @@ def loss_sum(logits_TV: torch.Tensor, tokens_T: torch.Tensor, counted_T: torch.T
     return losses[counted_T].sum()
 
 
+def make_optimizer(case: Case, model: nn.Module) -> torch.optim.AdamW:
+    """AdamW with an eps above the rounding of fp32: the gradient of a router's row whose expert no token chose is zero
+    but for rounding, which a smaller eps would turn into whole steps."""
+    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=case.learning_rate, eps=1e-6)
+
+
+def not_last(trace: RoutingTrace) -> torch.Tensor:
+    """bool [tokens]: all but the last of every sequence."""
+    counted = torch.ones(trace.num_tokens, dtype=torch.bool)
+    ends = trace.offsets[1:][np.diff(trace.offsets) > 0]
+    counted[torch.from_numpy(ends - 1)] = False
+    return counted
+
+
 def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """One process: losses, gradients of each step, final parameters."""
-    model = ToyModel(case)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model = ToyModel(replace(case, checkpoint=""))
+    optimizer = make_optimizer(case, model)
     losses, gradients = [], []
     for step in range(case.steps):
         trace, groups, tokens = make_batch(case, step)
@@ -119,7 +153,7 @@ def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], d
             part = trace.select(chosen)
             ids = torch.from_numpy(np.concatenate([tokens[i] for i in chosen]))
             with replay_routing([moe.router for moe in model.moe], torch.from_numpy(part.expert_ids)):
-                loss = loss_sum(model(ids), ids, torch.from_numpy(~part.unknown)) / trace.num_tokens
+                loss = loss_sum(model(ids), ids, not_last(part)) / trace.num_tokens
                 loss.backward()
             total += loss.item()
         losses.append(total)
@@ -133,8 +167,8 @@ def train_parallel(case: Case) -> dict[str, object]:
     rank = dist.get_rank()
     model = ToyModel(case)
     cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
-    ep = ExpertParallel(model, cluster, model_name="toy")
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    ep = ExpertParallel(model, cluster, model_name="toy", options=case.options)
+    optimizer = make_optimizer(case, model)
     losses, gradients, replicas, moved = [], [], 0, 0
     for step in range(case.steps):
         trace, groups, tokens = make_batch(case, step)
@@ -148,14 +182,16 @@ def train_parallel(case: Case) -> dict[str, object]:
             for moe in ep.layers:
                 for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
                     parameter.main_grad = torch.zeros_like(parameter)
-        total = 0.0
+
+        inputs = [
+            model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m)) for m in range(case.micro_batches)
+        ]
+        forward = partial(forward_once, case, ep, inputs, trace.num_tokens)
         with ep.batch(plan, my_trace, my_groups, optimizer):
-            for m in range(case.micro_batches):
-                ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m))
-                with ep.micro_batch(m, rows):
-                    loss = loss_sum(model(ids), ids, counted) / trace.num_tokens
-                    loss.backward()
-                total += loss.item()
+            with torch.no_grad():
+                before = [forward(m).item() for _ in range(case.passes_before) for m in range(case.micro_batches)]
+            total = sum(forward_backward(case, forward))
+        assert all(abs(sum(before) - case.passes_before * total) < 1e-5 for _ in before)
         if case.main_grad:
             for moe in ep.layers:
                 for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
@@ -179,6 +215,38 @@ def train_parallel(case: Case) -> dict[str, object]:
     }
 
 
+def forward_once(case: Case, ep: ExpertParallel, inputs: list[tuple], total: int, m: int) -> torch.Tensor:
+    """The loss of one micro-batch, with its backward where that runs within."""
+    ids, rows, counted = inputs[m]
+    with ep.micro_batch(m, rows):
+        loss = loss_sum(ep.model(ids), ids, counted) / total
+        if case.order == "each" and torch.is_grad_enabled():
+            loss.backward()
+    return loss
+
+
+def forward_backward(case: Case, forward: Callable[[int], torch.Tensor]) -> list[float]:
+    """Losses of the micro-batches, whose backward runs in the case's order."""
+    losses, waiting = [], []
+    for m in range(case.micro_batches):
+        loss = forward(m)
+        losses.append(loss.item())
+        if case.order == "after":
+            loss.backward()
+        elif case.order == "thread":
+            with ThreadPoolExecutor(1) as elsewhere:
+                elsewhere.submit(loss.backward).result()
+        elif case.order in ("one_ahead", "together"):
+            waiting.append(loss)
+            if case.order == "one_ahead" and len(waiting) == 2:
+                waiting.pop(0).backward()
+    if case.order == "together":
+        sum(waiting).backward()
+    elif waiting:
+        waiting.pop().backward()
+    return losses
+
+
 def model_input(
     case: Case, trace: RoutingTrace, tokens: list[np.ndarray], mine: np.ndarray, chosen: np.ndarray
 ) -> tuple[torch.Tensor, np.ndarray | None, torch.Tensor]:
@@ -189,8 +257,7 @@ def model_input(
     for i in chosen:
         ids += [0] * case.padding + tokens[mine[i]].tolist()
         rows += [-1] * case.padding + list(range(row, row := row + len(trace.sequence(i))))
-    unknown = np.append(trace.select(chosen).unknown, True)
-    counted = torch.from_numpy(~unknown[np.array(rows, np.int64)])
+    counted = torch.cat([not_last(trace.select(chosen)), torch.tensor([False])])[np.array(rows, np.int64)]
     return torch.tensor(ids, dtype=torch.int64), np.array(rows, np.int64) if case.padding else None, counted
 
 

@@ -10,6 +10,8 @@ def ranks():
     groups: dict[int, Ranks] = {}
 
     def of_size(size: int) -> Ranks:
+        if size in groups and groups[size].broken:
+            groups.pop(size).close()
         if size not in groups:
             groups[size] = Ranks(size)
         return groups[size]

@@ -9,6 +9,7 @@ from tolerance import relative_error
 from toy_training import Case, train_alone, train_parallel
 
 from relibra_kernels.nn import GPT_OSS
+from relibra_kernels.parallel import RuntimeOptions
 
 UNEQUAL = (17, 2, 1, 2, 30, 1, 2, 2)  # rank 0 has nearly all tokens; a sequence of one token has nothing recorded
 ONE_SIDED = (6, 0, 9, 0, 4, 0, 5, 0)  # on two ranks, the second has no token at all
@@ -36,6 +37,33 @@ CASES = {
     "one frozen projection": Case(frozen=("gate_up_proj",), plan="shuffled", steps=2),
     "as many experts as ranks": Case(ranks=4, gpus_per_node=4, experts=4, plan="shuffled"),
     "steps with migration": Case(plan="shuffled", steps=4),
+    "guests fetched for every micro-batch": Case(plan="shuffled", options=RuntimeOptions(guest_bytes=0)),
+    "guests kept as far as there is room": Case(
+        plan="shuffled", layers=3, options=RuntimeOptions(guest_bytes=2 * 2 * 3 * 16 * 24 * 16)
+    ),
+    "received rows fetched again": Case(plan="shuffled", options=RuntimeOptions(redispatch=True)),
+    "own rows while others travel": Case(
+        ranks=3, gpus_per_node=3, experts=9, plan="shuffled", options=RuntimeOptions(overlap=True)
+    ),
+    "overlap and redispatch on one rank": Case(
+        ranks=1, gpus_per_node=1, options=RuntimeOptions(overlap=True, redispatch=True)
+    ),
+    "checkpointed blocks": Case(plan="shuffled", checkpoint="non-reentrant"),
+    "checkpointed, reentrant, backward outside": Case(plan="shuffled", checkpoint="reentrant", order="after"),
+    "checkpointed, backward in another thread": Case(plan="shuffled", checkpoint="non-reentrant", order="thread"),
+    "checkpointed, two micro-batches in flight": Case(
+        plan="shuffled", checkpoint="non-reentrant", order="one_ahead", micro_batches=4, padding=1
+    ),
+    "equal token counts in flight": Case(
+        plan="shuffled", checkpoint="reentrant", order="one_ahead", sequence_lengths=(6,) * 8
+    ),
+    "one backward over all micro-batches": Case(plan="shuffled", checkpoint="non-reentrant", order="together"),
+    "backward in another thread": Case(plan="shuffled", order="thread"),
+    "passes without gradients before": Case(plan="shuffled", passes_before=2, micro_batches=4),
+    "tokens routed live": Case(plan="shuffled", unrecorded=0.3, sequence_lengths=UNEQUAL),
+    "tokens routed live, checkpointed, padded": Case(
+        plan="shuffled", unrecorded=0.2, checkpoint="non-reentrant", order="after", padding=2, main_grad=True
+    ),
     "planned steps": Case(ranks=4, gpus_per_node=2, steps=4, sequence_lengths=(9, 14, 6, 11) * 4),
 }
 
@@ -68,7 +96,9 @@ def test_parity_in_float64(ranks, case):
     ("plan", "scoring"), [("planned", "softmax"), ("shuffled", "softmax"), ("shuffled", "sigmoid")]
 )
 def test_parity_in_float32(ranks, plan, scoring):
-    case = Case(plan=plan, scoring=scoring, dtype=torch.float32, steps=2, hidden=32, intermediate=48)
+    case = Case(
+        plan=plan, scoring=scoring, dtype=torch.float32, steps=2, hidden=32, intermediate=48, learning_rate=1e-3
+    )
     check_parity(case, ranks(2).run(train_parallel, case), 1e-5)
 
 
@@ -89,13 +119,40 @@ def test_bfloat16_stays_near_float32(ranks):
         assert error <= 2 * rounding + 2**-8
 
 
-def test_same_plans_same_bits(ranks):
-    case = Case(plan="shuffled", dtype=torch.float32, steps=2)
-    first, second = (ranks(2).run(train_parallel, case) for _ in range(2))
+@pytest.mark.parametrize("size", [2, 4])
+def test_twenty_steps_with_migration(ranks, size):
+    """A new plan and migration at every step, AdamW, fp32: parameters within 1e-5, the same bits twice."""
+    case = Case(
+        ranks=size,
+        gpus_per_node=2,
+        plan="shuffled",
+        dtype=torch.float32,
+        steps=20,
+        micro_batches=4 // size,
+        hidden=32,
+        learning_rate=1e-3,
+    )
+    first = ranks(size).run(train_parallel, case)
+    losses, _, parameters = train_alone(case)
+    assert first[0]["moved"] > 20
+    for result in first:
+        np.testing.assert_allclose(result["losses"], losses, rtol=1e-5)
+        assert worst_error(result["parameters"], parameters) <= 1e-5
+    if size == 2:
+        assert_same_bits(first, ranks(size).run(train_parallel, case))
+
+
+def assert_same_bits(first: list[dict], second: list[dict]) -> None:
     for one, other in zip(first, second, strict=True):
         assert one["losses"] == other["losses"]
         for name, value in one["parameters"].items():
             np.testing.assert_array_equal(value, other["parameters"][name])
+
+
+def test_same_plans_same_bits(ranks):
+    case = Case(plan="shuffled", dtype=torch.float32, steps=2)
+    first, second = (ranks(2).run(train_parallel, case) for _ in range(2))
+    assert_same_bits(first, second)
 
 
 def test_a_layer_without_replicas_sends_nothing_for_them(ranks):
