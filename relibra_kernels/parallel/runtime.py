@@ -1,5 +1,6 @@
 """ExpertParallel: train a model whose MoE layers live on many ranks, under a plan."""
 
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from ..nn import ReplicatedExperts, ReplicatedMoE
 from ..planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch
 from ..planner.errors import InputError, ReLibraError
-from . import gradients
+from . import checkpoint, gradients
 from .batch import OpenBatch
 from .checks import check_optimizer, check_plan, check_trace, checksum, expert_parameters, model_digest
 from .comm import Buffers
@@ -260,6 +261,33 @@ class ExpertParallel:
             tensor_of: what to give for each parameter instead of its data, such as its gradient.
         """
         return logical_tensors(self.model, self.layers, self.home, self.comm, tensor_of)
+
+    def save_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Write parameters, buffers and optimizer state to a new folder, whole or not at all. Collective.
+
+        It depends neither on the placement nor on the number of ranks; `torch.distributed.checkpoint` reads it.
+        """
+        self._check_between_batches("save_checkpoint")
+        state = checkpoint.training_state(self.model, self.layers, self.home, self.comm, optimizer)
+        checkpoint.save(path, state, self.groups, self.device)
+
+    def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Read what `save_checkpoint` wrote into the model and a new or used optimizer, in place. Collective.
+
+        Any number of ranks and any placement will do. Hyper-parameters of the optimizer are not part of a checkpoint.
+        Raises: FormatError where there is no checkpoint, or it is of another model or optimizer.
+        """
+        self._check_between_batches("load_checkpoint")
+        if optimizer is not None:
+            checkpoint.make_optimizer_state(optimizer)
+        state = checkpoint.training_state(self.model, self.layers, self.home, self.comm, optimizer)
+        checkpoint.load(path, state, self.groups)
+        if optimizer is not None:
+            checkpoint.restore_numbers(self.model, optimizer, state)
+
+    def _check_between_batches(self, what: str) -> None:
+        if self._batch is not None:
+            raise InputError(f"{what} is used within a batch: leave it first")
 
     def stats(self) -> dict[str, Any]:
         """What the last batch did on this rank: loads, seconds by part, bytes by kind and network. Collective.

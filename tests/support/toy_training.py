@@ -162,15 +162,23 @@ def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], d
     return losses, gradients, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
 
+def start(case: Case) -> tuple[ExpertParallel, torch.optim.AdamW]:
+    """The model on the default group, and its optimizer."""
+    cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
+    ep = ExpertParallel(ToyModel(case), cluster, model_name="toy", options=case.options)
+    return ep, make_optimizer(case, ep.model)
+
+
 def train_parallel(case: Case) -> dict[str, object]:
     """On every rank of the default group: the same as `train_alone`, plus what was used on the way."""
+    return train_steps(case, *start(case), range(case.steps))
+
+
+def train_steps(case: Case, ep: ExpertParallel, optimizer: torch.optim.Optimizer, steps: range) -> dict[str, object]:
+    """Some of the case's steps."""
     rank = dist.get_rank()
-    model = ToyModel(case)
-    cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
-    ep = ExpertParallel(model, cluster, model_name="toy", options=case.options)
-    optimizer = make_optimizer(case, model)
     losses, gradients, replicas, moved = [], [], 0, 0
-    for step in range(case.steps):
+    for step in steps:
         trace, groups, tokens = make_batch(case, step)
         mine = np.arange(rank, trace.num_sequences, case.ranks)
         my_trace, my_groups = trace.select(mine), groups[mine]

@@ -1,0 +1,57 @@
+"""Training that is saved and goes on elsewhere, run on every rank of a group."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed.checkpoint as dcp
+from toy_training import Case, start, train_steps
+
+from relibra_kernels.parallel import ExpertParallel
+
+
+def logical_state(ep: ExpertParallel, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
+    """Parameters and optimizer state of the whole model, in logical order."""
+    state = {f"model.{name}": value.numpy().copy() for name, value in ep.named_logical_parameters()}
+    for key in ("exp_avg", "exp_avg_sq", "step"):
+
+        def of(parameter: torch.nn.Parameter, key: str = key) -> torch.Tensor:
+            value = optimizer.state[parameter][key]
+            return value if key != "step" else value.expand_as(parameter)
+
+        state |= {f"optimizer.{name}.{key}": v.numpy().copy() for name, v in ep.named_logical_parameters(of)}
+    return state
+
+
+def train_and_save(case: Case, folder: str, steps: int) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """Train some steps, which leaves the experts shuffled, save, and go on; the state saved, and the rest's results."""
+    ep, optimizer = start(case)
+    train_steps(case, ep, optimizer, range(steps))
+    ep.save_checkpoint(Path(folder) / "step", optimizer)
+    saved = logical_state(ep, optimizer)
+    return saved, train_steps(case, ep, optimizer, range(steps, case.steps))
+
+
+def load_and_train(case: Case, folder: str, steps: int) -> tuple[dict[str, np.ndarray], dict[str, object]]:
+    """A new model and optimizer from the checkpoint; their state, and the training that goes on from it."""
+    ep, optimizer = start(case)
+    with torch.no_grad():
+        for parameter in ep.model.parameters():
+            parameter.add_(1.0)  # what is loaded must not have been there
+    ep.home = ep.home[:, ::-1].copy()  # another placement than a new run has
+    ep.load_checkpoint(Path(folder) / "step", optimizer)
+    return logical_state(ep, optimizer), train_steps(case, ep, optimizer, range(steps, case.steps))
+
+
+def read_without_the_library(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint by torch alone."""
+    reader = dcp.FileSystemReader(folder)
+    known = reader.read_metadata().state_dict_metadata
+    state = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items()}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    return {name: value.numpy() for name, value in state.items()}
+
+
+def overwrite(folder: str) -> None:
+    ep, optimizer = start(Case())
+    ep.save_checkpoint(Path(folder) / "step", optimizer)
