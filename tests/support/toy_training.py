@@ -139,8 +139,10 @@ def not_last(trace: RoutingTrace) -> torch.Tensor:
     return counted
 
 
-def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
-    """One process: losses, gradients of each step, final parameters."""
+def train_alone(
+    case: Case, max_norm: float = float("inf")
+) -> tuple[list[float], list[dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """One process: losses, gradients of each step before they are clipped, final parameters."""
     model = ToyModel(replace(case, checkpoint=""))
     optimizer = make_optimizer(case, model)
     losses, gradients = [], []
@@ -158,6 +160,9 @@ def train_alone(case: Case) -> tuple[list[float], list[dict[str, np.ndarray]], d
             total += loss.item()
         losses.append(total)
         gradients.append({n: p.grad.double().numpy().copy() for n, p in model.named_parameters() if p.grad is not None})
+        if max_norm < float("inf"):
+            norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            torch.nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
         optimizer.step()
     return losses, gradients, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 

@@ -5,8 +5,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tolerance import relative_error
 from toy_training import Case, train_alone, train_parallel
+from training_checks import assert_same_bits, worst_error
 
 from relibra_kernels.nn import GPT_OSS
 from relibra_kernels.parallel import RuntimeOptions
@@ -66,12 +66,6 @@ CASES = {
     ),
     "planned steps": Case(ranks=4, gpus_per_node=2, steps=4, sequence_lengths=(9, 14, 6, 11) * 4),
 }
-
-
-def worst_error(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> float:
-    """Largest norm-wise relative error over named arrays; NaN counts as infinite."""
-    assert got.keys() == expected.keys()
-    return max(relative_error(torch.from_numpy(got[name]), torch.from_numpy(expected[name])) for name in expected)
 
 
 def check_parity(case: Case, results: list[dict], tolerance: float) -> None:
@@ -140,13 +134,6 @@ def test_twenty_steps_with_migration(ranks, size):
         assert worst_error(result["parameters"], parameters) <= 1e-5
     if size == 2:
         assert_same_bits(first, ranks(size).run(train_parallel, case))
-
-
-def assert_same_bits(first: list[dict], second: list[dict]) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert one["losses"] == other["losses"]
-        for name, value in one["parameters"].items():
-            np.testing.assert_array_equal(value, other["parameters"][name])
 
 
 def test_same_plans_same_bits(ranks):
