@@ -96,7 +96,7 @@ class PlannedPath:
             size = (sum(self._receive_counts), *shape)
             into = value.new_empty(size) if keep else self._buffers.take(f"received {kind} {i}", size, value)
             counts = self._send_counts, self._receive_counts
-            exchanges.append(self._comm.start(rows, *counts, kind, f"{kind} of {self._where}", into))
+            exchanges.append(self._comm.start(rows, *counts, _kind(kind, i), f"{kind} of {self._where}", into))
             if len(self.schedules) > 1:
                 own.append(value.index_select(0, self._token_of_sent[self._sent :]))
         received = partial(_wait_all, exchanges)
@@ -114,7 +114,7 @@ class PlannedPath:
             into = self._buffers.take(f"combined {i}", (total, *rows.shape[1:]), rows)
             counts = self._receive_counts, self._send_counts
             phase = f"{kind} of {self._where}"
-            exchanges.append((self._comm.start(rows, *counts, kind, phase, into[: self._sent]), into))
+            exchanges.append((self._comm.start(rows, *counts, _kind(kind, i), phase, into[: self._sent]), into))
             if own:
                 into[self._sent :].copy_(own[0][i])
         results = []
@@ -122,6 +122,11 @@ class PlannedPath:
             exchange.wait()
             results.append(ops.unpermute(into, None, self._send))
         return results
+
+
+def _kind(kind: str, i: int) -> str:
+    """What is counted: the rows under `kind`; what goes with them is their gate weights, or those's gradients."""
+    return kind if i == 0 else "gate weights"
 
 
 def _wait_all(exchanges: list[Exchange]) -> list[Tensor]:

@@ -5,9 +5,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 from toy_training import Case, ToyModel, loss_sum, make_batch, shuffled_plan
 
-from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
 from relibra_kernels.planner import ClusterSpec, ReLibraError, RoutingTrace
 
 CASE = Case(layers=3)
@@ -112,6 +113,66 @@ def refusal(name: str) -> tuple[str, str, bool]:
 
     def no_moe():
         ExpertParallel(torch.nn.Linear(2, 2), cluster)
+
+    def other_micro_batch_on_one_rank():
+        train(index=rank)
+
+    def other_placement_on_one_rank():
+        if rank == 1:
+            ep.home = ep.home[:, ::-1].copy()
+        train()
+
+    def other_options_on_one_rank():
+        ep.options = RuntimeOptions(redispatch=rank == 1)
+        train()
+
+    def backward_after_the_batch():
+        with ep.batch(plan, trace, groups, optimizer), ep.micro_batch(0):
+            loss = loss_sum(ep.model(ids), ids, torch.ones(len(ids), dtype=torch.bool))
+        loss.backward()
+
+    def recomputed_under_other_hooks():
+        ep.model.checkpoint = "non-reentrant"
+        hooks = torch.autograd.graph.save_on_cpu()
+        with ep.batch(plan, trace, groups, optimizer):
+            with ep.micro_batch(0), hooks:
+                loss = loss_sum(ep.model(ids), ids, torch.ones(len(ids), dtype=torch.bool))
+            loss.backward()
+
+    def routed_otherwise():
+        recorded = ep.layers[1].router.replay
+
+        def other() -> tuple[torch.Tensor, bool]:
+            chosen = recorded()[0].clone()
+            chosen[0] = (chosen[0] + 1) % CASE.experts
+            return chosen, False
+
+        ep.layers[1].router.replay = other
+        train()
+
+    def optimizer_state_that_is_a_list():
+        optimizer.state[experts.gate_up_proj]["history"] = [torch.zeros(3)]
+        train()
+
+    def master_of_another_shape():
+        experts.down_proj.main_param = torch.zeros(3)
+        train()
+
+    def negative_option():
+        RuntimeOptions(spare_rows=-1)
+
+    def mesh_without_ep():
+        ExpertParallel(ToyModel(CASE), cluster, init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp")))
+
+    def unknown_reduction():
+        ExpertParallel(ToyModel(CASE), cluster, reduction="median")
+
+    def checkpoint_within_batch():
+        with ep.batch(plan, trace, groups, optimizer):
+            ep.save_checkpoint("nowhere", optimizer)
+
+    def stats_before_a_batch():
+        ep.stats()
 
     bad_input = locals()[name]
     try:

@@ -30,7 +30,7 @@ MICRO_BATCHES = 4
 LEARNING_RATE = 1e-4
 MODEL_NAME = "demo-qwen3-moe"
 BYTES = {  # what the table reports -> the kinds of traffic it sums
-    "token_bytes": ("counts", "slots", "dispatch", "combine", "backward dispatch", "backward combine"),
+    "token_bytes": ("counts", "slots", "gate weights", "dispatch", "combine", "backward dispatch", "backward combine"),
     "replica_bytes": ("replica_weights", "replica_gradients"),
     "migration_bytes": ("migration",),
 }

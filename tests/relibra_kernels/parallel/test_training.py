@@ -147,6 +147,7 @@ def test_a_layer_without_replicas_sends_nothing_for_them(ranks):
     assert {kind for kind, _ in sent} == {
         "counts",
         "slots",
+        "gate weights",
         "dispatch",
         "combine",
         "backward dispatch",

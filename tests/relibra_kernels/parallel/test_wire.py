@@ -1,0 +1,94 @@
+"""What travels is what the cost model says: tokens, replicas, guests and migration, on emulated clusters."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from ep_wire import count_wire
+from toy_training import Case, make_batch
+
+from relibra_kernels.planner import (
+    ModelShape,
+    destinations,
+    distinct_rows,
+    outcome_of_plan,
+    replica_bytes,
+    split_over_sources,
+)
+
+CASE = Case(
+    ranks=4,
+    gpus_per_node=2,
+    experts=16,
+    hidden=16,
+    intermediate=8,
+    dtype=torch.bfloat16,
+    micro_batches=2,
+    sequence_lengths=(30,) * 16,
+)
+
+
+def model_shape(case: Case) -> ModelShape:
+    return ModelShape("toy", case.layers, case.experts, case.top_k, case.hidden, case.intermediate, 1, 1, 1)
+
+
+def rows_between_ranks(case: Case, plan, loads) -> np.ndarray:
+    """int64 [L, M, R, R]: distinct rows from each source to each rank, from the trace and the splits alone."""
+    trace, groups, _ = make_batch(case, 0)
+    rows = np.zeros((case.layers, case.micro_batches, case.ranks, case.ranks), np.int64)
+    for m, source in np.ndindex(case.micro_batches, case.ranks):
+        sequences = np.flatnonzero((groups == m) & (np.arange(len(groups)) % case.ranks == source))
+        ids = trace.select(sequences).expert_ids
+        for layer in range(case.layers):
+            split = split_over_sources(plan, loads, layer, m)[source]
+            rows[layer, m, source] = distinct_rows(destinations(ids[:, layer], split), case.ranks)
+    return rows
+
+
+@pytest.mark.parametrize("size", [4, 8])
+def test_bytes_are_what_cost_predicts(ranks, size):
+    case = Case(**{**vars(CASE), "ranks": size, "gpus_per_node": size // 2})
+    results = ranks(size).run(count_wire, case, None)
+    plan, loads, previous = (results[0][name] for name in ("plan", "loads", "previous"))
+    outcome, model = outcome_of_plan(plan, loads, previous), model_shape(case)
+    assert outcome.pushed_in.sum() > 0 and outcome.kept_in.sum() > 0 and outcome.moved_in.sum() > 0
+
+    sent: Counter[tuple[str, str]] = Counter()
+    for result in results:
+        by_kind = result["stats"]["bytes"]
+        sent.update({(kind, net): n for kind, nets in by_kind.items() for net, n in nets.items()})
+        for net in ("fast", "slow"):  # nothing goes past the ledger
+            assert sum(nets[net] for nets in by_kind.values()) == result["wire"].get(net, 0)
+
+    pairs = case.layers * case.micro_batches
+    fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model))
+    kinds = ("replica_weights", "replica_gradients", "guest_weights", "guest_gradients", "migration")
+    assert sum(sent[kind, net] for kind in kinds for net in ("fast", "slow")) == fast + slow
+    assert sum(sent[kind, "fast"] for kind in kinds[:2]) == fast  # what is pushed stays in its node
+    assert sum(sent[kind, "slow"] for kind in kinds[:2]) == 0
+    assert sum(sent["migration", net] for net in ("fast", "slow")) == outcome.moved_in.sum() * model.migration_bytes
+    guests = outcome.kept_in.sum()
+    assert sent["guest_weights", "slow"] == guests * model.expert_bytes
+    assert sent["guest_gradients", "slow"] == guests * model.gradient_bytes
+
+    rows = rows_between_ranks(case, plan, loads)
+    node = np.arange(size) // case.gpus_per_node
+    near = (node[:, None] == node) & ~np.eye(size, dtype=bool)
+    for net, mask in (("fast", near), ("slow", node[:, None] != node)):
+        expected = int((rows * mask).sum()) * 2 * case.hidden  # what `price` puts on the network, four times
+        for kind in ("dispatch", "combine", "backward dispatch", "backward combine"):
+            assert sent[kind, net] == expected
+
+
+def test_guests_without_room_are_fetched_for_every_micro_batch(ranks):
+    """Weights twice and gradients once a micro-batch, instead of once each."""
+    kept, fetched = (ranks(4).run(count_wire, CASE, budget) for budget in (None, 0))
+    assert kept[0]["stats"]["guests_kept"] > 0 and fetched[0]["stats"]["guests_kept"] == 0
+
+    def slow(results: list[dict], kind: str) -> int:
+        return sum(result["stats"]["bytes"].get(kind, {"slow": 0})["slow"] for result in results)
+
+    weights, gradients = slow(kept, "guest_weights"), slow(kept, "guest_gradients")
+    assert slow(fetched, "replica_weights") == 2 * CASE.micro_batches * weights > 0
+    assert slow(fetched, "replica_gradients") == CASE.micro_batches * gradients > 0

@@ -1,0 +1,64 @@
+"""Bytes on the wire, counted where tensors are handed to torch.distributed; run on every rank of a group."""
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from toy_training import Case, ToyModel, loss_sum, make_batch, model_input
+
+from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
+from relibra_kernels.planner import BatchPlan, ClusterSpec
+
+
+def count_wire(case: Case, guest_bytes: int | None) -> dict[str, Any]:
+    """One batch of bf16 training with fp32 masters: bytes by kind, bytes at the boundary, and what they belong to."""
+    rank = dist.get_rank()
+    cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
+    model = ToyModel(case)
+    ep = ExpertParallel(model, cluster, options=RuntimeOptions(guest_bytes=guest_bytes))
+    masters = []
+    for parameter in ep.expert_parameters():
+        parameter.main_param = torch.nn.Parameter(parameter.detach().float())
+        masters.append(parameter.main_param)
+    optimizer = torch.optim.AdamW(masters, lr=1e-3)
+    for master in masters:
+        master.grad = torch.ones_like(master)
+    optimizer.step()  # moments that have to move
+    optimizer.zero_grad()
+    trace, groups, tokens = make_batch(case, 0)
+    mine = np.arange(rank, trace.num_sequences, case.ranks)
+    my_trace, my_groups = trace.select(mine), groups[mine]
+    loads = ep.gather_loads(my_trace, my_groups, case.micro_batches)
+    previous = ep.home.copy()
+    plan: BatchPlan = ep.plan(my_trace, my_groups, case.micro_batches)
+    with counted_at_the_boundary(case.gpus_per_node) as wire, ep.batch(plan, my_trace, my_groups, optimizer):
+        for m in range(case.micro_batches):
+            ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m))
+            with ep.micro_batch(m, rows):
+                loss_sum(model(ids), ids, counted).backward()
+    return {"stats": ep.stats(), "wire": dict(wire), "plan": plan, "previous": previous, "loads": loads}
+
+
+@contextmanager
+def counted_at_the_boundary(gpus_per_node: int) -> Iterator[Counter[str]]:
+    """Bytes that all_to_all_single sends from this rank to others, "fast" and "slow"."""
+    wire: Counter[str] = Counter()
+    original = dist.all_to_all_single
+
+    def counting(received: torch.Tensor, send: torch.Tensor, receive_counts: Any, send_counts: Any, **kwargs: Any):
+        me = dist.get_rank()
+        row = send[:1].numel() * send.element_size() if len(send) else 0
+        for rank, rows in enumerate(send_counts):
+            if rank != me:
+                wire["fast" if rank // gpus_per_node == me // gpus_per_node else "slow"] += rows * row
+        return original(received, send, receive_counts, send_counts, **kwargs)
+
+    dist.all_to_all_single = counting
+    try:
+        yield wire
+    finally:
+        dist.all_to_all_single = original
