@@ -165,8 +165,9 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups, de
     for comm in groups.all:
         comm.agree(problem, {}, device, f"saving {target}")
     first = all(comm.rank == 0 for comm in groups.all)
-    if first and partial.exists():  # left by a run that died
-        shutil.rmtree(partial)
+    if first:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that died
     _barrier(groups, device, f"clearing {partial}")
     with _during(groups.experts, f"writing the checkpoint {target}"):
         dcp.save(state, checkpoint_id=partial, no_dist=groups.num_ranks == 1)

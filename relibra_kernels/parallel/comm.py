@@ -27,6 +27,7 @@ class Comm:
 
     Attributes:
         position: (collectives begun, phase of the last one, whether it is still waited for), for the watchdog.
+        ranks: of the default group, in the order of this one.
     """
 
     def __init__(self, group: dist.ProcessGroup | None, gpus_per_node: int, ledger: Ledger | None = None):
@@ -38,6 +39,7 @@ class Comm:
         self.gpus_per_node = gpus_per_node
         self.ledger = Ledger() if ledger is None else ledger
         self.position = (0, "", False)
+        self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
 
     @property
     def bytes_sent(self) -> Counter[tuple[str, str]]:

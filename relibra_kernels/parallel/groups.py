@@ -38,8 +38,8 @@ class Groups:
         self.experts = Comm(group, cluster.gpus_per_node)
         if self.experts.size != cluster.num_ranks:
             raise InputError(f"cluster has {cluster.num_ranks} ranks, the process group {self.experts.size}")
-        ranks = dist.get_process_group_ranks(group or dist.group.WORLD)
-        beside = dist.new_group(ranks, use_local_synchronization=True) if self.experts.size > 1 else group
+        alone = self.experts.size == 1
+        beside = group if alone else dist.new_group(list(self.experts.ranks), use_local_synchronization=True)
         self.side = Comm(beside, cluster.gpus_per_node, self.experts.ledger)
         self.copies = [Comm(other, 1) for other in others if dist.get_world_size(other) > 1]
         self.all = [self.experts, *self.copies]

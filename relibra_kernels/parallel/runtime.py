@@ -25,6 +25,7 @@ from .logical import logical_tensors
 from .microbatch import MicroBatch
 from .migration import expert_tensors, move_experts
 from .session import ForwardContext, RuntimeOptions, Session
+from .watchdog import start_watchdog
 
 
 class ExpertParallel:
@@ -89,6 +90,7 @@ class ExpertParallel:
             _keep_experts(moe.experts, slice(self.comm.rank * per_rank, (self.comm.rank + 1) * per_rank))
             moe.experts.dispatcher = self._dispatcher(layer)
             moe.router.replay = self._replay(layer)
+        start_watchdog(self.comm, self.options.watchdog_seconds)
         self._buffers = Buffers()
         self._counted: _CountedLoads | None = None
         self._batch: OpenBatch | None = None

@@ -26,6 +26,7 @@ class RuntimeOptions:
     combine_dtype: torch.float32 sums a token's partial results unrounded (twice the bytes of bf16); None: the model's
     guest_bytes:   memory a rank for guests that stay for the batch, over all layers; None: all of them stay
     spare_rows:    tokens a rank and micro-batch that may choose other experts than were recorded
+    watchdog_seconds: after so long in one collective a line on stderr says for whom a rank waits
     """
 
     redispatch: bool = False
@@ -33,10 +34,13 @@ class RuntimeOptions:
     combine_dtype: torch.dtype | None = None
     guest_bytes: int | None = None
     spare_rows: int = 0
+    watchdog_seconds: float = 60.0
 
     def __post_init__(self) -> None:
         if self.combine_dtype not in (None, torch.float32, torch.float64):
             raise InputError(f"combine_dtype is {self.combine_dtype}; it must be torch.float32, torch.float64 or None")
+        if not self.watchdog_seconds > 0:
+            raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
         for name in ("guest_bytes", "spare_rows"):
             value = getattr(self, name)
             if value is not None and value < 0:

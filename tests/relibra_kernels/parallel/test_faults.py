@@ -1,47 +1,81 @@
-"""A rank that dies or hangs: the others stop with an error that says where, within the process-group timeout (10 s)."""
+"""A rank that dies or hangs: the others stop with an error that says where, within the process-group timeout (10 s).
+
+Nothing half-written is left where a checkpoint should be, and training goes on from the last one to the bit.
+"""
 
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ep_checkpoints import load_and_train
+from faulty_rank import STEPS, case_of
+from toy_training import train_parallel
+
+from relibra_kernels.parallel.watchdog import describe
 
 SCRIPT = Path(__file__).parents[2] / "support" / "faulty_rank.py"
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(ranks):
+    return ranks(2).run(train_parallel, case_of(2))
+
+
 @pytest.mark.parametrize(
-    ("phase", "signal", "size"),
+    ("phase", "step", "signal", "size"),
     [
-        ("layer 0, moving", "SIGKILL", 2),
-        ("dispatch of layer 1", "SIGKILL", 3),
-        ("backward combine of layer 0", "SIGKILL", 2),
-        ("the reduction of dense gradients", "SIGKILL", 2),
-        ("combine of layer 0", "SIGSTOP", 2),
+        ("layer 0, moving", 1, "SIGKILL", 2),
+        ("dispatch of layer 1", 0, "SIGKILL", 3),
+        ("backward combine of layer 0", 2, "SIGKILL", 2),
+        ("the reduction of dense gradients", 0, "SIGKILL", 2),
+        ("writing the checkpoint", 1, "SIGKILL", 2),
+        ("finishing", 1, "SIGKILL", 2),
+        ("combine of layer 0", 1, "SIGSTOP", 2),
     ],
 )
-def test_the_others_stop_with_an_error(tmp_path, phase, signal, size):
+def test_the_others_stop_with_an_error(ranks, uninterrupted, tmp_path, phase, step, signal, size):
     victim = size - 1
     start = time.monotonic()
-    ranks = [
+    arguments = [str(size), str(tmp_path), str(victim), str(step), phase, signal]
+    processes = [
         subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), str(size), str(tmp_path / "store"), str(victim), phase, signal],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+            [sys.executable, SCRIPT, str(rank), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )
         for rank in range(size)
     ]
     try:
-        outputs = [rank.communicate(timeout=90) for rank in ranks[:victim]]
+        outputs = [process.communicate(timeout=90) for process in processes[:victim]]
     finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
+        for process in processes:
+            process.kill()
+            process.wait()
     for rank in range(victim):
-        assert ranks[rank].returncode == 3, outputs[rank]
+        assert processes[rank].returncode == 3, outputs[rank]
         # with three ranks, a survivor may first notice in the exchange after
         assert f"stopped: rank {rank} of {size} failed in" in outputs[rank][0]
         assert size > 2 or f"failed in {phase}" in outputs[rank][0]
         assert "rank died, or did not answer" in outputs[rank][0]
     assert time.monotonic() - start < 80
+    if signal == "SIGSTOP":
+        assert "relibra: rank 0 of 2 has waited" in outputs[0][1] and "for rank 1 (last seen in" in outputs[0][1]
+
+    saved = [s for s in range(STEPS) if (tmp_path / str(s) / "step").exists()]
+    assert saved == list(range(step + (phase == "finishing")))
+    if saved and size == 2 and signal == "SIGKILL":  # what is there is whole
+        folder = str(tmp_path / str(saved[-1]))
+        for rank, (_, resumed) in enumerate(ranks(2).run(load_and_train, case_of(2), folder, saved[-1] + 1)):
+            for name, value in uninterrupted[rank]["parameters"].items():
+                np.testing.assert_array_equal(resumed["parameters"][name], value)
+
+
+def test_the_watchdog_names_who_is_behind():
+    others = {0: (7, "combine of layer 1"), 2: (4, "dispatch of layer 0"), 3: None}
+    line = describe(1, 4, 7, "combine of layer 1", 31.4, others)
+    assert line == (
+        "relibra: rank 1 of 4 has waited 31 s in combine of layer 1 for rank 2 (last seen in dispatch of layer 0, "
+        "3 collectives behind), rank 3 (not seen yet)"
+    )
+    assert "no rank that is known to be behind" in describe(1, 2, 7, "combine", 31.4, {0: (7, "combine")})
