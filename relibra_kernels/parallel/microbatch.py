@@ -95,15 +95,15 @@ class MicroBatch:
             self.record.loads[layer] = self._sites[layer][0].path.assignments
         site, live = self._sites[layer]
         recorded, _ = self.recorded(layer)
-        tokens, live_index = self._live_tokens, None
+        tokens, live_index, planned_TK = self._live_tokens, None, weights_TK
         if index_TK is not recorded:
             differs = (index_TK != recorded).any(1) & (recorded[:, 0] >= 0)
             self.record.differing[layer] += differs.sum()
-            weights_TK = weights_TK.masked_fill(differs[:, None], 0.0)
+            planned_TK = weights_TK.masked_fill(differs[:, None], 0.0)
             tokens, live_index = self._pick_live(differs, index_TK)
         x_TH = x_TH.contiguous()
         form: ExpertForm = experts.form
-        out = ExpertParallelMLP.apply(x_TH, weights_TK, site, form, experts.recompute, *experts.weights)
+        out = ExpertParallelMLP.apply(x_TH, planned_TK, site, form, experts.recompute, *experts.weights)
         if live is None:
             return out
         if live_index is None:

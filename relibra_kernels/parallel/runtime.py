@@ -25,6 +25,7 @@ from .logical import logical_tensors
 from .microbatch import MicroBatch
 from .migration import expert_tensors, move_experts
 from .session import ForwardContext, RuntimeOptions, Session
+from .stats import json_line
 from .watchdog import start_watchdog
 
 
@@ -299,6 +300,10 @@ class ExpertParallel:
         if self._last is None:
             raise InputError("stats needs a batch: there was none yet")
         return self._last.stats()
+
+    def stats_line(self) -> str:
+        """`stats` as one line of JSON, for a log with a line for each batch. Collective."""
+        return json_line(self.stats())
 
     def _agree(
         self, problem: ReLibraError | None, plan: BatchPlan, tensors: list[dict[str, Tensor]], counted: bool

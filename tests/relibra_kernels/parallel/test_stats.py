@@ -1,0 +1,32 @@
+"""What a batch reports; and tokens that chose other experts than were recorded: counted, and still exact."""
+
+import json
+
+import numpy as np
+import pytest
+from ep_stats import differing_routes, stats_of_batch
+from toy_training import Case
+from training_checks import worst_error
+
+
+def test_stats_of_a_batch(ranks):
+    results = ranks(2).run(stats_of_batch, Case(plan="planned", unrecorded=0.1, sequence_lengths=(12,) * 8))
+    for rank, (stats, line, ranges) in enumerate(results):
+        assert json.loads(line) == stats and "\n" not in line
+        assert stats["rank"] == rank and stats["layers_run"] == 2 * 2
+        assert 1 <= stats["actual_max_mean"] == pytest.approx(stats["planned_max_mean"])
+        assert stats["unknown_tokens"] > 0 and stats["differing_tokens"] == 0
+        assert {"dispatch", "compute", "combine", "replica", "migration", "tables", "live"} == stats["seconds"].keys()
+        assert all(stats["seconds"][part] > 0 for part in ("dispatch", "compute", "combine", "tables", "live"))
+        assert stats["bytes"]["dispatch"]["fast"] > 0 and stats["bytes"]["dispatch"]["slow"] == 0
+        assert {"relibra::dispatch", "relibra::compute", "relibra::combine"} <= set(ranges)
+
+
+@pytest.mark.parametrize("spare", [3, 8])
+def test_other_experts_than_recorded_are_still_exact(ranks, spare):
+    expected = None
+    for gradients, differing, alone in ranks(2).run(differing_routes, Case(), 3, spare):
+        assert differing == 3 * 2  # on each of the two ranks
+        assert worst_error(gradients, alone) <= 1e-12
+        expected = gradients if expected is None else expected
+        assert all(np.array_equal(gradients[name], expected[name]) for name in expected)

@@ -1,0 +1,56 @@
+"""What batches report, run on every rank of a group."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.profiler import profile
+from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_input, not_last, start, train_steps
+
+from relibra_kernels.nn import replay_routing
+from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
+from relibra_kernels.planner import ClusterSpec
+
+
+def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
+    """The statistics of one batch, as a dict and as a line, and the profiler's ranges."""
+    ep, optimizer = start(case)
+    with profile() as profiler:
+        train_steps(case, ep, optimizer, range(1))
+    stats = ep.stats()
+    return stats, ep.stats_line(), [event.key for event in profiler.key_averages()]
+
+
+def differing_routes(case: Case, count: int, spare: int) -> tuple[dict[str, np.ndarray], int, dict[str, np.ndarray]]:
+    """One micro-batch in which `count` tokens a rank choose others in layer 0: (gradients, how many were counted,
+    gradients of one process that replays what was chosen)."""
+    rank = dist.get_rank()
+    cluster = ClusterSpec(1, case.ranks, case.replica_slots)
+    ep = ExpertParallel(ToyModel(case), cluster, options=RuntimeOptions(spare_rows=spare))
+    trace, groups, tokens = make_batch(case, 0)
+    mine = np.arange(rank, trace.num_sequences, case.ranks)
+    my_trace, my_groups = trace.select(mine), groups[mine]
+    plan = make_plan(case, ep, my_trace, my_groups, 0)
+    recorded = ep.layers[0].router.replay
+
+    def chosen(ids_TK: torch.Tensor) -> torch.Tensor:
+        return torch.cat([(ids_TK[:count] + 1) % case.experts, ids_TK[count:]])
+
+    ep.layers[0].router.replay = lambda: (chosen(recorded()[0]), False)
+    ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == 0))
+    with ep.batch(plan, my_trace, my_groups, None), ep.micro_batch(0, rows):
+        loss_sum(ep.model(ids), ids, counted).backward()
+    ep.reduce_gradients()
+    named = ep.named_logical_parameters(lambda p: p.grad)
+    gradients = {name: grad.numpy().copy() for name, grad in named if grad is not None}
+
+    model = ToyModel(case)
+    for other in range(case.ranks):
+        sequences = np.arange(other, trace.num_sequences, case.ranks)
+        part = trace.select(sequences[groups[sequences] == 0])
+        replayed = torch.from_numpy(part.expert_ids).long()
+        replayed[:, 0] = chosen(replayed[:, 0])
+        ids = torch.from_numpy(np.concatenate([tokens[i] for i in sequences[groups[sequences] == 0]]))
+        with replay_routing([moe.router for moe in model.moe], replayed):
+            loss_sum(model(ids), ids, not_last(part)).backward()
+    alone = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
+    return gradients, ep.stats()["differing_tokens"], alone
