@@ -1,0 +1,81 @@
+"""What keeps activations, threads and micro-batches apart, without a process group."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from relibra_kernels.parallel import RuntimeOptions
+from relibra_kernels.parallel.layer import check_tag
+from relibra_kernels.parallel.session import ForwardContext, Session
+from relibra_kernels.parallel.stats import Ledger
+from relibra_kernels.planner import InputError
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_recomputation_finds_its_own_micro_batch(reentrant):
+    """Also while another one is open, and in another thread."""
+    context: ForwardContext[int] = ForwardContext()
+    seen: list[int] = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        seen.append(context.find("block"))
+        return x.sin().exp()
+
+    outputs = []
+    for micro_batch in range(3):
+        with context.entered(micro_batch):
+            x = torch.ones(4, requires_grad=True)
+            outputs.append(checkpoint(block, checkpoint(block, x, use_reentrant=reentrant), use_reentrant=reentrant))
+    seen.clear()
+    with context.entered(7):
+        outputs[1].sum().backward()
+    thread = threading.Thread(target=outputs[2].sum().backward)
+    thread.start()
+    thread.join()
+    outputs[0].sum().backward()
+    assert seen == [1, 1, 2, 2, 0, 0]
+    with pytest.raises(InputError, match="outside of a micro-batch"):
+        context.find("block")
+
+
+def test_modification_in_place_is_still_refused():
+    """The hooks that remember the micro-batch do not hide what autograd checks."""
+    context: ForwardContext[int] = ForwardContext()
+    weight = torch.ones(3, requires_grad=True)
+    with context.entered(0):
+        y = weight * 2
+        z = (y * y).sum()
+    y.data.add_(0)  # leaves the version alone, as FSDP2 does
+    with torch.no_grad():
+        y.add_(1)
+    with pytest.raises(RuntimeError, match="modified in place"):
+        z.backward()
+
+
+def test_activations_of_another_micro_batch_are_refused():
+    expected = torch.tensor([4, 0, 2])
+    check_tag(expected.clone(), expected, "layer 2, micro-batch 0")
+    with pytest.raises(InputError, match="got the activations of layer 2, micro-batch 1"):
+        check_tag(torch.tensor([4, 1, 2]), expected, "layer 2, micro-batch 0")
+
+
+def test_two_threads_in_one_batch_are_refused():
+    session = Session(RuntimeOptions(), Ledger())
+    problems: list[Exception] = []
+
+    def enter() -> None:
+        try:
+            with session.running("layer 1"):
+                pass
+        except InputError as error:
+            problems.append(error)
+
+    with session.running("layer 0"), session.running("layer 0"):  # a recomputation is within its backward
+        thread = threading.Thread(target=enter)
+        thread.start()
+        thread.join()
+    assert len(problems) == 1 and "another thread" in str(problems[0])
+    enter()
+    assert len(problems) == 1
