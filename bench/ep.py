@@ -115,14 +115,13 @@ class OurRun:
         self.groups = micro_batch_of_sequence(shape)[mine]
         self.optimizer = torch.optim.SGD(self.ep.model.parameters(), lr=0.0)
 
-    def step(self, inputs: list[Tensor]) -> None:
-        for plan, trace in zip(self.plans, self.traces, strict=True):
-            self.optimizer.zero_grad()
-            with self.ep.batch(plan, trace, self.groups, self.optimizer):
-                for m, x_TH in enumerate(inputs):
-                    with self.ep.micro_batch(m):
-                        out = self.ep.model(x_TH)
-                        out.backward(torch.ones_like(out))
+    def step(self, inputs: list[Tensor], batch: int) -> None:
+        self.optimizer.zero_grad()
+        with self.ep.batch(self.plans[batch], self.traces[batch], self.groups, self.optimizer):
+            for m, x_TH in enumerate(inputs):
+                with self.ep.micro_batch(m):
+                    out = self.ep.model(x_TH)
+                    out.backward(torch.ones_like(out))
 
 
 class PlainRun:
@@ -148,14 +147,13 @@ class PlainRun:
         by_micro_batch = [own.select(np.flatnonzero(groups == m)).expert_ids for m in range(shape.micro_batches)]
         self.indices = [torch.from_numpy(ids.astype(np.int64)) for ids in by_micro_batch]
 
-    def step(self, inputs: list[Tensor]) -> None:
-        for _ in range(BATCHES):
-            self.layers.zero_grad()
-            for x_TH, ids in zip(inputs, self.indices, strict=True):
-                for layer, moe in enumerate(self.layers.moe):
-                    moe.router.recorded = ids[:, layer]
-                out = self.layers(x_TH)
-                out.backward(torch.ones_like(out))
+    def step(self, inputs: list[Tensor], _batch: int) -> None:
+        self.layers.zero_grad()
+        for x_TH, ids in zip(inputs, self.indices, strict=True):
+            for layer, moe in enumerate(self.layers.moe):
+                moe.router.recorded = ids[:, layer]
+            out = self.layers(x_TH)
+            out.backward(torch.ones_like(out))
 
 
 def _plain_dispatcher(exchange: Any, experts: ReplicatedExperts) -> Callable[..., Tensor]:
@@ -193,14 +191,14 @@ def rank_main(rank: int, store: str, shape: Shape, repeats: int, options: Runtim
     inputs = [torch.randn(shape.tokens, shape.hidden, requires_grad=True) for _ in range(shape.micro_batches)]
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
-    for repeat in range(repeats + 1):  # the first warms up
+    for repeat in range(repeats + BATCHES):  # one of each batch warms up
         for name in order:
             dist.barrier()
             start = time.perf_counter()
-            runs[name].step(inputs)
-            took = torch.tensor((time.perf_counter() - start) / BATCHES)
+            runs[name].step(inputs, repeat % BATCHES)
+            took = torch.tensor(time.perf_counter() - start)
             dist.all_reduce(took, op=dist.ReduceOp.MAX)
-            if repeat:
+            if repeat >= BATCHES:
                 seconds[name].append(float(took))
         order.append(order.pop(0))
     stats = runs["planned"].ep.stats()

@@ -5,6 +5,7 @@ Backward: dout goes the same way, partial dx and the gate weights' gradients com
           their gradients go to the owner. Every size is a host integer known since the micro-batch opened.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,11 +94,12 @@ class ExpertParallelMLP(torch.autograd.Function):
             for chunk in chunks:
                 with session.ledger.span("dispatch", x.device):
                     x_rows, weight_rows = chunk.wait()
+                    weight_rows = chunk.group.pick(weight_rows)
                 with session.ledger.span("compute", x.device):
                     out_rows, h = moe_mlp_forward(
                         x_rows,
                         weight_rows,
-                        chunk.schedule,
+                        chunk.group.schedule,
                         home,
                         form,
                         replica=replica,
@@ -128,14 +130,17 @@ class ExpertParallelMLP(torch.autograd.Function):
         partials = []
         with session.running(site.where):
             replica = site.fetch(backward=True)
-            grad = gradient_buffers(home, ctx.main_grads, needed)
-            replica_grad = gradient_buffers(replica, NO_WEIGHTS, needed) if replica else None
+            added = any(main_grad is not None for main_grad in ctx.main_grads)  # else the first chunk fills new buffers
+            make = gradient_buffers if added else _new_buffers
+            grad = make(home, ctx.main_grads, needed)
+            replica_grad = make(replica, NO_WEIGHTS, needed) if replica else None
             with session.ledger.span("dispatch", dout.device):
                 chunks = site.path.dispatch((dout.contiguous(),), "backward dispatch", keep=False)
                 if x is not None:
                     again = x, weights.to(torch.promote_types(weights.dtype, torch.float32))
                     for i, chunk in enumerate(site.path.dispatch(again, "redispatch", keep=True)):
-                        rows[3 * i], rows[3 * i + 2] = chunk.wait()
+                        x_rows, weight_rows = chunk.wait()
+                        rows[3 * i], rows[3 * i + 2] = x_rows, chunk.group.pick(weight_rows)
             for i, chunk in enumerate(chunks):
                 x_rows, h, weight_rows = rows[3 * i : 3 * i + 3]
                 with session.ledger.span("dispatch", dout.device):
@@ -146,16 +151,17 @@ class ExpertParallelMLP(torch.autograd.Function):
                         x_rows,
                         h,
                         weight_rows,
-                        chunk.schedule,
+                        chunk.group.schedule,
                         home,
                         ctx.form,
                         grad=grad,
                         replica=replica,
                         replica_grad=replica_grad,
                         weight_of_slot=site.weight_of_slot,
+                        accumulate=added or i > 0,
                         out_dtype=options.combine_dtype,
                     )
-                partials.append([dx_rows, dweight_rows])
+                partials.append([dx_rows, chunk.group.spread(dweight_rows)])
             going_home = site.start_return(replica_grad, grad) if replica_grad is not None else None
             with session.ledger.span("combine", dout.device):
                 dx, dweights = site.path.combine(partials, "backward combine")
@@ -164,6 +170,16 @@ class ExpertParallelMLP(torch.autograd.Function):
                     going_home.finish()
         returned = returned_gradients(home, grad, ctx.main_grads, needed)
         return dx.to(dout.dtype), dweights.to(ctx.weights_dtype), None, None, None, *returned
+
+
+def _new_buffers(parameters: ExpertWeights, _main: ExpertWeights, needed: Sequence[bool]) -> ExpertWeights:
+    """Where to write the gradients that are needed: uninitialised."""
+
+    def new(parameter: Tensor) -> Tensor:
+        return torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+
+    wanted = (p if need else None for p, need in zip(parameters, needed, strict=True))
+    return ExpertWeights(*wanted).map(new)
 
 
 def check_tag(got: Tensor, expected: Tensor, where: str) -> None:

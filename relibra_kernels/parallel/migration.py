@@ -3,7 +3,7 @@
 What moves for each expert is one row of every tensor that has the shape of the expert parameter: the weights, an fp32
 master, the optimizer's moments, gradients that are still held. Layer by layer: the rows that arrive are staged, every
 rank confirms, then rows are swapped in place; so a failure leaves each layer either wholly moved or untouched, and
-`home` says which. Memory: the rows of one layer that move, and one row.
+`home` says which. Memory: the rows of one layer that move.
 """
 
 from typing import Any
@@ -71,32 +71,19 @@ def move_experts(
 
 
 def _reorder_rows(tensor: Tensor, arrivals: Tensor, source: list[int]) -> None:
-    """`tensor[i] = [old rows, arrivals][source[i]]` for all i, in place, with one spare row.
+    """`tensor[i] = [old rows, arrivals][source[i]]` for all i, in place.
 
-    No old row is wanted twice. A row is overwritten once whoever wants it has it: chains of old rows are walked from
-    their end, where nobody wants the row, and cycles are broken with the spare row.
+    No old row is wanted twice, and experts that stay keep their order, so rows move in chains and never in a circle: a
+    chain begins at a row that nobody wants, takes the row it comes from, goes on there, and ends with an arrival.
     """
+    rows = len(source)
+    wanted = {old for old in source if old < rows}
     with torch.no_grad():
-        rows = len(source)
-        wanted_by = {old: i for i, old in enumerate(source) if old < rows}
-        done = [old == i for i, old in enumerate(source)]
-        ends = [i for i in range(rows) if i not in wanted_by]
-        for start in [*ends, *range(rows)]:
-            if done[start]:
-                continue
-            spare = tensor[start].clone() if start in wanted_by else None  # a cycle comes back to its start
-            slot = start
-            while True:
-                done[slot] = True
-                old = source[slot]
-                if old >= rows:
-                    tensor[slot].copy_(arrivals[old - rows])
-                    break
-                if old == start and spare is not None:
-                    tensor[slot].copy_(spare)
-                    break
-                tensor[slot].copy_(tensor[old])
-                slot = old
+        for slot in sorted(set(range(rows)) - wanted):
+            while source[slot] < rows:
+                tensor[slot].copy_(tensor[source[slot]])
+                slot = source[slot]
+            tensor[slot].copy_(arrivals[source[slot] - rows])
 
 
 def _of_parameter(parameter: Tensor, name: str, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:

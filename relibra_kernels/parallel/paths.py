@@ -19,10 +19,51 @@ from .routes import SendRoute
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Rows on this rank that are computed together: `wait()` gives their values, one tensor for each dispatched."""
+class Group:
+    """Rows on this rank that are computed together.
+
+    Of a token's K choices few are on one rank, so rows have as many places as the row with the most needs.
+
+    `schedule`: rows sorted by the slot on this rank. `columns` int64 [rows, places]: which of the K choices each place
+    is; None where all are there.
+    """
 
     schedule: Schedule
+    columns: Tensor | None
+    top_k: int
+
+    def pick(self, values_RK: Tensor) -> Tensor:
+        """[rows, K] -> [rows, places]."""
+        return values_RK if self.columns is None else values_RK.gather(1, self.columns)
+
+    def spread(self, values_RP: Tensor) -> Tensor:
+        """[rows, places] -> [rows, K], zeros where a choice is elsewhere."""
+        if self.columns is None:
+            return values_RP
+        return values_RP.new_zeros(len(values_RP), self.top_k).scatter_(1, self.columns, values_RP)
+
+
+def make_group(slots_RK: np.ndarray, num_slots: int, device: torch.device) -> Group:
+    """From the slot of each row's choices, int16, -1 where a choice is on another rank."""
+    here = slots_RK >= 0
+    places = max(1, int(here.sum(1).max(initial=0)))
+    top_k = slots_RK.shape[1]
+    columns = None
+    if places < top_k:
+        order = np.argsort(~here, axis=1, kind="stable")[:, :places]
+        slots_RK = np.take_along_axis(slots_RK, order, 1)
+        columns = torch.from_numpy(order).to(device)
+    schedule = ops.backend(device).build_schedule(
+        torch.from_numpy(slots_RK).to(device), num_slots, num_rows=int(np.count_nonzero(here))
+    )
+    return Group(schedule, columns, top_k)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A group on its way: `wait()` gives its values, one tensor for each that was dispatched."""
+
+    group: Group
     wait: Callable[[], list[Tensor]]
 
 
@@ -69,16 +110,12 @@ class PlannedPath:
         top_k = received_slots.shape[1]
         self._send = _send_schedule(assignment_of, route.counts, token_of_row, num_tokens, top_k, device)
         self._token_of_sent = torch.div(self._send.assignment_of, top_k, rounding_mode="floor")
-        build = ops.backend(device).build_schedule
-        self.schedules = [
-            build(torch.from_numpy(part).to(device), num_slots, num_rows=int(np.count_nonzero(part >= 0)))
-            for part in slots
-        ]
+        self.groups = [make_group(part, num_slots, device) for part in slots]
 
     @property
     def assignments(self) -> int:
         """How many (row, expert) pairs this rank computes."""
-        return sum(schedule.num_rows for schedule in self.schedules)
+        return sum(group.schedule.num_rows for group in self.groups)
 
     def dispatch(self, values: Sequence[Tensor], kind: str, keep: bool) -> list[Chunk]:
         """Begin to send tokens' values [T, ...] to the ranks that compute them.
@@ -97,13 +134,13 @@ class PlannedPath:
             into = value.new_empty(size) if keep else self._buffers.take(f"received {kind} {i}", size, value)
             counts = self._send_counts, self._receive_counts
             exchanges.append(self._comm.start(rows, *counts, _kind(kind, i), f"{kind} of {self._where}", into))
-            if len(self.schedules) > 1:
+            if len(self.groups) > 1:
                 own.append(value.index_select(0, self._token_of_sent[self._sent :]))
         received = partial(_wait_all, exchanges)
         waits: list[Callable[[], list[Tensor]]] = [received]
-        if len(self.schedules) > 1:
+        if len(self.groups) > 1:
             waits.insert(0, lambda: own)
-        return [Chunk(schedule, wait) for schedule, wait in zip(self.schedules, waits, strict=True)]
+        return [Chunk(group, wait) for group, wait in zip(self.groups, waits, strict=True)]
 
     def combine(self, partials: Sequence[Sequence[Tensor]], kind: str) -> list[Tensor]:
         """Partial results, `partials[chunk][i]` [rows, ...], back to their tokens and added up: [T, ...] each."""
