@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from ..planner.errors import InputError
+from .products import Product, product_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Device:
         registers_per_sm: 32-bit registers, over which `warps_per_sm` is shared (AMD: per SIMD lane, 4 SIMDs).
         xcds: chiplets with an L2 cache of their own; blocks are dealt to them in turn.
         tma: has tensor-memory copies; descriptor_gather: also of rows picked by index.
-        programs: persistent programs to start; 0 means the device's number of SMs.
+        programs: persistent programs to start: the GPU's number of SMs; 0 where only the architecture is known.
+        product: whose configs are looked up; empty: nobody's.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Device:
     tma: bool = False
     descriptor_gather: bool = False
     programs: int = 0
+    product: str = ""
     interpreted: bool = False
 
 
@@ -70,6 +73,11 @@ def device_named(name: str) -> Device:
     return DEVICES[name]
 
 
+def device_for(product: Product) -> Device:
+    """The limits of a GPU that need not be here."""
+    return replace(DEVICES[product.target], programs=product.sms, product=product.name)
+
+
 @cache
 def device_of(device: torch.device) -> Device:
     """The limits of the GPU that holds a tensor; of the nearest older relative where the table lacks it."""
@@ -81,7 +89,7 @@ def device_of(device: torch.device) -> Device:
         name = properties.gcnArchName.split(":")[0]
         if name not in DEVICES:
             raise InputError(f"the GPU is a {name}; the kernels know {', '.join(d for d in DEVICES if d[0] == 'g')}")
-        return replace(DEVICES[name], programs=programs)
+        return replace(DEVICES[name], programs=programs, product=product_of(properties.name, name))
     capability = properties.major * 10 + properties.minor
     # Within a major version code runs on later minors; 110 and 121 are relatives of 100 and 120.
     older = [d for d in DEVICES.values() if d.backend == "cuda" and isinstance(d.arch, int) and d.arch <= capability]
@@ -95,6 +103,7 @@ def device_of(device: torch.device) -> Device:
         nearest,
         arch=capability,
         programs=programs,
+        product=product_of(properties.name, nearest.name),
         descriptor_gather=nearest.descriptor_gather and same_family,
         shared_bytes=min(
             nearest.shared_bytes, getattr(properties, "shared_memory_per_block_optin", nearest.shared_bytes)
