@@ -129,7 +129,7 @@ def _offline(args: argparse.Namespace, product: Any, models: list, found: list) 
 def _check(args: argparse.Namespace) -> int:
     from ..tuning.check import check_folder, fault_of
     from ..tuning.limits import device_named
-    from ..tuning.reports import compiled
+    from ..tuning.pool import compiled
     from ..tuning.store import SHIPPED
     from .progress import Progress
 

@@ -11,9 +11,9 @@ from ..planner.errors import FormatError
 from .configs import misfit, parse_config
 from .limits import Device, device_for
 from .products import PRODUCTS
-from .reports import Outcome, Task
 from .search import REPLICAS
 from .store import Entry, load_entries
+from .tasks import Outcome, Task
 
 
 @dataclass(frozen=True)

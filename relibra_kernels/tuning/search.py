@@ -11,8 +11,9 @@ from .limits import Device, device_for
 from .model import Resources, estimate
 from .models import Model
 from .products import Product
-from .reports import Outcome, Reports, Task
+from .reports import Reports
 from .store import Bucket, Entry, merged
+from .tasks import Outcome, Task
 
 MODEL_DATE = "2026-11-24"  # of the model's last change: what `compiled` entries are dated by
 GROUPS = (8, 4, 16)
