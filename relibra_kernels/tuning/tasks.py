@@ -57,5 +57,6 @@ def compile_task(task: Task) -> Outcome:
     try:
         report = compile_launch(launch_of(task), device_named(task.target), instructions=False)
     except Exception as error:  # whatever a compiler may raise
-        return f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+        last = ([line.strip() for line in str(error).splitlines() if line.strip()] or [""])[-1]
+        return f"{type(error).__name__}: {last[:200]}"  # what comes before is the kernel's source
     return Resources(report.registers, report.spill_bytes, report.shared_bytes, report.warps_per_sm)
