@@ -89,11 +89,11 @@ def _device(name: str) -> tuple:
 
 
 def _offline(args: argparse.Namespace, product: Any, models: list, found: list) -> int:
+    from ..progress import Progress
     from ..tuning.configs import parse_config
     from ..tuning.reports import Reports
     from ..tuning.search import OfflineSearch
     from ..tuning.store import merged, path_of, update, user_folder
-    from .progress import Progress
 
     out = args.out or user_folder()
     end = None if args.budget is None else time.monotonic() + args.budget
@@ -127,11 +127,11 @@ def _offline(args: argparse.Namespace, product: Any, models: list, found: list) 
 
 
 def _check(args: argparse.Namespace) -> int:
+    from ..progress import Progress
     from ..tuning.check import check_folder, fault_of
     from ..tuning.limits import device_named
     from ..tuning.pool import compiled
     from ..tuning.store import SHIPPED
-    from .progress import Progress
 
     folder = args.out or SHIPPED
     check = check_folder(folder, sample=args.sample, seed=args.seed)

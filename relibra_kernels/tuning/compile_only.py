@@ -3,6 +3,7 @@
 Registers, spills, shared memory and instructions are facts about the machine code, not estimates.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
@@ -76,6 +77,12 @@ def compile_launch(launch: Launch, device: Device, *, instructions: bool = True)
         warps_per_sm=min(device.warps_per_sm // warps, by_registers, by_shared) * warps,
         **facts,
     )
+
+
+def launch_digest(launch: Launch) -> str:
+    """Names exactly what is compiled for a launch, on any one target."""
+    what = (launch.kernel.cache_key, *specialised(launch))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 
 
 def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]], dict]:

@@ -84,6 +84,12 @@ def answer(problem: Problem) -> Answer:
     return found
 
 
+def answers_for_all_rows(octaves: int) -> dict[Problem, Answer]:
+    """The answers to everything that was asked so far, with any number of rows a slot below 2^octaves."""
+    asked = dict.fromkeys(problem._replace(rows_per_slot=rows) for problem in _answers for rows in range(octaves + 1))
+    return {problem: answer(problem) for problem in asked}
+
+
 def forget() -> None:
     """Read everything again: files and environment may have changed."""
     global _overrides

@@ -1,13 +1,12 @@
 """One config to compile for a GPU that need not be here, and what comes of it."""
 
-import hashlib
 from dataclasses import astuple, dataclass
 from functools import cache
 
 from ..form import ExpertForm
 from ..kernels.launch import Launch
 from .catalogue import Layer, meta_schedule, recorded
-from .compile_only import compile_launch, specialised
+from .compile_only import compile_launch, launch_digest
 from .configs import parse_config
 from .limits import device_named
 from .model import Resources
@@ -47,9 +46,7 @@ def launch_of(task: Task) -> Launch:
 @cache
 def digest_of(task: Task) -> str:
     """Names exactly what is compiled for `task`."""
-    launch = launch_of(task)
-    what = (launch.kernel.cache_key, *specialised(launch))
-    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+    return launch_digest(launch_of(task))
 
 
 def compile_task(task: Task) -> Outcome:
