@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,8 +50,8 @@ def warmup(
     counts = sorted({tokens} if isinstance(tokens, int) else set(tokens))
     if not counts or counts[0] < 1:
         raise InputError(f"tokens is {tokens}; it must be positive, one number or several")
-    parallel = isinstance(model, ExpertParallel)
     module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
+    replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
     layers = [layer for layer in module.modules() if isinstance(layer, ReplicatedMoE)]
     if not layers:
         raise InputError(f"model {type(module).__name__} has no ReplicatedMoE: replace its MoE blocks first")
@@ -63,7 +64,7 @@ def warmup(
     target = device or device_of(where)
 
     def launches() -> "list[Launch]":
-        return _launches(layers, counts, target, model.cluster.replica_slots if parallel else None)
+        return _launches(layers, counts, target, replica_slots)
 
     launches()  # shows what will be looked up
     _agree_on_configs(group, where)
@@ -85,11 +86,11 @@ def _launches(
     from .kernels.launch import recording
     from .tuning.compile_only import launch_digest
 
-    found: dict[str, Launch] = {}
-    with recording(target, lambda launch: found.setdefault(launch_digest(launch), launch)):
+    found: list[Launch] = []
+    with recording(target, found.append):
         for step in _steps(layers, counts, replica_slots):
             step()
-    return list(found.values())
+    return list({launch_digest(launch): launch for launch in found}.values())
 
 
 def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | None) -> Iterator[Callable[[], None]]:
@@ -101,11 +102,11 @@ def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | 
         seen.add(key)
         if replica_slots is None:
             for count in counts:
-                yield lambda layer=layer, count=count: _step_alone(layer, count)
+                yield partial(_step_alone, layer, count)
         else:
             for count in sorted({max(rows, 1) for n in counts for rows in (n // 2, n, 2 * n)}):
                 for replicas in {0, replica_slots}:
-                    yield lambda layer=layer, count=count, replicas=replicas: _step_exchanged(layer, count, replicas)
+                    yield partial(_step_exchanged, layer, count, replicas)
 
 
 def _shape(experts: ReplicatedExperts) -> tuple:
