@@ -152,8 +152,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     into["replica_grad"] = guest.map(zeros_fp32) if guest is not None else None
     kept = None if experts.recompute else h
     dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **into)
-    for partial in (out, dx, dgates):
-        ops.unpermute(partial, None, schedule)
+    for returned in (out, dx, dgates):
+        ops.unpermute(returned, None, schedule)
     if guest is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
