@@ -106,7 +106,7 @@ def _offline(args: argparse.Namespace, product: Any, models: list, found: list) 
     )
     try:
         with Progress(f"tune {product.name}", left) as bar:
-            search.done = lambda task, outcome: bar.step(search.best_note(task))
+            search.done = lambda task, outcome: bar.step(search.best_note(task) if sys.stderr.isatty() else "")
             entries = search.run()
     except KeyboardInterrupt:
         entries = None

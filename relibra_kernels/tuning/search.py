@@ -17,9 +17,11 @@ from .tasks import Outcome, Task
 
 MODEL_DATE = "2026-11-24"  # of the model's last change: what `compiled` entries are dated by
 GROUPS = (8, 4, 16)
+ALIKE = 1.03
 REPLICAS = (0, 2)
-# A compiler's report rarely depends on H and I. Where both are multiples of every block, those of Qwen3-30B-A3B stand
-# for all, and only what wins is compiled again with its own.
+# A compiler's report rarely depends on H and I, and a second store of weights seldom makes it better. Where H and I are
+# multiples of every block, those of Qwen3-30B-A3B stand for all, and a candidate is compiled with two stores. Only what
+# wins is compiled with its own sizes, with one store and with two.
 _USUAL_SIZES, _EVERY_BLOCK = (2048, 768), 256
 
 
@@ -51,7 +53,7 @@ class OfflineSearch:
         found = []
         for model, kernel, part in sorted(parts, key=lambda key: (str(key[0]), *key[1:])):
             for config in candidates(kernel, self.device, torch.bfloat16):
-                found += self._tasks(model, kernel, part, config, *_stand_in(model))
+                found.append(self._tasks(model, kernel, part, config, *_stand_in(model))[-1])
         return found
 
     def run(self) -> dict[str, list[Entry]] | None:
@@ -59,23 +61,51 @@ class OfflineSearch:
         if not self.reports.compile(self.tasks(), self.jobs, self._note, self.seconds_up):
             return None
         while True:
-            chosen = {id(goal): self.rank(goal) for goal in self.goals}
+            chosen = self.choose()
             winners = []
             for goal in self.goals:
-                for config in chosen[id(goal)][:1]:
+                if id(goal) in chosen:
                     sizes = goal.model.hidden_size, goal.model.intermediate_size
-                    winners += self._tasks(goal.model, goal.kernel, goal.part, config[1], *sizes)
+                    winners += self._tasks(goal.model, goal.kernel, goal.part, chosen[id(goal)][1], *sizes)
             if not self.reports.missing(winners):
                 return self._entries(chosen)
             if not self.reports.compile(winners, self.jobs, self._note, self.seconds_up):
                 return None
+
+    def choose(self) -> dict[int, tuple[float, GemmConfig]]:
+        """(microseconds, config) of every goal that has one, by its id: few different configs for one part of a model.
+
+        Times within `ALIKE` of the best count as equal. Of those, the config that serves most buckets is taken, then
+        the one that serves most of what is left: fewer kernels to compile, and no decision finer than the model is.
+        """
+        parts: dict[tuple, dict[int, dict[GemmConfig, float]]] = {}
+        for goal in self.goals:
+            ranked = self.rank(goal)
+            alike = {config: us for us, config in ranked if us <= ranked[0][0] * ALIKE}
+            if alike:
+                parts.setdefault((goal.model, goal.kernel, goal.part), {})[id(goal)] = alike
+        chosen = {}
+        for left in parts.values():
+            while left:
+                served: dict[GemmConfig, list[float]] = {}
+                for alike in left.values():
+                    best = min(alike.values())
+                    for config, us in alike.items():
+                        served.setdefault(config, []).append(us / best)
+                order = {
+                    c: (-len(r), round(sum(r) / len(r), 4), GROUPS.index(c.group_m), str(c)) for c, r in served.items()
+                }
+                taken = min(order, key=order.__getitem__)
+                for goal_id in [key for key, alike in left.items() if taken in alike]:
+                    chosen[goal_id] = left.pop(goal_id)[taken], taken
+        return chosen
 
     def rank(self, goal: Goal) -> list[tuple[float, GemmConfig]]:
         """(microseconds, config), the best first: half the even groups' time and half the uneven ones'.
 
         No config pads more rows of the uneven groups than the one that is best for even ones.
         """
-        gathers = goal.kernel in ("gate_up", "grad_hidden", "grad_weight") and not self.device.descriptor_gather
+        gathers = goal.kernel == "grad_weight" or (goal.kernel != "grouped_gemm" and not self.device.descriptor_gather)
         works = goal.works(gathers=gathers)
         scored = []
         for compiled in candidates(goal.kernel, self.device, torch.bfloat16):
@@ -114,7 +144,7 @@ class OfflineSearch:
         """The larger needs of its variants; None where one spills, does not fit or does not compile."""
         tasks = self._tasks(model, kernel, part, config, *_stand_in(model))
         own = self._tasks(model, kernel, part, config, model.hidden_size, model.intermediate_size)
-        found = [self.reports.get(task) or "not compiled yet" for task in tasks]
+        found = [self.reports.get(tasks[-1]) or "not compiled yet"]
         found += [outcome for outcome in map(self.reports.get, own) if outcome is not None]
         return worst(found, self.device)
 
@@ -123,17 +153,17 @@ class OfflineSearch:
             self.failed[task.key] = outcome
         self.done(task, outcome)
 
-    def _entries(self, chosen: dict[int, list[tuple[float, GemmConfig]]]) -> dict[str, list[Entry]]:
+    def _entries(self, chosen: dict[int, tuple[float, GemmConfig]]) -> dict[str, list[Entry]]:
         import triton
 
         found: dict[str, list[Entry]] = {kernel: [] for kernel in PARTS}
         for goal in self.goals:
-            for us, config in chosen[id(goal)][:1]:
-                bucket = Bucket(goal.slots, goal.rows_per_slot, str(config), us)
-                entry = replace(
-                    layer_shape(goal.model, goal.part), triton=triton.__version__, date=MODEL_DATE, buckets=(bucket,)
-                )
-                found[goal.kernel].append(entry)
+            if id(goal) not in chosen:
+                continue
+            us, config = chosen[id(goal)]
+            bucket, shape = Bucket(goal.slots, goal.rows_per_slot, str(config), us), layer_shape(goal.model, goal.part)
+            entry = replace(shape, triton=triton.__version__, date=MODEL_DATE, buckets=(bucket,))
+            found[goal.kernel].append(entry)
         return {kernel: merged([], _unique(entries)) for kernel, entries in found.items() if entries}
 
 
