@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
 
     found = [goal for model in models for goal in goals(model, args.tokens, trace)]
     if here:
-        raise InputError("measuring is not there yet")
+        return _measure(args, product, found)
     return _offline(args, product, models, found)
 
 
@@ -90,10 +90,9 @@ def _device(name: str) -> tuple:
 
 def _offline(args: argparse.Namespace, product: Any, models: list, found: list) -> int:
     from ..progress import Progress
-    from ..tuning.configs import parse_config
     from ..tuning.reports import Reports
     from ..tuning.search import OfflineSearch
-    from ..tuning.store import merged, path_of, update, user_folder
+    from ..tuning.store import user_folder
 
     out = args.out or user_folder()
     end = None if args.budget is None else time.monotonic() + args.budget
@@ -115,15 +114,57 @@ def _offline(args: argparse.Namespace, product: Any, models: list, found: list) 
             f"stopped with {len(reports.missing(search.tasks()))} candidates left; go on with --resume", file=sys.stderr
         )
         return 3
-    for kernel, new in entries.items():
-        path = path_of(out, product.name, kernel)
-        update(path, product.name, kernel, partial(merged, new=new))
-        configs = {parse_config(bucket.config) for entry in new for bucket in entry.buckets}
-        buckets = sum(len(entry.buckets) for entry in new)
-        print(f"{path}: {len(new)} shapes, {buckets} buckets, {len(configs)} different configs")
+    _write(out, product.name, entries)
     if search.failed:
         print(f"{len(search.failed)} candidates did not compile; the first: {next(iter(search.failed.items()))}")
     return 0
+
+
+def _measure(args: argparse.Namespace, device: Any, found: list) -> int:
+    import datetime
+
+    import triton
+
+    from ..progress import Progress
+    from ..tuning import workloads
+    from ..tuning.journal import Journal
+    from ..tuning.measure import OnlineSearch
+    from ..tuning.store import user_folder
+
+    out = args.out or user_folder()
+    end = None if args.budget is None else time.monotonic() + args.budget
+    journal = Journal(state_folder(out) / f"{device.product}-measured.jsonl", fresh=not args.resume)
+    search = OnlineSearch(device, found, journal, workloads.prepare, workloads.bench)
+    search.out_of_time = lambda: end is not None and time.monotonic() > end
+    total = sum(len(search.candidates(goal)) for goal in found)
+    print(f"timing up to {total} configs for {len(found)} launches on this {device.product}", flush=True)
+    try:
+        with Progress(f"tune {device.product}", total) as bar:
+            search.done = lambda what, best: bar.step(f"{what}; best {best}")
+            entries, left = search.run(triton.__version__, workloads.driver_version(), str(datetime.date.today()))
+    except KeyboardInterrupt:
+        print("stopped; go on with --resume", file=sys.stderr)
+        return 3
+    _write(out, device.product, entries)
+    for name, why in search.failed.items():
+        print(f"not timed: {name}: {why}", file=sys.stderr)
+    if left:
+        print(f"stopped with {left} of {len(found)} launches left; go on with --resume", file=sys.stderr)
+    return 3 if left else 0
+
+
+def _write(out: Path, device: str, entries: dict) -> None:
+    from ..tuning import lookup
+    from ..tuning.configs import parse_config
+    from ..tuning.store import merged, path_of, update
+
+    for kernel, found in entries.items():
+        path, new = path_of(out, device, kernel), merged([], found)
+        update(path, device, kernel, partial(merged, new=new))
+        configs = {parse_config(bucket.config) for entry in new for bucket in entry.buckets}
+        buckets = sum(len(entry.buckets) for entry in new)
+        print(f"{path}: {len(new)} entries, {buckets} buckets, {len(configs)} different configs")
+    lookup.forget()
 
 
 def _check(args: argparse.Namespace) -> int:

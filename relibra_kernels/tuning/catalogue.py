@@ -52,6 +52,7 @@ class Layer:
 
     Attributes:
         replicas: how many of the schedule's slots are in the replica store; 0: there is none.
+        accumulate: weight gradients are added to fp32 buffers; else written in the rows' dtype.
     """
 
     hidden_size: int
@@ -59,11 +60,12 @@ class Layer:
     form: ExpertForm
     schedule: Schedule
     replicas: int = 0
+    accumulate: bool = False
     dtype: torch.dtype = torch.bfloat16
     make: Make = meta
 
-    def call(self, kernel: str, part: str, config: GemmConfig | None) -> Callable[[], object]:
-        """A call that computes one part of the layer with `kernel`."""
+    def call(self, kernel: str, part: str, config: GemmConfig | None) -> partial:
+        """A call that computes one part of the layer with `kernel`; `config` is a keyword of it."""
         return getattr(self, f"_{kernel}")(part, config)
 
     def _rows(self, count: int, width: int) -> torch.Tensor:
@@ -84,13 +86,13 @@ class Layer:
         table = torch.arange(self.schedule.num_slots, dtype=torch.int32, device=self.schedule.slot_offsets.device)
         return {"weight_of_slot": table if self.replicas else None, "config": config}
 
-    def _gate_up(self, part: str, config: GemmConfig | None) -> Callable[[], object]:
+    def _gate_up(self, part: str, config: GemmConfig | None) -> partial:
         weights = self._stores("gate_up", self.form.gate_up_shape(self.hidden_size, self.half), "replica_gate_up")
         how: dict[str, Any] = {**weights, **self._biases(2 * self.half), **self._where(config)}
         x = self._rows(self.schedule.num_tokens, self.hidden_size)
         return partial(kernels.grouped_gemm_swiglu, x, schedule=self.schedule, form=self.form, **how)
 
-    def _grouped_gemm(self, part: str, config: GemmConfig | None) -> Callable[[], object]:
+    def _grouped_gemm(self, part: str, config: GemmConfig | None) -> partial:
         down, transposed = part == "down", self.form.is_transposed
         shape = (self.form.down_shape if down else self.form.gate_up_shape)(self.hidden_size, self.half)
         how: dict[str, Any] = {**self._stores("weight", shape, "replica_weight"), **self._where(config)}
@@ -98,7 +100,7 @@ class Layer:
         a = self._rows(self.schedule.num_rows, self.half if down else 2 * self.half)
         return partial(kernels.grouped_gemm, a, schedule=self.schedule, transpose_weight=down != transposed, **how)
 
-    def _grad_hidden(self, part: str, config: GemmConfig | None) -> Callable[[], object]:
+    def _grad_hidden(self, part: str, config: GemmConfig | None) -> partial:
         weights = self._stores("down", self.form.down_shape(self.hidden_size, self.half), "replica_down")
         how: dict[str, Any] = {**weights, **self._biases(self.hidden_size), **self._where(config)}
         dout = self._rows(self.schedule.num_tokens, self.hidden_size)
@@ -106,18 +108,17 @@ class Layer:
         gates = self.make(self.schedule.num_tokens, self.schedule.top_k, dtype=torch.float32)
         return partial(kernels.grad_hidden, dout, h, gates, schedule=self.schedule, form=self.form, **how)
 
-    def _grad_weight(self, part: str, config: GemmConfig | None) -> Callable[[], object]:
-        """With replicas gradients are added in fp32; without they are written in the rows' dtype."""
+    def _grad_weight(self, part: str, config: GemmConfig | None) -> partial:
         of_gate_up, transposed = part == "gate_up", self.form.is_transposed
         shape = (self.form.gate_up_shape if of_gate_up else self.form.down_shape)(self.hidden_size, self.half)
-        of = torch.float32 if self.replicas else self.dtype
+        of = torch.float32 if self.accumulate else self.dtype
         how: dict[str, Any] = {**self._stores("grad", shape, "replica_grad", of), **self._where(config)}
         tokens = self._rows(self.schedule.num_tokens, self.hidden_size)
         rows = self._rows(self.schedule.num_rows, 2 * self.half if of_gate_up else self.half)
         # the weight's rows are the output columns of its product, or its contraction where it is transposed
         tokens_left = of_gate_up == transposed
         left, right = (tokens, rows) if tokens_left else (rows, tokens)
-        how |= {"gather_left": tokens_left, "gather_right": not tokens_left, "accumulate": self.replicas > 0}
+        how |= {"gather_left": tokens_left, "gather_right": not tokens_left, "accumulate": self.accumulate}
         return partial(kernels.grad_weight, left, right, self.schedule, **how)
 
 
@@ -127,7 +128,7 @@ def gemm_calls(
     """(variant, call) of one GEMM kernel: layouts, biases, with and without a replica store."""
     for name, (hidden_size, half, form) in (("concatenated", QWEN), ("gpt-oss", OSS)):
         for replicas in (0, REPLICAS):
-            layer = Layer(hidden_size, half, form, meta_schedule(), replicas, dtype)
+            layer = Layer(hidden_size, half, form, meta_schedule(), replicas, accumulate=replicas > 0, dtype=dtype)
             for part in PARTS[kernel]:
                 of = f", {part}" if len(PARTS[kernel]) > 1 else ""
                 yield name + (", replicas" if replicas else "") + of, layer.call(kernel, part, config)

@@ -7,6 +7,7 @@ import numpy as np
 
 from ..planner import RoutingTrace
 from ..planner.errors import InputError
+from .limits import Device
 from .lookup import octave
 from .model import Work, balanced, skewed
 from .models import Model
@@ -35,10 +36,17 @@ class Goal:
     rows_per_slot: int
     groups: tuple[np.ndarray, ...]
 
-    def works(self, *, gathers: bool) -> list[Work]:
+    def works(self, device: Device) -> list[Work]:
         """One launch a group table."""
         n, d = layer_shape(self.model, self.part).sizes(self.kernel)[:2]
+        by_pointer = self.kernel in ("gate_up", "grad_hidden") and not device.descriptor_gather
+        gathers = by_pointer or self.kernel == "grad_weight"
         return [Work(self.kernel, n, d, gathers, rows) for rows in self.groups]
+
+
+def one_time(even: float, *uneven: float) -> float:
+    """One figure for all group tables: half the even one's, half the mean of the uneven ones'."""
+    return (even + sum(uneven) / len(uneven)) / 2 if uneven else even
 
 
 def layer_shape(model: Model, part: str) -> Entry:

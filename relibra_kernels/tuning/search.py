@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from .configs import GemmConfig, candidates
-from .goals import PARTS, Goal, layer_shape
+from .goals import PARTS, Goal, layer_shape, one_time
 from .limits import Device, device_for
 from .model import Resources, estimate
 from .models import Model
@@ -105,8 +105,7 @@ class OfflineSearch:
 
         No config pads more rows of the uneven groups than the one that is best for even ones.
         """
-        gathers = goal.kernel == "grad_weight" or (goal.kernel != "grouped_gemm" and not self.device.descriptor_gather)
-        works = goal.works(gathers=gathers)
+        works = goal.works(self.device)
         scored = []
         for compiled in candidates(goal.kernel, self.device, torch.bfloat16):
             resources = self._resources(goal.model, goal.kernel, goal.part, compiled)
@@ -115,7 +114,7 @@ class OfflineSearch:
             for group in GROUPS if goal.kernel != "grad_weight" else GROUPS[:1]:
                 config = replace(compiled, group_m=group)
                 even, *uneven = (estimate(work, config, resources, self.product) for work in works)
-                us = (even.us + sum(e.us for e in uneven) / len(uneven)) / 2
+                us = one_time(even.us, *(e.us for e in uneven))
                 padded = sum(e.padded_rows for e in uneven)
                 # equal times: fewer padded rows, then the usual group, then by name
                 scored.append(((round(us, 2), padded, GROUPS.index(group), str(config)), even.us, us, config))
@@ -164,7 +163,7 @@ class OfflineSearch:
             bucket, shape = Bucket(goal.slots, goal.rows_per_slot, str(config), us), layer_shape(goal.model, goal.part)
             entry = replace(shape, triton=triton.__version__, date=MODEL_DATE, buckets=(bucket,))
             found[goal.kernel].append(entry)
-        return {kernel: merged([], _unique(entries)) for kernel, entries in found.items() if entries}
+        return {kernel: merged([], entries) for kernel, entries in found.items() if entries}
 
 
 def worst(outcomes: Sequence[Outcome], device: Device) -> Resources | None:
@@ -182,14 +181,3 @@ def _stand_in(model: Model) -> tuple[int, int]:
     plain = model.form == type(model.form)()
     whole = model.hidden_size % _EVERY_BLOCK == 0 and model.intermediate_size % (_EVERY_BLOCK // 2) == 0
     return _USUAL_SIZES if plain and whole else (model.hidden_size, model.intermediate_size)
-
-
-def _unique(entries: list[Entry]) -> list[Entry]:
-    """Models of one shape share its entries: the first one's buckets, all names."""
-    seen: dict[tuple, Entry] = {}
-    for entry in entries:
-        key = (entry.shape, entry.buckets[0].slots, entry.buckets[0].rows_per_slot)
-        if key in seen:
-            entry = replace(seen[key], models=tuple(dict.fromkeys((*seen[key].models, *entry.models))))
-        seen[key] = entry
-    return list(seen.values())

@@ -141,7 +141,7 @@ def update(path: Path, device: str, kernel: str, change: Callable[[list[Entry]],
 
 
 def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
-    """Both together: a new bucket replaces the one of the same shape, evidence and sizes."""
+    """Both: a new bucket replaces the old one of its shape, evidence and sizes; of two new ones the first stays."""
     replaced = {
         (entry.shape, entry.evidence, bucket.slots, bucket.rows_per_slot) for entry in new for bucket in entry.buckets
     }
@@ -154,10 +154,11 @@ def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
     together: dict[tuple, Entry] = {}
     for entry in (*kept, *new):
         key = (entry.shape, entry.provenance)
-        if key in together:
-            models = tuple(dict.fromkeys((*together[key].models, *entry.models)))
-            entry = replace(entry, buckets=together[key].buckets + entry.buckets, models=models)
-        together[key] = entry
+        first = together.get(key, replace(entry, buckets=()))
+        sizes = {(bucket.slots, bucket.rows_per_slot) for bucket in first.buckets}
+        more = tuple(bucket for bucket in entry.buckets if (bucket.slots, bucket.rows_per_slot) not in sizes)
+        models = tuple(dict.fromkeys((*first.models, *entry.models)))
+        together[key] = replace(first, buckets=first.buckets + more, models=models)
     return list(together.values())
 
 

@@ -38,7 +38,7 @@ Outcome = Resources | str  # what it needs, or why it could not be compiled
 @cache
 def launch_of(task: Task) -> Launch:
     """The launch that a training step would make."""
-    layer = Layer(task.hidden_size, task.half, task.form, meta_schedule(), task.replicas)
+    layer = Layer(task.hidden_size, task.half, task.form, meta_schedule(), task.replicas, accumulate=task.replicas > 0)
     call = layer.call(task.kernel, task.part, parse_config(task.config))
     return recorded(device_named(task.target), call)[0]
 

