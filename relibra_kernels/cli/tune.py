@@ -114,7 +114,7 @@ def _offline(args: argparse.Namespace, product: Any, models: list, found: list) 
             f"stopped with {len(reports.missing(search.tasks()))} candidates left; go on with --resume", file=sys.stderr
         )
         return 3
-    _write(out, product.name, entries)
+    _write(out, product.name, entries, whole=not args.tokens)
     if search.failed:
         print(f"{len(search.failed)} candidates did not compile; the first: {next(iter(search.failed.items()))}")
     return 0
@@ -153,14 +153,14 @@ def _measure(args: argparse.Namespace, device: Any, found: list) -> int:
     return 3 if left else 0
 
 
-def _write(out: Path, device: str, entries: dict) -> None:
+def _write(out: Path, device: str, entries: dict, *, whole: bool = False) -> None:
     from ..tuning import lookup
     from ..tuning.configs import parse_config
     from ..tuning.store import merged, path_of, update
 
     for kernel, found in entries.items():
         path, new = path_of(out, device, kernel), merged([], found)
-        update(path, device, kernel, partial(merged, new=new))
+        update(path, device, kernel, partial(merged, new=new, whole=whole))
         configs = {parse_config(bucket.config) for entry in new for bucket in entry.buckets}
         buckets = sum(len(entry.buckets) for entry in new)
         print(f"{path}: {len(new)} entries, {buckets} buckets, {len(configs)} different configs")

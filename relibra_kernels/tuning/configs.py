@@ -91,7 +91,8 @@ SPACE_FP32 = {
     "grad_weight": _all((64, 64, 32, 4, 2), (32, 32, 32, 4, 2)),
 }
 
-# (family, kernel) -> configs that spill registers or need more shared memory than there is, as `relibra compile` shows
+# (family, kernel) -> configs for 2-byte types that spill registers or need more shared memory than there is, as
+# `relibra compile` shows
 EXCLUDED: dict[tuple[str, str], list[GemmConfig]] = {
     ("ampere", "gate_up"): _all((128, 128, 64, 8, 3)),
     ("blackwell", "gate_up"): _all((128, 128, 64, 8, 3)),
@@ -161,8 +162,10 @@ def configs(kernel: str, device: Device, dtype: torch.dtype) -> list[GemmConfig]
     """What `kernel` may be given on `device`: everything here compiles without spills and fits."""
     if device.interpreted:
         return [INTERPRETED]
-    space = (SPACE_FP32 if dtype == torch.float32 else SPACE)[kernel]
-    excluded = EXCLUDED.get((device.family, kernel), [])
+    if dtype == torch.float32:
+        space, excluded = SPACE_FP32[kernel], []
+    else:
+        space, excluded = SPACE[kernel], EXCLUDED.get((device.family, kernel), [])
     return [config for config in space if config not in excluded and not misfit(kernel, config, device, dtype)]
 
 

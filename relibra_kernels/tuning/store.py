@@ -140,8 +140,15 @@ def update(path: Path, device: str, kernel: str, change: Callable[[list[Entry]],
         raise FormatError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def merged(old: list[Entry], new: list[Entry]) -> list[Entry]:
-    """Both: a new bucket replaces the old one of its shape, evidence and sizes; of two new ones the first stays."""
+def merged(old: list[Entry], new: list[Entry], *, whole: bool = False) -> list[Entry]:
+    """Both: a new bucket replaces the old one of its shape, evidence and sizes; of two new ones the first stays.
+
+    Args:
+        whole: new entries are all there is of their shape and evidence: no old bucket of them stays.
+    """
+    if whole:
+        anew = {(entry.shape, entry.evidence) for entry in new}
+        old = [entry for entry in old if (entry.shape, entry.evidence) not in anew]
     replaced = {
         (entry.shape, entry.evidence, bucket.slots, bucket.rows_per_slot) for entry in new for bucket in entry.buckets
     }

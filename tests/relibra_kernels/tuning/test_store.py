@@ -58,6 +58,19 @@ def test_a_new_bucket_replaces_one_of_its_kind_only(path):
     }
 
 
+def test_a_whole_grid_replaces_all_of_its_shape_and_evidence(path):
+    other = replace(ENTRY, H=4096)
+    put(path, ENTRY, MEASURED, other)
+    newer = replace(ENTRY, triton="3.9.0", buckets=(Bucket(32, 256, "64x64x64w4s4", 3.0),))
+    update(path, "H100", "grouped_gemm", lambda old: merged(old, [newer], whole=True))
+    read = load_entries(path, "H100", "grouped_gemm")
+    assert [(entry.H, entry.evidence, len(entry.buckets)) for entry in read] == [
+        (2048, "compiled", 1),
+        (2048, "measured", 1),
+        (4096, "compiled", 2),
+    ]
+
+
 def good():
     return {"schema_version": 1, "kernel": "grouped_gemm", "device": "H100", "entries": []}
 
