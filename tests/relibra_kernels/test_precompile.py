@@ -96,7 +96,7 @@ class NoNetwork:
 @pytest.mark.parametrize("form", [ExpertForm(), GPT_OSS], ids=["plain", "gpt-oss"])
 def test_the_layer_under_a_plan_compiles_nothing(compiled, form):
     """The layer of the runtime itself, with a plan's replicas and without, for as many rows as a rank may get."""
-    tokens, slots, replicas = 1024, 4, 2
+    tokens, slots, replicas = 256, 4, 2
     layer = make_layer(form)
     experts = ReplicatedExperts(slots, HIDDEN, HALF, form=form, dtype=torch.bfloat16, device="meta")
     layer.experts = experts
@@ -124,7 +124,8 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form):
         gates = torch.empty(tokens, TOP_K, dtype=torch.float32, device="meta", requires_grad=True)
         ExpertParallelMLP.apply(x, gates, site, form, False, *experts.weights).sum().backward()
 
-    for received, visits in ((1024, 2048), (2048, 2048), (1500, 1900), (800, 1100)):
+    # 75 rows a slot get other tiles than 128 do
+    for received, visits in ((256, 512), (512, 512), (400, 480), (180, 300), (500, 1000)):
         for held in (0, replicas):
             needed = digests_of(H100, lambda r=received, v=visits, h=held: step(r, v, h))
             assert len(needed) >= 10 and needed <= set(compiled)
