@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint wheel compile-gate compile-matrix clean
+.PHONY: demo test lint wheel compile-gate compile-matrix tune-offline check-configs clean
 
 demo: .venv/installed
 	$(BIN)/relibra demo
@@ -28,6 +28,22 @@ compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
 	for triton in $^; do for target in $(TARGETS); do \
 		echo "$$triton $$target"; PYTHONPATH=$$triton $(BIN)/relibra compile --target $$target || exit 1; \
 	done; done
+
+# Configs for GPUs that are not here, and the table of them in the docs. The first run compiles for an hour; what it
+# compiled is kept in autotune_configs/.tune.
+DEVICES := A100 H100 H200 B200 MI300X MI355X
+
+tune-offline: .venv/installed
+	for device in $(DEVICES); do \
+		$(BIN)/relibra tune --model all --device $$device --out autotune_configs --resume || exit 1; \
+	done
+	$(BIN)/python bench/tuning_table.py --write docs/tuning.md
+
+# All shipped configs compile for their device without spills. SAMPLE=n: only n of them, others for every commit.
+SEED ?= $(shell git rev-parse HEAD)
+
+check-configs: .venv/installed
+	$(BIN)/relibra tune --check $(if $(SAMPLE),--sample $(SAMPLE) --seed "$(SEED)")
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*

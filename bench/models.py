@@ -1,41 +1,13 @@
-"""The MoE layers that are measured: sizes from the models' published configurations."""
+"""The layers that are measured: one rank's share of a model's experts, with inputs and routing."""
 
 from dataclasses import dataclass
 
 import torch
 
-from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.nn import ReplicatedExperts
+from relibra_kernels.tuning.models import MODELS, Model
 
-
-@dataclass(frozen=True)
-class Model:
-    name: str
-    hidden_size: int
-    intermediate_size: int
-    num_experts: int
-    top_k: int
-    form: ExpertForm = ExpertForm()  # noqa: RUF009 (frozen)
-
-    def __str__(self) -> str:
-        return self.name
-
-    def flops(self, tokens: int) -> int:
-        """Of forward and backward: three products a weight, two FLOPs a multiply-add."""
-        return 3 * 2 * tokens * self.top_k * 3 * self.hidden_size * self.intermediate_size
-
-
-MODELS = [
-    Model("Qwen3-30B-A3B", 2048, 768, 128, 8),
-    Model("Qwen3-235B-A22B", 4096, 1536, 128, 8),
-    Model("GLM-4.5-Air", 4096, 1408, 128, 8),
-    Model("DeepSeek-V3", 7168, 2048, 256, 8),
-    Model("Moonlight-16B-A3B", 2048, 1408, 64, 6),
-    Model("OLMoE", 2048, 1024, 64, 8),
-    Model("Mixtral-8x7B", 4096, 14336, 8, 2),
-    Model("gpt-oss-120b", 2880, 2880, 128, 4, GPT_OSS),
-    Model("Kimi-K2", 7168, 2048, 384, 8),
-]
+__all__ = ["MODELS", "Layer", "Model", "make_layer", "routing"]
 
 
 def routing(tokens: int, num_experts: int, top_k: int, skew: float, seed: int = 0) -> torch.Tensor:

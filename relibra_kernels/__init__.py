@@ -19,6 +19,7 @@ _PUBLIC = {
     "ReplicatedMoE": "nn",
     "TopKRouter": "nn",
     "ExpertParallel": "parallel",
+    "warmup": "precompile",
 }
 
 __all__ = ["__version__", *_PUBLIC]

@@ -20,8 +20,8 @@ from ..planner import (
 )
 from ..planner.errors import InputError
 from ..planner.simulate import POLICIES
+from ..progress import Progress
 from .plan import read_loads
-from .progress import Progress
 from .simulation_report import write_report
 
 

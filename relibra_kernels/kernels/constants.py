@@ -8,7 +8,8 @@ import triton
 from ..planner.errors import ShapeError
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
-from ..tuning.configs import GemmConfig, config_for
+from ..tuning.configs import GemmConfig
+from ..tuning.lookup import config_of
 from .launch import precision, target
 from .permute import check_rows
 
@@ -20,9 +21,18 @@ def row_tiles(schedule: Schedule, block_m: int) -> torch.Tensor:
     return schedule.tiles[block_m]
 
 
-def chosen_config(kernel: str, tensor: torch.Tensor, schedule: Schedule) -> GemmConfig:
-    """The config of a launch that was not given one."""
-    return config_for(kernel, target(tensor), tensor.dtype, schedule.num_rows, schedule.num_slots)
+def chosen_config(
+    kernel: str,
+    tensor: torch.Tensor,
+    schedule: Schedule,
+    sizes: tuple[int, int],
+    *,
+    layout: bool,
+    interleaved: bool = False,
+) -> GemmConfig:
+    """The config of a launch that was not given one; sizes (N, D) and layout as in `tuning.store.Entry.sizes`."""
+    device, rows, slots = target(tensor), schedule.num_rows, schedule.num_slots
+    return config_of(kernel, device, tensor.dtype, sizes, rows, slots, layout, interleaved)
 
 
 def check_operands(rows: torch.Tensor, count: int, *weights: torch.Tensor | None) -> None:

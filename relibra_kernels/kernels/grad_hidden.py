@@ -245,7 +245,8 @@ def grad_hidden(
     half, hidden_size = h_RJ.shape[1] // 2, dout_TH.shape[1]
     check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
     check_operands(h_RJ, schedule.num_rows, down)
-    config = config or chosen_config("grad_hidden", dout_TH, schedule)
+    layout = {"layout": form.is_transposed, "interleaved": not form.is_concatenated}
+    config = config or chosen_config("grad_hidden", dout_TH, schedule, (half, hidden_size), **layout)
     num_n = triton.cdiv(half, config.block_n)
     dh_RJ, wa_RI = torch.empty_like(h_RJ), h_RJ.new_empty(schedule.num_rows, half)
     partials = torch.empty(num_n, schedule.num_rows, dtype=torch.float32, device=h_RJ.device)

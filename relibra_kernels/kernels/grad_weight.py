@@ -223,7 +223,7 @@ def grad_weight(
         accumulate: False overwrites both buffers, in any dtype, and zeroes the weights that no row uses.
     """
     n, d = left.shape[1], right.shape[1]
-    config = config or chosen_config("grad_weight", left, schedule)
+    config = config or chosen_config("grad_weight", left, schedule, (n, d), layout=gather_left)
     check_grad(grad, (n, d), accumulate)
     check_operands(left, schedule.num_tokens if gather_left else schedule.num_rows)
     check_operands(right, schedule.num_tokens if gather_right else schedule.num_rows)

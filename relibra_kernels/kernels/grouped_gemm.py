@@ -101,7 +101,7 @@ def grouped_gemm(
     n, d = (weight.shape[1], weight.shape[2]) if transpose_weight else (weight.shape[2], weight.shape[1])
     count = schedule.num_tokens if gather else schedule.num_rows
     check_operands(a, count, weight, replica_weight, bias, replica_bias)
-    config = config or chosen_config("grouped_gemm", a, schedule)
+    config = config or chosen_config("grouped_gemm", a, schedule, (n, d), layout=transpose_weight)
     out = a.new_empty(schedule.num_rows, n)
     tiles = row_tiles(schedule, config.block_m)
     if not schedule.num_rows:

@@ -3,12 +3,14 @@
 Registers, spills, shared memory and instructions are facts about the machine code, not estimates.
 """
 
+import hashlib
 import re
 import subprocess
 import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -49,13 +51,45 @@ class Report:
     warps_per_sm: int
 
 
-def compile_launch(launch: Launch, device: Device) -> Report:
-    """Compile `launch` for `device` with the specialisation that a real launch would get."""
+def compile_launch(launch: Launch, device: Device, *, instructions: bool = True) -> Report:
+    """Compile `launch` for `device` with the specialisation that a real launch would get.
+
+    Without `instructions` the machine code is not read: `mma`, `tma` and `async_copies` stay empty.
+    """
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
+    signature, constants, attrs, options = specialised(launch)
+    target = GPUTarget(device.backend, device.arch, device.warp_size)
+    source = ASTSource(launch.kernel, signature, constants, attrs)
+    compiled = triton.compile(source, target=target, options=options)
+    if device.backend == "cuda":
+        facts = _read_cubin(compiled.asm["cubin"], instructions)
+    else:
+        facts = _read_amdgcn(compiled.asm["amdgcn"])
+    registers, warps = facts["registers"], compiled.metadata.num_warps
+    by_registers = device.registers_per_sm // (device.warp_size * max(registers, 1)) // warps
+    by_shared = device.shared_bytes // compiled.metadata.shared if compiled.metadata.shared else by_registers
+    return Report(
+        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
+        shared_bytes=compiled.metadata.shared,
+        stages=compiled.metadata.num_stages,
+        warps=warps,
+        warps_per_sm=min(device.warps_per_sm // warps, by_registers, by_shared) * warps,
+        **facts,
+    )
+
+
+def launch_digest(launch: Launch) -> str:
+    """Names exactly what is compiled for a launch, on any one target."""
+    what = (launch.kernel.cache_key, *specialised(launch))
+    return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
+
+
+def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list[list[object]]], dict]:
+    """(signature, constants, attributes, options) of a launch: two launches with equal ones are compiled once."""
     kernel = launch.kernel
     signature: dict[str, str] = {}
-    constants: dict[str, object] = {}
+    constants: dict[str, Any] = {}
     attrs: dict[tuple[int], list[list[object]]] = {}
     for place, parameter in enumerate(kernel.params):
         given = launch.args[place] if place < len(launch.args) else launch.options[parameter.name]
@@ -65,20 +99,7 @@ def compile_launch(launch: Launch, device: Device) -> Report:
         elif kind.startswith("*") or (not parameter.do_not_specialize and given % 16 == 0):
             attrs[(place,)] = [["tt.divisibility", 16]]
     options = {name: launch.options[name] for name in _OPTIONS if name in launch.options}
-    target = GPUTarget(device.backend, device.arch, device.warp_size)
-    compiled = triton.compile(ASTSource(kernel, signature, constants, attrs), target=target, options=options)
-    facts = _read_cubin(compiled.asm["cubin"]) if device.backend == "cuda" else _read_amdgcn(compiled.asm["amdgcn"])
-    registers, warps = facts["registers"], compiled.metadata.num_warps
-    by_registers = device.registers_per_sm // (device.warp_size * max(registers, 1)) // warps
-    by_shared = device.shared_bytes // compiled.metadata.shared if compiled.metadata.shared else by_registers
-    return Report(
-        kernel=kernel.__name__.strip("_").removesuffix("_kernel"),
-        shared_bytes=compiled.metadata.shared,
-        stages=compiled.metadata.num_stages,
-        warps=warps,
-        warps_per_sm=min(device.warps_per_sm // warps, by_registers, by_shared) * warps,
-        **facts,
-    )
+    return signature, constants, attrs, options
 
 
 def _kind(given: object, parameter: triton.runtime.jit.KernelParam) -> str:
@@ -95,12 +116,12 @@ def _kind(given: object, parameter: triton.runtime.jit.KernelParam) -> str:
     )
 
 
-def _read_cubin(cubin: bytes) -> dict:
+def _read_cubin(cubin: bytes, instructions: bool) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
         usage = _cuobjdump("-res-usage", path)
-        sass = _cuobjdump("-sass", path)
+        sass = _cuobjdump("-sass", path) if instructions else ""
     found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
     assert found is not None, usage
     opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)

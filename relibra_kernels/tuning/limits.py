@@ -6,6 +6,7 @@ from functools import cache
 import torch
 
 from ..planner.errors import InputError
+from .products import Product, product_of
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,8 @@ class Device:
         registers_per_sm: 32-bit registers, over which `warps_per_sm` is shared (AMD: per SIMD lane, 4 SIMDs).
         xcds: chiplets with an L2 cache of their own; blocks are dealt to them in turn.
         tma: has tensor-memory copies; descriptor_gather: also of rows picked by index.
-        programs: persistent programs to start; 0 means the device's number of SMs.
+        programs: persistent programs to start: the GPU's number of SMs; 0 where only the architecture is known.
+        product: whose configs are looked up; empty: nobody's.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Device:
     tma: bool = False
     descriptor_gather: bool = False
     programs: int = 0
+    product: str = ""
     interpreted: bool = False
 
 
@@ -52,7 +55,8 @@ DEVICES = {
         Device("sm_90", "cuda", 90, 32, 227 * _KIB, 64, family="hopper", tma=True),
         Device("sm_100", "cuda", 100, 32, 227 * _KIB, 64, family="blackwell", tma=True, descriptor_gather=True),
         Device("sm_120", "cuda", 120, 32, 99 * _KIB, 48),
-        # CDNA3 and CDNA4 ISA guides: 64 and 160 KiB of LDS, 8 waves a SIMD, 8 XCDs on MI300 and MI350
+        # CDNA2, 3 and 4 ISA guides: 64, 64 and 160 KiB of LDS, 8 waves a SIMD, 8 XCDs on MI300 and MI350
+        Device("gfx90a", "hip", "gfx90a", 64, 64 * _KIB, 32, _CDNA, family="cdna2", stages_in_registers=1),
         Device(
             "gfx942", "hip", "gfx942", 64, 64 * _KIB, 32, 4 * 512 * 64, family="cdna3", stages_in_registers=1, xcds=8
         ),
@@ -70,6 +74,11 @@ def device_named(name: str) -> Device:
     return DEVICES[name]
 
 
+def device_for(product: Product) -> Device:
+    """The limits of a GPU that need not be here."""
+    return replace(DEVICES[product.target], programs=product.sms, product=product.name)
+
+
 @cache
 def device_of(device: torch.device) -> Device:
     """The limits of the GPU that holds a tensor; of the nearest older relative where the table lacks it."""
@@ -79,9 +88,12 @@ def device_of(device: torch.device) -> Device:
     programs = properties.multi_processor_count
     if torch.version.hip:
         name = properties.gcnArchName.split(":")[0]
-        if name not in DEVICES:
-            raise InputError(f"the GPU is a {name}; the kernels know {', '.join(d for d in DEVICES if d[0] == 'g')}")
-        return replace(DEVICES[name], programs=programs)
+        known = [d for d in DEVICES.values() if d.backend == "hip"]
+        older = [d for d in known if name.startswith("gfx9") and _number(d.name) <= _number(name)]
+        if not older:  # no compute GPU, or one without the products of bf16
+            raise InputError(f"the GPU is a {name}; the kernels know {', '.join(d.name for d in known)}")
+        nearest = max(older, key=lambda d: _number(d.name))
+        return replace(nearest, arch=name, programs=programs, product=product_of(properties.name, nearest.name))
     capability = properties.major * 10 + properties.minor
     # Within a major version code runs on later minors; 110 and 121 are relatives of 100 and 120.
     older = [d for d in DEVICES.values() if d.backend == "cuda" and isinstance(d.arch, int) and d.arch <= capability]
@@ -95,8 +107,14 @@ def device_of(device: torch.device) -> Device:
         nearest,
         arch=capability,
         programs=programs,
+        product=product_of(properties.name, nearest.name),
         descriptor_gather=nearest.descriptor_gather and same_family,
         shared_bytes=min(
             nearest.shared_bytes, getattr(properties, "shared_memory_per_block_optin", nearest.shared_bytes)
         ),
     )
+
+
+def _number(gfx: str) -> int:
+    """AMD's architectures are numbered in hexadecimal."""
+    return int(gfx.removeprefix("gfx"), 16)

@@ -107,14 +107,43 @@ GPUS = [
 def test_a_gpu_gets_the_limits_of_its_nearest_older_relative(monkeypatch, major, minor, name, gather):
     shared = 90 * 1024
     properties = SimpleNamespace(
-        major=major, minor=minor, multi_processor_count=77, shared_memory_per_block_optin=shared
+        name="NVIDIA X", major=major, minor=minor, multi_processor_count=77, shared_memory_per_block_optin=shared
     )
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch.version, "hip", None)
     device = device_of.__wrapped__(torch.device("cuda"))
     assert (device.name, device.programs, device.descriptor_gather) == (name, 77, gather)
+    assert device.product == "NVIDIA-X"
     assert device.arch == 10 * major + minor and device.shared_bytes == shared
     assert config_for("grouped_gemm", device, torch.bfloat16, 1 << 20, 16).block_m == 128
+
+
+AMD = [
+    ("gfx942:sramecc+:xnack-", "AMD Instinct MI300X", "gfx942", "MI300X", 8),
+    ("gfx950", "AMD Instinct MI355X", "gfx950", "MI355X", 8),
+    ("gfx90a:sramecc+:xnack-", "AMD Instinct MI250X/MI250", "gfx90a", "AMD-Instinct-MI250X-MI250", 1),
+    ("gfx9f0", "AMD Instinct MI9000", "gfx950", "AMD-Instinct-MI9000", 8),
+]
+
+
+@pytest.mark.parametrize(("arch", "gpu", "name", "product", "xcds"), AMD)
+def test_an_amd_gpu_gets_the_limits_of_its_nearest_older_relative(monkeypatch, arch, gpu, name, product, xcds):
+    properties = SimpleNamespace(name=gpu, gcnArchName=arch, multi_processor_count=110)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    device = device_of.__wrapped__(torch.device("cuda"))
+    assert (device.name, device.product, device.xcds, device.programs) == (name, product, xcds, 110)
+    assert device.arch == arch.split(":")[0]
+    assert config_for("grouped_gemm", device, torch.bfloat16, 1 << 20, 16).block_m == 128
+
+
+@pytest.mark.parametrize("arch", ["gfx908", "gfx1100"])
+def test_an_amd_gpu_that_cannot_is_refused(monkeypatch, arch):
+    properties = SimpleNamespace(name="AMD", gcnArchName=arch, multi_processor_count=110)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    with pytest.raises(InputError, match=rf"the GPU is a {arch}; the kernels know gfx90a, gfx942, gfx950"):
+        device_of.__wrapped__(torch.device("cuda"))
 
 
 def test_unknown_devices_are_refused(monkeypatch):

@@ -8,10 +8,11 @@ _WIDTH = 30
 
 
 class Progress:
-    """`with Progress(label, total) as bar:` and `bar.step()` after each of `total` steps."""
+    """`with Progress(label, total) as bar:` and `bar.step()` after each of `total` steps, with a word on it or not."""
 
     def __init__(self, label: str, total: int) -> None:
         self._label, self._total, self._done = label, total, 0
+        self._note, self._longest = "", 0
         self._start = time.monotonic()
         self._shown = sys.stderr.isatty()
 
@@ -25,8 +26,9 @@ class Progress:
         if self._shown:
             print(file=sys.stderr)
 
-    def step(self) -> None:
+    def step(self, note: str = "") -> None:
         self._done += 1
+        self._note = note
         self._draw()
 
     def _draw(self) -> None:
@@ -34,9 +36,7 @@ class Progress:
             filled = _WIDTH * self._done // max(self._total, 1)
             bar = "#" * filled + "." * (_WIDTH - filled)
             elapsed = time.monotonic() - self._start
-            print(
-                f"\r{self._label} [{bar}] {self._done}/{self._total} {elapsed:.0f} s",
-                end="",
-                file=sys.stderr,
-                flush=True,
-            )
+            line = f"{self._label} [{bar}] {self._done}/{self._total} {elapsed:.0f} s"
+            line += f", {self._note}" if self._note else ""
+            self._longest = max(self._longest, len(line))
+            print(f"\r{line:{self._longest}}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,183 @@
+"""`warmup`: compile what a run will need before its first step, with configs that all ranks share."""
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.func import functional_call
+
+from . import ops
+from .autograd import moe_mlp_backward, moe_mlp_forward
+from .nn import ReplicatedExperts, ReplicatedMoE
+from .parallel import ExpertParallel
+from .planner.errors import InputError
+from .weights import ExpertWeights, zeros_fp32
+
+if TYPE_CHECKING:
+    from .kernels.launch import Launch
+    from .tuning.limits import Device
+
+_OCTAVES = 24  # of rows a slot that ranks agree on: up to 16 million
+
+
+def warmup(
+    model: nn.Module | ExpertParallel,
+    tokens: int | Iterable[int],
+    *,
+    device: "Device | None" = None,
+    group: dist.ProcessGroup | None = None,
+    jobs: int | None = None,
+) -> int:
+    """Compile every kernel that a training step of `model` launches; return how many were new to this process.
+
+    With an initialised process group it is collective: the group's first rank looks its configs up, for any number of
+    rows, and all ranks use them from then on; the ranks of a machine share the work through Triton's cache.
+
+    Args:
+        model: holds `ReplicatedMoE` layers; of an `ExpertParallel`, what runs with replicas and without is compiled.
+        tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
+            around that: half and twice as many are compiled for as well.
+        device: compile for this GPU (`tuning.limits.device_for`), which need not be here; None: for the model's.
+        jobs: compilers at a time; None: as many as there are cores, shared by the machine's ranks.
+
+    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given.
+    """
+    counts = sorted({tokens} if isinstance(tokens, int) else set(tokens))
+    if not counts or counts[0] < 1:
+        raise InputError(f"tokens is {tokens}; it must be positive, one number or several")
+    module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
+    replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
+    layers = [layer for layer in module.modules() if isinstance(layer, ReplicatedMoE)]
+    if not layers:
+        raise InputError(f"model {type(module).__name__} has no ReplicatedMoE: replace its MoE blocks first")
+    where = layers[0].experts.gate_up_proj.device
+    if device is None and where.type != "cuda":
+        raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
+    from .tuning.limits import device_of
+    from .tuning.precompiling import compile_for, compile_on
+
+    target = device or device_of(where)
+
+    def launches() -> "list[Launch]":
+        return _launches(layers, counts, target, replica_slots)
+
+    launches()  # shows what will be looked up
+    _agree_on_configs(group, where)
+    wanted = launches()
+    local_rank, local_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    jobs = jobs or max(1, (os.cpu_count() or 1) // local_size)
+    if device is not None:
+        return compile_for(device, wanted, jobs)
+    compiled = compile_on(where, wanted[local_rank::local_size], jobs)
+    if dist.is_initialized() and local_size > 1:
+        dist.barrier(group)
+    return compiled + compile_on(where, wanted, jobs)
+
+
+def _launches(
+    layers: list[ReplicatedMoE], counts: list[int], target: "Device", replica_slots: int | None
+) -> "list[Launch]":
+    """What one forward and backward of every different layer launches, each thing once."""
+    from .kernels.launch import recording
+    from .tuning.compile_only import launch_digest
+
+    found: list[Launch] = []
+    with recording(target, found.append):
+        for step in _steps(layers, counts, replica_slots):
+            step()
+    return list({launch_digest(launch): launch for launch in found}.values())
+
+
+def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | None) -> Iterator[Callable[[], None]]:
+    seen = set()
+    for layer in layers:
+        key = (*_shape(layer.experts), layer.router.top_k, layer.shared_experts is not None)
+        if key in seen:
+            continue
+        seen.add(key)
+        if replica_slots is None:
+            for count in counts:
+                yield partial(_step_alone, layer, count)
+        else:
+            for count in sorted({max(rows, 1) for n in counts for rows in (n // 2, n, 2 * n)}):
+                for replicas in {0, replica_slots}:
+                    yield partial(_step_exchanged, layer, count, replicas)
+
+
+def _shape(experts: ReplicatedExperts) -> tuple:
+    main = getattr(experts.gate_up_proj, "main_grad", None) is not None
+    weights = [None if p is None else (tuple(p.shape), p.dtype, p.requires_grad) for p in experts.weights]
+    return (experts.form, experts.recompute, main, *weights)
+
+
+def _meta(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    return torch.empty(shape or like.shape, dtype=dtype or like.dtype, device="meta")
+
+
+def _step_alone(layer: ReplicatedMoE, count: int) -> None:
+    """The layer itself, forward and backward, on tensors without memory."""
+    tensors = {}
+    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+        tensors[name] = twin = _meta(tensor).requires_grad_(tensor.requires_grad)
+        main_grad = getattr(tensor, "main_grad", None)
+        if main_grad is not None:
+            twin.main_grad = _meta(main_grad)  # type: ignore[attr-defined]
+    weight = layer.experts.gate_up_proj
+    x = _meta(weight, count, layer.experts.hidden_size).requires_grad_()
+    functional_call(layer, tensors, (x,)).sum().backward()
+
+
+def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
+    """What `parallel.layer` computes between its exchanges, for `count` tokens' worth of assignments."""
+    experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
+    home = experts.weights.map(_meta)
+    slots = experts.num_experts + replicas
+    guest = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
+    table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
+    # A received row visits one to K slots, so there are 1 to K times `count` of them.
+    received = [min(count << i, count * top_k) for i in range(top_k.bit_length() + 1)]
+    for rows in received:
+        index = torch.empty(rows, top_k, dtype=torch.int16, device="meta")
+        schedule = ops.build_schedule(index, slots, num_rows=count * top_k)
+    x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
+    gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
+    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=guest, weight_of_slot=table)
+    grad = home.map(zeros_fp32)
+    into: dict[str, Any] = {"grad": grad, "replica": guest, "weight_of_slot": table}
+    into["replica_grad"] = guest.map(zeros_fp32) if guest is not None else None
+    kept = None if experts.recompute else h
+    dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **into)
+    for returned in (out, dx, dgates):
+        ops.unpermute(returned, None, schedule)
+    if guest is not None:
+        owners = torch.empty(replicas, dtype=torch.int64, device="meta")
+        for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
+            ops.replica_reduce(owner, shard, owners)
+
+
+def _agree_on_configs(group: dist.ProcessGroup | None, where: torch.device) -> None:
+    """The first rank's answer to everything that was looked up, for any number of rows a slot, on all ranks."""
+    from .tuning import lookup
+    from .tuning.configs import parse_config
+
+    table = [
+        [problem.kernel, str(problem.dtype).removeprefix("torch."), *problem[3:], str(answer.config)]
+        for problem, answer in lookup.answers_for_all_rows(_OCTAVES).items()
+    ]
+    if not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return
+    text = json.dumps(table).encode()
+    on = where if where.type == "cuda" else torch.device("cpu")
+    size = torch.tensor([len(text)], device=on)
+    dist.broadcast(size, group=group, group_src=0)
+    data = torch.zeros(int(size), dtype=torch.uint8, device=on)
+    if dist.get_rank(group) == 0:
+        data.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+    dist.broadcast(data, group=group, group_src=0)
+    rows = json.loads(data.cpu().numpy().tobytes())
+    lookup.agree({(k, getattr(torch, t), *rest): parse_config(config) for k, t, *rest, config in rows})

@@ -1,0 +1,59 @@
+"""One config to compile for a GPU that need not be here, and what comes of it."""
+
+from dataclasses import astuple, dataclass
+from functools import cache
+
+from ..form import ExpertForm
+from ..kernels.launch import Launch
+from .catalogue import Layer, meta_schedule, recorded
+from .compile_only import compile_launch, launch_digest
+from .configs import parse_config
+from .limits import device_named
+from .model import Resources
+
+
+@dataclass(frozen=True)
+class Task:
+    """One thing to compile: a part of a layer with a config, in bf16, for a target of `limits.DEVICES`."""
+
+    target: str
+    kernel: str
+    part: str
+    config: str
+    hidden_size: int
+    half: int
+    form: ExpertForm
+    replicas: int
+
+    @property
+    def key(self) -> str:
+        form = ",".join(str(value) for value in astuple(self.form))
+        sizes = f"{self.hidden_size}x{self.half}"
+        return f"{self.kernel} {self.part} {self.config} {sizes} {form} replicas={self.replicas}"
+
+
+Outcome = Resources | str  # what it needs, or why it could not be compiled
+
+
+@cache
+def launch_of(task: Task) -> Launch:
+    """The launch that a training step would make."""
+    layer = Layer(task.hidden_size, task.half, task.form, meta_schedule(), task.replicas, accumulate=task.replicas > 0)
+    call = layer.call(task.kernel, task.part, parse_config(task.config))
+    return recorded(device_named(task.target), call)[0]
+
+
+@cache
+def digest_of(task: Task) -> str:
+    """Names exactly what is compiled for `task`."""
+    return launch_digest(launch_of(task))
+
+
+def compile_task(task: Task) -> Outcome:
+    """In this process. An error of the compiler is an answer, not an exception."""
+    try:
+        report = compile_launch(launch_of(task), device_named(task.target), instructions=False)
+    except Exception as error:  # whatever a compiler may raise
+        last = ([line.strip() for line in str(error).splitlines() if line.strip()] or [""])[-1]
+        return f"{type(error).__name__}: {last[:200]}"  # what comes before is the kernel's source
+    return Resources(report.registers, report.spill_bytes, report.shared_bytes, report.warps_per_sm)

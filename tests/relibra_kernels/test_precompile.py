@@ -1,0 +1,157 @@
+"""`warmup`: a first training step after it compiles nothing, counted in compile-only form."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from relibra_kernels import precompile, warmup
+from relibra_kernels.form import GPT_OSS
+from relibra_kernels.kernels import build_schedule
+from relibra_kernels.kernels.launch import recording
+from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter
+from relibra_kernels.parallel.layer import ExpertParallelMLP, LayerSite
+from relibra_kernels.planner.errors import InputError
+from relibra_kernels.schedule import Schedule
+from relibra_kernels.tuning import lookup, precompiling
+from relibra_kernels.tuning.compile_only import launch_digest
+from relibra_kernels.tuning.limits import device_for
+from relibra_kernels.tuning.products import PRODUCTS
+
+pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
+H100, MI300X = (device_for(PRODUCTS[name]) for name in ("H100", "MI300X"))
+EXPERTS, TOP_K, HIDDEN, HALF = 8, 2, 256, 128
+
+
+def make_layer(form=None, recompute=False, scoring="softmax"):
+    how = {"dtype": torch.bfloat16, "device": "meta"}
+    router = TopKRouter(HIDDEN, EXPERTS, TOP_K, scoring=scoring, **how)
+    return ReplicatedMoE(router, ReplicatedExperts(EXPERTS, HIDDEN, HALF, form=form, recompute=recompute, **how))
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Digests of what was compiled, by a compiler that only counts."""
+    digests = []
+
+    def count(launch, device, *, instructions):
+        assert instructions is False
+        digests.append((device.name, launch_digest(launch)))
+
+    monkeypatch.setattr(precompiling, "compile_launch", count)
+    lookup.forget()
+    yield digests
+    lookup.forget()
+
+
+def digests_of(device, step):
+    launches = []
+    with recording(device, launches.append):
+        step()
+    return {(device.name, launch_digest(launch)) for launch in launches}
+
+
+def train(model, tokens):
+    """A training step as a user writes it."""
+    x = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    model(x).sum().backward()
+
+
+@pytest.mark.parametrize("device", [H100, MI300X], ids=lambda device: device.product)
+@pytest.mark.parametrize(
+    ("form", "recompute", "scoring", "main_grad"),
+    [(None, False, "softmax", False), (GPT_OSS, True, "softmax", False), (ExpertForm(), False, "sigmoid", True)],
+    ids=["plain", "gpt-oss, recompute", "main_grad"],
+)
+def test_the_first_step_after_it_compiles_nothing(compiled, device, form, recompute, scoring, main_grad):
+    model = torch.nn.Sequential(*(make_layer(form, recompute, scoring) for _ in range(2)))
+    if main_grad:
+        for parameter in model.parameters():
+            parameter.main_grad = torch.empty_like(parameter, dtype=torch.float32)
+    number = warmup(model, [64, 2048], device=device)
+    assert number == len(compiled) == len(set(compiled)) > 10  # each thing once
+    for tokens in (64, 2048):
+        needed = digests_of(device, lambda tokens=tokens: train(model, tokens))
+        assert len(needed) >= 10 and needed <= set(compiled)
+
+
+def test_it_is_the_tokens_that_count(compiled):
+    """Few rows a slot get other tiles than many: what was not asked for is not there."""
+    model = make_layer()
+    warmup(model, 2048, device=H100)
+    assert digests_of(H100, lambda: train(model, 2048)) <= set(compiled)
+    assert not digests_of(H100, lambda: train(model, 64)) <= set(compiled)
+
+
+class NoNetwork:
+    """Exchanges between ranks, of tensors without memory."""
+
+    def exchange(self, rows, send_counts, receive_counts, kind, phase):
+        return rows.new_empty(sum(receive_counts), *rows.shape[1:])
+
+
+@pytest.mark.parametrize("form", [ExpertForm(), GPT_OSS], ids=["plain", "gpt-oss"])
+def test_the_layer_under_a_plan_compiles_nothing(compiled, form):
+    """The layer of the runtime itself, with a plan's replicas and without, for as many rows as a rank may get."""
+    tokens, slots, replicas = 256, 4, 2
+    layer = make_layer(form)
+    experts = ReplicatedExperts(slots, HIDDEN, HALF, form=form, dtype=torch.bfloat16, device="meta")
+    layer.experts = experts
+    parallel = object.__new__(precompile.ExpertParallel)
+    parallel.model, parallel.cluster = layer, SimpleNamespace(replica_slots=replicas)
+    warmup(parallel, tokens, device=H100)
+    assert compiled
+
+    def index(*shape, dtype=torch.int32):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def step(received, visits, held):
+        site = LayerSite(
+            comm=NoNetwork(),
+            send=Schedule(index(3), index(received), index(tokens, TOP_K)),
+            send_counts=[received],
+            receive_counts=[received],
+            local=build_schedule(index(received, TOP_K, dtype=torch.int16), slots + held, num_rows=visits),
+            replicas=SimpleNamespace(push_counts=[held], pull_counts=[held]) if held else None,
+            pushed_slots=torch.empty(held, dtype=torch.int64, device="meta") if held else None,
+            weight_of_slot=index(slots + held) if held else None,
+            where="here",
+        )
+        x = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
+        gates = torch.empty(tokens, TOP_K, dtype=torch.float32, device="meta", requires_grad=True)
+        ExpertParallelMLP.apply(x, gates, site, form, False, *experts.weights).sum().backward()
+
+    # 75 rows a slot get other tiles than 128 do
+    for received, visits in ((256, 512), (512, 512), (400, 480), (180, 300), (500, 1000)):
+        for held in (0, replicas):
+            needed = digests_of(H100, lambda r=received, v=visits, h=held: step(r, v, h))
+            assert len(needed) >= 10 and needed <= set(compiled)
+
+
+def test_it_really_compiles(monkeypatch):
+    """One small layer for one GPU through the real compiler: spot check of what the others count."""
+    lookup.forget()
+    launches = precompile._launches([make_layer()], [64], MI300X, None)
+    assert precompiling.compile_for(MI300X, launches[:3], 1) == 3
+
+
+BAD = [
+    (torch.nn.Linear(2, 2), 8, "model Linear has no ReplicatedMoE"),
+    (None, 0, "tokens is 0"),
+    (None, [], r"tokens is \[\]"),
+    (None, [4, -1], r"tokens is \[4, -1\]"),
+]
+
+
+@pytest.mark.parametrize(("model", "tokens", "message"), BAD)
+def test_bad_input(model, tokens, message):
+    with pytest.raises(InputError, match=message):
+        warmup(model or make_layer(), tokens, device=H100)
+
+
+def test_a_model_that_is_not_on_a_gpu():
+    with pytest.raises(InputError, match="the model is on meta; kernels are compiled for a GPU"):
+        warmup(make_layer(), 8)

@@ -1,0 +1,113 @@
+"""The check of config files: what it finds, what it samples, and that the docs show what is shipped."""
+
+import importlib.util
+import os
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+from relibra_kernels.cli import main
+from relibra_kernels.form import GPT_OSS, ExpertForm
+from relibra_kernels.tuning.check import check_folder, fault_of
+from relibra_kernels.tuning.goals import PARTS, ROWS_PER_SLOT
+from relibra_kernels.tuning.limits import device_named
+from relibra_kernels.tuning.model import Resources
+from relibra_kernels.tuning.models import MODELS
+from relibra_kernels.tuning.products import PRODUCTS
+from relibra_kernels.tuning.store import SHIPPED, Bucket, Entry, load_entries, path_of, update
+from relibra_kernels.tuning.tasks import Task
+
+ROOT = Path(__file__).parents[3]
+
+
+def put(folder, device, kernel, part, config, *, transposed=False, interleaved=False, sizes=(2048, 768)):
+    shape = (part, "bf16", *sizes, transposed, interleaved)
+    entry = Entry(*shape, "compiled", "3.7.1", None, "2026-11-24", (Bucket(8, 256, config, 1.0),))
+    update(path_of(folder, device, kernel), device, kernel, lambda old: [*old, entry])
+
+
+def test_every_fault_is_named(tmp_path):
+    put(tmp_path, "H100", "gate_up", "gate_up", "128x128x64w8s3")
+    put(tmp_path, "MI300X", "gate_up", "gate_up", "128x128x64w8s3")
+    (tmp_path / "MI300X" / "grad_hidden.json").write_text("[]")
+    shutil.copytree(tmp_path / "H100", tmp_path / "H900")
+    check = check_folder(tmp_path)
+    assert check.configs == 2 and len(check.faults) == 3
+    assert [task.target for task in check.tasks] == ["sm_90", "sm_90"]  # with one store of weights and with two
+    text = "\n".join(sorted(check.faults))
+    assert "H900 is not a known device: A100, H100" in text
+    assert "MI300X/grad_hidden.json: $ is []; it must be of type object" in text
+    assert "MI300X/gate_up.json: 128x128x64w8s3 of gate_up H=2048 I=768: its tiles take 98304 bytes" in text
+
+
+def test_what_is_compiled_has_the_entry_s_layout(tmp_path):
+    put(tmp_path, "H100", "grouped_gemm", "dx", "64x64x64w4s2g4", transposed=True, interleaved=True)
+    put(tmp_path, "H200", "grouped_gemm", "dx", "64x64x64w4s2g4", transposed=True, interleaved=True)
+    put(tmp_path, "H200", "grouped_gemm", "dx", "64x64x64w4s2", interleaved=True)
+    tasks = check_folder(tmp_path).tasks
+    assert {(task.config, task.form) for task in tasks} == {
+        ("64x64x64w4s2g4", GPT_OSS),
+        ("64x64x64w4s2", ExpertForm(is_concatenated=False)),
+    }
+    assert len(tasks) == 4  # H100 and H200 are one target
+
+
+def test_a_sample_is_another_one_for_another_seed(tmp_path):
+    for half in range(1, 21):
+        put(tmp_path, "H100", "gate_up", "gate_up", "128x128x64w8s3", sizes=(2048, 64 * half))
+    first, again, other = (check_folder(tmp_path, sample=5, seed=seed).tasks for seed in ("a", "a", "b"))
+    assert first == again != other and len(first) == len(other) == 5
+    assert set(first) <= set(check_folder(tmp_path).tasks)
+    seen = Counter(task for seed in range(100) for task in check_folder(tmp_path, sample=5, seed=str(seed)).tasks)
+    assert len(seen) == 40  # in time everything
+
+
+def test_faults_of_compiled_configs():
+    device, task = device_named("sm_80"), Task("sm_80", "gate_up", "gate_up", "64x64x64w4s2", 1, 1, ExpertForm(), 0)
+    assert fault_of(task, Resources(255, 0, device.shared_bytes, 8), device) == ""
+    assert "spills 4 bytes" in fault_of(task, Resources(255, 4, 1, 8), device)
+    assert "bytes of shared memory of" in fault_of(task, Resources(255, 0, device.shared_bytes + 1, 8), device)
+    assert "does not compile: PTXASError" in fault_of(task, "PTXASError", device)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
+def test_the_command_compiles_and_fails_on_a_spill(tmp_path, capsys):
+    """With the real compiler: a config that spills on an A100, with one store of weights as with two."""
+    put(tmp_path, "A100", "gate_up", "gate_up", "128x128x64w8s3")
+    assert main(["tune", "--check", "--out", str(tmp_path), "--jobs", "1", "--sample", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert "gate_up gate_up 128x128x64w8s3" in err and "spills" in err
+    assert "1 configs read, 1 launches compiled, 1 faults" in out
+    assert main(["tune", "--check", "--out", str(tmp_path / "empty")]) == 0
+
+
+DEVICES = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir() and path.name[0] not in "._")
+
+
+def test_the_shipped_files_are_whole():
+    """Six devices, nine models, every kernel, every bucket of the grid."""
+    assert set(DEVICES) == set(PRODUCTS)
+    for device in DEVICES:
+        for kernel, parts in PARTS.items():
+            entries = load_entries(path_of(SHIPPED, device, kernel), device, kernel)
+            assert {(model, entry.part) for entry in entries for model in entry.models} == {
+                (model.name, part) for model in MODELS for part in parts
+            }
+            for entry in entries:
+                slots = {bucket.slots for bucket in entry.buckets}
+                assert {b.rows_per_slot for b in entry.buckets} == set(ROWS_PER_SLOT) and 2 in slots
+                assert len(entry.buckets) == len(slots) * len(ROWS_PER_SLOT)
+    assert not check_folder(SHIPPED).faults
+
+
+def test_the_docs_show_what_is_shipped():
+    spec = importlib.util.spec_from_file_location("tuning_table", ROOT / "bench" / "tuning_table.py")
+    table = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(table)
+    text = (ROOT / "docs" / "tuning.md").read_text()
+    assert table.written(text, table.table()) == text
+    assert "**Compiled, not measured.**" in text

@@ -1,0 +1,254 @@
+"""Which config a launch gets, from whom, how fast, and what happens where a file or a setting is wrong."""
+
+import subprocess
+import sys
+import time
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="needs triton")
+
+from relibra_kernels.planner.errors import InputError
+from relibra_kernels.tuning import lookup
+from relibra_kernels.tuning.configs import GemmConfig, config_for, parse_config
+from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, device_for
+from relibra_kernels.tuning.products import PRODUCTS, product_named, product_of
+from relibra_kernels.tuning.store import Bucket, Entry, load_entries, merged, path_of, update
+
+H100, A100 = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["A100"])
+BF16 = torch.bfloat16
+SHAPE = ("down", "bf16", 2048, 768, False, False)  # grouped_gemm sees N=2048, D=768, layout True
+HEURISTIC = config_for("grouped_gemm", H100, BF16, 1 << 20, 16)
+
+
+@pytest.fixture(autouse=True)
+def folders(tmp_path, monkeypatch):
+    """(user's, shipped), both empty; nothing remembered."""
+    user, shipped = tmp_path / "user", tmp_path / "shipped"
+    monkeypatch.setenv("RELIBRA_CONFIG_DIR", str(user))
+    monkeypatch.setattr(lookup, "SHIPPED", shipped)
+    monkeypatch.delenv("RELIBRA_CONFIG", raising=False)
+    lookup.forget()
+    yield user, shipped
+    lookup.forget()
+
+
+def put(folder, config, *, evidence="compiled", slots=16, rows=1024, device="H100", shape=SHAPE):
+    entry = Entry(*shape, evidence, "3.7.1", None, "2026-11-24", (Bucket(slots, rows, config, 1.0),))
+    path = path_of(folder, device, "grouped_gemm")
+    update(path, device, "grouped_gemm", lambda old: merged(old, [entry]))
+    lookup.forget()
+    return path
+
+
+def get(rows_per_slot=1024, slots=16, device=H100, dtype=BF16, sizes=(2048, 768), layout=True):
+    return str(lookup.config_of("grouped_gemm", device, dtype, sizes, rows_per_slot * slots, slots, layout))
+
+
+def test_who_is_asked_first(folders, monkeypatch):
+    user, shipped = folders
+    assert get() == str(HEURISTIC)
+    for folder, evidence, config in (
+        (shipped, "compiled", "64x64x64w4s2"),
+        (user, "compiled", "64x64x64w4s3"),
+        (shipped, "measured", "64x128x64w4s2"),
+        (user, "measured", "64x128x64w4s3"),
+    ):
+        put(folder, config, evidence=evidence)
+        assert get() == config
+    lookup.agree({lookup.without_device(key): parse_config("64x128x64w4s4") for key in list(lookup._answers)})
+    assert get() == "64x128x64w4s4"
+    lookup.forget()
+    monkeypatch.setenv("RELIBRA_CONFIG", "gate_up=64x64x64w4s2,grouped_gemm=128x64x64w8s4g4")
+    assert get() == "128x64x64w8s4g4"
+
+
+def test_the_log_says_who_answered(folders, monkeypatch, caplog):
+    monkeypatch.setenv("RELIBRA_LOG", "tuning")
+    put(folders[0], "64x64x64w4s3", evidence="measured")
+    with caplog.at_level("INFO", "relibra.tuning"):
+        get()
+        get()
+        get(sizes=(2048, 999))
+    first, second = caplog.messages
+    assert "64x64x64w4s3" in first and "user H100, measured" in first
+    assert "heuristic" in second and "D=999" in second
+
+
+NEAREST = [
+    # rows a slot, slots, the bucket that answers
+    (1024, 16, (1024, 16)),
+    (2047, 31, (1024, 16)),
+    (2048, 16, (1024, 16)),
+    (64, 16, (64, 16)),
+    (256, 16, (1024, 16)),  # in the middle of 64 and 1024: the larger
+    (255, 16, (64, 16)),
+    (1024, 100, (1024, 128)),
+    (1024, 32, (1024, 16)),
+    (8191, 16, (1024, 16)),
+    (8192, 16, None),  # more than two octaves away
+    (15, 16, None),
+    (1024, 2, (1024, 16)),
+    (1024, 1, None),
+]
+
+
+@pytest.mark.parametrize(("rows", "slots", "bucket"), NEAREST)
+def test_the_nearest_bucket_answers(folders, rows, slots, bucket):
+    configs = {(64, 16): "64x64x64w4s2", (1024, 16): "64x64x64w4s3", (1024, 128): "64x128x64w4s2"}
+    for (r, s), config in configs.items():
+        put(folders[1], config, rows=r, slots=s)
+    expected = configs[bucket] if bucket else str(config_for("grouped_gemm", H100, BF16, rows * slots, slots))
+    assert get(rows, slots) == expected
+
+
+def test_other_sizes_layouts_and_devices_do_not_answer(folders):
+    put(folders[1], "64x64x64w4s3")
+    assert get() == "64x64x64w4s3"
+    assert get(dtype=torch.float16) == "64x64x64w4s3"  # operands and accumulators of the same sizes
+    for other in ({"sizes": (2048, 1536)}, {"layout": False}, {"device": A100}, {"dtype": torch.float32}):
+        assert get(**other) != "64x64x64w4s3"
+
+
+def test_a_layer_and_its_transposed_twin_are_told_apart(folders):
+    """dx of gate_up multiplies by [H, 2I] as it is stored where the weight is [2I, H]."""
+    dx = Entry("dx", *SHAPE[1:], "compiled", "", None, "", ())
+    assert dx.sizes("grouped_gemm") == (2048, 1536, False, False)
+    assert replace(dx, transposed=True).sizes("grouped_gemm") == (2048, 1536, True, False)
+    assert replace(dx, part="down").sizes("grad_weight") == (2048, 768, True, False)
+    assert replace(dx, part="gate_up", transposed=True).sizes("grad_weight") == (2048, 1536, True, False)
+    assert replace(dx, part="gate_up").sizes("grad_weight") == (1536, 2048, False, False)
+
+
+def test_what_does_not_fit_the_device_is_named_and_skipped(folders):
+    path = put(folders[1], "128x256x64w8s3", device="A100", rows=1024)
+    put(folders[1], "64x64x64w4s2", device="A100", rows=512)
+    small = replace(A100, shared_bytes=99 * 1024)
+    with pytest.warns(RuntimeWarning, match=r"128x256x64w8s3 does not fit.*147456 bytes") as caught:
+        assert get(device=small) == "64x64x64w4s2"
+    assert str(path) in str(caught[0].message)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("100x64x64w4s2", "power of two"),
+        ("32x64x64w4s2", "64 and 128 rows"),
+        ("64x64x64w3s2", "num_warps is 3"),
+        ("64x64x64w64s2", "num_warps is 64"),
+        ("64x64x64w4s0", "num_stages is 0"),
+    ],
+)
+def test_configs_that_no_device_takes(folders, config, message):
+    put(folders[1], config)
+    with pytest.warns(RuntimeWarning, match=message):
+        assert get() == str(HEURISTIC)
+
+
+def test_a_broken_file_is_named_once_and_skipped(folders):
+    path = put(folders[0], "64x64x64w4s3")
+    put(folders[1], "64x64x64w4s2")
+    path.write_text("{")
+    lookup.forget()
+    with pytest.warns(RuntimeWarning, match="is not JSON") as caught:
+        assert get() == "64x64x64w4s2"
+    assert len(caught) == 1 and str(path) in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert get(2048) == "64x64x64w4s2"
+
+
+BAD_SETTINGS = {
+    "attention=64x64x64w4s2": "names 'attention'",
+    "grouped_gemm": "config is ''",
+    "grouped_gemm=64x64": "config is '64x64'",
+    "grouped_gemm=128x256x64w8s8": "bytes of shared memory; sm_90 has",
+}
+
+
+@pytest.mark.parametrize("value", BAD_SETTINGS)
+def test_a_bad_override_is_an_error(monkeypatch, value):
+    monkeypatch.setenv("RELIBRA_CONFIG", value)
+    with pytest.raises(InputError, match=BAD_SETTINGS[value]):
+        get()
+
+
+@pytest.mark.parametrize("device", [*DEVICES.values(), INTERPRETER, replace(H100, product="NVIDIA-H20")], ids=str)
+def test_an_unlisted_device_gets_the_heuristic_from_its_limits(device):
+    for rows, slots in ((0, 1), (1, 128), (4096, 16)):
+        assert get(rows, slots, device) == str(config_for("grouped_gemm", device, BF16, rows * slots, slots))
+
+
+NAMES = [
+    ("NVIDIA H100 80GB HBM3", "sm_90", "H100"),
+    ("NVIDIA H200", "sm_90", "H200"),
+    ("NVIDIA A100-SXM4-80GB", "sm_80", "A100"),
+    ("NVIDIA GB200", "sm_100", "B200"),
+    ("AMD Instinct MI300X", "gfx942", "MI300X"),
+    ("AMD Instinct MI325X", "gfx942", "MI300X"),
+    ("NVIDIA GeForce RTX 4090", "sm_89", "NVIDIA-GeForce-RTX-4090"),
+    ("NVIDIA L40S", "sm_89", "NVIDIA-L40S"),
+    ("../../etc", "sm_90", "etc"),
+    ("A100 imitation", "sm_90", "A100-imitation"),  # another architecture
+    ("", "sm_90", "sm_90"),
+]
+
+
+@pytest.mark.parametrize(("name", "target", "product"), NAMES)
+def test_products_by_the_name_of_the_gpu(name, target, product):
+    assert product_of(name, target) == product
+
+
+def test_unknown_products_are_refused_with_those_that_are_known():
+    with pytest.raises(InputError, match=r"device is 'H900'; it must be one of A100, H100"):
+        product_named("H900")
+
+
+def test_configs_are_written_and_read():
+    for config in (GemmConfig(128, 256, 64, 8, 3), GemmConfig(64, 32, 16, 4, 2, 4)):
+        assert parse_config(str(config)) == config
+
+
+def test_a_lookup_takes_microseconds(folders):
+    """5 us warm; measured over many so that a busy machine does not decide."""
+    put(folders[1], "64x64x64w4s3")
+    get()
+    best = float("inf")
+    for _ in range(20):
+        start = time.perf_counter()
+        for _ in range(1000):
+            lookup.config_of("grouped_gemm", H100, BF16, (2048, 768), 16384, 16, True)
+        best = min(best, time.perf_counter() - start)
+    assert best / 1000 < 5e-6
+
+
+def test_the_first_lookup_of_a_shipped_file_takes_milliseconds(monkeypatch):
+    monkeypatch.undo()
+    largest = max(lookup.SHIPPED.glob("*/*.json"), key=lambda path: path.stat().st_size, default=None)
+    if largest is None:
+        pytest.skip("nothing is shipped")
+    device, entry = device_for(PRODUCTS[largest.parent.name]), None
+    entry = load_entries(largest, largest.parent.name, largest.stem)[-1]
+    n, d, layout, interleaved = entry.sizes(largest.stem)
+    best = float("inf")
+    for _ in range(5):
+        lookup.forget()
+        start = time.perf_counter()
+        lookup.config_of(largest.stem, device, BF16, (n, d), 16384, 16, layout, interleaved)
+        best = min(best, time.perf_counter() - start)
+    assert best < 0.05
+    lookup.forget()
+
+
+def test_importing_reads_no_config():
+    code = (
+        "import sys; opened = []\n"
+        "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
+        "import relibra_kernels.nn, relibra_kernels.kernels, relibra_kernels.tuning.lookup\n"
+        "assert not [name for name in opened if name.endswith('.json') and 'autotune_configs' in name], opened\n"
+        "assert any(name.endswith('.py') or name.endswith('.pyc') for name in opened)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,95 @@
+"""The model orders constructed cases as anyone would, and counts what can be counted by hand."""
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+from relibra_kernels.tuning.configs import GemmConfig, parse_config
+from relibra_kernels.tuning.goals import goals, recorded
+from relibra_kernels.tuning.model import Resources, Work, balanced, estimate, skewed
+from relibra_kernels.tuning.models import MODELS
+from relibra_kernels.tuning.products import PRODUCTS
+
+H100 = PRODUCTS["H100"]
+ROOMY = Resources(registers=128, spill_bytes=0, shared_bytes=64 * 1024, warps_per_sm=16)
+WORK = Work("grouped_gemm", 1024, 2048, False, balanced(16, 1024))
+
+
+def us(config, work=WORK, product=H100, resources=ROOMY):
+    return estimate(work, parse_config(config), resources, product).us
+
+
+def test_waves_and_padded_rows_are_counted():
+    rows = np.array([0, 1, 128, 129])  # 0, 1, 1 and 2 tiles of 128 rows
+    found = estimate(Work("grouped_gemm", 300, 64, False, rows), GemmConfig(128, 128, 64, 8, 3), ROOMY, H100)
+    assert (found.waves, found.padded_rows) == (1, 4 * 128 - 258)
+    # 132 tiles are one wave of 132 SMs, 133 are two
+    for tiles, waves in ((132, 1), (133, 2)):
+        work = Work("grouped_gemm", 128, 64, False, np.full(tiles, 128))
+        assert estimate(work, GemmConfig(128, 128, 64, 8, 3), ROOMY, H100).waves == waves
+
+
+def test_fewer_waves_are_faster():
+    """One more tile than there are SMs: columns of 128 need two waves, columns of 256 one."""
+    work = Work("grouped_gemm", 256, 8192, False, np.full(66, 128 + 1))
+    narrow, wide = GemmConfig(128, 128, 64, 8, 3), GemmConfig(128, 256, 64, 8, 3)
+    assert estimate(work, narrow, ROOMY, H100).waves == 2 and estimate(work, wide, ROOMY, H100).waves == 1
+    one, two = (Work("grouped_gemm", 128 * columns, 8192, False, np.array([256])) for columns in (66, 67))
+    assert estimate(two, narrow, ROOMY, H100).us > 1.7 * estimate(one, narrow, ROOMY, H100).us
+
+
+def test_each_part_of_the_model_shows():
+    assert us("128x128x64w8s3") > us("128x256x64w8s3")  # bytes from L2 per product
+    assert us("128x128x64w8s2") > us("128x128x64w8s3")  # loads in flight
+    tight = Resources(255, 0, 64 * 1024, 4)
+    assert us("64x128x64w4s2", resources=tight) > us("64x128x64w4s2")  # programs that share an SM
+    few_rows = Work("grouped_gemm", 1024, 2048, False, balanced(16, 40))
+    assert us("128x128x64w8s3", few_rows) > us("64x128x64w8s3", few_rows)  # rows that are only padding
+    gathered = Work("grouped_gemm", 1024, 2048, True, balanced(16, 1024))
+    assert us("128x128x32w8s4", gathered) > us("128x128x64w8s4", gathered)  # pieces of a line
+    assert us("128x128x64w8s3", product=PRODUCTS["A100"]) > us("128x128x64w8s3")
+    cold = Work("grouped_gemm", 4096, 4096, False, balanced(128, 1))
+    assert estimate(cold, GemmConfig(64, 128, 64, 4, 3), ROOMY, H100).bound == "DRAM"
+
+
+def test_blackwell_wants_128_rows_a_tile():
+    b200 = PRODUCTS["B200"]
+    long = Work("grouped_gemm", 4096, 4096, False, balanced(16, 4096))
+    assert us("64x256x64w8s3", long, b200) > 1.5 * us("128x256x64w8s3", long, b200)
+
+
+def test_weight_gradients_wait_for_the_longest_slot():
+    even = Work("grad_weight", 256, 256, False, balanced(16, 1024))
+    rows = np.array([16 * 1024 - 15] + [1] * 15)
+    config = GemmConfig(128, 128, 64, 8, 3)
+    uneven = estimate(Work("grad_weight", 256, 256, False, rows), config, ROOMY, H100)
+    assert uneven.us > 3 * estimate(even, config, ROOMY, H100).us
+
+
+@pytest.mark.parametrize("kernel", ["grouped_gemm", "gate_up", "grad_hidden", "grad_weight"])
+@pytest.mark.parametrize("rows", [[0, 0], [1], [0, 1 << 20]])
+def test_any_group_sizes_have_a_time(kernel, rows):
+    found = estimate(Work(kernel, 100, 100, True, np.array(rows)), GemmConfig(64, 64, 32, 4, 2), ROOMY, H100)
+    assert np.isfinite(found.us) and found.us > 0 and found.padded_rows >= 0
+
+
+def test_uneven_groups_have_the_mean_and_the_published_skew():
+    for slots, mean in ((1, 7), (3, 16), (128, 4096), (2, 0)):
+        rows = skewed(slots, mean)
+        assert rows.sum() == slots * mean and (rows >= 0).all() and (np.diff(rows) <= 1).all()
+    assert 7 < skewed(128, 4096).max() / 4096 < 7.6
+
+
+def test_recorded_groups_have_the_mean_and_the_shape(small_trace):
+    for slots, mean in ((4, 100), (2, 64), (16, 8)):
+        tables = recorded(small_trace, slots, mean)
+        assert all(table.sum() == slots * mean and len(table) == slots for table in tables)
+    first = recorded(small_trace, 4, 100)[0]
+    assert first[0] > first[3]  # expert 0 is hot in the first layer
+
+
+def test_tokens_choose_the_buckets():
+    qwen = MODELS[0]
+    found = {(goal.slots, goal.rows_per_slot) for goal in goals(qwen, tokens=[8192])}
+    assert found == {(2, 32768), (8, 8192), (32, 2048), (128, 512)}  # 8192 * 8 rows
