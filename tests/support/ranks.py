@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-
 # Ranks begin with these imported. The optimizers import torch._dynamo when they are first made.
 PRELOADED = ["relibra_kernels.parallel", "torch.distributed.fsdp", "torch._dynamo"]
 
