@@ -1,12 +1,18 @@
 """`warmup`: a first training step after it compiles nothing, counted in compile-only form."""
 
 import os
+from collections import defaultdict
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="needs triton")
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 
 from relibra_kernels import precompile, warmup
 from relibra_kernels.form import GPT_OSS
@@ -155,3 +161,37 @@ def test_bad_input(model, tokens, message):
 def test_a_model_that_is_not_on_a_gpu():
     with pytest.raises(InputError, match="the model is on meta; kernels are compiled for a GPU"):
         warmup(make_layer(), 8)
+
+
+class NoGpu:
+    """As much of Triton's driver as compiling asks for."""
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device):
+        return 0
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+
+def test_a_launch_finds_what_was_compiled_for_it(monkeypatch):
+    """Triton's own path on a GPU, up to the launch: stand-ins compile the kernel that real tensors then ask for."""
+    launches = precompile._launches([make_layer()], [64], H100, None)
+    chosen = [launch for launch in launches if launch.kernel.__name__ in ("_count_kernel", "_unpermute_kernel")]
+    assert len(chosen) >= 2
+    monkeypatch.setattr(torch.cuda, "device", lambda where: nullcontext())
+    asked = []
+    monkeypatch.setattr(driver, "_active", NoGpu())
+    for launch in chosen:
+        monkeypatch.setattr(launch.kernel, "device_caches", defaultdict(launch.kernel.create_binder))
+    assert precompiling.compile_on(torch.device("cuda"), chosen, 2) == len(chosen)
+    assert precompiling.compile_on(torch.device("cuda"), chosen, 2) == 0
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda **about: asked.append(about))
+    for launch in chosen:
+        real = [torch.empty_like(arg, device="cpu") if torch.is_tensor(arg) else arg for arg in launch.args]
+        launch.kernel.warmup(*real, grid=launch.grid, **launch.options)
+    assert not asked  # nothing was missing
+    launch.kernel.warmup(*real, grid=launch.grid, **{**launch.options, "num_warps": 16})
+    assert len(asked) == 1

@@ -11,12 +11,16 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Ranks begin with these imported. The optimizers import torch._dynamo when they are first made.
+PRELOADED = ["relibra_kernels.parallel", "torch.distributed.fsdp", "torch._dynamo"]
+
 
 class Ranks:
     """`size` processes that run the same function at the same time."""
 
     def __init__(self, size: int):
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         self.broken = False  # an exchange may hang half-way: no further use
