@@ -1,0 +1,10 @@
+"""Hugging Face transformers 5: importing this registers `"relibra"` for experts and for expert parallelism.
+
+`model.set_experts_implementation("relibra")` computes the experts with our kernels, `"eager"` undoes it to the bit.
+`record_routing(model)` and `replay(model, trace)` work with any experts implementation.
+"""
+
+from .blocks import replace_moe_blocks
+from .experts import expert_form, experts_forward
+
+__all__ = ["expert_form", "experts_forward", "replace_moe_blocks"]
