@@ -6,5 +6,7 @@
 
 from .blocks import replace_moe_blocks
 from .experts import expert_form, experts_forward
+from .recording import RoutingRecord, record_routing
+from .replay import replay
 
-__all__ = ["expert_form", "experts_forward", "replace_moe_blocks"]
+__all__ = ["RoutingRecord", "expert_form", "experts_forward", "record_routing", "replace_moe_blocks", "replay"]
