@@ -5,8 +5,20 @@
 """
 
 from .blocks import replace_moe_blocks
+from .expert_parallel import batch, communication, micro_batch, plan
 from .experts import expert_form, experts_forward
 from .recording import RoutingRecord, record_routing
 from .replay import replay
 
-__all__ = ["RoutingRecord", "expert_form", "experts_forward", "record_routing", "replace_moe_blocks", "replay"]
+__all__ = [
+    "RoutingRecord",
+    "batch",
+    "communication",
+    "expert_form",
+    "experts_forward",
+    "micro_batch",
+    "plan",
+    "record_routing",
+    "replace_moe_blocks",
+    "replay",
+]

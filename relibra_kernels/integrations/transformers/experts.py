@@ -36,11 +36,8 @@ def experts_forward(
     form = ExpertForm(*_flags(self))
     if self._is_expert_parallel:  # choices of another rank's experts have the id num_experts and weight 0
         top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
-    weights = expert_weights(self)
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.gate_up.dtype
-    weights = weights.map(lambda weight: weight.to(dtype).contiguous())
-    x_TH, weights_TK = hidden_states.to(dtype).contiguous(), top_k_weights.contiguous()
+    x_TH, weights = cast_for_experts(hidden_states, expert_weights(self))
+    weights_TK = top_k_weights.contiguous()
     if torch.compiler.is_compiling():
         out_TH = moe_mlp_functional(x_TH, weights_TK, top_k_index, weights, form)
     else:
@@ -49,6 +46,13 @@ def experts_forward(
 
 
 ExpertsInterface.register("relibra", experts_forward)
+
+
+def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, ExpertWeights]:
+    """Both contiguous in the weights' dtype, or in autocast's where that is on."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.gate_up.dtype
+    return hidden_states.to(dtype).contiguous(), weights.map(lambda weight: weight.to(dtype).contiguous())
 
 
 def expert_weights(experts: Any) -> ExpertWeights:

@@ -50,7 +50,10 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
         layers.append(MoeLayer(name, int(numbers[-1]) if numbers else len(layers), experts, router))
     if not layers:
-        raise InputError(f"model is a {type(model).__name__} without experts that transformers or we compute")
+        raise InputError(
+            f"model is a {type(model).__name__} without experts that transformers or we compute; if another library "
+            "replaced them (Liger does with swiglu=True), switch that off"
+        )
     return layers
 
 

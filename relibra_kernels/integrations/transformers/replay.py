@@ -6,7 +6,7 @@ family does with the scores, and every gradient, stays its own.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -44,29 +44,46 @@ def replay(
     """
     layers = moe_layers(model)
     check_trace(trace, layers)
-    feeder = _Feeder(trace, layers, token_ids)
-    if rows is not None:
-        feeder.use_rows(_checked_rows(rows, trace))
+    feeder = Feeder(trace, layers, token_ids)
+    with ExitStack() as stack:
+        if rows is not None:
+            feeder.use_rows(checked_rows(rows, trace))
+        else:
+            stack.enter_context(fed_by_forwards(model, feeder.feed))
+        stack.enter_context(replaying_routers(layers, feeder))
+        yield
+
+
+@contextmanager
+def fed_by_forwards(model: nn.Module, feed: Callable[[Fed], Any]) -> Iterator[None]:
+    """`feed` gets the tokens of every forward of `model`, before it runs."""
+
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        feed(fed_tokens(args, kwargs))
+
+    hook = model.register_forward_pre_hook(before, with_kwargs=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def replaying_routers(layers: list[MoeLayer], feeder: "Feeder") -> Iterator[None]:
+    """The routers choose what `feeder` has for them."""
     before = [layer.router.__dict__.get("forward") for layer in layers]
-    hook = None
     try:
         for index, layer in enumerate(layers):
             layer.router.forward = _replaying(layer, feeder, index)
-        if rows is None:
-            hook = model.register_forward_pre_hook(
-                lambda _, args, kwargs: feeder.feed(fed_tokens(args, kwargs)), with_kwargs=True
-            )
         yield
     finally:
-        if hook is not None:
-            hook.remove()
         for layer, forward in zip(layers, before, strict=True):
             layer.router.__dict__.pop("forward", None)
             if forward is not None:
                 layer.router.forward = forward
 
 
-class _Feeder:
+class Feeder:
     """Which recorded experts the tokens of the current forward get: `indices`, int64 [T, K] a layer."""
 
     def __init__(self, trace: RoutingTrace, layers: list[MoeLayer], token_ids: Sequence[Sequence[int]] | None):
@@ -85,11 +102,13 @@ class _Feeder:
         self.indices: list[Tensor] | None = None
         self.all_known = False
 
-    def feed(self, fed: Fed) -> None:
+    def feed(self, fed: Fed) -> np.ndarray:
+        """Get ready for a forward that is fed these tokens; their rows in the trace, int64 [B * S]."""
         rows = self._whole(fed) if fed.cached is None else self._continued(fed)
         if self._token_ids is not None and fed.token_ids is not None:
             self._check_token_ids(fed, rows)
         self.use_rows(rows.reshape(-1))
+        return rows.reshape(-1)
 
     def use_rows(self, rows_T: np.ndarray) -> None:
         unknown = np.full((1, *self._trace.expert_ids.shape[1:]), -1, self._trace.expert_ids.dtype)
@@ -175,7 +194,7 @@ class _AnswerTopK(TorchFunctionMode):
         return hit_TG.scatter_add(1, group_TK, (self._recorded >= 0).to(hit_TG.dtype)) > 0
 
 
-def _replaying(layer: MoeLayer, feeder: _Feeder, index: int) -> Callable[..., Any]:
+def _replaying(layer: MoeLayer, feeder: Feeder, index: int) -> Callable[..., Any]:
     original = layer.router.forward
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +219,7 @@ def _replaying(layer: MoeLayer, feeder: _Feeder, index: int) -> Callable[..., An
     return forward
 
 
-def _checked_rows(rows: np.ndarray, trace: RoutingTrace) -> np.ndarray:
+def checked_rows(rows: np.ndarray, trace: RoutingTrace) -> np.ndarray:
     rows = np.asarray(rows)
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ShapeError(f"rows is {rows.dtype} {rows.shape}, but must be integer [tokens fed]")
