@@ -137,6 +137,9 @@ def test_tokens_that_were_not_recorded(engine, routing):
     trace = LOADERS[engine](routing, holes="unknown")
     assert np.flatnonzero(trace.unknown).tolist() == [3, 6, 9, 10]
     assert count_loads(trace, np.zeros(3, int)).sum() == 7 * 2 * K  # not one of them is counted
+    routing[1][2], routing[1][-1] = routing[1][3], 0  # the last one that must be there
+    with pytest.raises(InputError, match="sequence 1 has no routing for 1 tokens, the first is token 4"):
+        LOADERS[engine](routing)
     with pytest.raises(InputError, match="holes is 'ignore'"):
         LOADERS[engine](routing, holes="ignore")
 
