@@ -264,7 +264,7 @@ def plot(histories: dict[int, list[dict[str, float]]], path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=80)
     parser.add_argument(
         "--prompts", type=int, default=16, help=f"a rank and step; {GROUP} answers are sampled for each"
     )

@@ -6,7 +6,7 @@ appear as layers of zeros. A row of zeros names expert 0 K times, so with K > 1 
 """
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypedDict
 
 import numpy as np
 
@@ -18,16 +18,33 @@ Holes = Literal["refuse", "unknown"]
 HOLES: tuple[Holes, ...] = ("refuse", "unknown")
 
 
+class SequenceOptions(TypedDict, total=False):
+    """What every loader of sequences takes.
+
+    num_tokens:    N of each sequence (prompt and completion). A sequence recorded with another length is refused, since
+                   routing that is shifted by one token is wrong without any other sign
+    token_ids:     the same from the ids of each sequence
+    moe_layer_ids: the MoE layers among the recorded ones; None takes every layer that is not zeros throughout
+    holes:         what to do with a token inside a sequence that was not recorded: "refuse", or leave it "unknown"
+    """
+
+    num_tokens: Sequence[int] | None
+    token_ids: Sequence[Sequence[int]] | None
+    moe_layer_ids: Sequence[int] | None
+    holes: Holes
+
+
 def trace_of_sequences(
     recorded: Sequence[np.ndarray],
     num_experts: int,
     *,
     last_token: LastToken,
     dtypes: Sequence[type[np.integer]],
+    what: str = "routed_experts",
     num_tokens: Sequence[int] | None = None,
+    token_ids: Sequence[Sequence[int]] | None = None,
     moe_layer_ids: Sequence[int] | None = None,
     holes: Holes = "refuse",
-    what: str = "routed_experts",
 ) -> RoutingTrace:
     """A trace of these sequences, with a row of -1 for every token whose routing was not recorded.
 
@@ -35,15 +52,13 @@ def trace_of_sequences(
         recorded: [rows, L, K] for each sequence; a row of -1 or, with K > 1, of zeros was not recorded.
         last_token: "left out": rows = N - 1, "in place": rows = N.
         dtypes: what the engine hands over; anything else is a mistake of the caller.
-        num_tokens: N of each sequence (prompt and completion). A sequence recorded with another length is refused,
-            since routing that is shifted by one token is wrong without any other sign.
-        moe_layer_ids: the MoE layers among the recorded ones; None takes every layer that is not zeros throughout.
-        holes: what to do with a token inside a sequence that was not recorded: "refuse", or leave it "unknown".
+        num_tokens, token_ids, moe_layer_ids, holes: see `SequenceOptions`.
 
     Raises: ShapeError, InputError; they name `what` and the sequence.
     """
     if not len(recorded):
         raise InputError(f"{what} is empty, but must hold at least one sequence")
+    num_tokens = lengths_of(num_tokens, token_ids)
     if num_tokens is not None and len(num_tokens) != len(recorded):
         raise InputError(f"num_tokens has {len(num_tokens)} entries, but {what} has {len(recorded)}")
     if holes not in HOLES:

@@ -5,7 +5,7 @@ The first is the base64 of raw int32 [N - 1, L, K] without a header, of every hi
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..errors import FormatError, InputError
 from ..loads import check_loads
 from ..trace import RoutingTrace
 from .encoded import array_of_bytes, decode_base64
-from .sequences import Holes, lengths_of, trace_of_sequences
+from .sequences import SequenceOptions, trace_of_sequences
 
 
 def from_sglang(
@@ -22,10 +22,7 @@ def from_sglang(
     *,
     num_layers: int,
     top_k: int,
-    num_tokens: Sequence[int] | None = None,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of these sequences. `num_layers` counts all hidden layers; see `from_vllm` for the rest."""
     for name, value in (("num_layers", num_layers), ("top_k", top_k)):
@@ -35,15 +32,7 @@ def from_sglang(
     for index, text in enumerate(routed_experts):
         what = f"routed_experts of sequence {index}"
         arrays.append(array_of_bytes(decode_base64(text, what), np.int32, (-1, num_layers, top_k), what))
-    return trace_of_sequences(
-        arrays,
-        num_experts,
-        last_token="left out",
-        dtypes=(np.int32,),
-        num_tokens=lengths_of(num_tokens, token_ids),
-        moe_layer_ids=moe_layer_ids,
-        holes=holes,
-    )
+    return trace_of_sequences(arrays, num_experts, last_token="left out", dtypes=(np.int32,), **options)
 
 
 def loads_from_sglang(statistics: Mapping[str, Any], num_experts: int) -> np.ndarray:

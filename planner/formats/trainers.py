@@ -9,14 +9,14 @@
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from ..errors import FormatError, InputError, ShapeError
 from ..trace import RoutingTrace
 from .encoded import array_of_bytes, decode_base64
-from .sequences import Holes, lengths_of, trace_of_sequences
+from .sequences import SequenceOptions, lengths_of, trace_of_sequences
 
 SIGNED = (np.int8, np.int16, np.int32, np.int64)
 
@@ -27,15 +27,13 @@ def from_verl(
     *,
     attention_mask: np.ndarray | None = None,
     cu_seqlens: Sequence[int] | np.ndarray | None = None,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of a verl batch.
 
     routed_experts: padded [bs, j, L, K] with `attention_mask` [bs, j], packed [1, total, L, K] or [total, L, K] with
                     `cu_seqlens` [bs + 1], or the rows [n, L, K] of each sequence (a jagged tensor's `unbind()`)
-    token_ids:      of each sequence, without padding: their lengths are checked
+    options:        num_tokens, token_ids, moe_layer_ids, holes, as `SequenceOptions` has them
     """
     if isinstance(routed_experts, np.ndarray):
         arrays = _verl_sequences(routed_experts, attention_mask, cu_seqlens)
@@ -43,15 +41,7 @@ def from_verl(
         raise InputError("attention_mask and cu_seqlens are for padded and packed arrays, but routed_experts is a list")
     else:
         arrays = [np.asarray(array) for array in routed_experts]
-    return trace_of_sequences(
-        arrays,
-        num_experts,
-        last_token="in place",
-        dtypes=(*SIGNED, np.uint8),
-        num_tokens=lengths_of(None, token_ids),
-        moe_layer_ids=moe_layer_ids,
-        holes=holes,
-    )
+    return trace_of_sequences(arrays, num_experts, last_token="in place", dtypes=(*SIGNED, np.uint8), **options)
 
 
 def _verl_sequences(
@@ -94,31 +84,19 @@ def _verl_sequences(
 def from_slime(
     rollout_routed_experts: Sequence[np.ndarray],
     num_experts: int,
-    *,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    num_tokens: Sequence[int] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of slime's samples, `Sample.rollout_routed_experts` each.
 
     With lengths, rows of slime's padding (`arange % E`, appended for the last token and for alignment) are cut off
     where they are exactly that; any other row too many is a misalignment.
     """
-    lengths = lengths_of(num_tokens, token_ids)
+    lengths = lengths_of(options.get("num_tokens"), options.get("token_ids"))
     arrays = [np.asarray(array) for array in rollout_routed_experts]
     if lengths is not None and len(lengths) == len(arrays):
         arrays = [_without_padding(ids, n - 1, num_experts) for ids, n in zip(arrays, lengths, strict=True)]
-    return trace_of_sequences(
-        arrays,
-        num_experts,
-        last_token="left out",
-        dtypes=SIGNED,
-        num_tokens=lengths,
-        moe_layer_ids=moe_layer_ids,
-        holes=holes,
-        what="rollout_routed_experts",
-    )
+    what = "rollout_routed_experts"
+    return trace_of_sequences(arrays, num_experts, last_token="left out", dtypes=SIGNED, what=what, **options)
 
 
 def _without_padding(ids: np.ndarray, rows: int, num_experts: int) -> np.ndarray:
@@ -138,11 +116,7 @@ def _without_padding(ids: np.ndarray, rows: int, num_experts: int) -> np.ndarray
 def from_prime_rl(
     routed_experts: Sequence[Mapping[str, Any]],
     num_experts: int,
-    *,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    num_tokens: Sequence[int] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of prime-rl's samples: {"data": bytes (base64 in JSON), "shape": [S, L, K], "dtype": "uint8"} each."""
     arrays = []
@@ -156,25 +130,13 @@ def from_prime_rl(
         data = sample["data"]
         raw = decode_base64(data, what) if isinstance(data, str) else bytes(data)
         arrays.append(array_of_bytes(raw, sample["dtype"], _three_sizes(sample["shape"], what), what))
-    return trace_of_sequences(
-        arrays,
-        num_experts,
-        last_token="in place",
-        dtypes=(np.uint8, np.uint16),
-        num_tokens=lengths_of(num_tokens, token_ids),
-        moe_layer_ids=moe_layer_ids,
-        holes=holes,
-    )
+    return trace_of_sequences(arrays, num_experts, last_token="in place", dtypes=(np.uint8, np.uint16), **options)
 
 
 def from_nemo_rl(
     routed_experts: Sequence[str],
     num_experts: int,
-    *,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    num_tokens: Sequence[int] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of NeMo-RL's envelopes, one a sequence; -1 is what was not recorded."""
     arrays = []
@@ -187,15 +149,7 @@ def from_nemo_rl(
             )
         sizes = _three_sizes(parts[2].split("x"), what)
         arrays.append(array_of_bytes(decode_base64(parts[3], what), parts[1], sizes, what))
-    return trace_of_sequences(
-        arrays,
-        num_experts,
-        last_token="in place",
-        dtypes=SIGNED,
-        num_tokens=lengths_of(num_tokens, token_ids),
-        moe_layer_ids=moe_layer_ids,
-        holes=holes,
-    )
+    return trace_of_sequences(arrays, num_experts, last_token="in place", dtypes=SIGNED, **options)
 
 
 def _three_sizes(shape: Any, what: str) -> tuple[int, ...]:

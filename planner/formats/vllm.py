@@ -8,13 +8,14 @@ of a .npy file.
 
 import io
 from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
 
 from ..errors import FormatError, InputError
 from ..trace import RoutingTrace
 from .encoded import decode_base64
-from .sequences import Holes, lengths_of, trace_of_sequences
+from .sequences import SequenceOptions, trace_of_sequences
 
 DTYPES = (np.uint8, np.uint16, np.int16)
 
@@ -24,19 +25,13 @@ def from_vllm(
     num_experts: int,
     *,
     prompt_routed_experts: Sequence[np.ndarray | str] | None = None,
-    num_tokens: Sequence[int] | None = None,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of these sequences, with a -1 row for the last sampled token of each.
 
     routed_experts:        [N - 1, L, K] of each sequence, or its .npy in base64
     prompt_routed_experts: rows that go before them, from releases that hand them over apart
-    num_tokens, token_ids: N of each sequence, or its ids (prompt and completion); a sequence recorded with another
-                           length is refused
-    moe_layer_ids:         the MoE layers among all hidden layers; None leaves out layers of zeros
-    holes:                 "refuse" or "unknown": tokens inside a sequence that were not recorded
+    options:               num_tokens, token_ids, moe_layer_ids, holes, as `SequenceOptions` has them
     """
     arrays = [decode_npy(array) if isinstance(array, str) else np.asarray(array) for array in routed_experts]
     if prompt_routed_experts is not None:
@@ -48,15 +43,7 @@ def from_vllm(
             decode_npy(array) if isinstance(array, str) else np.asarray(array) for array in prompt_routed_experts
         ]
         arrays = [np.concatenate(parts) for parts in zip(prompts, arrays, strict=True)]
-    return trace_of_sequences(
-        arrays,
-        num_experts,
-        last_token="left out",
-        dtypes=DTYPES,
-        num_tokens=lengths_of(num_tokens, token_ids),
-        moe_layer_ids=moe_layer_ids,
-        holes=holes,
-    )
+    return trace_of_sequences(arrays, num_experts, last_token="left out", dtypes=DTYPES, **options)
 
 
 def decode_npy(text: str) -> np.ndarray:
