@@ -75,9 +75,9 @@ def build_model(seed: int) -> nn.Module:
         moe_intermediate_size=64,
         intermediate_size=64,
         num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,  # the smallest that vLLM's CPU attention takes
         num_experts=16,
         num_experts_per_tok=4,
         norm_topk_prob=True,

@@ -14,49 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..planner import BatchPlan, RoutingTrace
+from ..planner import RoutingTrace
 from ..planner.errors import InputError, ShapeError
-from ..planner.splits import destinations, splits_of_source
+from .places import expert_of_place, place_of_expert, places_of_assignments
 
-
-def expert_of_place(plan: BatchPlan, layer: int, micro_batch: int | None = None) -> np.ndarray:
-    """int64 [R, slots]: the logical expert whose weights belong in each place, -1 where it is empty.
-
-    Without a micro-batch the places are the homes, [R, E/R]: where the parameters and their optimizer state are. With
-    one, the replica slots follow: [R, E/R + S]. Flattened, it is the order of the dispatcher's columns.
-    """
-    home = plan.home_experts(layer).astype(np.int64)
-    if micro_batch is None:
-        return home
-    return np.concatenate([home, plan.replicas[layer, micro_batch].astype(np.int64)], 1)
-
-
-def place_of_expert(plan: BatchPlan, layer: int) -> np.ndarray:
-    """int64 [E]: the column of each logical expert among the homes; the permutation for checkpoints and routers."""
-    order = expert_of_place(plan, layer).reshape(-1)
-    places = np.empty(len(order), np.int64)
-    places[order] = np.arange(len(order))
-    return places
-
-
-def places_of_assignments(
-    plan: BatchPlan, loads_LMRE: np.ndarray, expert_ids_TK: np.ndarray, layer: int, micro_batch: int, rank: int
-) -> np.ndarray:
-    """int64 [T, K]: the column that computes each of a rank's recorded assignments; -1 where it was not recorded.
-
-    Args:
-        loads_LMRE: the load table by source rank that the plan was made for.
-        expert_ids_TK: the recorded routing of the rank's tokens in this layer and micro-batch.
-    """
-    ids = np.asarray(expert_ids_TK)
-    rank_TK = destinations(ids, splits_of_source(plan, loads_LMRE, layer, rank)[micro_batch])
-    places = expert_of_place(plan, layer, micro_batch)
-    ranks, slots = places.shape
-    slot_ER = np.full((plan.num_experts, ranks), -1, np.int64)
-    held = places >= 0
-    slot_ER[places[held], np.nonzero(held)[0]] = np.nonzero(held)[1]
-    known = ids >= 0
-    return np.where(known, rank_TK.astype(np.int64) * slots + slot_ER[ids, rank_TK], -1)
+__all__ = [
+    "check_config",
+    "expert_of_place",
+    "place_of_expert",
+    "places_of_assignments",
+    "replay_targets",
+    "replaying",
+    "rows_of_padded",
+    "to_places",
+]
 
 
 def to_places(probs_TE: Tensor, expert_ids_TK: Tensor, places_TK: Tensor, num_places: int) -> tuple[Tensor, Tensor]:

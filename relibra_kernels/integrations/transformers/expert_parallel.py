@@ -19,11 +19,10 @@ from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from ...parallel.comm import Comm
-from ...parallel.layer import ExpertParallelMLP, LayerSite
-from ...parallel.tables import MicroBatch, MicroBatchTables, make_tables
 from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_loads, plan_batch
 from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
+from .dispatch import DispatchedMLP, Site, make_sites
 from .experts import cast_for_experts, expert_form, expert_weights
 from .layers import Fed, check_trace, moe_layers
 from .replay import Feeder, checked_rows, fed_by_forwards, replaying_routers
@@ -50,24 +49,39 @@ class RelibraEP(EPImplementation):
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x_TH, weights = cast_for_experts(hidden_states, expert_weights(self.experts))
         site = self._site(top_k_index, x_TH.device)
-        return ExpertParallelMLP.apply(x_TH, top_k_weights.contiguous(), site, self.form, False, *weights)
+        return DispatchedMLP.apply(x_TH, top_k_weights.contiguous(), site, self.form, *weights)
 
-    def _site(self, top_k_index: Tensor, device: torch.device) -> LayerSite:
+    def _site(self, top_k_index: Tensor, device: torch.device) -> Site:
         batch = self.batch
         if batch is None:
             empty = np.zeros((self.comm.size, 0), np.int32)
-            return _live_site(self.comm, top_k_index, self.num_experts, empty, empty, device)
+            return self._live_site(top_k_index, empty, empty, device)
         if batch.micro_batch is None:
             raise InputError(f"MoE layer {self.layer} runs outside of a micro-batch: use `with micro_batch(m)`")
-        if batch.tables is None:
+        if batch.traces is None:
             replicas, quota = (x[self.layer, batch.micro_batch] for x in (batch.plan.replicas, batch.plan.quota))
-            return _live_site(self.comm, top_k_index, self.num_experts, replicas, quota, device)
-        if batch.current is None or batch.current.num_tokens != len(top_k_index):
-            known = None if batch.current is None else batch.current.num_tokens
-            raise InputError(
-                f"MoE layer {self.layer} got {len(top_k_index)} tokens; micro-batch {batch.micro_batch} is for {known}"
-            )
-        return batch.current.sites[self.layer]
+            return self._live_site(top_k_index, replicas, quota, device)
+        site = batch.sites[self.layer]
+        if site.num_tokens != len(top_k_index):
+            raise InputError(f"{site.where} got {len(top_k_index)} tokens; its routing is for {site.num_tokens}")
+        return site
+
+    def _live_site(
+        self, top_k_index: Tensor, replicas_RS: np.ndarray, quota_RS: np.ndarray, device: torch.device
+    ) -> Site:
+        """Where the routing was not known before: counts and slots are exchanged now. Collective."""
+        ids_TLK = top_k_index.numpy(force=True)[:, None].astype(np.int16)
+        trace = RoutingTrace(ids_TLK, np.array([0, len(ids_TLK)]), self.num_experts, (0,))
+        loads_E = count_loads(trace, np.zeros(1, np.int64), 1)[0, 0]
+        loads_RE = self.comm.gather_arrays(loads_E, device, "the exchange of live loads")
+        live = BatchPlan(
+            home=contiguous_home(1, self.num_experts, self.comm.size),
+            replicas=replicas_RS[None, None],
+            quota=_at_most(replicas_RS, quota_RS, loads_RE.sum(0))[None, None],
+            guests=(replicas_RS >= 0)[None],  # wherever they are, they are allowed: the plan was checked
+            gpus_per_node=self.comm.gpus_per_node,
+        )
+        return make_sites(self.comm, live, loads_RE[None, None], ids_TLK, 0, device, [self.layer])[0]
 
 
 EPImplementationInterface.register("relibra", RelibraEP)
@@ -78,16 +92,19 @@ _IMPLEMENTATIONS: "WeakKeyDictionary[nn.Module, RelibraEP]" = WeakKeyDictionary(
 
 @dataclasses.dataclass
 class _Batch:
-    """What `batch` opened. `tables` is None where routing is live; `current` is there where all sizes are known."""
+    """What `batch` opened: where routing is known, this rank's sequences of every micro-batch, and the load table.
+
+    `sites` are those of the forward that runs, a layer each.
+    """
 
     model: nn.Module
     plan: BatchPlan
     comm: Comm
-    traces: list[RoutingTrace] | None  # of each micro-batch, this rank's sequences
-    tables: list[MicroBatchTables] | None
     device: torch.device
+    traces: list[RoutingTrace] | None = None
+    loads: np.ndarray | None = None
     micro_batch: int | None = None
-    current: MicroBatch | None = None
+    sites: list[Site] = dataclasses.field(default_factory=list)
 
 
 _OPEN: list[_Batch] = []
@@ -156,12 +173,12 @@ def batch(
         checksum = zlib.crc32(array.tobytes(), checksum)
     comm.agree(problem, {"the plan": checksum, "having a trace": trace is not None}, device, "opening the batch")
     comm.gpus_per_node = plan.gpus_per_node
-    opened = _Batch(model, plan, comm, None, None, device)
+    opened = _Batch(model, plan, comm, device)
     if trace is not None and micro_batch_of_sequence is not None:
         groups = np.asarray(micro_batch_of_sequence)
         loads = _gather_loads(model, trace, groups, plan.num_micro_batches)
         dataclasses.replace(plan, loads=loads)  # refuses other loads, which are the same on every rank
-        opened.tables = make_tables(comm, plan, loads, trace, groups, device)
+        opened.loads = loads
         opened.traces = [trace.select(np.flatnonzero(groups == m)) for m in range(plan.num_micro_batches)]
     _OPEN.append(opened)
     for layer, implementation in enumerate(implementations):
@@ -199,17 +216,23 @@ def micro_batch(index: int, rows: np.ndarray | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            opened.micro_batch, opened.current = None, None
+            opened.micro_batch, opened.sites = None, []
 
 
 @contextmanager
 def _replayed(opened: _Batch, index: int, rows: np.ndarray | None) -> Iterator[None]:
-    assert opened.traces is not None and opened.tables is not None
-    trace, tables, layers = opened.traces[index], opened.tables[index], moe_layers(opened.model)
+    assert opened.traces is not None and opened.loads is not None
+    trace, loads, layers = opened.traces[index], opened.loads, moe_layers(opened.model)
     feeder = Feeder(trace, layers, None)
+    nothing = np.full((1, *trace.expert_ids.shape[1:]), -1, trace.expert_ids.dtype)
 
     def use(rows_T: np.ndarray) -> None:
-        opened.current = MicroBatch(opened.comm, opened.plan, tables, index, rows_T, opened.device)
+        times = np.bincount(rows_T[rows_T >= 0], minlength=trace.num_tokens)
+        wrong = np.flatnonzero((times > 1) | ((times == 0) & ~trace.unknown))
+        if len(wrong):
+            raise InputError(f"rows name row {wrong[0]} {times[wrong[0]]} times; every recorded row is fed once")
+        ids_TLK = np.concatenate([trace.expert_ids, nothing])[rows_T]  # row -1 is the last one
+        opened.sites = make_sites(opened.comm, opened.plan, loads, ids_TLK, index, opened.device)
 
     def feed(fed: Fed) -> None:
         use(feeder.feed(fed))
@@ -222,31 +245,6 @@ def _replayed(opened: _Batch, index: int, rows: np.ndarray | None) -> Iterator[N
             stack.enter_context(fed_by_forwards(opened.model, feed))
         stack.enter_context(replaying_routers(layers, feeder))
         yield
-
-
-def _live_site(
-    comm: Comm,
-    top_k_index: Tensor,
-    num_experts: int,
-    replicas_RS: np.ndarray,
-    quota_RS: np.ndarray,
-    device: torch.device,
-) -> LayerSite:
-    """The site of one layer whose routing was not known before: counts and slots are exchanged now. Collective."""
-    ids_TLK = top_k_index.numpy(force=True)[:, None].astype(np.int16)
-    trace = RoutingTrace(ids_TLK, np.array([0, len(ids_TLK)]), num_experts, (0,))
-    groups = np.zeros(1, np.int64)
-    loads_RE = comm.gather_arrays(count_loads(trace, groups, 1)[0, 0], device, "the exchange of live loads")
-    guests = replicas_RS >= 0  # whatever is held is allowed: the plan was checked when the batch was opened
-    live = BatchPlan(
-        home=contiguous_home(1, num_experts, comm.size),
-        replicas=replicas_RS[None, None],
-        quota=_at_most(replicas_RS, quota_RS, loads_RE.sum(0))[None, None],
-        guests=guests[None],
-        gpus_per_node=comm.gpus_per_node,
-    )
-    tables = make_tables(comm, live, loads_RE[None, None], trace, groups, device)[0]
-    return MicroBatch(comm, live, tables, 0, None, device).sites[0]
 
 
 def _at_most(replicas_RS: np.ndarray, quota_RS: np.ndarray, loads_E: np.ndarray) -> np.ndarray:
