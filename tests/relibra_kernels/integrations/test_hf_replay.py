@@ -230,6 +230,12 @@ def test_replay_under_torch_compile():
         assert_close(compiled(tokens, use_cache=False).logits.detach(), expected, 1e-6)
 
 
+def one_changed(by):
+    tokens = make_tokens()
+    tokens[2, 4] += by
+    return tokens
+
+
 @pytest.mark.parametrize(
     ("tokens", "message"),
     [
@@ -237,8 +243,10 @@ def test_replay_under_torch_compile():
         (make_tokens()[:2], r"rows of \[11, 11\] tokens"),
         (make_tokens()[:, :-1], r"rows of \[10, 10, 10\] tokens .*rows"),
         (make_tokens()[[0, 2, 1]], r"\(sequence 1, position"),
+        (one_changed(1), r"at \[2, 4\], .*\(sequence 2, position 4\); 1 tokens differ"),
+        (one_changed(-1), r"at \[2, 4\], .*\(sequence 2, position 4\); 1 tokens differ"),
     ],
-    ids=["shifted", "a sequence is missing", "the last token is missing", "another order"],
+    ids=["shifted", "a sequence is missing", "the last token is missing", "another order", "one above", "one below"],
 )
 def test_other_tokens_are_refused(tokens, message):
     model, trace = make_model("qwen3_moe"), random_trace("qwen3_moe", [11] * 3)
