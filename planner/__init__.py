@@ -3,7 +3,17 @@
 from .cluster import ClusterSpec
 from .cost import break_even, distinct_rows, price, replica_bytes
 from .errors import CommunicationError, FormatError, InputError, PlanError, ReLibraError, ShapeError
-from .formats import from_vllm
+from .formats import (
+    from_megatron,
+    from_megatron_lines,
+    from_nemo_rl,
+    from_prime_rl,
+    from_sglang,
+    from_slime,
+    from_verl,
+    from_vllm,
+    loads_from_sglang,
+)
 from .generator import generate_loads, generate_trace
 from .hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
 from .loads import check_loads, count_loads, load_table
@@ -28,6 +38,14 @@ __all__ = [
     "split_of_source",
     "destinations",
     "from_vllm",
+    "from_sglang",
+    "loads_from_sglang",
+    "from_verl",
+    "from_slime",
+    "from_prime_rl",
+    "from_nemo_rl",
+    "from_megatron",
+    "from_megatron_lines",
     "DeviceSpec",
     "ModelShape",
     "DEVICES",

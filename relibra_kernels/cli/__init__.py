@@ -13,7 +13,9 @@ from ..planner.errors import ReLibraError
 
 COMMANDS = {
     "compile": "compile the kernels for a GPU that need not be here, and report what they need",
+    "convert": "turn routing that an engine or a trainer recorded into a trace",
     "demo": "the whole loop on this machine: record routing, plan, train expert-parallel under the plan",
+    "doctor": "say what is installed, what will be used and why, and which traps are set",
     "plan": "plan a batch from load tables or a recorded trace",
     "tune": "find the fastest configs for a GPU: measured on it, or compiled and ranked where it is not here",
     "simulate": "price policies against each other on generated or recorded routing, and write a report",

@@ -1,11 +1,11 @@
-"""RoutingTrace and the vLLM loader: what they accept, and how they refuse the rest."""
+"""RoutingTrace: what it accepts, and how it refuses the rest."""
 
 import itertools
 
 import numpy as np
 import pytest
 
-from relibra_kernels.planner import FormatError, InputError, ReLibraError, RoutingTrace, ShapeError, from_vllm
+from relibra_kernels.planner import FormatError, InputError, ReLibraError, RoutingTrace
 
 
 def random_ids(rng, tokens, layers, top_k, num_experts, dtype=np.int8):
@@ -138,39 +138,3 @@ def test_damage_inside_an_array_is_seen(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ReLibraError, match=r"bad\.npz"):
         RoutingTrace.load(path)
-
-
-@pytest.mark.parametrize(("dtype", "experts"), [(np.uint8, 16), (np.uint16, 300), (np.int16, 16)])
-def test_from_vllm(dtype, experts):
-    rng = np.random.default_rng(0)
-    recorded = [random_ids(rng, n, 4, 2, experts, np.int16).astype(dtype) for n in (3, 6)]
-    recorded[0][:, 0] = recorded[1][:, 0] = 0  # a dense first layer appears as zeros
-    trace = from_vllm(recorded, experts, num_tokens=[4, 7], moe_layer_ids=[1, 2, 3])
-    assert trace.offsets.tolist() == [0, 4, 11]
-    assert trace.moe_layer_ids == (1, 2, 3)
-    assert trace.only_last_tokens_unknown
-    assert np.flatnonzero(trace.unknown).tolist() == [3, 10]
-    np.testing.assert_array_equal(trace.sequence(1)[:-1], recorded[1][:, 1:])
-
-
-def test_from_vllm_refuses():
-    rng = np.random.default_rng(0)
-    good = random_ids(rng, 5, 2, 2, 16, np.uint8)
-    with pytest.raises(InputError, match="sequence 1 has 5 rows, but its 7 tokens need 6"):
-        from_vllm([good, good], 16, num_tokens=[6, 7])
-    padded = good.copy()
-    padded[-1] = 0
-    with pytest.raises(InputError, match=r"token 4, layer 0 are \[0, 0\]"):
-        from_vllm([padded], 16)
-    with pytest.raises(InputError, match="sequence 0 names expert"):
-        from_vllm([good], 4)
-    with pytest.raises(ShapeError, match="sequence 1 is int64"):
-        from_vllm([good, good.astype(np.int64)], 16)
-    with pytest.raises(ShapeError, match="sequence 1"):
-        from_vllm([good, good[:, :1]], 16)
-    with pytest.raises(InputError, match="2 layers were recorded"):
-        from_vllm([good], 16, moe_layer_ids=[2])
-    with pytest.raises(InputError, match="num_tokens has 2"):
-        from_vllm([good], 16, num_tokens=[6, 6])
-    with pytest.raises(InputError, match="empty"):
-        from_vllm([], 16)

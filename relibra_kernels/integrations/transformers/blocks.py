@@ -1,12 +1,12 @@
-"""Put the layer into Hugging Face models."""
+"""Swap whole MoE blocks for `ReplicatedMoE`: what `ExpertParallel` needs."""
 
 from functools import cache
 from typing import Any
 
 from torch import nn
 
-from ..nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
-from ..planner.errors import InputError
+from ...nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
+from ...planner.errors import InputError
 
 
 def replace_moe_blocks(model: nn.Module) -> list[ReplicatedMoE]:

@@ -1,0 +1,24 @@
+"""Hugging Face transformers 5: importing this registers `"relibra"` for experts and for expert parallelism.
+
+`model.set_experts_implementation("relibra")` computes the experts with our kernels, `"eager"` undoes it to the bit.
+`record_routing(model)` and `replay(model, trace)` work with any experts implementation.
+"""
+
+from .blocks import replace_moe_blocks
+from .expert_parallel import batch, communication, micro_batch, plan
+from .experts import expert_form, experts_forward
+from .recording import RoutingRecord, record_routing
+from .replay import replay
+
+__all__ = [
+    "RoutingRecord",
+    "batch",
+    "communication",
+    "expert_form",
+    "experts_forward",
+    "micro_batch",
+    "plan",
+    "record_routing",
+    "replace_moe_blocks",
+    "replay",
+]

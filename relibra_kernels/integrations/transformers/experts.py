@@ -1,0 +1,107 @@
+"""`set_experts_implementation("relibra")`: the experts of a model, computed by the MoE MLP.
+
+A family is supported where its flags and its gate are those of an `ExpertForm`: the gate is recognised by what it
+computes, so a family that nobody listed here works too, or is refused by the name of what differs.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+from transformers.integrations.moe import ExpertsInterface
+
+from ... import ops
+from ...autograd import moe_mlp
+from ...compiled import moe_mlp_functional
+from ...form import ExpertForm
+from ...planner.errors import InputError
+from ...reference import swiglu
+from ...weights import ExpertWeights
+
+Flags = tuple[bool, bool, bool, str, float, float]  # of an ExpertForm, as constants that torch.compile takes
+
+
+def experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The routed experts of one layer, as transformers calls them.
+
+    Args:
+        self: an experts module of transformers, with its weights and flags.
+        hidden_states: [T, H]. top_k_index: integer [T, K]. top_k_weights: [T, K].
+
+    Returns: [T, H] in the dtype of `hidden_states`; computed in the weights' dtype, or in autocast's.
+    Raises: InputError where the module has a flag or a gate that we do not compute.
+    """
+    form = ExpertForm(*_flags(self))
+    if self._is_expert_parallel:  # choices of another rank's experts have the id num_experts and weight 0
+        top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
+    x_TH, weights = cast_for_experts(hidden_states, expert_weights(self))
+    weights_TK = top_k_weights.contiguous()
+    if torch.compiler.is_compiling():
+        out_TH = moe_mlp_functional(x_TH, weights_TK, top_k_index, weights, form)
+    else:
+        out_TH = moe_mlp(x_TH, weights_TK, ops.build_schedule(top_k_index, self.num_experts), weights, form)
+    return out_TH.to(hidden_states.dtype)
+
+
+ExpertsInterface.register("relibra", experts_forward)
+
+
+def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, ExpertWeights]:
+    """Both contiguous in the weights' dtype, or in autocast's where that is on."""
+    device = hidden_states.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.gate_up.dtype
+    return hidden_states.to(dtype).contiguous(), weights.map(lambda weight: weight.to(dtype).contiguous())
+
+
+def expert_weights(experts: Any) -> ExpertWeights:
+    """The parameters of an experts module of transformers, [E, ...] each."""
+    biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if experts.has_bias else (None, None)
+    return ExpertWeights(experts.gate_up_proj, experts.down_proj, *biases)
+
+
+def expert_form(experts: Any) -> ExpertForm:
+    """The form of an experts module of transformers. Raises: InputError, naming the flag that is not supported."""
+    name = type(experts).__name__
+    for flag, supported in (("has_gate", True), ("has_post_expert_norm", False)):
+        value = getattr(experts, flag, supported)
+        if value != supported:
+            raise InputError(f"{flag} of {name} is {value}; relibra computes experts with {flag}={supported} only")
+    layout = (bool(experts.is_transposed), bool(experts.is_concatenated), bool(experts.has_bias))
+    for form in _candidates(experts, layout):
+        if _gates_alike(experts, form):
+            return form
+    act = getattr(experts, "act_fn", None)
+    raise InputError(
+        f"_apply_gate of {name} (act_fn {type(act).__name__}) computes neither silu(gate) * up nor gpt-oss's clamped "
+        f"gate, with is_concatenated={layout[1]}; relibra computes no other"
+    )
+
+
+def _candidates(experts: Any, layout: tuple[bool, bool, bool]) -> list[ExpertForm]:
+    forms = [ExpertForm(*layout)]
+    limit = getattr(experts, "limit", getattr(experts, "swiglu_limit", None))
+    alpha = getattr(experts, "alpha", getattr(experts, "swiglu_alpha", None))
+    if limit is not None and alpha is not None:
+        forms.append(ExpertForm(*layout, "clamped", float(limit), float(alpha)))
+    return forms
+
+
+def _gates_alike(experts: Any, form: ExpertForm) -> bool:
+    """Whether the module's gate and ours give the same, on values on both sides of every clamp and in both layouts."""
+    scrambled = torch.arange(256, dtype=torch.float64) * 37 % 256  # a permutation, so that columns go together anyhow
+    h_RJ = ((scrambled / 128 - 1) * 2 * form.limit).view(64, 4)
+    with torch.no_grad():
+        theirs, ours = experts._apply_gate(h_RJ), swiglu(h_RJ, form)
+    return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5)
+
+
+@torch.compiler.assume_constant_result
+def _flags(experts: Any) -> Flags:
+    """`expert_form` of this module, found out once."""
+    known = experts.__dict__.get("_relibra_flags")
+    if known is None:
+        known = dataclasses.astuple(expert_form(experts))
+        experts._relibra_flags = known
+    return known

@@ -1,0 +1,161 @@
+"""Recording the routing of a Hugging Face model, in `generate` and in plain forwards, as a trace."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ...planner import RoutingTrace
+from ...planner.errors import InputError
+from .layers import Fed, MoeLayer, fed_tokens, moe_layers
+
+
+@dataclass
+class _Sequence:
+    """What one row of a batch was fed: token ids (None for embeddings) and int16 [n, L, K] of every forward."""
+
+    sampled: bool  # a token was sampled after the last one that was fed
+    token_ids: list[np.ndarray | None] = field(default_factory=list)
+    expert_ids: list[np.ndarray] = field(default_factory=list)
+
+
+class RoutingRecord:
+    """What `record_routing` saw: `trace()` makes a trace of it."""
+
+    def __init__(self, layers: list[MoeLayer], eos_token_ids: Sequence[int]):
+        self._layers, self._eos = layers, np.asarray(eos_token_ids, np.int64)
+        self._sequences: list[_Sequence] = []
+        self._open: list[_Sequence] = []  # of the batch whose cache grows
+        self._fed: Fed | None = None
+        self._chosen: list[Tensor | None] = []
+
+    def trace(self, token_ids: Sequence[Sequence[int]] | None = None) -> RoutingTrace:
+        """A trace of the recorded sequences: batch by batch, row by row.
+
+        A plain forward is a whole sequence a row. In `generate`, the last sampled token was never fed and gets a row
+        of -1, and what was fed after the first end-of-sequence token is left out.
+
+        Args:
+            token_ids: of every sequence, without padding, as `generate` returned them: they say how long sequences
+                are, and recorded routing that was not theirs is refused.
+
+        Raises: InputError where nothing was recorded, or the ids are not what was fed.
+        """
+        if not self._sequences:
+            raise InputError("nothing was recorded: run the model inside of `with record_routing(model)`")
+        if token_ids is not None and len(token_ids) != len(self._sequences):
+            raise InputError(f"token_ids has {len(token_ids)} sequences, but {len(self._sequences)} were recorded")
+        num_experts = self._layers[0].num_experts
+        parts = []
+        for index, sequence in enumerate(self._sequences):
+            rows = np.concatenate(sequence.expert_ids)
+            known = [part for part in sequence.token_ids if part is not None]
+            ids = np.concatenate(known) if len(known) == len(sequence.token_ids) else None
+            if token_ids is None:
+                length = self._length(sequence, ids, len(rows))
+            else:
+                length = _checked_length(index, sequence, ids, len(rows), np.asarray(token_ids[index], np.int64))
+            unknown = np.full((max(0, length - len(rows)), *rows.shape[1:]), -1, rows.dtype)
+            parts.append(np.concatenate([rows[:length], unknown]))
+        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
+        expert_ids = np.concatenate(parts).astype(np.int8 if num_experts <= 128 else np.int16)
+        return RoutingTrace(expert_ids, offsets, num_experts, tuple(layer.layer_id for layer in self._layers))
+
+    def _length(self, sequence: _Sequence, ids: np.ndarray | None, fed: int) -> int:
+        if not sequence.sampled:
+            return fed
+        prompt = len(sequence.expert_ids[0])
+        if ids is not None:
+            ended = np.flatnonzero(np.isin(ids[prompt:], self._eos))
+            if len(ended):
+                return prompt + int(ended[0]) + 1
+        return fed + 1
+
+    def _begin(self, fed: Fed) -> None:
+        self._fed, self._chosen = fed, [None] * len(self._layers)
+
+    def _choose(self, layer: int, top_k_index: Tensor) -> None:
+        if self._fed is not None:  # else a block runs again for its backward
+            self._chosen[layer] = top_k_index.detach()
+
+    def _end(self) -> None:
+        fed, self._fed = self._fed, None
+        if fed is None:
+            return
+        chosen = []
+        for layer, top_k_index in zip(self._layers, self._chosen, strict=True):
+            if top_k_index is None:
+                raise InputError(f"{layer.name} did not run in this forward, so that its routing is not known")
+            chosen.append(top_k_index)
+        ids_TLK = torch.stack(chosen, 1).to(torch.int16).numpy(force=True)
+        ids_BSLK = ids_TLK.reshape(*fed.real.shape, *ids_TLK.shape[1:])
+        if not fed.cached:
+            self._open = [_Sequence(sampled=fed.cached is not None) for _ in fed.real]
+            self._sequences += self._open
+        elif len(fed.real) != len(self._open):
+            raise InputError(
+                f"the cache is of {len(self._open)} sequences that were recorded, but {len(fed.real)} go on"
+            )
+        for b, sequence in enumerate(self._open):
+            sequence.expert_ids.append(ids_BSLK[b, fed.real[b]])
+            sequence.token_ids.append(None if fed.token_ids is None else fed.token_ids[b, fed.real[b]])
+
+
+def _checked_length(index: int, sequence: _Sequence, fed: np.ndarray | None, rows: int, given: np.ndarray) -> int:
+    most = rows + 1 if sequence.sampled else rows
+    least = len(sequence.expert_ids[0]) if sequence.sampled else rows
+    if not least <= len(given) <= most:
+        raise InputError(
+            f"token_ids of sequence {index} has {len(given)} tokens, but {rows} were fed; it must be {least} to {most}"
+        )
+    shared = min(rows, len(given))
+    if fed is not None and (fed[:shared] != given[:shared]).any():
+        where = int(np.argmax(fed[:shared] != given[:shared]))
+        raise InputError(
+            f"token_ids of sequence {index} has {given[where]} at position {where}, but the model was fed {fed[where]} "
+            "there: other sequences, or beams that changed places"
+        )
+    return len(given)
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Record which experts every token of every forward of `model` goes to; also inside of `model.generate`.
+
+    with record_routing(model) as record:
+        out = model.generate(prompts)
+    trace = record.trace()
+    """
+    layers = moe_layers(model)
+    record = RoutingRecord(layers, _eos_token_ids(model))
+    hooks = [
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: record._begin(fed_tokens(args, kwargs)), with_kwargs=True
+        ),
+        model.register_forward_hook(lambda *_: record._end()),
+    ]
+
+    def choose(layer: int) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            record._choose(layer, args[1] if len(args) > 1 else kwargs["top_k_index"])
+
+        return hook
+
+    hooks += [
+        layer.experts.register_forward_pre_hook(choose(index), with_kwargs=True) for index, layer in enumerate(layers)
+    ]
+    try:
+        yield record
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _eos_token_ids(model: nn.Module) -> list[int]:
+    config: Any = getattr(model, "generation_config", None) or getattr(model, "config", None)
+    eos = getattr(config, "eos_token_id", None)
+    return [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [int(eos)]

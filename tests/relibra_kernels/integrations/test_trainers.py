@@ -1,0 +1,128 @@
+"""verl and slime: batches of their shapes in, plans out."""
+
+import numpy as np
+import pytest
+import torch
+
+from relibra_kernels.integrations import slime, verl
+from relibra_kernels.integrations.batches import even_micro_batches, plan_micro_batches
+from relibra_kernels.planner import BatchPlan, ClusterSpec, count_loads
+from relibra_kernels.planner.errors import InputError
+
+E, K, LAYERS, R = 8, 2, 3, 2  # the first layer is dense
+PROMPTS, RESPONSES = [3, 5, 2, 4, 5, 3, 4, 2], [6, 2, 4, 6, 5, 3, 1, 6]
+CLUSTER = ClusterSpec(1, R, 2)
+
+
+@pytest.fixture
+def routing():
+    """int [N - 1, LAYERS, K] of each sequence, skewed."""
+    random = np.random.default_rng(0)
+    popularity = np.array([1, 1, 1, 9, 5, 1, 1, 2])
+    out = []
+    for prompt, response in zip(PROMPTS, RESPONSES, strict=True):
+        keys = random.random((prompt + response - 1, LAYERS, E)) ** (1 / popularity)
+        ids = keys.argsort(-1)[..., ::-1][..., :K].copy()
+        ids[:, 0] = 0
+        out.append(ids)
+    return out
+
+
+def verl_batch(routing):
+    """`DataProto.batch`: prompts end at column 6, responses start there."""
+    shape = (len(routing), 6 + 7)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "routed_experts": torch.zeros((*shape, LAYERS, K), dtype=torch.int16),
+    }
+    for i, (ids, prompt, response) in enumerate(zip(routing, PROMPTS, RESPONSES, strict=True)):
+        real = slice(6 - prompt, 6 + response)
+        batch["input_ids"][i, real] = torch.arange(1, prompt + response + 1)
+        batch["attention_mask"][i, real] = 1
+        batch["routed_experts"][i, 6 - prompt : 6 + response - 1] = torch.from_numpy(ids.astype(np.int16))
+    return batch
+
+
+def slime_rollout(routing):
+    return {
+        "tokens": [torch.arange(len(ids) + 1) for ids in routing],
+        "rollout_routed_experts": [torch.from_numpy(ids.astype(np.int32)) for ids in routing],
+    }
+
+
+def check_trace(trace, routing):
+    assert trace.moe_layer_ids == (1, 2) and trace.only_last_tokens_unknown
+    for i, ids in enumerate(routing):
+        np.testing.assert_array_equal(trace.sequence(i)[:-1], ids[:, 1:])
+        assert (trace.sequence(i)[-1] == -1).all()
+
+
+def test_verl_padded_and_jagged(routing):
+    batch = verl_batch(routing)
+    check_trace(verl.trace_of_batch(batch, E), routing)
+    rows = [batch["routed_experts"][i][batch["attention_mask"][i] == 1] for i in range(len(routing))]
+    ids = [batch["input_ids"][i][batch["attention_mask"][i] == 1] for i in range(len(routing))]
+    jagged = {
+        "routed_experts": torch.nested.as_nested_tensor(rows, layout=torch.jagged),
+        "input_ids": torch.nested.as_nested_tensor(ids, layout=torch.jagged),
+    }
+    check_trace(verl.trace_of_batch(jagged, E), routing)
+    jagged["input_ids"] = torch.nested.as_nested_tensor([ids[0][:-1], *ids[1:]], layout=torch.jagged)
+    with pytest.raises(InputError, match="sequence 0 has 9 rows, but its 8 tokens need 8"):
+        verl.trace_of_batch(jagged, E)
+    batch["routed_experts"] = batch["routed_experts"].roll(1, 1)
+    with pytest.raises(InputError, match="sequence 0 has no routing"):
+        verl.trace_of_batch(batch, E)
+    with pytest.raises(InputError, match="enable_rollout_routing_replay"):
+        verl.trace_of_batch({"input_ids": 0}, E)
+
+
+def test_slime(routing):
+    rollout = slime_rollout(routing)
+    check_trace(slime.trace_of_rollout(rollout, E), routing)
+    rollout["tokens"][2] = torch.arange(99)
+    with pytest.raises(InputError, match="sequence 2 has"):
+        slime.trace_of_rollout(rollout, E)
+    with pytest.raises(InputError, match="--use-rollout-routing-replay"):
+        slime.trace_of_rollout({"tokens": []}, E)
+
+
+def test_plans_are_for_what_every_rank_trains_on(routing):
+    planned = verl.plan_for_update(verl_batch(routing), E, CLUSTER, micro_batch_size_per_gpu=2)
+    micro_batches = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert even_micro_batches(8, 2, 2) == micro_batches
+    same = slime.plan_for_train(slime_rollout(routing), E, CLUSTER, micro_batches)
+    np.testing.assert_array_equal(planned.plan.replicas, same.plan.replicas)
+    assert planned.plan.loads_sha256 == same.plan.loads_sha256
+    for rank in range(R):
+        trace, groups = planned.of_rank(rank)
+        assert groups.tolist() == [0, 0, 1, 1]
+        np.testing.assert_array_equal(count_loads(trace, groups, 2), planned.loads[:, :, rank])
+        np.testing.assert_array_equal(trace.sequence(2), planned.trace.sequence(4 * rank + 2))
+    assert isinstance(planned.plan, BatchPlan)
+    static = planned.loads.sum(2).reshape(2, 2, R, -1).sum(-1)
+    assert planned.plan.imbalance_mean(planned.loads) < (static.max(-1) / static.mean(-1)).mean()
+    again = verl.plan_for_update(verl_batch(routing), E, CLUSTER, 2, previous_home=planned.plan.home)
+    assert (again.plan.home != planned.plan.home).sum() == 0
+
+    uneven = plan_micro_batches(planned.trace, [[[5], []], [[0, 1, 2], [3, 4, 6, 7]]], CLUSTER)
+    trace, groups = uneven.of_rank(0)
+    assert trace.num_sequences == 1 and groups.tolist() == [0] and uneven.plan.num_micro_batches == 2
+
+
+@pytest.mark.parametrize(
+    ("micro_batches", "message"),
+    [
+        ([[[0, 1, 2, 3, 4, 5, 6, 7]]], "for 1 ranks, but the cluster has 2"),
+        ([[[0, 1], [2, 3]], [[4, 5, 6, 7]]], r"\[1, 2\] micro-batches"),
+        ([[[0, 1, 2, 3]], [[4, 5, 6]]], "leave out sequence 7"),
+        ([[[0, 1, 2, 3]], [[3, 4, 5, 6, 7]]], r"micro_batches\[1\]\[0\] has sequence 3"),
+        ([[[0, 1, 2, 3]], [[4, 5, 6, 7, 8]]], "has sequence 8"),
+    ],
+)
+def test_sequences_that_are_dealt_out_wrongly(routing, micro_batches, message):
+    with pytest.raises(InputError, match=message):
+        slime.plan_for_train(slime_rollout(routing), E, CLUSTER, micro_batches)
+    with pytest.raises(InputError, match="do not divide"):
+        even_micro_batches(8, 2, 3)

@@ -1,0 +1,115 @@
+"""Every code block in README and docs is executed; links lead somewhere; the API page has every public name.
+
+Python blocks of a page run in order in one namespace; a block marked `torchrun` is a program for two ranks; of `bash`
+blocks, `relibra` commands run, and what other commands name must exist. `text` blocks are output and synopses.
+"""
+
+import importlib
+import importlib.util
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from relibra_kernels.cli import main
+from relibra_kernels.planner import generate_trace
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page, kind):
+    return [code for info, code in FENCE.findall(page.read_text()) if info.strip() == kind]
+
+
+def pages_with(kind):
+    return [pytest.param(page, id=page.stem) for page in PAGES if blocks(page, kind)]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where the pages' files are: a trace of 64 experts, and what `make demo` leaves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo-output").mkdir()
+    trace = generate_trace(2, 32, 64, 4, 24)
+    trace.save("trace.npz")
+    trace.save("demo-output/trace.npz")
+    return tmp_path
+
+
+def test_every_block_says_what_it_is():
+    for page in PAGES:
+        kinds = {info.strip() for info, _ in FENCE.findall(page.read_text())}
+        assert kinds <= {"python", "python torchrun", "bash", "text"}, page
+
+
+@pytest.mark.parametrize("page", [case for case in pages_with("python") if case.id != "README"])  # see test_readme.py
+def test_python_blocks_run_in_order(page, folder):
+    if "transformers" in page.read_text():
+        pytest.importorskip("transformers", reason="the page is about transformers models")
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for block in blocks(page, "python"):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", pages_with("python torchrun"))
+def test_programs_for_two_ranks_run(page, folder):
+    for package in ("transformers", "accelerate"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"from_pretrained with a DistributedConfig needs {package}")
+    for number, block in enumerate(blocks(page, "python torchrun")):
+        Path(f"program{number}.py").write_text(block)
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run([*command, f"program{number}.py"], capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.count("dispatch") >= 2, done.stdout
+
+
+@pytest.mark.parametrize("page", pages_with("bash"))
+def test_commands_run_or_exist(page, folder):
+    if page.stem == "quickstart":  # its commands follow its Python blocks
+        pytest.importorskip("transformers", reason="the page is about transformers models")
+        namespace: dict[str, object] = {"__name__": page.stem}
+        for block in blocks(page, "python"):
+            exec(compile(block, page.name, "exec"), namespace)
+    for line in "".join(blocks(page, "bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        program, rest = words[0], words[1:]
+        if program == "relibra":
+            assert main(rest) == 0, line
+        elif program == "make":
+            assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
+        elif program == "pip":
+            extras = re.search(r"relibra-kernels\[([\w,]+)\]", line).group(1).split(",")
+            assert all(
+                re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) for extra in extras
+            )
+        else:
+            assert program in ("pytest", "python", "bash"), line
+            assert (ROOT / rest[0]).exists(), line
+
+
+def test_links_lead_somewhere():
+    for page in PAGES:
+        prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
+            assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_api_page_has_every_public_name():
+    pytest.importorskip("transformers", reason="its integration is part of the API")
+    spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")
+    make_api = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(make_api)
+    written = (ROOT / "docs" / "api.md").read_text()
+
+    def names(text):
+        return re.findall(r"^### (\w+)$|^`(\w+)`: see above", text, re.MULTILINE)
+
+    assert names(written) == names(make_api.render()), "run python docs/make_api.py"
