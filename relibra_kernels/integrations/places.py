@@ -6,7 +6,7 @@ then its replica slots.
 
 import numpy as np
 
-from ..planner import BatchPlan, destinations, split_over_sources
+from ..planner import BatchPlan, destinations, split_of_source
 
 
 def expert_of_place(plan: BatchPlan, layer: int, micro_batch: int | None = None) -> np.ndarray:
@@ -39,7 +39,7 @@ def places_of_assignments(
         expert_ids_TK: the recorded routing of the rank's tokens in this layer and micro-batch.
     """
     ids = np.asarray(expert_ids_TK)
-    rank_TK = destinations(ids, split_over_sources(plan, loads_LMRE, layer, micro_batch)[rank])
+    rank_TK = destinations(ids, split_of_source(plan, loads_LMRE, layer, micro_batch, rank))
     places = expert_of_place(plan, layer, micro_batch)
     host, slot = np.nonzero(places >= 0)
     place_ER = np.full((plan.num_experts, len(places)), -1, np.int64)

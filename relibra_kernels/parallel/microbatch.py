@@ -22,7 +22,10 @@ from .tables import MicroBatchTables
 
 @dataclass(frozen=True)
 class BatchParts:
-    """What the micro-batches of one batch share."""
+    """What the micro-batches of one batch share.
+
+    `fetch_ahead`: replicas are fetched one layer before they are needed, for which that layer's weights must be there.
+    """
 
     session: Session
     comm: Comm
@@ -31,6 +34,7 @@ class BatchParts:
     guests: KeptGuests
     buffers: Buffers
     device: torch.device
+    fetch_ahead: bool = True
 
 
 class Record:
@@ -90,10 +94,7 @@ class MicroBatch:
             raise InputError(
                 f"MoE layer {layer} got {len(x_TH)} tokens; the micro-batch's routing is for {self.num_tokens}"
             )
-        if layer not in self._sites:
-            self._sites[layer] = self._make_site(layer), self._make_live_site(layer)
-            self.record.loads[layer] = self._sites[layer][0].path.assignments
-        site, live = self._sites[layer]
+        site, live = self.sites(layer)
         recorded, _ = self.recorded(layer)
         tokens, live_index, planned_TK = self._live_tokens, None, weights_TK
         if index_TK is not recorded:
@@ -120,6 +121,13 @@ class MicroBatch:
             *experts.weights,
         )
         return out.index_add(0, tokens, out_live[: len(tokens)])
+
+    def sites(self, layer: int) -> tuple[LayerSite, LiveSite | None]:
+        """What a layer needs for its recorded rows, and for those that are routed live, where any rank has some."""
+        if layer not in self._sites:
+            self._sites[layer] = self._make_site(layer), self._make_live_site(layer)
+            self.record.loads[layer] = self._sites[layer][0].path.assignments
+        return self._sites[layer]
 
     def route(self, layer: int) -> ReplicaRoute | None:
         """The replicas of a layer on this rank; None outside of the model."""
@@ -158,7 +166,7 @@ class MicroBatch:
             guests=parts.guests,
             replicas=replicas,
             weight_of_slot=torch.from_numpy(replicas.weight_of_slot).to(parts.device) if replicas else None,
-            next_routes=(self.route(layer - 1), self.route(layer + 1)),
+            next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.fetch_ahead else (None, None),
         )
 
     def _make_live_site(self, layer: int) -> LiveSite | None:

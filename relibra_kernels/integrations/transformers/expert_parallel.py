@@ -7,7 +7,7 @@ batch with a trace, all sizes are known before the step.
 
 import dataclasses
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,11 +18,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from ...parallel.comm import Comm
+from ...parallel.comm import Buffers, Comm
+from ...parallel.guests import KeptGuests
+from ...parallel.layer import ExpertParallelMLP, LayerSite
+from ...parallel.microbatch import BatchParts, MicroBatch
+from ...parallel.replicas import ReplicaPushes
+from ...parallel.session import RuntimeOptions, Session
+from ...parallel.tables import MicroBatchTables, Tables
 from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_loads, plan_batch
 from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
-from .dispatch import DispatchedMLP, Site, make_sites
+from ...weights import ExpertWeights
 from .experts import cast_for_experts, expert_form, expert_weights
 from .layers import Fed, check_trace, moe_layers
 from .replay import Feeder, checked_rows, fed_by_forwards, replaying_routers
@@ -48,40 +54,26 @@ class RelibraEP(EPImplementation):
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         x_TH, weights = cast_for_experts(hidden_states, expert_weights(self.experts))
-        site = self._site(top_k_index, x_TH.device)
-        return DispatchedMLP.apply(x_TH, top_k_weights.contiguous(), site, self.form, *weights)
+        site = self._site(top_k_index, weights)
+        return ExpertParallelMLP.apply(x_TH, top_k_weights.contiguous(), site, self.form, False, *weights)
 
-    def _site(self, top_k_index: Tensor, device: torch.device) -> Site:
+    def _site(self, top_k_index: Tensor, weights: ExpertWeights) -> LayerSite:
         batch = self.batch
         if batch is None:
             empty = np.zeros((self.comm.size, 0), np.int32)
-            return self._live_site(top_k_index, empty, empty, device)
+            return _live_site(self.comm, top_k_index, self.num_experts, empty, empty, weights)
         if batch.micro_batch is None:
             raise InputError(f"MoE layer {self.layer} runs outside of a micro-batch: use `with micro_batch(m)`")
-        if batch.traces is None:
+        if batch.tables is None:
             replicas, quota = (x[self.layer, batch.micro_batch] for x in (batch.plan.replicas, batch.plan.quota))
-            return self._live_site(top_k_index, replicas, quota, device)
-        site = batch.sites[self.layer]
-        if site.num_tokens != len(top_k_index):
-            raise InputError(f"{site.where} got {len(top_k_index)} tokens; its routing is for {site.num_tokens}")
-        return site
-
-    def _live_site(
-        self, top_k_index: Tensor, replicas_RS: np.ndarray, quota_RS: np.ndarray, device: torch.device
-    ) -> Site:
-        """Where the routing was not known before: counts and slots are exchanged now. Collective."""
-        ids_TLK = top_k_index.numpy(force=True)[:, None].astype(np.int16)
-        trace = RoutingTrace(ids_TLK, np.array([0, len(ids_TLK)]), self.num_experts, (0,))
-        loads_E = count_loads(trace, np.zeros(1, np.int64), 1)[0, 0]
-        loads_RE = self.comm.gather_arrays(loads_E, device, "the exchange of live loads")
-        live = BatchPlan(
-            home=contiguous_home(1, self.num_experts, self.comm.size),
-            replicas=replicas_RS[None, None],
-            quota=_at_most(replicas_RS, quota_RS, loads_RE.sum(0))[None, None],
-            guests=(replicas_RS >= 0)[None],  # wherever they are, they are allowed: the plan was checked
-            gpus_per_node=self.comm.gpus_per_node,
-        )
-        return make_sites(self.comm, live, loads_RE[None, None], ids_TLK, 0, device, [self.layer])[0]
+            return _live_site(self.comm, top_k_index, self.num_experts, replicas, quota, weights)
+        if batch.current is None or batch.current.num_tokens != len(top_k_index):
+            known = None if batch.current is None else batch.current.num_tokens
+            raise InputError(
+                f"MoE layer {self.layer} got {len(top_k_index)} tokens; micro-batch {batch.micro_batch} is for {known}"
+            )
+        batch.weights[self.layer] = weights
+        return batch.current.sites(self.layer)[0]
 
 
 EPImplementationInterface.register("relibra", RelibraEP)
@@ -92,19 +84,22 @@ _IMPLEMENTATIONS: "WeakKeyDictionary[nn.Module, RelibraEP]" = WeakKeyDictionary(
 
 @dataclasses.dataclass
 class _Batch:
-    """What `batch` opened: where routing is known, this rank's sequences of every micro-batch, and the load table.
+    """What `batch` opened.
 
-    `sites` are those of the forward that runs, a layer each.
+    `tables`, `parts`, `traces`: None where routing is live. `current`: the micro-batch where all sizes are known.
+    `weights`: this rank's experts of every layer, as FSDP last gathered them.
     """
 
     model: nn.Module
     plan: BatchPlan
     comm: Comm
     device: torch.device
-    traces: list[RoutingTrace] | None = None
-    loads: np.ndarray | None = None
+    traces: list[RoutingTrace] | None = None  # of each micro-batch, this rank's sequences
+    tables: Tables | None = None
+    parts: BatchParts | None = None
+    weights: dict[int, ExpertWeights] = dataclasses.field(default_factory=dict)
     micro_batch: int | None = None
-    sites: list[Site] = dataclasses.field(default_factory=list)
+    current: MicroBatch | None = None
 
 
 _OPEN: list[_Batch] = []
@@ -178,7 +173,8 @@ def batch(
         groups = np.asarray(micro_batch_of_sequence)
         loads = _gather_loads(model, trace, groups, plan.num_micro_batches)
         dataclasses.replace(plan, loads=loads)  # refuses other loads, which are the same on every rank
-        opened.loads = loads
+        opened.tables = Tables(comm, plan, loads, trace, groups, device)
+        opened.parts = _parts(comm, plan, opened.weights.__getitem__, device)
         opened.traces = [trace.select(np.flatnonzero(groups == m)) for m in range(plan.num_micro_batches)]
     _OPEN.append(opened)
     for layer, implementation in enumerate(implementations):
@@ -187,6 +183,9 @@ def batch(
         yield
     finally:
         _OPEN.remove(opened)
+        if opened.tables is not None and opened.parts is not None:
+            opened.tables.close()
+            opened.parts.session.is_open = False
         for implementation in implementations:
             implementation.batch = None
 
@@ -216,23 +215,18 @@ def micro_batch(index: int, rows: np.ndarray | None = None) -> Iterator[None]:
         try:
             yield
         finally:
-            opened.micro_batch, opened.sites = None, []
+            opened.micro_batch, opened.current = None, None
 
 
 @contextmanager
 def _replayed(opened: _Batch, index: int, rows: np.ndarray | None) -> Iterator[None]:
-    assert opened.traces is not None and opened.loads is not None
-    trace, loads, layers = opened.traces[index], opened.loads, moe_layers(opened.model)
+    assert opened.traces is not None and opened.tables is not None and opened.parts is not None
+    parts, trace, layers = opened.parts, opened.traces[index], moe_layers(opened.model)
+    tables: MicroBatchTables = opened.tables.get(index)
     feeder = Feeder(trace, layers, None)
-    nothing = np.full((1, *trace.expert_ids.shape[1:]), -1, trace.expert_ids.dtype)
 
     def use(rows_T: np.ndarray) -> None:
-        times = np.bincount(rows_T[rows_T >= 0], minlength=trace.num_tokens)
-        wrong = np.flatnonzero((times > 1) | ((times == 0) & ~trace.unknown))
-        if len(wrong):
-            raise InputError(f"rows name row {wrong[0]} {times[wrong[0]]} times; every recorded row is fed once")
-        ids_TLK = np.concatenate([trace.expert_ids, nothing])[rows_T]  # row -1 is the last one
-        opened.sites = make_sites(opened.comm, opened.plan, loads, ids_TLK, index, opened.device)
+        opened.current = MicroBatch(parts, tables, index, rows_T)
 
     def feed(fed: Fed) -> None:
         use(feeder.feed(fed))
@@ -245,6 +239,44 @@ def _replayed(opened: _Batch, index: int, rows: np.ndarray | None) -> Iterator[N
             stack.enter_context(fed_by_forwards(opened.model, feed))
         stack.enter_context(replaying_routers(layers, feeder))
         yield
+
+
+def _parts(comm: Comm, plan: BatchPlan, weights_of: Callable[[int], ExpertWeights], device: torch.device) -> BatchParts:
+    """What layers share. FSDP gathers a layer's weights when it runs: nothing is fetched ahead, and no guest stays."""
+    guests = KeptGuests(comm, plan, weights_of, np.zeros_like(plan.guests))
+    pushes = ReplicaPushes(comm, weights_of, guests.weights)
+    session = Session(RuntimeOptions(), comm.ledger)
+    return BatchParts(session, comm, plan, pushes, guests, Buffers(), device, fetch_ahead=False)
+
+
+def _live_site(
+    comm: Comm,
+    top_k_index: Tensor,
+    num_experts: int,
+    replicas_RS: np.ndarray,
+    quota_RS: np.ndarray,
+    weights: ExpertWeights,
+) -> LayerSite:
+    """The site of one layer whose routing was not known before: counts and slots are exchanged now. Collective."""
+    device = top_k_index.device
+    ids_TLK = top_k_index.numpy(force=True)[:, None].astype(np.int16)
+    trace = RoutingTrace(ids_TLK, np.array([0, len(ids_TLK)]), num_experts, (0,))
+    groups = np.zeros(1, np.int64)
+    loads_RE = comm.gather_arrays(count_loads(trace, groups, 1)[0, 0], device, "the exchange of live loads")
+    guests = replicas_RS >= 0  # whatever is held is allowed: the plan was checked when the batch was opened
+    live = BatchPlan(
+        home=contiguous_home(1, num_experts, comm.size),
+        replicas=replicas_RS[None, None],
+        quota=_at_most(replicas_RS, quota_RS, loads_RE.sum(0))[None, None],
+        guests=guests[None],
+        gpus_per_node=comm.gpus_per_node,
+    )
+    tables = Tables(comm, live, loads_RE[None, None], trace, groups, device)
+    try:
+        known = tables.get(0)
+    finally:
+        tables.close()
+    return MicroBatch(_parts(comm, live, lambda _: weights, device), known, 0, None).sites(0)[0]
 
 
 def _at_most(replicas_RS: np.ndarray, quota_RS: np.ndarray, loads_E: np.ndarray) -> np.ndarray:
