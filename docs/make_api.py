@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def entry(name: str, value: Any) -> list[str]:
 
 def _signature(value: Any) -> str:
     try:
-        return str(inspect.signature(value)).replace("'", "")
+        signature = str(inspect.signature(value)).replace("'", "")
+        return re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", signature)  # an address differs from run to run
     except (TypeError, ValueError):
         return ""
 

@@ -144,15 +144,16 @@ def backends() -> Iterator[Finding]:
 
 
 def configs() -> Iterator[Finding]:
-    """Which tuned configs are shipped."""
+    """Which tuned configs there are, in the order in which they are asked."""
+    from ..tuning.store import SHIPPED, user_folder
+
     topic = "Tuned configs"
-    folder = Path(__file__).resolve().parents[1] / "autotune_configs"
-    counts = {path.name: len(list(path.glob("**/*.json"))) for path in sorted(folder.iterdir()) if path.is_dir()}
-    found = {name: count for name, count in counts.items() if count}
-    if not found:
-        yield Finding(topic, "note", "none: every kernel gets the config that its rules give")
-    for name, count in found.items():
-        yield Finding(topic, "ok", f"{name}: {count} files")
+    for whose, folder in (("yours", user_folder()), ("shipped", SHIPPED)):
+        devices = sorted({path.parent.name for path in Path(folder).glob("*/*.json")})
+        for device in devices:
+            yield Finding(topic, "ok", f"{whose}: {device}, {len(list(Path(folder).glob(f'{device}/*.json')))} kernels")
+        if not devices:
+            yield Finding(topic, "note", f"{whose}: none in {folder}")
 
 
 def process_groups() -> Iterator[Finding]:
