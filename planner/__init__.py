@@ -7,9 +7,10 @@ from .formats import from_vllm
 from .generator import generate_loads, generate_trace
 from .hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
 from .loads import check_loads, count_loads, load_table
+from .options import PlanOptions
 from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan, static_plan
-from .planning import PlanOptions, plan_batch
+from .planning import plan_batch
 from .simulate import Result, Scenario, cheapest_plan, simulate
 from .splits import destinations, split_over_sources, splits_of_source
 from .trace import RoutingTrace
