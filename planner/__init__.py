@@ -17,9 +17,10 @@ from .formats import (
 from .generator import generate_loads, generate_trace
 from .hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
 from .loads import check_loads, count_loads, load_table
+from .options import PlanOptions
 from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan, static_plan
-from .planning import PlanOptions, plan_batch
+from .planning import plan_batch
 from .simulate import Result, Scenario, cheapest_plan, simulate
 from .splits import destinations, split_of_source, split_over_sources
 from .trace import RoutingTrace

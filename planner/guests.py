@@ -56,7 +56,7 @@ class NodeProblem:
     @property
     def limit(self) -> np.ndarray:
         """int64 [L, M]: what one guest may take."""
-        return np.floor(self.capacity_LM * self.fill).astype(np.int64)
+        return np.ceil(self.capacity_LM * self.fill).astype(np.int64)
 
     def members(self) -> np.ndarray:
         """int64 [L, N, E/N]: the experts of every node."""

@@ -46,7 +46,8 @@ def place(
         node_members = improve(weight, assign(weight, num_nodes), sweeps, polish=polish)  # [L, N, E/N]
     else:
         start = np.argsort(previous_home, axis=1, kind="stable").reshape(layers, num_nodes, -1)
-        swaps = None if max_moves is None else max_moves // 4  # half of the moves are for swaps within nodes
+        # A swap moves two experts. Half of the swaps, rounded up, may be between nodes.
+        swaps = None if max_moves is None else -(-(max_moves // 2) // 2)
         node_members = improve(weight, start, sweeps, polish=polish, max_swaps=swaps, worth=_WORTH_MOVING)
         node_members = _relabel(node_members, previous_home // gpus_per_node)
     inner = np.take_along_axis(weight, node_members.reshape(layers, -1, 1), 1)
@@ -58,7 +59,7 @@ def place(
         before = np.where(
             before // gpus_per_node == np.tile(np.arange(num_nodes), layers)[:, None], before % gpus_per_node, -1
         )
-        swaps = None if max_moves is None else max_moves // 4 // num_nodes
+        swaps = None if max_moves is None else max_moves // 2 // 2 // num_nodes
         rank_members = improve(inner, _fill_gaps(before, gpus_per_node), sweeps, max_swaps=swaps, worth=_WORTH_MOVING)
         rank_members = _relabel(rank_members, before)
     expert = np.take_along_axis(node_members.reshape(layers * num_nodes, -1), rank_members.reshape(len(inner), -1), 1)

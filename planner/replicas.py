@@ -106,6 +106,10 @@ def _assemble(
 ) -> Replicas:
     layers, micro_batches, experts = problem.table_LME.shape
     ranks, gpus, slots = cluster.num_ranks, cluster.gpus_per_node, cluster.replica_slots
+    taken = np.where(taken < attempt.effort.least, 0, taken)
+    if rank is None:  # guests that are never worth their weights
+        used = np.asarray(taken.any(1))
+        guests, taken = guests.where(used), taken[used]
     rest = problem.table_LME.copy()
     np.subtract.at(rest.swapaxes(1, 2), (guests.layer, guests.expert), taken)
     held = np.argsort(home_LE, axis=1, kind="stable").reshape(layers, ranks, -1)  # home experts by rank

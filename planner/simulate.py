@@ -12,9 +12,10 @@ from .cost import Cost, break_even, price
 from .errors import InputError
 from .hardware import DeviceSpec, ModelShape
 from .loads import total_loads
+from .options import PlanOptions
 from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan
-from .planning import PlanOptions, plan_batch
+from .planning import plan_batch
 
 OURS = "relibra"
 _QUOTA_FACTORS = (1, 4, 16, 1 << 20)  # of the break-even; the last leaves no replica

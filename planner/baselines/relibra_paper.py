@@ -7,8 +7,9 @@ a MILP for the split; here from our own search, which is at least as good. So th
 import numpy as np
 
 from ..cluster import ClusterSpec
+from ..options import PlanOptions
 from ..outcome import Outcome, outcome_of_plan
-from ..planning import PlanOptions, plan_batch
+from ..planning import plan_batch
 
 
 def relibra_paper(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:

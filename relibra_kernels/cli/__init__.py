@@ -8,6 +8,7 @@ import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from ..planner.errors import ReLibraError
 
@@ -22,9 +23,15 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, as for every other error; `--help` shows the usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def build_parser(command: str | None = None) -> argparse.ArgumentParser:
     """The parser of `relibra`. Only `command` gets its arguments, so that `relibra plan` never imports torch."""
-    parser = argparse.ArgumentParser(prog="relibra", description="Balanced Mixture-of-Experts RL training.")
+    parser = _Parser(prog="relibra", description="Balanced Mixture-of-Experts RL training.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():
         sub = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")

@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+import re
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,17 @@ from ..planner import (
 )
 from ..planner.errors import FormatError, InputError
 from ..planner.files import load_npz, npz_keys, save_npz
+
+_FLAGS = {
+    "num_nodes": "--nodes",
+    "gpus_per_node": "--gpus-per-node",
+    "replica_slots": "--replica-slots",
+    "guest_slots": "--guest-slots",
+    "balance": "--balance",
+    "min_quota": "--min-quota",
+    "max_moves": "--max-moves",
+    "model": "--shape",
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -60,20 +74,27 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} is {path}, but must be a file in a directory that exists")
         if path is not None and path.resolve() == args.input.resolve():
             raise InputError(f"--{name.replace('_', '-')} is {path}, which is the input")
+    if None not in (args.save_loads, args.previous) and args.save_loads.resolve() == args.previous.resolve():
+        raise InputError(f"--save-loads is {args.save_loads}, which is --previous: it would be overwritten")
+    if args.max_moves is not None and args.previous is None:
+        raise InputError(f"--max-moves is {args.max_moves}, but needs --previous: moves from where?")
     if args.save_loads is not None and args.save_loads.resolve() == args.out.resolve():
         raise InputError(f"--save-loads and --out are both {args.out}, but must be two files")
-    shape = find_model(args.shape)
-    cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots, args.guest_slots)
+    with naming_flags():
+        shape = find_model(args.shape)
+    with naming_flags():
+        cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots, args.guest_slots)
     guest_bytes = shape.expert_bytes + shape.gradient_bytes
     if args.guest_bytes is not None and not 0 <= args.guest_bytes < math.inf:
         raise InputError(f"--guest-bytes is {args.guest_bytes}, but must be a finite number that is not negative")
-    options = PlanOptions(
-        balance=args.balance,
-        effort=args.effort,
-        min_quota=args.min_quota,
-        max_moves=args.max_moves,
-        max_guests=None if args.guest_bytes is None else int(min(args.guest_bytes // guest_bytes, 1 << 31)),
-    )
+    with naming_flags():
+        options = PlanOptions(
+            balance=args.balance,
+            effort=args.effort,
+            min_quota=args.min_quota,
+            max_moves=args.max_moves,
+            max_guests=None if args.guest_bytes is None else int(min(args.guest_bytes // guest_bytes, 1 << 31)),
+        )
     loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
     previous = None
     if args.previous is not None:
@@ -124,6 +145,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+@contextmanager
+def naming_flags() -> Iterator[None]:
+    """Errors about the library's arguments name the flags that gave them."""
+    try:
+        yield
+    except InputError as error:
+        text = str(error)
+        for name, flag in _FLAGS.items():
+            text = re.sub(rf"\b{name}\b", flag, text)
+        raise type(error)(text) from None
+
+
 def read_loads(path: Path, micro_batch_sequences: int | None, num_experts: int | None) -> np.ndarray:
     """The load table in a file, or that of the trace in it."""
     keys = npz_keys(path)
@@ -139,8 +172,10 @@ def read_loads(path: Path, micro_batch_sequences: int | None, num_experts: int |
             raise type(error)(f"{path}: {error}") from None
     if "expert_ids" not in keys:
         raise FormatError(f"{path}: holds neither 'loads' nor 'expert_ids', only {sorted(keys)}")
-    if micro_batch_sequences is None or micro_batch_sequences < 1:
-        raise InputError(f"--micro-batch-sequences is {micro_batch_sequences}, but a trace ({path}) needs at least 1")
+    if micro_batch_sequences is None:
+        raise InputError(f"--micro-batch-sequences is missing: {path} is a trace")
+    if micro_batch_sequences < 1:
+        raise InputError(f"--micro-batch-sequences is {micro_batch_sequences}, but must be at least 1")
     trace = RoutingTrace.load(path, num_experts)
     if trace.num_sequences == 0:
         raise FormatError(f"{path}: holds no sequences")

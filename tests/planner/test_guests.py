@@ -122,3 +122,27 @@ def test_guests_are_spread_over_the_ranks_of_a_node():
     assert held.sum() > 24
     assert (held.max(1) - held.min(1)).max() <= 1
     assert plan.imbalance_mean(loads) <= 1.003
+
+
+@pytest.mark.parametrize(("slots", "guest_slots"), [(1, 1), (2, 2), (2, 1)])
+def test_room_for_more_guests_is_never_worse(slots, guest_slots):
+    loads = skewed_loads(4, 8, 64, sigma=1.2)
+    fewer, more, free = (
+        plan_batch(loads, ClusterSpec(4, 8, slots, allowed)) for allowed in (guest_slots - 1, guest_slots, None)
+    )
+    for plan in (more, free):
+        assert plan.imbalance_mean(loads) <= fewer.imbalance_mean(loads) + 1e-3
+        assert plan.imbalance_worst(loads) <= fewer.imbalance_worst(loads) + 1e-2
+
+
+def test_a_guest_takes_no_less_than_its_weights_are_worth():
+    loads = skewed_loads(4, 8, 64)
+    plan = plan_batch(loads, ClusterSpec(4, 8, 2), options=PlanOptions(min_quota=60))
+    taken = plan.quota[np.broadcast_to(plan.guests[:, None], plan.quota.shape)]
+    assert plan.guests.any() and taken[taken > 0].min() >= 60
+    assert not plan_batch(loads, ClusterSpec(4, 8, 2), options=PlanOptions(min_quota=10**8)).guests.any()
+
+
+def test_one_assignment_a_rank():
+    loads = np.array([[[3, 1, 0, 0]]])
+    assert plan_batch(loads, ClusterSpec(2, 2, 2)).imbalance_worst(loads) == 1

@@ -61,7 +61,7 @@ def test_fewer_experts_move_from_a_previous_placement():
     assert moved < (place(now, 4, 4) != home).sum() / 2
 
 
-@pytest.mark.parametrize("max_moves", [0, 4, 16])
+@pytest.mark.parametrize("max_moves", [0, 1, 2, 4, 16])
 def test_the_migration_budget_is_kept(max_moves):
     home = place(skewed_loads(4, 8, 64, seed=1), 4, 4)
     table = skewed_loads(4, 8, 64, seed=5)

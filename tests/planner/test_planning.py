@@ -46,7 +46,7 @@ def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
 def test_a_bad_placement_is_not_taken(monkeypatch):
     loads = skewed_loads(3, 4, 16)
     hottest_first = np.argsort(np.argsort(-loads.sum(1), axis=1), axis=1) // 4  # the worst there is
-    monkeypatch.setattr("relibra_kernels.planner.planning.place", lambda table, *_, **__: hottest_first[: len(table)])
+    monkeypatch.setattr("relibra_kernels.planner.search.place", lambda table, *_, **__: hottest_first[: len(table)])
     plan = plan_batch(loads, ClusterSpec(1, 4, 0))
     assert (plan.home == np.arange(16) // 4).all(1).any()
     assert (
@@ -193,3 +193,11 @@ def test_nodes_get_the_experts_that_their_own_tokens_use():
     assert leaving(near) < 0.97 * leaving(blind)
     with pytest.raises(ShapeError, match="16 source ranks, but the cluster has 8"):
         plan_batch(loads, ClusterSpec(2, 4, 2))
+
+
+def test_an_expert_that_is_always_hot_is_no_chance_however_small_the_micro_batches():
+    loads = np.full((2, 32, 128), 16)
+    loads[:, :, 3] = 48
+    assert plan_batch(loads, ClusterSpec(8, 8, 2)).imbalance_worst(loads) < 1.05
+    drawn = np.random.default_rng(0).poisson(16, (2, 32, 128))
+    assert not (plan_batch(drawn, ClusterSpec(8, 8, 2)).replicas >= 0).any()

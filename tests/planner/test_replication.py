@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skewed_loads import skewed_loads
 
-from relibra_kernels.planner import ClusterSpec, PlanOptions, plan_batch, planning
+from relibra_kernels.planner import ClusterSpec, PlanOptions, plan_batch
+from relibra_kernels.planner.options import EFFORTS
 
 
 def optimum(loads_E, home_E, ranks, slots):
@@ -52,8 +53,7 @@ def test_slots_as_many_as_home_experts_balance_a_node_exactly():
 def test_where_the_mean_is_out_of_reach_the_lowest_threshold_is_searched(monkeypatch):
     loads = skewed_loads(8, 8, 64, sigma=2)
     found = plan_batch(loads, ClusterSpec(2, 8, 1, guest_slots=0))
-    full = planning._EFFORTS["full"]
-    monkeypatch.setitem(planning._EFFORTS, "full", dataclasses.replace(full, steps=0))
+    monkeypatch.setitem(EFFORTS, "full", dataclasses.replace(EFFORTS["full"], steps=0))
     unsearched = plan_batch(loads, ClusterSpec(2, 8, 1, guest_slots=0))
     assert found.rank_loads(loads).max(2).sum() < unsearched.rank_loads(loads).max(2).sum()
 

@@ -145,10 +145,10 @@ def test_json_reports_what_balance_costs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--balance", "0.5"], "balance is 0.5"),
+        (["--balance", "0.5"], "error: --balance is 0.5"),
         (["--guest-bytes", "-1"], "--guest-bytes is -1"),
-        (["--shape", "nope"], "model 'nope'"),
-        (["--guest-slots", "5"], "guest_slots is 5"),
+        (["--shape", "nope"], "--shape 'nope'"),
+        (["--guest-slots", "5"], "--guest-slots is 5"),
         (["--num-experts", "9"], "--num-experts is 9"),
     ],
 )
@@ -168,7 +168,9 @@ def test_an_output_that_cannot_be_written_is_refused_before_planning(tmp_path, l
     ("arguments", "words"),
     [
         (["--guest-bytes", "inf"], "--guest-bytes is inf"),
-        (["--min-quota", str(2**70)], "min_quota is"),
+        (["--min-quota", str(2**70)], "--min-quota is"),
+        (["--max-moves", "4"], "--max-moves is 4, but needs --previous"),
+        (["--previous", "before.npz", "--save-loads", "before.npz"], "which is --previous"),
         (["--save-loads", "plan.npz"], "must be two files"),
         (["--save-loads", "loads.npz"], "which is the input"),
         (["--save-loads", "/dev/null"], "must be a file in a directory that exists"),
@@ -199,3 +201,10 @@ def test_more_sequences_a_micro_batch_than_there_are(tmp_path):
 def test_slots_that_could_not_be_allocated_are_refused():
     with pytest.raises(InputError, match="replica_slots is 1099511627776"):
         ClusterSpec(1, 4, replica_slots=2**40)
+
+
+def test_wrong_arguments_are_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        run(tmp_path, tmp_path / "loads.npz", "--effort", "slow")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("relibra plan: error: argument --effort: invalid choice")
