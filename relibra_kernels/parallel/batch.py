@@ -11,7 +11,8 @@ from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, RoutingTrace
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
-from .comm import Buffers, Comm
+from .comm import Buffers
+from .groups import Groups
 from .guests import KeptGuests, kept_guests
 from .microbatch import BatchParts, MicroBatch, Record
 from .replicas import ReplicaPushes
@@ -25,8 +26,7 @@ class OpenBatch:
     def __init__(
         self,
         session: Session,
-        comm: Comm,
-        side: Comm,
+        groups: Groups,
         plan: BatchPlan,
         loads_LMRE: np.ndarray,
         trace: RoutingTrace,
@@ -34,7 +34,8 @@ class OpenBatch:
         layers: Sequence[ReplicatedMoE],
         buffers: Buffers,
     ):
-        self.plan, self._layers, self._comm, self._session, self._loads = plan, layers, comm, session, loads_LMRE
+        self.plan, self._layers, self._groups, self._session, self._loads = plan, layers, groups, session, loads_LMRE
+        comm = self._comm = groups.experts
         self.device = layers[0].experts.gate_up_proj.device
 
         def weights_of(layer: int) -> ExpertWeights:
@@ -44,7 +45,7 @@ class OpenBatch:
         kept = kept_guests(plan, each, session.options.guest_bytes)
         with session.ledger.span("replica", self.device):
             self._guests = KeptGuests(comm, plan, weights_of, kept)
-        pushes = ReplicaPushes(side, weights_of, self._guests.weights)
+        pushes = ReplicaPushes(groups.side, weights_of, self._guests.weights)
         self._parts = BatchParts(session, comm, plan, pushes, self._guests, buffers, self.device)
         self._tables = Tables(comm, plan, loads_LMRE, trace, micro_batch_of_sequence, self.device)
         self._records: dict[int, list[Record]] = {}
@@ -72,7 +73,7 @@ class OpenBatch:
                 f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; spare_rows "
                 f"is {spare}, so their experts did not compute them: replay the recorded routing, or raise spare_rows"
             )
-        self._comm.agree(problem, {}, self.device, "closing the batch")
+        self._groups.agree(problem, {}, self.device, "closing the batch")
 
     def close(self) -> None:
         """Nothing of this batch runs from here on."""

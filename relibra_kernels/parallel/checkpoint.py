@@ -162,8 +162,7 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups, de
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     problem = InputError(f"{target} exists already; a checkpoint is never overwritten") if target.exists() else None
-    for comm in groups.all:
-        comm.agree(problem, {}, device, f"saving {target}")
+    groups.agree(problem, {}, device, f"saving {target}")
     first = all(comm.rank == 0 for comm in groups.all)
     if first:
         target.parent.mkdir(parents=True, exist_ok=True)

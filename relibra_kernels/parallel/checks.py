@@ -5,19 +5,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
-from ..nn import ReplicatedExperts, ReplicatedMoE
+from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, ClusterSpec, RoutingTrace
 from ..planner.errors import InputError, PlanError
-
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-
-
-def expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that there are, by attribute."""
-    pairs = [(attribute, getattr(experts, attribute)) for attribute in EXPERT_PARAMETERS]
-    return [(attribute, parameter) for attribute, parameter in pairs if parameter is not None]
+from .experts import expert_parameters
 
 
 def checksum(*values: object) -> int:

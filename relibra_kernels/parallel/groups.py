@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..planner import ClusterSpec
-from ..planner.errors import InputError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
 from .comm import Comm
 
 
@@ -49,6 +49,33 @@ class Groups:
     @property
     def num_ranks(self) -> int:
         return int(np.prod(self.shape))
+
+    def agree(
+        self,
+        problem: ReLibraError | None,
+        facts: dict[str, int],
+        device: torch.device,
+        what: str,
+        own: dict[str, int] | None = None,
+        flag: bool = True,
+    ) -> bool:
+        """`Comm.agree` over all ranks: what any of them refuses, none goes on from. Collective.
+
+        Args:
+            own: facts that only the ranks of one expert-parallel group share.
+        Returns: whether every rank's flag is set.
+        """
+        for comm in self.all:
+            mine = facts if comm is not self.experts else {**(own or {}), **facts}
+            try:
+                flag = bool(comm.agree(problem, mine, device, what, [flag]).all())
+            except CommunicationError:
+                raise
+            except ReLibraError as error:
+                problem = error  # the other groups hear of it, too
+        if problem is not None:
+            raise problem
+        return flag
 
     def gather_over_copies(self, array: np.ndarray, device: torch.device) -> np.ndarray:
         """The same-shaped array of every expert-parallel group, stacked."""

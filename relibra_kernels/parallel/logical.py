@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from ..nn import ReplicatedMoE
-from .checks import expert_parameters
 from .comm import Comm
+from .experts import expert_parameters
 
 
 def layer_of_parameter(layers: Sequence[ReplicatedMoE]) -> dict[int, int]:

@@ -80,6 +80,7 @@ class MicroBatch:
         self._indices: dict[int, Tensor] = {}
         self._live_tokens = torch.from_numpy(self._token_of_row[tables.live]).to(parts.device)
         self._sites: dict[int, tuple[LayerSite, LiveSite | None]] = {}
+        self._routes: dict[int, ReplicaRoute | None] = {}
         self.record = Record(num_layers, int(tables.live.sum()), parts.device)
 
     def recorded(self, layer: int) -> tuple[Tensor, bool]:
@@ -131,13 +132,13 @@ class MicroBatch:
 
     def route(self, layer: int) -> ReplicaRoute | None:
         """The replicas of a layer on this rank; None outside of the model."""
-        parts = self._parts
+        parts, kept = self._parts, self._parts.guests
         if not 0 <= layer < parts.plan.num_layers:
             return None
-        kept = parts.guests
-        return replica_route(
-            parts.plan, layer, self.index, parts.comm.rank, kept.kept_LRS[layer], kept.transfers(layer)
-        )
+        if layer not in self._routes:
+            stay = kept.kept_LRS[layer], kept.transfers(layer)
+            self._routes[layer] = replica_route(parts.plan, layer, self.index, parts.comm.rank, *stay)
+        return self._routes[layer]
 
     def _make_site(self, layer: int) -> LayerSite:
         parts, tables = self._parts, self._tables

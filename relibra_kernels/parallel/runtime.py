@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -14,16 +14,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..nn import ReplicatedExperts, ReplicatedMoE
-from ..planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch
+from ..planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads
 from ..planner.errors import InputError, ReLibraError
 from . import checkpoint, gradients
 from .batch import OpenBatch
-from .checks import check_optimizer, check_plan, check_trace, checksum, expert_parameters, model_digest
+from .checks import check_optimizer, check_plan, check_trace, checksum, model_digest
 from .comm import Buffers
+from .experts import expert_parameters, keep_experts, tensors_to_move
 from .groups import Groups
 from .logical import logical_tensors
 from .microbatch import MicroBatch
-from .migration import expert_tensors, move_experts
+from .migration import move_experts
+from .plans import CountedLoads, plan_group
 from .session import ForwardContext, RuntimeOptions, Session
 from .stats import json_line
 from .watchdog import start_watchdog
@@ -88,12 +90,12 @@ class ExpertParallel:
         self.home = np.tile(contiguous, (len(self.layers), 1))  # [L, E]
         self._forwards: ForwardContext[MicroBatch] = ForwardContext()
         for layer, moe in enumerate(self.layers):
-            _keep_experts(moe.experts, slice(self.comm.rank * per_rank, (self.comm.rank + 1) * per_rank))
+            keep_experts(moe.experts, slice(self.comm.rank * per_rank, (self.comm.rank + 1) * per_rank))
             moe.experts.dispatcher = self._dispatcher(layer)
             moe.router.replay = self._replay(layer)
         start_watchdog(self.comm, self.options.watchdog_seconds)
         self._buffers = Buffers()
-        self._counted: _CountedLoads | None = None
+        self._counted: CountedLoads | None = None
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
 
@@ -121,8 +123,7 @@ class ExpertParallel:
         except ReLibraError as error:
             problem = error
         facts = {"num_micro_batches": num_micro_batches}
-        for comm in self.groups.all:
-            comm.agree(problem, facts, self.device, "counting the loads")
+        self.groups.agree(problem, facts, self.device, "counting the loads")
         everyone = self.comm.gather_arrays(local, self.device, "the exchange of loads")  # [R, L, M, E]
         return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))
 
@@ -142,10 +143,10 @@ class ExpertParallel:
         Every rank plans from the same loads and the placement of now, so it must run before the next batch opens.
         """
         loads = self.gather_loads(trace, micro_batch_of_sequence, num_micro_batches)
-        self._counted = _CountedLoads(trace, np.array(micro_batch_of_sequence), loads)
+        self._counted = CountedLoads(trace, np.array(micro_batch_of_sequence), loads)
         everyone = self.groups.gather_over_copies(loads, self.device)  # [groups, L, M, R, E]
         arguments = (everyone, self.groups.copy, self.cluster, self.home.copy(), self.model_name)
-        return executor.submit(_plan_group, *arguments)
+        return executor.submit(plan_group, *arguments)
 
     @contextmanager
     def batch(
@@ -177,7 +178,7 @@ class ExpertParallel:
                 raise InputError("a batch is open already: leave it before the next begins")
             check_plan(plan, self.layers, self.num_experts, self.cluster, self.model_name)
             check_optimizer(optimizer, self.layers)
-            tensors = [_tensors_to_move(moe.experts, optimizer) for moe in self.layers]
+            tensors = [tensors_to_move(moe.experts, optimizer) for moe in self.layers]
         except ReLibraError as error:
             problem = error
         counted = self._counted is not None and self._counted.fits(trace, groups, plan)
@@ -187,7 +188,11 @@ class ExpertParallel:
         else:
             loads = self._counted.loads
         self._counted = None
-        replace(plan, loads=loads)  # refuses other loads, which are the same on every rank
+        try:
+            replace(plan, loads=loads)  # refuses other loads, which are the same on every rank of a group
+        except ReLibraError as error:
+            problem = error
+        self.groups.agree(problem, {}, self.device, "checking the loads")
         session = Session(self.options, self.comm.ledger)
         self.comm.ledger.begin_batch()
         with self.comm.ledger.span("migration", self.device):
@@ -195,7 +200,7 @@ class ExpertParallel:
                 move_experts(self.comm, tensors[layer], self.home[layer], plan.home[layer], f"layer {layer}")
                 self.home[layer] = plan.home[layer]
         del tensors
-        batch = OpenBatch(session, self.comm, self.groups.side, plan, loads, trace, groups, self.layers, self._buffers)
+        batch = OpenBatch(session, self.groups, plan, loads, trace, groups, self.layers, self._buffers)
         self._batch = self._last = batch
         try:
             yield
@@ -317,10 +322,7 @@ class ExpertParallel:
             "the optimizer's state": checksum([list(layer) for layer in tensors]),
         }
         own = {"the plan": checksum(plan.home, plan.replicas, plan.quota, plan.guests)}
-        known = self.comm.agree(problem, own | common, self.device, "opening the batch", [counted])
-        for comm in self.groups.copies:
-            known = np.append(known, comm.agree(problem, common, self.device, "opening the batch", [int(known.all())]))
-        return bool(known.all())
+        return self.groups.agree(problem, common, self.device, "opening the batch", own, counted)
 
     def _dispatcher(self, layer: int) -> Callable[[ReplicatedExperts, Tensor, Tensor, Tensor], Tensor]:
         def dispatch(experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -330,51 +332,3 @@ class ExpertParallel:
 
     def _replay(self, layer: int) -> Callable[[], tuple[Tensor, bool]]:
         return lambda: self._forwards.find(f"MoE layer {layer}").recorded(layer)
-
-
-@dataclass(frozen=True)
-class _CountedLoads:
-    """The load table that `plan` gathered, for the batch that follows it."""
-
-    trace: RoutingTrace
-    groups: np.ndarray
-    loads: np.ndarray
-
-    def fits(self, trace: RoutingTrace, groups: np.ndarray, plan: BatchPlan) -> bool:
-        same = trace is self.trace and np.array_equal(groups, self.groups)
-        return same and plan.num_micro_batches == self.loads.shape[1]
-
-
-def _plan_group(
-    loads_GLMRE: np.ndarray, group: int, cluster: ClusterSpec, home: np.ndarray, model_name: str
-) -> BatchPlan:
-    """The plan of one of several groups: their micro-batches are planned together, so that they share one `home`."""
-    groups, _, micro_batches = loads_GLMRE.shape[:3]
-    together = np.concatenate(list(loads_GLMRE), axis=1)  # [L, groups * M, R, E]
-    plan = plan_batch(together, cluster, previous_home=home, model=model_name)
-    if groups == 1:
-        return plan
-    own = slice(group * micro_batches, (group + 1) * micro_batches)
-    return replace(
-        plan,
-        replicas=plan.replicas[:, own],
-        quota=plan.quota[:, own],
-        loads_sha256="",
-        loads=loads_GLMRE[group],
-    )
-
-
-def _tensors_to_move(experts: ReplicatedExperts, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
-    return {
-        name: tensor
-        for attribute, parameter in expert_parameters(experts)
-        for name, tensor in expert_tensors(parameter, attribute, optimizer).items()
-    }
-
-
-def _keep_experts(experts: ReplicatedExperts, kept: slice) -> None:
-    """Replace each parameter of all experts by one of the kept ones."""
-    for attribute, parameter in expert_parameters(experts):
-        local = nn.Parameter(parameter.detach()[kept].clone(), requires_grad=parameter.requires_grad)
-        setattr(experts, attribute, local)
-    experts.num_experts = kept.stop - kept.start

@@ -1,5 +1,8 @@
 """What batches report, run on every rank of a group."""
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -18,6 +21,20 @@ def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
         train_steps(case, ep, optimizer, range(1))
     stats = ep.stats()
     return stats, ep.stats_line(), [event.key for event in profiler.key_averages()]
+
+
+def planned_elsewhere(case: Case) -> bool:
+    """Whether a plan made in another thread, while this one counts again, is the plan made here."""
+    ep, _ = start(case)
+    trace, groups, _ = make_batch(case, 0)
+    mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
+    arguments = trace.select(mine), groups[mine], case.micro_batches
+    with ThreadPoolExecutor(1) as executor:
+        later = ep.plan_later(*arguments, executor)
+        here = ep.plan(*arguments)
+    plan = pickle.loads(pickle.dumps(later.result()))  # as it comes back from another process
+    names = ("home", "replicas", "quota", "guests")
+    return all(np.array_equal(getattr(plan, name), getattr(here, name)) for name in names)
 
 
 def differing_routes(case: Case, count: int, spare: int) -> tuple[dict[str, np.ndarray], int, dict[str, np.ndarray]]:

@@ -52,6 +52,7 @@ class Case:
     order: str = "each"  # when backward runs: each | after (outside of the context) | thread | one_ahead | together
     passes_before: int = 0  # passes over all micro-batches without gradients
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
+    optimizer: str = "adamw"  # | momentum
     learning_rate: float = 1e-2
     seed: int = 0
 
@@ -125,10 +126,13 @@ def loss_sum(logits_TV: torch.Tensor, tokens_T: torch.Tensor, counted_T: torch.T
     return losses[counted_T].sum()
 
 
-def make_optimizer(case: Case, model: nn.Module) -> torch.optim.AdamW:
+def make_optimizer(case: Case, model: nn.Module) -> torch.optim.Optimizer:
     """AdamW with an eps above the rounding of fp32: the gradient of a router's row whose expert no token chose is zero
     but for rounding, which a smaller eps would turn into whole steps."""
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=case.learning_rate, eps=1e-6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if case.optimizer == "momentum":
+        return torch.optim.SGD(trained, lr=case.learning_rate, momentum=0.9)
+    return torch.optim.AdamW(trained, lr=case.learning_rate, eps=1e-6)
 
 
 def not_last(trace: RoutingTrace) -> torch.Tensor:
@@ -167,7 +171,7 @@ def train_alone(
     return losses, gradients, {name: p.detach().double().numpy() for name, p in model.named_parameters()}
 
 
-def start(case: Case) -> tuple[ExpertParallel, torch.optim.AdamW]:
+def start(case: Case) -> tuple[ExpertParallel, torch.optim.Optimizer]:
     """The model on the default group, and its optimizer."""
     cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
     ep = ExpertParallel(ToyModel(case), cluster, model_name="toy", options=case.options)

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from ep_stats import differing_routes, stats_of_batch
+from ep_stats import differing_routes, planned_elsewhere, stats_of_batch
 from toy_training import Case
 from training_checks import worst_error
 
@@ -20,6 +20,10 @@ def test_stats_of_a_batch(ranks):
         assert all(stats["seconds"][part] > 0 for part in ("dispatch", "compute", "combine", "tables", "live"))
         assert stats["bytes"]["dispatch"]["fast"] > 0 and stats["bytes"]["dispatch"]["slow"] == 0
         assert {"relibra::dispatch", "relibra::compute", "relibra::combine"} <= set(ranges)
+
+
+def test_plans_may_be_made_elsewhere(ranks):
+    assert all(ranks(2).run(planned_elsewhere, Case()))
 
 
 @pytest.mark.parametrize("spare", [3, 8])

@@ -5,6 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tolerance import relative_error
 from toy_training import Case, train_alone, train_parallel
 from training_checks import assert_same_bits, worst_error
 
@@ -64,6 +65,7 @@ CASES = {
     "tokens routed live, checkpointed, padded": Case(
         plan="shuffled", unrecorded=0.2, checkpoint="non-reentrant", order="after", padding=2, main_grad=True
     ),
+    "momentum moves with its expert": Case(plan="shuffled", steps=4, optimizer="momentum"),
     "planned steps": Case(ranks=4, gpus_per_node=2, steps=4, sequence_lengths=(9, 14, 6, 11) * 4),
 }
 
@@ -134,6 +136,19 @@ def test_twenty_steps_with_migration(ranks, size):
         assert worst_error(result["parameters"], parameters) <= 1e-5
     if size == 2:
         assert_same_bits(first, ranks(size).run(train_parallel, case))
+
+
+def test_partial_sums_unrounded_on_request(ranks):
+    """In bf16 with four partial sums a token: added up in fp32, they give what one process gives; twice the bytes."""
+    case = Case(ranks=4, gpus_per_node=4, top_k=4, plan="static", dtype=torch.bfloat16, hidden=64, layers=1)
+    alone = torch.from_numpy(train_alone(case)[1][0]["embedding.weight"])
+    errors, sent = [], []
+    for dtype in (None, torch.float32):
+        result = ranks(4).run(train_parallel, replace(case, options=RuntimeOptions(combine_dtype=dtype)))[0]
+        errors.append(relative_error(torch.from_numpy(result["gradients"][0]["embedding.weight"]), alone))
+        sent.append(result["bytes"]["combine", "fast"])
+    assert errors[1] < errors[0] / 2
+    assert sent[1] == 2 * sent[0]
 
 
 def test_same_plans_same_bits(ranks):
