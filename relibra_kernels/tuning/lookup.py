@@ -111,12 +111,15 @@ def _asked(problem: Problem) -> Answer:
         return Answer(config_for(kernel, device, dtype, 0, 1), "interpreter")
     override = _from_environment().get(kernel)
     if override is not None:
-        problem_with_it = misfit(kernel, override, device, dtype)
-        if problem_with_it:
-            raise InputError(f"RELIBRA_CONFIG gives {kernel} {override}, but {problem_with_it}")
+        fault = misfit(kernel, override, device, dtype)
+        if fault:
+            raise InputError(f"RELIBRA_CONFIG gives {kernel} {override}, but {fault}")
         return Answer(override, "RELIBRA_CONFIG")
     agreed = _agreed.get(without_device(problem))
     if agreed is not None:
+        fault = misfit(kernel, agreed, device, dtype)
+        if fault:
+            raise InputError(f"the first rank chose {kernel} {agreed} for all, but here {fault}")
         return Answer(agreed, "warmup")
     for evidence in ("measured", "compiled") if dtype in DTYPES else ():
         for source, folder in (("user", user_folder()), ("shipped", SHIPPED)):

@@ -66,6 +66,17 @@ def test_who_is_asked_first(folders, monkeypatch):
     assert get() == "128x64x64w8s4g4"
 
 
+def test_what_the_ranks_agreed_on_must_fit_here():
+    get()
+    lookup.agree({lookup.without_device(key): parse_config("128x256x64w8s4") for key in list(lookup._answers)})
+    assert get() == "128x256x64w8s4"
+    lookup.agree({lookup.without_device(key): parse_config("128x256x64w8s8") for key in list(lookup._answers)})
+    with pytest.raises(
+        InputError, match="the first rank chose grouped_gemm 128x256x64w8s8 for all, but here its tiles"
+    ):
+        get()
+
+
 def test_the_log_says_who_answered(folders, monkeypatch, caplog):
     monkeypatch.setenv("RELIBRA_LOG", "tuning")
     put(folders[0], "64x64x64w4s3", evidence="measured")
@@ -213,15 +224,15 @@ def test_configs_are_written_and_read():
 
 
 def test_a_lookup_takes_microseconds(folders):
-    """5 us warm; measured over many so that a busy machine does not decide."""
+    """5 us warm. CPU time and the best of many, so that a busy machine does not decide."""
     put(folders[1], "64x64x64w4s3")
     get()
     best = float("inf")
     for _ in range(20):
-        start = time.perf_counter()
+        start = time.process_time()
         for _ in range(1000):
             lookup.config_of("grouped_gemm", H100, BF16, (2048, 768), 16384, 16, True)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best / 1000 < 5e-6
 
 
@@ -236,9 +247,9 @@ def test_the_first_lookup_of_a_shipped_file_takes_milliseconds(monkeypatch):
     best = float("inf")
     for _ in range(5):
         lookup.forget()
-        start = time.perf_counter()
+        start = time.process_time()
         lookup.config_of(largest.stem, device, BF16, (n, d), 16384, 16, layout, interleaved)
-        best = min(best, time.perf_counter() - start)
+        best = min(best, time.process_time() - start)
     assert best < 0.05
     lookup.forget()
 
