@@ -4,7 +4,6 @@ import dataclasses
 import importlib.util
 import os
 import tempfile
-from collections import Counter
 from contextlib import ExitStack
 
 import numpy as np
@@ -85,7 +84,7 @@ def run_on_rank(family: str, ranks: int, mode: str, trace: RoutingTrace | None, 
     tokens = all_tokens()[mine]
     own = None if trace is None else trace.select(mine)
     comm = ours.communication(model)
-    comm.bytes_sent = Counter()
+    comm.bytes_sent.clear()
 
     def contexts(m):
         found = [] if mode in ("live", "replay") else [ours.micro_batch(m)]
