@@ -135,6 +135,11 @@ class RoutingTrace:
             raise type(error)(f"{os.fspath(path)}: {error}") from None
 
 
+def id_dtype(num_experts: int) -> type[np.signedinteger]:
+    """The narrowest dtype of expert ids that holds -1 to num_experts - 1."""
+    return next(dtype for dtype in (np.int8, np.int16, np.int32) if num_experts - 1 <= np.iinfo(dtype).max)
+
+
 def token_chunks(num_tokens: int, per_token: int) -> Iterator[slice]:
     """Slices of whole tokens, of about _CHUNK assignments each."""
     step = max(1, _CHUNK // per_token)

@@ -11,7 +11,7 @@ from typing import Literal, TypedDict
 import numpy as np
 
 from ..errors import InputError, ReLibraError, ShapeError
-from ..trace import RoutingTrace
+from ..trace import RoutingTrace, id_dtype
 
 LastToken = Literal["left out", "in place"]
 Holes = Literal["refuse", "unknown"]
@@ -73,7 +73,7 @@ def trace_of_sequences(
         raise InputError(f"moe_layer_ids is {layers}, but {arrays[0].shape[1]} layers were recorded")
     extra = last_token == "left out"
     offsets = np.cumsum([0, *(len(ids) + extra for ids in arrays)], dtype=np.int64)
-    out = np.full((offsets[-1], len(layers), arrays[0].shape[2]), -1, np.int8 if num_experts <= 128 else np.int16)
+    out = np.full((offsets[-1], len(layers), arrays[0].shape[2]), -1, id_dtype(num_experts))
     for index, ids in enumerate(arrays):
         ids = ids[:, layers] if len(layers) < ids.shape[1] else ids
         rows = out[offsets[index] : offsets[index] + len(ids)]

@@ -84,7 +84,7 @@ def run_on_rank(family: str, ranks: int, mode: str, trace: RoutingTrace | None, 
     tokens = all_tokens()[mine]
     own = None if trace is None else trace.select(mine)
     comm = ours.communication(model)
-    comm.ledger.bytes_sent.clear()
+    comm.bytes_sent.clear()
 
     def contexts(m):
         found = [] if mode in ("live", "replay") else [ours.micro_batch(m)]

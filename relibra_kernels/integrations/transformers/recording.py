@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
+from ...planner.trace import id_dtype
 from .layers import Fed, MoeLayer, fed_tokens, moe_layers
 
 
@@ -62,7 +63,7 @@ class RoutingRecord:
             unknown = np.full((max(0, length - len(rows)), *rows.shape[1:]), -1, rows.dtype)
             parts.append(np.concatenate([rows[:length], unknown]))
         offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        expert_ids = np.concatenate(parts).astype(np.int8 if num_experts <= 128 else np.int16)
+        expert_ids = np.concatenate(parts).astype(id_dtype(num_experts))
         return RoutingTrace(expert_ids, offsets, num_experts, tuple(layer.layer_id for layer in self._layers))
 
     def _length(self, sequence: _Sequence, ids: np.ndarray | None, fed: int) -> int:
