@@ -102,7 +102,8 @@ def tile_bound(num_rows: int, num_slots: int, block_m: int) -> int:
 
 def check_slot_of_assignment(slot_of_assignment: torch.Tensor, num_slots: int) -> None:
     """Refuse what no schedule can be built from; looks at shape and dtype only."""
-    if slot_of_assignment.ndim != 2 or slot_of_assignment.is_floating_point() or slot_of_assignment.is_complex():
+    integer = not (slot_of_assignment.is_floating_point() or slot_of_assignment.is_complex())
+    if slot_of_assignment.ndim != 2 or not integer or slot_of_assignment.dtype == torch.bool:
         raise ShapeError(
             f"slot_of_assignment is {slot_of_assignment.dtype} {tuple(slot_of_assignment.shape)}; "
             "it must be integers [T, K]"

@@ -5,13 +5,11 @@ from typing import Any
 import torch
 import triton
 
-from ..planner.errors import ShapeError
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
 from ..tuning.configs import GemmConfig
 from ..tuning.lookup import config_of
 from .launch import precision, target
-from .permute import check_rows
 
 
 def row_tiles(schedule: Schedule, block_m: int) -> torch.Tensor:
@@ -33,17 +31,6 @@ def chosen_config(
     """The config of a launch that was not given one; sizes (N, D) and layout as in `tuning.store.Entry.sizes`."""
     device, rows, slots = target(tensor), schedule.num_rows, schedule.num_slots
     return config_of(kernel, device, tensor.dtype, sizes, rows, slots, layout, interleaved)
-
-
-def check_operands(rows: torch.Tensor, count: int, *weights: torch.Tensor | None) -> None:
-    """Refuse rows that are not contiguous `[count, ...]`, and weights in another dtype or not contiguous."""
-    check_rows("the rows", rows, count)
-    for weight in weights:
-        if weight is not None and (weight.dtype != rows.dtype or not weight.is_contiguous()):
-            raise ShapeError(
-                f"a weight is {weight.dtype} {tuple(weight.shape)} with strides {weight.stride()}; "
-                f"it must be contiguous {rows.dtype}"
-            )
 
 
 def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[int]:

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from ..form import ExpertForm
+from ..operands import check_operands
 from ..schedule import Schedule
 from ..tuning.configs import GemmConfig
-from .constants import check_operands, chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import launch
 from .swiglu import activate, form_constants
 from .tiles import (

@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 
 from ..form import ExpertForm
+from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
 from ..tuning.configs import GemmConfig
-from .constants import check_operands, chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import launch
 from .swiglu import derivatives, form_constants
 from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
@@ -245,6 +246,7 @@ def grad_hidden(
     half, hidden_size = h_RJ.shape[1] // 2, dout_TH.shape[1]
     check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
     check_operands(h_RJ, schedule.num_rows, down)
+    check_gate_weights(weights_TK, schedule)
     layout = {"layout": form.is_transposed, "interleaved": not form.is_concatenated}
     config = config or chosen_config("grad_hidden", dout_TH, schedule, (half, hidden_size), **layout)
     num_n = triton.cdiv(half, config.block_n)

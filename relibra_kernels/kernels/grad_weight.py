@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
+from ..operands import check_operands
 from ..planner.errors import ShapeError
 from ..schedule import Schedule
 from ..tuning.configs import GemmConfig
-from .constants import check_operands, chosen_config, gemm_constants
+from .constants import chosen_config, gemm_constants
 from .launch import launch
 from .tiles import dot, stored
 

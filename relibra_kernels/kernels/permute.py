@@ -9,7 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..planner.errors import ShapeError
+from ..operands import check_gate_weights, check_rows, check_same_rows
 from ..schedule import Schedule
 from .launch import launch
 
@@ -90,6 +90,8 @@ def permute_backward(drows_RH: torch.Tensor, schedule: Schedule) -> torch.Tensor
 def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:
     """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
     check_rows("y", y_RH, schedule.num_rows)
+    if weights_TK is not None:
+        check_gate_weights(weights_TK, schedule)
     out_TH = y_RH.new_empty(schedule.num_tokens, y_RH.shape[1])
     arguments = (y_RH, weights_TK, schedule.position_of, out_TH)
     launch(_unpermute_kernel, (len(out_TH),), *arguments, TOP_K=schedule.top_k, **_row(y_RH))
@@ -102,6 +104,8 @@ def unpermute_backward(
     """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
     check_rows("dout", dout_TH, schedule.num_tokens)
     check_rows("y", y_RH, schedule.num_rows)
+    check_same_rows(y_RH, dout_TH)
+    check_gate_weights(weights_TK, schedule)
     dy_RH = torch.empty_like(y_RH)
     dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=y_RH.device)
     arguments = (dout_TH, y_RH, weights_TK, schedule.position_of, dy_RH, dweights_TK)
@@ -109,14 +113,6 @@ def unpermute_backward(
     row = _row(y_RH)
     launch(_unpermute_backward_kernel, (len(dout_TH),), *arguments, TOP_K=schedule.top_k, LANES=lanes, **row)
     return dy_RH, dweights_TK
-
-
-def check_rows(name: str, rows: torch.Tensor, count: int) -> None:
-    """Refuse rows that are not contiguous `[count, ...]`."""
-    if rows.ndim != 2 or not rows.is_contiguous() or len(rows) != count:
-        raise ShapeError(
-            f"{name} is {tuple(rows.shape)} with strides {rows.stride()}; it must be contiguous with {count} rows"
-        )
 
 
 def _row(rows: torch.Tensor) -> dict[str, int]:

@@ -5,6 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..operands import check_shards
 from ..planner.errors import ShapeError
 from .launch import launch
 
@@ -50,15 +51,7 @@ def replica_reduce(grad: torch.Tensor, shards: torch.Tensor, expert_of_shard: to
         shards: `[P, ...]` gradients of single experts, in the order in which they are to be added (rank order).
         expert_of_shard: integer `[P]`, which expert of `grad` each shard belongs to; -1 skips it.
     """
-    if grad.dtype != torch.float32 or shards.shape[1:] != grad.shape[1:]:
-        raise ShapeError(
-            f"grad is {grad.dtype} {tuple(grad.shape)} and shards {tuple(shards.shape)}; "
-            "grad must be float32 and both must agree beyond their first axis"
-        )
-    if not grad.is_contiguous() or not shards.is_contiguous():
-        raise ShapeError(f"grad has strides {grad.stride()} and shards {shards.stride()}; both must be contiguous")
-    if expert_of_shard.shape != shards.shape[:1]:
-        raise ShapeError(f"expert_of_shard is {tuple(expert_of_shard.shape)}; it must be [{len(shards)}]")
+    check_shards(shards, grad, expert_of_shard)
     if len(shards):
         size = grad[0].numel()
         grid = (triton.cdiv(size, BLOCK), len(grad))

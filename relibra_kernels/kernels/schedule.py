@@ -28,8 +28,9 @@ MOST_SLOTS = 512  # a row of counts is one vector
 def _keys(ids_ptr, block, num_assignments, NUM_KEYS: tl.constexpr, BLOCK: tl.constexpr):
     """The block's ids; what is dropped, out of range or past the end becomes NUM_KEYS."""
     index = block * BLOCK + tl.arange(0, BLOCK)
-    ids = tl.load(ids_ptr + index, mask=index < num_assignments, other=-1).to(tl.int32)
-    return tl.where((ids >= 0) & (ids < NUM_KEYS), ids, NUM_KEYS)
+    inside = index < num_assignments
+    ids = tl.load(ids_ptr + index, mask=inside, other=0).to(tl.int64)  # wide enough for -1 and NUM_KEYS
+    return tl.where(inside & (ids >= 0) & (ids < NUM_KEYS), ids, NUM_KEYS).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_assignments"])

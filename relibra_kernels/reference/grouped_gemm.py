@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 
 from ..form import ExpertForm
+from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
 from .matmul import operand_dtype
 from .swiglu import swiglu, swiglu_backward
@@ -36,6 +37,7 @@ def grouped_gemm(
         a: `[rows, D]` rows in slot order, or `[T, D]` tokens with `gather`.
         weight: `[E, D, N]`, or `[E, N, D]` with `transpose_weight`.
     """
+    check_operands(a, schedule.num_tokens if gather else schedule.num_rows, weight, replica_weight, bias, replica_bias)
     operand = operand_dtype(a)
     weights, biases = _Store(weight, replica_weight, operand), _Store(bias, replica_bias, operand)
     weight_ids = slot_weights(schedule, weight_of_slot)
@@ -59,6 +61,7 @@ def grouped_gemm_swiglu(
     weight_of_slot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
+    check_operands(x_TH, schedule.num_tokens, gate_up, replica_gate_up, bias, replica_bias)
     operand = operand_dtype(x_TH)
     weights, biases = _Store(gate_up, replica_gate_up, operand), _Store(bias, replica_bias, operand)
     weight_ids = slot_weights(schedule, weight_of_slot)
@@ -91,6 +94,9 @@ def grad_hidden(
     With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`. `w*a` is what the
     gradient of `down` contracts with dout.
     """
+    check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
+    check_operands(h_RJ, schedule.num_rows, down)
+    check_gate_weights(weights_TK, schedule)
     operand = operand_dtype(dout_TH)
     weights, biases = _Store(down, replica_down, operand), _Store(bias, replica_bias)
     weight_ids = slot_weights(schedule, weight_of_slot)
@@ -136,6 +142,8 @@ def grad_weight(
     Sums over slots are in fp32. Where the CPU multiplies bf16 or fp16 well, the product of one slot is rounded to that
     dtype first: those matmuls have no fp32 output, and fp32 matmuls take 2.2 times as long.
     """
+    check_operands(left, schedule.num_tokens if gather_left else schedule.num_rows)
+    check_operands(right, schedule.num_tokens if gather_right else schedule.num_rows)
     operand = operand_dtype(left)
     grads = _Store(grad, replica_grad)
     weight_ids = slot_weights(schedule, weight_of_slot)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..operands import check_gate_weights, check_rows, check_same_rows
 from ..schedule import Schedule
 
 CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
@@ -9,6 +10,7 @@ CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
 
 def permute(x_TH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
     """`rows[r] = x[token of r]`, `[rows, H]`. Rows of the unused tail are undefined."""
+    check_rows("x", x_TH, schedule.num_tokens)
     rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
     used = int(schedule.slot_offsets[-1])
     torch.index_select(x_TH, 0, schedule.assignment_of[:used] // schedule.top_k, out=rows_RH[:used])
@@ -22,6 +24,9 @@ def permute_backward(drows_RH: torch.Tensor, schedule: Schedule) -> torch.Tensor
 
 def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:
     """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
+    check_rows("y", y_RH, schedule.num_rows)
+    if weights_TK is not None:
+        check_gate_weights(weights_TK, schedule)
     T, K, H = schedule.num_tokens, schedule.top_k, y_RH.shape[1]
     accumulate = torch.promote_types(y_RH.dtype, torch.float32)
     out_TH = y_RH.new_zeros(T, H)
@@ -49,6 +54,10 @@ def unpermute_backward(
     dout_TH: torch.Tensor, y_RH: torch.Tensor, weights_TK: torch.Tensor, schedule: Schedule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
+    check_rows("dout", dout_TH, schedule.num_tokens)
+    check_rows("y", y_RH, schedule.num_rows)
+    check_same_rows(y_RH, dout_TH)
+    check_gate_weights(weights_TK, schedule)
     accumulate = torch.promote_types(y_RH.dtype, torch.float32)
     dy_RH = torch.empty_like(y_RH)
     dweights = torch.zeros(schedule.position_of.numel(), dtype=accumulate, device=y_RH.device)

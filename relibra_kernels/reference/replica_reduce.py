@@ -2,7 +2,7 @@
 
 import torch
 
-from ..planner.errors import ShapeError
+from ..operands import check_shards
 
 
 def replica_reduce(grad: torch.Tensor, shards: torch.Tensor, expert_of_shard: torch.Tensor) -> None:
@@ -13,11 +13,7 @@ def replica_reduce(grad: torch.Tensor, shards: torch.Tensor, expert_of_shard: to
         shards: `[P, ...]` gradients of single experts, in the order in which they are to be added (rank order).
         expert_of_shard: integer `[P]`, which expert of `grad` each shard belongs to; -1 skips it.
     """
-    if grad.dtype not in (torch.float32, torch.float64) or shards.shape[1:] != grad.shape[1:]:
-        raise ShapeError(
-            f"grad is {grad.dtype} {tuple(grad.shape)} and shards {tuple(shards.shape)}; "
-            "grad must be float32 and both must agree beyond their first axis"
-        )
+    check_shards(shards, grad, expert_of_shard)
     for shard, expert in zip(shards, expert_of_shard.tolist(), strict=True):
         if expert >= 0:
             grad[expert].add_(shard)

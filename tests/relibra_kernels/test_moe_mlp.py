@@ -8,6 +8,7 @@ from layer_problem import CASES, FORMS, H, I, oracle, problem, run_functions
 from routing import random_slots
 from tolerance import RELATIVE, assert_close
 
+from relibra_kernels import ops
 from relibra_kernels.autograd import moe_mlp, moe_mlp_backward, moe_mlp_forward
 from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.ops import build_schedule
@@ -184,3 +185,18 @@ def test_what_does_not_fit_is_refused():
     refuse(
         "must be contiguous", home=p.stores._replace(down=p.stores.down.transpose(1, 2).contiguous().transpose(1, 2))
     )
+
+
+def test_each_function_refuses_what_does_not_fit():
+    case, form = CASES[0], FORMS["qwen"]
+    p = problem(case, form, torch.float32)
+    schedule = build_schedule(case.slots, case.num_slots)
+    home, rows = p.stores, torch.zeros(schedule.num_rows, 2 * I)
+    with pytest.raises(ShapeError, match=r"a weight is torch\.float64"):
+        ops.grouped_gemm_swiglu(p.x, home.gate_up.double(), schedule, form)
+    with pytest.raises(ShapeError, match=r"a weight is torch\.bfloat16"):
+        ops.grouped_gemm(rows[:, :I].contiguous(), home.down.bfloat16(), schedule, transpose_weight=True)
+    with pytest.raises(ShapeError, match="the rows is"):
+        ops.grouped_gemm(rows[1:, :I].contiguous(), home.down, schedule, transpose_weight=True)
+    with pytest.raises(ShapeError, match="weights is"):
+        ops.grad_hidden(p.dout, rows, p.weights[:, :1], home.down, schedule, form)

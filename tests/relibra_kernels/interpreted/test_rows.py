@@ -128,5 +128,12 @@ def test_wrong_rows_are_refused():
         kernels.permute(torch.zeros(2, H), schedule)
     with pytest.raises(ShapeError, match="contiguous with 2 rows"):
         kernels.unpermute(torch.zeros(H, 2).t(), None, schedule)
+    rows, weights = torch.zeros(2, H), torch.ones(1, 2)
+    with pytest.raises(ShapeError, match="weights is"):
+        kernels.unpermute(rows, torch.ones(1, 1), schedule)
+    with pytest.raises(ShapeError, match="weights is"):
+        kernels.unpermute_backward(rows[:1], rows, torch.ones(1, 4)[:, ::2], schedule)
+    with pytest.raises(ShapeError, match="same dtype and width"):
+        kernels.unpermute_backward(torch.zeros(1, H // 2), rows, weights, schedule)
     with pytest.raises(ShapeError, match="contiguous"):
         kernels.replica_reduce(torch.zeros(4, 6), torch.zeros(6, 2).t(), torch.tensor([0, 1]))

@@ -6,7 +6,7 @@ from routing import RoutingCase, random_slots, routing_cases
 
 from relibra_kernels import kernels, reference
 from relibra_kernels.kernels import schedule as module
-from relibra_kernels.planner.errors import InputError
+from relibra_kernels.planner.errors import InputError, ShapeError
 from relibra_kernels.schedule import Splits
 
 CASES = [*routing_cases(), RoutingCase("most slots", random_slots(40, 4, 512, dropped=0.1), 512, 512)]
@@ -25,6 +25,13 @@ def test_slots(case):
         kernels.build_schedule(case.slots, case.num_slots, (16, 64)),
         reference.build_schedule(case.slots, case.num_slots, (16, 64)),
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
+def test_ids_of_every_integer_type(dtype):
+    """A block that ends past the last id, and more slots than a byte can number."""
+    slots = random_slots(5, 3, 100).to(dtype)
+    same(kernels.build_schedule(slots, 300, (16,)), reference.build_schedule(slots, 300, (16,)))
 
 
 def test_known_row_counts_shorten_the_buffers():
@@ -67,3 +74,8 @@ def test_ids_out_of_range_are_dropped_or_caught(monkeypatch):
     monkeypatch.setenv("RELIBRA_DEBUG", "1")
     with pytest.raises(RuntimeError, match=r"must lie in -1\.\.1"):
         kernels.build_schedule(slots, 2)
+
+
+def test_truth_values_are_no_ids():
+    with pytest.raises(ShapeError, match="must be integers"):
+        kernels.build_schedule(torch.tensor([[True, False]]), 4)
