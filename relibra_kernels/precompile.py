@@ -151,7 +151,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     into: dict[str, Any] = {"grad": grad, "replica": guest, "weight_of_slot": table}
     into["replica_grad"] = guest.map(zeros_fp32) if guest is not None else None
     kept = None if experts.recompute else h
-    dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **into)
+    # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
+    for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
+        how = {"accumulate": accumulate, **into}
+        dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **how)
     for returned in (out, dx, dgates):
         ops.unpermute(returned, None, schedule)
     if guest is not None:

@@ -13,9 +13,10 @@ from .planner.errors import InputError, ShapeError
 class TopKRouter(nn.Module):
     """Scores every expert and picks `top_k`, live or as recorded.
 
-    "softmax": softmax over all experts in fp32, the k largest, renormalised to sum 1 with `normalize` (Qwen3, Mixtral).
-    "sigmoid": sigmoid scores in fp32; chosen by score + `e_score_correction_bias` among the `groups_per_token` groups
+    "softmax": softmax over all experts, the k largest, renormalised to sum 1 with `normalize` (Qwen3, Mixtral).
+    "sigmoid": sigmoid scores; chosen by score + `e_score_correction_bias` among the `groups_per_token` groups
     whose two best sum highest; weights are the scores without the bias (DeepSeek-V3).
+    Scores are in fp32, or in float64 for float64.
 
     Forward: hidden_states `[..., H]` -> (router_logits `[T, E]`, weights `[T, K]`, indices `[T, K]`), as Hugging Face.
 
@@ -103,11 +104,12 @@ class TopKRouter(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         x_TH = hidden_states.reshape(-1, self.hidden_size)
+        exact = torch.promote_types(x_TH.dtype, torch.float32)
         if self.scoring == "softmax":
             logits_TE = nn.functional.linear(x_TH, self.weight)
-            scores_TE = logits_TE.softmax(-1, dtype=torch.float32)
+            scores_TE = logits_TE.softmax(-1, dtype=exact)
         else:
-            logits_TE = nn.functional.linear(x_TH.float(), self.weight.float())
+            logits_TE = nn.functional.linear(x_TH.to(exact), self.weight.to(exact))
             scores_TE = logits_TE.sigmoid()
         indices_TK = self._indices(scores_TE.detach())
         weights_TK = scores_TE.gather(1, indices_TK)

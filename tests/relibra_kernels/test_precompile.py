@@ -5,6 +5,7 @@ from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,12 +17,16 @@ from triton.runtime import driver
 
 from relibra_kernels import precompile, warmup
 from relibra_kernels.form import GPT_OSS
-from relibra_kernels.kernels import build_schedule
 from relibra_kernels.kernels.launch import recording
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter
+from relibra_kernels.parallel.comm import Buffers, Exchange
 from relibra_kernels.parallel.layer import ExpertParallelMLP, LayerSite
+from relibra_kernels.parallel.paths import PlannedPath
+from relibra_kernels.parallel.replicas import ReplicaPushes, ReplicaRoute, Transfers
+from relibra_kernels.parallel.routes import SendRoute
+from relibra_kernels.parallel.session import RuntimeOptions, Session
+from relibra_kernels.parallel.stats import Ledger
 from relibra_kernels.planner.errors import InputError
-from relibra_kernels.schedule import Schedule
 from relibra_kernels.tuning import lookup, precompiling
 from relibra_kernels.tuning.compile_only import launch_digest
 from relibra_kernels.tuning.limits import device_for
@@ -93,10 +98,13 @@ def test_it_is_the_tokens_that_count(compiled):
 
 
 class NoNetwork:
-    """Exchanges between ranks, of tensors without memory."""
+    """A group of one rank whose exchanges move tensors without memory."""
 
-    def exchange(self, rows, send_counts, receive_counts, kind, phase):
-        return rows.new_empty(sum(receive_counts), *rows.shape[1:])
+    rank, size = 0, 1
+
+    def start(self, send, send_counts, receive_counts, kind, phase, into=None):
+        received = send.new_empty(sum(receive_counts), *send.shape[1:]) if into is None else into
+        return Exchange(self, received, None, phase, send)
 
 
 @pytest.mark.parametrize("form", [ExpertForm(), GPT_OSS], ids=["plain", "gpt-oss"])
@@ -111,20 +119,39 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form):
     warmup(parallel, tokens, device=H100)
     assert compiled
 
-    def index(*shape, dtype=torch.int32):
-        return torch.empty(shape, dtype=dtype, device="meta")
+    network = NoNetwork()
+
+    def index(*shape):
+        return torch.empty(shape, dtype=torch.int32, device="meta")
 
     def step(received, visits, held):
+        counts = np.array([received])
+        visited = np.full(received * TOP_K, -1, np.int16)
+        visited[:visits] = np.arange(visits) % (slots + held)
+        path = PlannedPath(
+            network,
+            Buffers(),
+            SendRoute(np.arange(received), visited.reshape(-1, TOP_K), counts),
+            counts,
+            visited.reshape(-1, TOP_K),
+            np.arange(tokens),
+            tokens,
+            slots + held,
+            torch.device("meta"),
+            "here",
+        )
+        pushed = Transfers(np.arange(held), [held], [held], np.arange(held), anywhere=held > 0)
         site = LayerSite(
-            comm=NoNetwork(),
-            send=Schedule(index(3), index(received), index(tokens, TOP_K)),
-            send_counts=[received],
-            receive_counts=[received],
-            local=build_schedule(index(received, TOP_K, dtype=torch.int16), slots + held, num_rows=visits),
-            replicas=SimpleNamespace(push_counts=[held], pull_counts=[held]) if held else None,
-            pushed_slots=torch.empty(held, dtype=torch.int64, device="meta") if held else None,
+            session=Session(RuntimeOptions(), Ledger()),
+            layer=0,
+            micro_batch=0,
+            tag=torch.zeros(3, dtype=torch.int64),
+            path=path,
+            pushes=ReplicaPushes(network, lambda layer: experts.weights, lambda layer: None),
+            guests=SimpleNamespace(transfers=lambda layer: None),
+            replicas=ReplicaRoute(pushed, 0, np.zeros(slots + held, np.int32)) if held else None,
             weight_of_slot=index(slots + held) if held else None,
-            where="here",
+            next_routes=(None, None),
         )
         x = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
         gates = torch.empty(tokens, TOP_K, dtype=torch.float32, device="meta", requires_grad=True)
