@@ -7,7 +7,7 @@ import triton
 
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
-from ..tuning.configs import GemmConfig
+from ..tuning.configs import BlockConfig, GemmConfig
 from ..tuning.lookup import config_of
 from .launch import precision, target
 
@@ -30,7 +30,34 @@ def chosen_config(
 ) -> GemmConfig:
     """The config of a launch that was not given one; sizes (N, D) and layout as in `tuning.store.Entry.sizes`."""
     device, rows, slots = target(tensor), schedule.num_rows, schedule.num_slots
-    return config_of(kernel, device, tensor.dtype, sizes, rows, slots, layout, interleaved)
+    config = config_of(kernel, device, tensor.dtype, sizes, rows, slots, layout, interleaved)
+    assert isinstance(config, GemmConfig)
+    return config
+
+
+def chosen_block(
+    kernel: str,
+    tensor: torch.Tensor,
+    width: int,
+    num_rows: int,
+    *,
+    num_slots: int = 1,
+    interleaved: bool = False,
+    part: str = "",
+) -> BlockConfig:
+    """The same for a kernel without tensor cores, over rows of `width` elements. Where those of the kernel are in fp32
+    or integers whatever the model's dtype, its config goes by bf16.
+    """
+    dtype = torch.bfloat16 if kernel in ("replica_reduce", "schedule") else tensor.dtype
+    config = config_of(kernel, target(tensor), dtype, (width, 0), num_rows, num_slots, False, interleaved, part)
+    assert isinstance(config, BlockConfig)
+    return config
+
+
+def block_of(config: BlockConfig, width: int, item_bytes: int) -> tuple[int, int]:
+    """(elements, warps): no more than a row of `width` has, and at least 16 bytes for each of 32 threads a warp."""
+    block = min(config.columns, triton.next_power_of_2(width))
+    return block, max(1, min(config.num_warps, block * item_bytes // (32 * 16)))
 
 
 def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[int]:

@@ -13,8 +13,8 @@ import triton.language as tl
 from ..operands import check_operands
 from ..planner.errors import ShapeError
 from ..schedule import Schedule
-from ..tuning.configs import GemmConfig
-from .constants import chosen_config, gemm_constants
+from ..tuning.configs import BlockConfig, GemmConfig
+from .constants import chosen_block, chosen_config, gemm_constants
 from .launch import launch
 from .tiles import dot, stored
 
@@ -266,11 +266,13 @@ def grad_bias(
     replica_grad: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
     accumulate: bool = True,
+    config: BlockConfig | None = None,
 ) -> None:
     """`grad[w] += sum over the rows r of w's slots of weight(r) * rows[r]`, `[E, N]`; flags as in `grad_weight`."""
-    n = rows_RN.shape[1]
+    n, slots = rows_RN.shape[1], schedule.num_slots
     check_grad(grad, (n,), accumulate)
-    block = min(triton.next_power_of_2(n), 128)
+    config = config or chosen_block("grad_bias", rows_RN, n, schedule.num_rows, num_slots=slots)
+    block = min(config.columns, triton.next_power_of_2(n))
     weights = len(grad) + (0 if replica_grad is None else len(replica_grad))
     launch(
         _grad_bias_kernel,
@@ -282,13 +284,14 @@ def grad_bias(
         schedule.slot_offsets,
         weight_of_slot,
         schedule.assignment_of,
-        schedule.num_slots,
+        slots,
         len(grad),
         N=n,
         TOP_K=schedule.top_k if gather else 0,
         ACCUMULATE=accumulate,
-        BLOCK_R=32,
+        BLOCK_R=config.rows,
         BLOCK_N=block,
+        num_warps=config.num_warps,
     )
 
 

@@ -2,7 +2,7 @@
 """Rows into slot order, the weighted sum back, and both backwards: one program a token, a row is read once.
 
 A program walks its token's row in blocks of BLOCK_H, so that every access is a run of 16-byte pieces; hidden sizes that
-are no power of two end in a masked block. Sums are in fp32 in the order of k: no atomics.
+are no multiple of it end in a masked block. Sums are in fp32 in the order of k: no atomics.
 """
 
 import torch
@@ -11,6 +11,8 @@ import triton.language as tl
 
 from ..operands import check_gate_weights, check_rows, check_same_rows
 from ..schedule import Schedule
+from ..tuning.configs import BlockConfig
+from .constants import block_of, chosen_block
 from .launch import launch
 
 
@@ -74,32 +76,40 @@ def _unpermute_backward_kernel(
     tl.store(dweights_ptr + token * TOP_K + lane, dweights, mask=lane < TOP_K)
 
 
-def permute(x_TH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+def permute(x_TH: torch.Tensor, schedule: Schedule, *, config: BlockConfig | None = None) -> torch.Tensor:
     """`rows[r] = x[token of r]`, `[rows, H]`. Rows of the unused tail are undefined."""
     check_rows("x", x_TH, schedule.num_tokens)
     rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
-    launch(_permute_kernel, (len(x_TH),), x_TH, schedule.position_of, rows_RH, TOP_K=schedule.top_k, **_row(x_TH))
+    how = _constants("permute", x_TH, schedule, config)
+    launch(_permute_kernel, (len(x_TH),), x_TH, schedule.position_of, rows_RH, **how)
     return rows_RH
 
 
-def permute_backward(drows_RH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
+def permute_backward(drows_RH: torch.Tensor, schedule: Schedule, *, config: BlockConfig | None = None) -> torch.Tensor:
     """`dx[t] = sum_k drows[position(t, k)]`."""
-    return unpermute(drows_RH, None, schedule)
+    return unpermute(drows_RH, None, schedule, config=config)
 
 
-def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:
+def unpermute(
+    y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule, *, config: BlockConfig | None = None
+) -> torch.Tensor:
     """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
     check_rows("y", y_RH, schedule.num_rows)
     if weights_TK is not None:
         check_gate_weights(weights_TK, schedule)
     out_TH = y_RH.new_empty(schedule.num_tokens, y_RH.shape[1])
-    arguments = (y_RH, weights_TK, schedule.position_of, out_TH)
-    launch(_unpermute_kernel, (len(out_TH),), *arguments, TOP_K=schedule.top_k, **_row(y_RH))
+    how = _constants("unpermute", y_RH, schedule, config)
+    launch(_unpermute_kernel, (len(out_TH),), y_RH, weights_TK, schedule.position_of, out_TH, **how)
     return out_TH
 
 
 def unpermute_backward(
-    dout_TH: torch.Tensor, y_RH: torch.Tensor, weights_TK: torch.Tensor, schedule: Schedule
+    dout_TH: torch.Tensor,
+    y_RH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    schedule: Schedule,
+    *,
+    config: BlockConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
     check_rows("dout", dout_TH, schedule.num_tokens)
@@ -109,14 +119,15 @@ def unpermute_backward(
     dy_RH = torch.empty_like(y_RH)
     dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=y_RH.device)
     arguments = (dout_TH, y_RH, weights_TK, schedule.position_of, dy_RH, dweights_TK)
+    how = _constants("unpermute_backward", y_RH, schedule, config)
     lanes = triton.next_power_of_2(schedule.top_k)
-    row = _row(y_RH)
-    launch(_unpermute_backward_kernel, (len(dout_TH),), *arguments, TOP_K=schedule.top_k, LANES=lanes, **row)
+    launch(_unpermute_backward_kernel, (len(dout_TH),), *arguments, LANES=lanes, **how)
     return dy_RH, dweights_TK
 
 
-def _row(rows: torch.Tensor) -> dict[str, int]:
-    """How a program walks a row: blocks of at most 2048 elements, at least 16 bytes a thread."""
+def _constants(part: str, rows: torch.Tensor, schedule: Schedule, config: BlockConfig | None) -> dict[str, int]:
+    """How the rows of one of the three kernels are walked."""
     width = rows.shape[1]
-    block = min(triton.next_power_of_2(width), 2048)
-    return {"H": width, "BLOCK_H": block, "num_warps": max(1, min(8, block * rows.element_size() // (32 * 16)))}
+    config = config or chosen_block("permute", rows, width, schedule.num_tokens, part=part)
+    block, warps = block_of(config, width, rows.element_size())
+    return {"H": width, "TOP_K": schedule.top_k, "BLOCK_H": block, "num_warps": warps}

@@ -7,9 +7,9 @@ import triton.language as tl
 
 from ..operands import check_shards
 from ..planner.errors import ShapeError
+from ..tuning.configs import BlockConfig
+from .constants import block_of, chosen_block
 from .launch import launch
-
-BLOCK = 4096
 
 
 @triton.jit(do_not_specialize=["num_shards"])
@@ -43,7 +43,9 @@ def _pack_kernel(weight_ptr, experts_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl
     tl.store(out_ptr + place * SIZE + index, values.to(tl.float32).to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def replica_reduce(grad: torch.Tensor, shards: torch.Tensor, expert_of_shard: torch.Tensor) -> None:
+def replica_reduce(
+    grad: torch.Tensor, shards: torch.Tensor, expert_of_shard: torch.Tensor, *, config: BlockConfig | None = None
+) -> None:
     """`grad[expert_of_shard[p]] += shards[p]` for p = 0, 1, ...: an ordered fp32 sum, in place.
 
     Args:
@@ -53,16 +55,30 @@ def replica_reduce(grad: torch.Tensor, shards: torch.Tensor, expert_of_shard: to
     """
     check_shards(shards, grad, expert_of_shard)
     if len(shards):
-        size = grad[0].numel()
-        grid = (triton.cdiv(size, BLOCK), len(grad))
-        launch(_replica_reduce_kernel, grid, grad, shards, expert_of_shard, len(shards), SIZE=size, BLOCK=BLOCK)
+        how = _constants(grad, config)
+        grid = (triton.cdiv(how["SIZE"], how["BLOCK"]), len(grad))
+        launch(_replica_reduce_kernel, grid, grad, shards, expert_of_shard, len(shards), **how)
 
 
-def pack_replicas(weight: torch.Tensor, experts: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def pack_replicas(
+    weight: torch.Tensor,
+    experts: torch.Tensor,
+    dtype: torch.dtype | None = None,
+    *,
+    config: BlockConfig | None = None,
+) -> torch.Tensor:
     """`out[p] = weight[experts[p]]` as `dtype` (bf16 for the push), contiguous `[P, ...]`."""
     if not weight.is_contiguous():
         raise ShapeError(f"weight has strides {weight.stride()}; it must be contiguous")
     out = torch.empty(len(experts), *weight.shape[1:], dtype=dtype or weight.dtype, device=weight.device)
-    size = weight[0].numel()
-    launch(_pack_kernel, (triton.cdiv(size, BLOCK), len(experts)), weight, experts, out, SIZE=size, BLOCK=BLOCK)
+    if len(experts):
+        how = _constants(weight, config)
+        launch(_pack_kernel, (triton.cdiv(how["SIZE"], how["BLOCK"]), len(experts)), weight, experts, out, **how)
     return out
+
+
+def _constants(tensor: torch.Tensor, config: BlockConfig | None) -> dict[str, int]:
+    """How one expert of `tensor` `[E, ...]` is walked; both kernels move about as much a block."""
+    size = tensor[0].numel()
+    block, warps = block_of(config or chosen_block("replica_reduce", tensor, size, 1), size, tensor.element_size())
+    return {"SIZE": size, "BLOCK": block, "num_warps": warps}

@@ -18,8 +18,9 @@ import triton.language as tl
 
 from ..planner.errors import InputError
 from ..schedule import Schedule, Splits, check_slot_of_assignment, check_splits, tile_bound
-from ..tuning.configs import row_blocks
-from .launch import INTERPRETING, launch, target
+from ..tuning.configs import BlockConfig, row_blocks
+from .constants import chosen_block
+from .launch import launch, target
 
 MOST_SLOTS = 512  # a row of counts is one vector
 
@@ -179,6 +180,7 @@ def build_schedule(
     block_sizes: Sequence[int] = (),
     *,
     num_rows: int | None = None,
+    config: BlockConfig | None = None,
 ) -> Schedule:
     """The tables of `Schedule` for slots in `-1 .. num_slots-1` (-1 = dropped); others are dropped too.
 
@@ -188,7 +190,7 @@ def build_schedule(
     Args:
         num_rows: how many assignments are not dropped, where the host knows it; None: buffers have T*K rows.
     """
-    return _build(slot_of_assignment_TK, num_slots, num_slots, None, block_sizes, num_rows)
+    return _build(slot_of_assignment_TK, num_slots, num_slots, None, block_sizes, num_rows, config)
 
 
 def build_split_schedule(
@@ -198,10 +200,11 @@ def build_split_schedule(
     block_sizes: Sequence[int] = (),
     *,
     num_rows: int | None = None,
+    config: BlockConfig | None = None,
 ) -> Schedule:
     """The same for experts whose assignments go to several slots by cumulative quota: see `Splits`."""
     check_splits(splits, num_slots)
-    return _build(expert_of_assignment_TK, len(splits.slot_EP), num_slots, splits, block_sizes, num_rows)
+    return _build(expert_of_assignment_TK, len(splits.slot_EP), num_slots, splits, block_sizes, num_rows, config)
 
 
 def _build(
@@ -211,6 +214,7 @@ def _build(
     splits: Splits | None,
     block_sizes: Sequence[int],
     num_rows: int | None,
+    config: BlockConfig | None,
 ) -> Schedule:
     check_slot_of_assignment(ids_TK, num_slots)
     if max(num_keys, num_slots) > MOST_SLOTS:
@@ -228,7 +232,8 @@ def _build(
     def table(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
-    block = 64 if INTERPRETING else (1024 if total <= 1 << 20 else 4096)
+    config = config or chosen_block("schedule", ids_TK, 0, total, num_slots=num_keys)
+    block, warps = config.columns, config.num_warps
     num_blocks = max(1, triton.cdiv(total, block))
     bins = triton.next_power_of_2(num_keys + 1)
     num_parts = 0 if splits is None else splits.slot_EP.shape[1]
@@ -239,7 +244,7 @@ def _build(
     cumulative, slot = (splits.cumulative_EP, splits.slot_EP) if splits is not None else (None, None)
     sizes = {"NUM_KEYS": num_keys, "BINS": bins}
     shape = {"NUM_SLOTS": num_slots, "NUM_PARTS": num_parts, "BLOCK_SIZES": block_sizes}
-    launch(_count_kernel, (num_blocks,), ids_TK, shift, total, **sizes, BLOCK=block, num_warps=4)
+    launch(_count_kernel, (num_blocks,), ids_TK, shift, total, **sizes, BLOCK=block, num_warps=warps)
     launch(
         _scan_kernel,
         (1,),
@@ -276,7 +281,7 @@ def _build(
         STRIPE=triton.next_power_of_2(triton.cdiv(max(bounds), num_blocks)),
         SEARCH_STEPS=num_slots.bit_length() + 1,
         BLOCK=block,
-        num_warps=4,
+        num_warps=warps,
     )
     parts = tiles.split(bounds)
     return Schedule(slot_offsets, assignment_of, position_of, dict(zip(block_sizes, parts, strict=True)))

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 
 from ..form import ExpertForm
+from ..tuning.configs import BlockConfig
+from .constants import block_of, chosen_block
 from .launch import launch
 
 
@@ -81,24 +83,33 @@ def form_constants(form: ExpertForm) -> dict[str, bool | float]:
     return {"CONCATENATED": form.is_concatenated, "CLAMPED": clamped, "LIMIT": form.limit, "ALPHA": form.alpha}
 
 
-def swiglu(h_RJ: torch.Tensor, form: ExpertForm) -> torch.Tensor:
+def swiglu(h_RJ: torch.Tensor, form: ExpertForm, *, config: BlockConfig | None = None) -> torch.Tensor:
     """`[R, 2I] -> [R, I]`."""
     a_RI = h_RJ.new_empty(len(h_RJ), h_RJ.shape[1] // 2)
-    _launch(h_RJ, None, a_RI, None, form)
+    _launch(h_RJ, None, a_RI, None, form, config)
     return a_RI
 
 
-def swiglu_backward(da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_backward(
+    da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm, *, config: BlockConfig | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`(dh [R, 2I], a [R, I])` from da and h; `a` is recomputed on the way and kept in fp32."""
     dh_RJ, a_RI = torch.empty_like(h_RJ), torch.empty(da_RI.shape, dtype=torch.float32, device=h_RJ.device)
-    _launch(h_RJ, da_RI, dh_RJ, a_RI, form)
+    _launch(h_RJ, da_RI, dh_RJ, a_RI, form, config)
     return dh_RJ, a_RI
 
 
 def _launch(
-    h_RJ: torch.Tensor, da_RI: torch.Tensor | None, out: torch.Tensor, a_RI: torch.Tensor | None, form: ExpertForm
+    h_RJ: torch.Tensor,
+    da_RI: torch.Tensor | None,
+    out: torch.Tensor,
+    a_RI: torch.Tensor | None,
+    form: ExpertForm,
+    config: BlockConfig | None,
 ) -> None:
     rows, half = len(h_RJ), h_RJ.shape[1] // 2
-    block = min(triton.next_power_of_2(half), 1024)
-    grid = (rows, triton.cdiv(half, block))
-    launch(_swiglu_kernel, grid, h_RJ, da_RI, out, a_RI, I=half, BLOCK=block, **form_constants(form))
+    part = "swiglu" if da_RI is None else "swiglu_backward"
+    config = config or chosen_block("swiglu", h_RJ, half, rows, interleaved=not form.is_concatenated, part=part)
+    block, warps = block_of(config, half, h_RJ.element_size())
+    how = {"I": half, "BLOCK": block, "num_warps": warps, **form_constants(form)}
+    launch(_swiglu_kernel, (rows, triton.cdiv(half, block)), h_RJ, da_RI, out, a_RI, **how)

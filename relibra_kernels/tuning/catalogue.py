@@ -14,19 +14,24 @@ from .. import kernels
 from ..form import GPT_OSS, ExpertForm
 from ..kernels.launch import Launch, recording
 from ..schedule import Schedule, Splits, tile_bound
-from .configs import GemmConfig
+from .configs import GEMM_KERNELS, Config
 from .limits import Device
 
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
 QWEN, OSS = (2048, 768, ExpertForm()), (2880, 2880, GPT_OSS)  # hidden size, intermediate size, form
 
-# kernel -> the products of a layer that it computes
+# kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {
+    "schedule": ("schedule",),
+    "permute": ("permute", "unpermute", "unpermute_backward"),
     "gate_up": ("gate_up",),
+    "swiglu": ("swiglu", "swiglu_backward"),
     "grouped_gemm": ("down", "dx"),
     "grad_hidden": ("grad_hidden",),
     "grad_weight": ("gate_up", "down"),
+    "grad_bias": ("gate_up", "down"),
+    "replica_reduce": ("gate_up", "down"),
 }
 
 
@@ -64,7 +69,7 @@ class Layer:
     dtype: torch.dtype = torch.bfloat16
     make: Make = meta
 
-    def call(self, kernel: str, part: str, config: GemmConfig | None) -> partial:
+    def call(self, kernel: str, part: str, config: Config | None) -> partial:
         """A call that computes one part of the layer with `kernel`; `config` is a keyword of it."""
         return getattr(self, f"_{kernel}")(part, config)
 
@@ -82,17 +87,17 @@ class Layer:
     def _biases(self, width: int) -> dict[str, Any]:
         return self._stores("bias", (width,), "replica_bias") if self.form.has_bias else {}
 
-    def _where(self, config: GemmConfig | None) -> dict[str, Any]:
+    def _where(self, config: Config | None) -> dict[str, Any]:
         table = torch.arange(self.schedule.num_slots, dtype=torch.int32, device=self.schedule.slot_offsets.device)
         return {"weight_of_slot": table if self.replicas else None, "config": config}
 
-    def _gate_up(self, part: str, config: GemmConfig | None) -> partial:
+    def _gate_up(self, part: str, config: Config | None) -> partial:
         weights = self._stores("gate_up", self.form.gate_up_shape(self.hidden_size, self.half), "replica_gate_up")
         how: dict[str, Any] = {**weights, **self._biases(2 * self.half), **self._where(config)}
         x = self._rows(self.schedule.num_tokens, self.hidden_size)
         return partial(kernels.grouped_gemm_swiglu, x, schedule=self.schedule, form=self.form, **how)
 
-    def _grouped_gemm(self, part: str, config: GemmConfig | None) -> partial:
+    def _grouped_gemm(self, part: str, config: Config | None) -> partial:
         down, transposed = part == "down", self.form.is_transposed
         shape = (self.form.down_shape if down else self.form.gate_up_shape)(self.hidden_size, self.half)
         how: dict[str, Any] = {**self._stores("weight", shape, "replica_weight"), **self._where(config)}
@@ -100,15 +105,15 @@ class Layer:
         a = self._rows(self.schedule.num_rows, self.half if down else 2 * self.half)
         return partial(kernels.grouped_gemm, a, schedule=self.schedule, transpose_weight=down != transposed, **how)
 
-    def _grad_hidden(self, part: str, config: GemmConfig | None) -> partial:
+    def _grad_hidden(self, part: str, config: Config | None) -> partial:
         weights = self._stores("down", self.form.down_shape(self.hidden_size, self.half), "replica_down")
         how: dict[str, Any] = {**weights, **self._biases(self.hidden_size), **self._where(config)}
         dout = self._rows(self.schedule.num_tokens, self.hidden_size)
         h = self._rows(self.schedule.num_rows, 2 * self.half)
-        gates = self.make(self.schedule.num_tokens, self.schedule.top_k, dtype=torch.float32)
+        gates = self._gate_weights()
         return partial(kernels.grad_hidden, dout, h, gates, schedule=self.schedule, form=self.form, **how)
 
-    def _grad_weight(self, part: str, config: GemmConfig | None) -> partial:
+    def _grad_weight(self, part: str, config: Config | None) -> partial:
         of_gate_up, transposed = part == "gate_up", self.form.is_transposed
         shape = (self.form.gate_up_shape if of_gate_up else self.form.down_shape)(self.hidden_size, self.half)
         of = torch.float32 if self.accumulate else self.dtype
@@ -121,40 +126,74 @@ class Layer:
         how |= {"gather_left": tokens_left, "gather_right": not tokens_left, "accumulate": self.accumulate}
         return partial(kernels.grad_weight, left, right, self.schedule, **how)
 
+    def _grad_bias(self, part: str, config: Config | None) -> partial:
+        of_gate_up = part == "gate_up"
+        width = 2 * self.half if of_gate_up else self.hidden_size
+        of = torch.float32 if self.accumulate else self.dtype
+        how: dict[str, Any] = {**self._stores("grad", (width,), "replica_grad", of), **self._where(config)}
+        if not of_gate_up:
+            how |= {"gather": True, "weights_TK": self._gate_weights()}
+        rows = self._rows(self.schedule.num_rows if of_gate_up else self.schedule.num_tokens, width)
+        return partial(kernels.grad_bias, rows, self.schedule, accumulate=self.accumulate, **how)
 
-def gemm_calls(
-    kernel: str, config: GemmConfig | None, dtype: torch.dtype
-) -> Iterator[tuple[str, Callable[[], object]]]:
-    """(variant, call) of one GEMM kernel: layouts, biases, with and without a replica store."""
-    for name, (hidden_size, half, form) in (("concatenated", QWEN), ("gpt-oss", OSS)):
-        for replicas in (0, REPLICAS):
+    def _permute(self, part: str, config: Any) -> partial:
+        tokens = self._rows(self.schedule.num_tokens, self.hidden_size)
+        if part == "permute":
+            return partial(kernels.permute, tokens, self.schedule, config=config)
+        rows, weights = self._rows(self.schedule.num_rows, self.hidden_size), self._gate_weights()
+        if part == "unpermute":
+            return partial(kernels.unpermute, rows, weights, self.schedule, config=config)
+        return partial(kernels.unpermute_backward, tokens, rows, weights, self.schedule, config=config)
+
+    def _swiglu(self, part: str, config: Any) -> partial:
+        h = self._rows(self.schedule.num_rows, 2 * self.half)
+        if part == "swiglu":
+            return partial(kernels.swiglu, h, self.form, config=config)
+        return partial(kernels.swiglu_backward, self._rows(len(h), self.half), h, self.form, config=config)
+
+    def _replica_reduce(self, part: str, config: Any) -> partial:
+        shape = (self.form.gate_up_shape if part == "gate_up" else self.form.down_shape)(self.hidden_size, self.half)
+        experts = self.schedule.num_slots - self.replicas
+        owners = torch.arange(min(REPLICAS, experts), device=self.schedule.slot_offsets.device)
+        shards = self.make(len(owners), *shape, dtype=torch.float32)
+        grad = self.make(experts, *shape, dtype=torch.float32)
+        return partial(kernels.replica_reduce, grad=grad, shards=shards, expert_of_shard=owners, config=config)
+
+    def _schedule(self, part: str, config: Any) -> partial:
+        ends = self.schedule.slot_offsets[1:]
+        ids = torch.searchsorted(ends, self.schedule.position_of, right=True)  # the slots that it was built from
+        return partial(kernels.build_schedule, ids, self.schedule.num_slots, config=config)
+
+    def _gate_weights(self) -> torch.Tensor:
+        return self.make(self.schedule.num_tokens, self.schedule.top_k, dtype=torch.float32)
+
+
+def calls(kernel: str, config: Config | None, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """(variant, call) of one kernel: layouts, biases, with and without a replica store."""
+    layers = {"concatenated": QWEN, "gpt-oss": OSS}
+    layers.pop({"schedule": "gpt-oss", "grad_bias": "concatenated"}.get(kernel, ""), None)  # the same again, or none
+    for name, (hidden_size, half, form) in layers.items():
+        for replicas in (0, REPLICAS) if kernel in (*GEMM_KERNELS, "grad_bias") else (REPLICAS,):
             layer = Layer(hidden_size, half, form, meta_schedule(), replicas, accumulate=replicas > 0, dtype=dtype)
             for part in PARTS[kernel]:
                 of = f", {part}" if len(PARTS[kernel]) > 1 else ""
                 yield name + (", replicas" if replicas else "") + of, layer.call(kernel, part, config)
+    yield from _besides(kernel, config, dtype)
 
 
-def other_calls(dtype: torch.dtype) -> Iterator[tuple[str, str, Callable[[], object]]]:
-    """(kernel, variant, call) of the kernels that have no config."""
-    schedule, index, (hidden_size, half, form) = meta_schedule(), torch.int32, QWEN
-    rows = TOKENS * TOP_K
-    ids = meta(TOKENS, TOP_K, dtype=torch.int64)
-    splits = Splits(meta(128, 4, dtype=index), meta(128, 4, dtype=index))
-    x, y, h = (meta(n, width, dtype=dtype) for n, width in ((TOKENS, hidden_size), (rows, 2880), (rows, 2 * half)))
-    weights, grads = meta(TOKENS, TOP_K, dtype=torch.float32), meta(EXPERTS, 2 * half, hidden_size, dtype=torch.float32)
-    place, wide = meta(4, dtype=index), meta(TOKENS, 2880, dtype=dtype)
-    bias_grad = meta(SLOTS, 2 * half, dtype=torch.float32)
-    yield "schedule", "slots", lambda: kernels.build_schedule(ids, 128, (64, 128))
-    yield "schedule", "splits", lambda: kernels.build_split_schedule(ids, splits, 144, (64, 128))
-    yield "permute", "forward", lambda: kernels.permute(x, schedule)
-    yield "permute", "sum", lambda: kernels.unpermute(y, weights, schedule)
-    yield "permute", "backward", lambda: kernels.permute_backward(y, schedule)
-    yield "permute", "sum backward", lambda: kernels.unpermute_backward(wide, y, weights, schedule)
-    yield "swiglu", "forward", lambda: kernels.swiglu(h, form)
-    yield "swiglu", "backward", lambda: kernels.swiglu_backward(meta(rows, half, dtype=dtype), h, GPT_OSS)
-    yield "replica_reduce", "sum", lambda: kernels.replica_reduce(grads, grads[:4], place)
-    yield "replica_reduce", "pack", lambda: kernels.pack_replicas(grads, place, torch.bfloat16)
-    yield "grad_bias", "gate_up", lambda: kernels.grad_bias(h, schedule, bias_grad)
+def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """What a kernel's config is for as well."""
+    schedule, index, (hidden_size, half, _) = meta_schedule(), torch.int32, QWEN
+    if kernel == "schedule":
+        ids = meta(TOKENS, TOP_K, dtype=torch.int64)
+        splits = Splits(meta(128, 4, dtype=index), meta(128, 4, dtype=index))
+        yield "splits", partial(kernels.build_split_schedule, ids, splits, 144, config=config)
+    elif kernel == "permute":
+        rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
+        yield "permute_backward", partial(kernels.permute_backward, rows, schedule, config=config)
+    elif kernel == "replica_reduce":
+        weights = meta(EXPERTS, 2 * half, hidden_size, dtype=torch.float32)
+        yield "pack", partial(kernels.pack_replicas, weights, meta(4, dtype=index), torch.bfloat16, config=config)
 
 
 def recorded(device: Device, call: Callable[[], object]) -> list[Launch]:

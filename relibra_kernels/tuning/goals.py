@@ -7,21 +7,17 @@ import numpy as np
 
 from ..planner import RoutingTrace
 from ..planner.errors import InputError
+from .catalogue import PARTS
+from .configs import GEMM_KERNELS
 from .limits import Device
 from .lookup import octave
-from .model import Work, balanced, skewed
 from .models import Model
 from .store import Entry
+from .work import Work, balanced, skewed
 
 SLOTS = (2, 8, 32, 128)
 ROWS_PER_SLOT = (16, 64, 256, 1024, 4096)
-# kernel -> the parts of a layer that it computes, in the order of a training step
-PARTS = {
-    "gate_up": ("gate_up",),
-    "grouped_gemm": ("down", "dx"),
-    "grad_hidden": ("grad_hidden",),
-    "grad_weight": ("gate_up", "down"),
-}
+ROWS = (256, 1024, 4096, 16384, 65536)  # of kernels to which slots are nothing
 _LAYERS_OF_TRACE = 3
 
 
@@ -38,10 +34,11 @@ class Goal:
 
     def works(self, device: Device) -> list[Work]:
         """One launch a group table."""
-        n, d = layer_shape(self.model, self.part).sizes(self.kernel)[:2]
+        n, d = layer_shape(self.model, self.kernel, self.part).sizes(self.kernel)[:2]
         by_pointer = self.kernel in ("gate_up", "grad_hidden") and not device.descriptor_gather
         gathers = by_pointer or self.kernel == "grad_weight"
-        return [Work(self.kernel, n, d, gathers, rows) for rows in self.groups]
+        more = self.part, self.model.top_k
+        return [Work(self.kernel, n, d, gathers, rows, *more) for rows in self.groups]
 
 
 def one_time(even: float, *uneven: float) -> float:
@@ -49,10 +46,20 @@ def one_time(even: float, *uneven: float) -> float:
     return (even + sum(uneven) / len(uneven)) / 2 if uneven else even
 
 
-def layer_shape(model: Model, part: str) -> Entry:
-    """An entry without buckets: the shape under which configs for `model` are stored."""
+def layer_shape(model: Model, kernel: str, part: str) -> Entry:
+    """An entry without buckets: the shape under which configs for `model` are stored, 0 for what the kernel does not
+    depend on.
+    """
     form = model.form
-    shape = (part, "bf16", model.hidden_size, model.intermediate_size, form.is_transposed, not form.is_concatenated)
+    hidden_size = (
+        0 if kernel in ("swiglu", "schedule") or (kernel, part) == ("grad_bias", "gate_up") else model.hidden_size
+    )
+    half = (
+        0 if kernel in ("permute", "schedule") or (kernel, part) == ("grad_bias", "down") else model.intermediate_size
+    )
+    transposed = form.is_transposed and kernel in GEMM_KERNELS
+    interleaved = not form.is_concatenated and kernel in (*GEMM_KERNELS, "swiglu")
+    shape = (part, "bf16", hidden_size, half, transposed, interleaved)
     return Entry(*shape, "compiled", "", None, "", (), (model.name,))
 
 
@@ -69,16 +76,30 @@ def goals(
     if trace is not None and trace.num_experts != model.num_experts:
         raise InputError(f"trace is of {trace.num_experts} experts; {model} has {model.num_experts}")
     found = []
-    for slots in [size for size in SLOTS if size <= model.num_experts] or [1]:
-        if tokens:
-            rows = sorted({1 << max(octave(count * model.top_k // slots) - 1, 0) for count in tokens})
-        else:
-            rows = list(ROWS_PER_SLOT)
-        for rows_per_slot in rows:
+    for kernel in kernels:
+        if kernel == "grad_bias" and not model.form.has_bias:
+            continue
+        for slots, rows_per_slot in _buckets(model, kernel, tokens):
             uneven = (skewed(slots, rows_per_slot),) if trace is None else recorded(trace, slots, rows_per_slot)
-            groups = (balanced(slots, rows_per_slot), *uneven)
-            for kernel in kernels:
-                found += [Goal(model, kernel, part, slots, rows_per_slot, groups) for part in PARTS[kernel]]
+            groups = (balanced(slots, rows_per_slot), *(uneven if slots > 1 else ()))
+            found += [Goal(model, kernel, part, slots, rows_per_slot, groups) for part in PARTS[kernel]]
+    return found
+
+
+def _buckets(model: Model, kernel: str, tokens: Sequence[int]) -> list[tuple[int, int]]:
+    """(slots, rows a slot) of what a kernel is tuned for."""
+    if kernel == "replica_reduce":
+        return [(1, 1)]  # a matter of an expert's size alone
+    by_token = kernel == "permute"
+    if kernel in ("permute", "swiglu"):
+        choice: Sequence[int] = [1]
+    else:
+        choice = [size for size in SLOTS if size <= model.num_experts] or [1]
+    found = []
+    for slots in choice:
+        rows = sorted({1 << max(octave(count * (1 if by_token else model.top_k) // slots) - 1, 0) for count in tokens})
+        grid = ROWS if kernel in ("permute", "swiglu") else ROWS_PER_SLOT
+        found += [(slots, count) for count in rows or grid]
     return found
 
 

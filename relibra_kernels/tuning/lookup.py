@@ -16,8 +16,9 @@ from typing import NamedTuple
 import torch
 
 from ..planner.errors import FormatError, InputError
-from .configs import SPACE, GemmConfig, config_for, misfit, parse_config
+from .configs import Config, misfit, parse_config
 from .limits import Device
+from .spaces import SPACE, config_for
 from .store import SHIPPED, Entry, load_entries, path_of, user_folder
 
 REACH = 2, 3  # octaves of rows a slot, octaves of slots
@@ -26,7 +27,10 @@ _OTHER_DTYPES = {"bf16": ("bf16",), "fp16": ("fp16", "bf16"), "fp32": ("fp32",)}
 
 
 class Problem(NamedTuple):
-    """What a launch asks for; `slots` and `rows_per_slot` are octaves (`octave`), the rest as in `Entry.sizes`."""
+    """What a launch asks for; `slots` and `rows_per_slot` are octaves (`octave`), the rest as in `Entry.sizes`.
+
+    `part` is empty where the sizes say which part of a layer it is.
+    """
 
     kernel: str
     device: Device
@@ -37,19 +41,20 @@ class Problem(NamedTuple):
     interleaved: bool
     slots: int
     rows_per_slot: int
+    part: str = ""
 
 
 class Answer(NamedTuple):
     """A config and who gave it."""
 
-    config: GemmConfig
+    config: Config
     source: str
 
 
 _answers: dict[Problem, Answer] = {}
 _files: dict[tuple[str, str, str], list[Entry]] = {}
-_agreed: dict[tuple, GemmConfig] = {}
-_overrides: dict[str, GemmConfig] | None = None
+_agreed: dict[tuple, Config] = {}
+_overrides: dict[str, Config] | None = None
 
 
 def octave(count: int) -> int:
@@ -66,10 +71,11 @@ def config_of(
     num_slots: int,
     layout: bool,
     interleaved: bool = False,
-) -> GemmConfig:
+    part: str = "",
+) -> Config:
     """The config of one launch; sizes (N, D) and layout as in `Entry.sizes`."""
     rows_per_slot = (num_rows // num_slots).bit_length()
-    key = Problem(kernel, device, dtype, *sizes, layout, interleaved, num_slots.bit_length(), rows_per_slot)
+    key = Problem(kernel, device, dtype, *sizes, layout, interleaved, num_slots.bit_length(), rows_per_slot, part)
     found = _answers.get(key)
     return (found or answer(key)).config
 
@@ -99,7 +105,7 @@ def forget() -> None:
     _overrides = None
 
 
-def agree(configs: dict[tuple, GemmConfig]) -> None:
+def agree(configs: dict[tuple, Config]) -> None:
     """Use `configs` (by problem without its device) before any file; all ranks of a run call this with the same."""
     _answers.clear()
     _agreed.update(configs)
@@ -139,13 +145,15 @@ def _size(octave: int) -> int:
     return (3 << octave) >> 2
 
 
-def _nearest(problem: Problem, entries: list[Entry], evidence: str) -> GemmConfig | None:
+def _nearest(problem: Problem, entries: list[Entry], evidence: str) -> Config | None:
     """The config of the nearest bucket in reach, of the exact dtype before another; None where there is none."""
     wanted = (problem.n, problem.d, problem.layout, problem.interleaved)
     for dtype in _OTHER_DTYPES[DTYPES[problem.dtype]]:
         best: tuple | None = None
         for entry in entries:
             if entry.evidence != evidence or entry.dtype != dtype or entry.sizes(problem.kernel) != wanted:
+                continue
+            if problem.part not in ("", entry.part):
                 continue
             for bucket in entry.buckets:
                 rows, slots = octave(bucket.rows_per_slot), octave(bucket.slots)
@@ -182,7 +190,7 @@ def _entries(source: str, folder: object, problem: Problem) -> list[Entry]:
     return _files[key]
 
 
-def _from_environment() -> dict[str, GemmConfig]:
+def _from_environment() -> dict[str, Config]:
     """`RELIBRA_CONFIG=gate_up=128x128x64w8s3,grad_weight=...`, read once."""
     global _overrides
     if _overrides is None:
@@ -203,7 +211,7 @@ def _log(problem: Problem, found: Answer) -> None:
         log.setLevel(logging.INFO)
     log.info(
         "relibra tuning: %s %s N=%d D=%d, %d slots and %d rows a slot or more: %s (%s)",
-        problem.kernel,
+        f"{problem.kernel} {problem.part}".rstrip(),
         problem.dtype,
         problem.n,
         problem.d,

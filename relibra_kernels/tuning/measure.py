@@ -8,14 +8,16 @@ from typing import Protocol
 import torch
 
 from . import lookup
-from .configs import GemmConfig, candidates
+from .configs import Config
 from .goals import Goal, layer_shape, one_time
 from .journal import Journal
 from .limits import Device
-from .model import Resources, estimate
+from .model import estimate
 from .products import PRODUCTS
+from .spaces import candidates
 from .store import Bucket, Entry
 from .tasks import Task, digest_of
+from .work import Resources
 
 _HOPELESS = 1.6  # times the modelled best: not worth a clock
 
@@ -36,7 +38,7 @@ class Timing:
 class Workload(Protocol):
     """One group table of a goal, on the device."""
 
-    def call(self, config: GemmConfig) -> Callable[[], object]:
+    def call(self, config: Config) -> Callable[[], object]:
         """A launch on the next set of inputs, every time it is called."""
 
     def restore(self) -> None:
@@ -76,7 +78,7 @@ class OnlineSearch:
     done: Callable[[str, str], None] = lambda what, best: None
     failed: dict[str, str] = field(default_factory=dict)
 
-    def candidates(self, goal: Goal) -> list[GemmConfig]:
+    def candidates(self, goal: Goal) -> list[Config]:
         """What is used now, then everything that fits and that the model does not find hopeless."""
         dtype = torch.bfloat16
         found = [config for config in candidates(goal.kernel, self.device, dtype) if config != self.incumbent(goal)]
@@ -89,11 +91,12 @@ class OnlineSearch:
             found = [config for config in found if us[config] <= _HOPELESS * us[found[0]]]
         return [self.incumbent(goal), *found]
 
-    def incumbent(self, goal: Goal) -> GemmConfig:
+    def incumbent(self, goal: Goal) -> Config:
         """What a launch would get now."""
-        shape = layer_shape(goal.model, goal.part).sizes(goal.kernel)
-        rows = goal.rows_per_slot * goal.slots
-        return lookup.config_of(goal.kernel, self.device, torch.bfloat16, shape[:2], rows, goal.slots, *shape[2:])
+        n, d, layout, interleaved = layer_shape(goal.model, goal.kernel, goal.part).sizes(goal.kernel)
+        part = goal.part if goal.kernel in ("permute", "swiglu") else ""
+        rows, where = goal.rows_per_slot * goal.slots, (self.device, torch.bfloat16, (n, d))
+        return lookup.config_of(goal.kernel, *where, rows, goal.slots, layout, interleaved, part)
 
     def run(self, triton: str, driver: str, date: str) -> tuple[dict[str, list[Entry]], int]:
         """(entries by kernel, how many goals are not finished); a goal that was not finished has no entry."""
@@ -109,12 +112,12 @@ class OnlineSearch:
                 continue
             config, timing = found
             bucket = Bucket(goal.slots, goal.rows_per_slot, str(config), timing.us, timing.spread)
-            shape = layer_shape(goal.model, goal.part)
+            shape = layer_shape(goal.model, goal.kernel, goal.part)
             entry = replace(shape, evidence="measured", triton=triton, driver=driver, date=date, buckets=(bucket,))
             entries.setdefault(goal.kernel, []).append(entry)
         return entries, left
 
-    def measure(self, goal: Goal) -> tuple[GemmConfig, Measured] | None:
+    def measure(self, goal: Goal) -> tuple[Config, Measured] | None:
         """The config to use and its time; None where nothing could be timed.
 
         A rival replaces what is used now only where it is faster by more than either's spread.
@@ -123,7 +126,7 @@ class OnlineSearch:
         """
         incumbent, *rivals = self.candidates(goal)
         workloads: Sequence[Workload] | None = None
-        timed: dict[GemmConfig, Measured] = {}
+        timed: dict[Config, Measured] = {}
         for config in (incumbent, *rivals):
             key, name = self._key(goal, config), f"{goal.kernel} {goal.part} {goal.slots}x{goal.rows_per_slot} {config}"
             if key not in self.journal.known:
@@ -150,7 +153,7 @@ class OnlineSearch:
             best = incumbent
         return best, timed[best]
 
-    def _time(self, config: GemmConfig, workloads: Sequence[Workload]) -> Measured:
+    def _time(self, config: Config, workloads: Sequence[Workload]) -> Measured:
         times = []
         for workload in workloads:
             try:
@@ -159,7 +162,7 @@ class OnlineSearch:
                 workload.restore()
         return Measured(one_time(*(timing.median for timing in times)), max(timing.spread for timing in times))
 
-    def _key(self, goal: Goal, config: GemmConfig) -> str:
+    def _key(self, goal: Goal, config: Config) -> str:
         """Names what is timed: what is compiled, and the group tables."""
         sizes = goal.model.hidden_size, goal.model.intermediate_size, goal.model.form
         task = Task(self.device.name, goal.kernel, goal.part, str(config), *sizes, 0)

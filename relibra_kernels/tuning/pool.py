@@ -15,8 +15,8 @@ from typing import Any
 import triton
 
 from ..planner.errors import InputError
-from .model import Resources
 from .tasks import Outcome, Task
+from .work import Resources
 
 WORKER = [sys.executable, "-m", "relibra_kernels.tuning.worker"]
 

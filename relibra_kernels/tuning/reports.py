@@ -11,9 +11,9 @@ from pathlib import Path
 import triton
 
 from .journal import Journal
-from .model import Resources
 from .pool import compiled
 from .tasks import Outcome, Task, digest_of
+from .work import Resources
 
 
 class Reports:

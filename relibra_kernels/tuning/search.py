@@ -5,15 +5,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .configs import GemmConfig, candidates
+from .configs import Config, GemmConfig
 from .goals import PARTS, Goal, layer_shape, one_time
 from .limits import Device, device_for
-from .model import Resources, estimate
+from .model import estimate
 from .models import Model
 from .products import Product
 from .reports import Reports
+from .spaces import SPACE, candidates
 from .store import Bucket, Entry, merged
 from .tasks import Outcome, Task
+from .work import Resources
 
 MODEL_DATE = "2026-11-24"  # of the model's last change: what `compiled` entries are dated by
 GROUPS = (8, 4, 16)
@@ -72,35 +74,36 @@ class OfflineSearch:
             if not self.reports.compile(winners, self.jobs, self._note, self.seconds_up):
                 return None
 
-    def choose(self) -> dict[int, tuple[float, GemmConfig]]:
+    def choose(self) -> dict[int, tuple[float, Config]]:
         """(microseconds, config) of every goal that has one, by its id: few different configs for one part of a model.
 
         Times within `ALIKE` of the best count as equal. Of those, the config that serves most buckets is taken, then
         the one that serves most of what is left: fewer kernels to compile, and no decision finer than the model is.
         """
-        parts: dict[tuple, dict[int, dict[GemmConfig, float]]] = {}
+        parts: dict[tuple, dict[int, dict[Config, float]]] = {}
         for goal in self.goals:
             ranked = self.rank(goal)
             alike = {config: us for us, config in ranked if us <= ranked[0][0] * ALIKE}
             if alike:
                 parts.setdefault((goal.model, goal.kernel, goal.part), {})[id(goal)] = alike
         chosen = {}
-        for left in parts.values():
+        for (_, kernel, _), left in parts.items():
             while left:
-                served: dict[GemmConfig, list[float]] = {}
+                served: dict[Config, list[float]] = {}
                 for alike in left.values():
                     best = min(alike.values())
                     for config, us in alike.items():
                         served.setdefault(config, []).append(us / best)
                 order = {
-                    c: (-len(r), round(sum(r) / len(r), 4), GROUPS.index(c.group_m), str(c)) for c, r in served.items()
+                    config: (-len(ratios), round(sum(ratios) / len(ratios), 4), _unusual(kernel, config), str(config))
+                    for config, ratios in served.items()
                 }
                 taken = min(order, key=order.__getitem__)
                 for goal_id in [key for key, alike in left.items() if taken in alike]:
                     chosen[goal_id] = left.pop(goal_id)[taken], taken
         return chosen
 
-    def rank(self, goal: Goal) -> list[tuple[float, GemmConfig]]:
+    def rank(self, goal: Goal) -> list[tuple[float, Config]]:
         """(microseconds, config), the best first: half the even groups' time and half the uneven ones'.
 
         No config pads more rows of the uneven groups than the one that is best for even ones.
@@ -111,13 +114,12 @@ class OfflineSearch:
             resources = self._resources(goal.model, goal.kernel, goal.part, compiled)
             if resources is None:
                 continue
-            for group in GROUPS if goal.kernel != "grad_weight" else GROUPS[:1]:
-                config = replace(compiled, group_m=group)
+            for config in _with_groups(goal.kernel, compiled):
                 even, *uneven = (estimate(work, config, resources, self.product) for work in works)
                 us = one_time(even.us, *(e.us for e in uneven))
                 padded = sum(e.padded_rows for e in uneven)
-                # equal times: fewer padded rows, then the usual group, then by name
-                scored.append(((round(us, 2), padded, GROUPS.index(group), str(config)), even.us, us, config))
+                # equal times: fewer padded rows, then the usual config, then by name
+                scored.append(((round(us, 2), padded, _unusual(goal.kernel, config), str(config)), even.us, us, config))
         if not scored:
             return []
         scored.sort(key=lambda item: item[0])
@@ -132,14 +134,12 @@ class OfflineSearch:
                 return f"{goal.kernel} {goal.part}: " + (f"{best[0][1]}, {best[0][0]:.0f} us" if best else "none yet")
         return ""
 
-    def _tasks(
-        self, model: Model, kernel: str, part: str, config: GemmConfig, hidden_size: int, half: int
-    ) -> list[Task]:
-        name = str(replace(config, group_m=GROUPS[0]))  # the order of tiles is a matter of a few integers
+    def _tasks(self, model: Model, kernel: str, part: str, config: Config, hidden_size: int, half: int) -> list[Task]:
+        name = str(_with_groups(kernel, config)[0])  # the order of tiles is a matter of a few integers
         sizes = (self.product.target, kernel, part, name, hidden_size, half, model.form)
         return [Task(*sizes, replicas) for replicas in REPLICAS]
 
-    def _resources(self, model: Model, kernel: str, part: str, config: GemmConfig) -> Resources | None:
+    def _resources(self, model: Model, kernel: str, part: str, config: Config) -> Resources | None:
         """The larger needs of its variants; None where one spills, does not fit or does not compile."""
         tasks = self._tasks(model, kernel, part, config, *_stand_in(model))
         own = self._tasks(model, kernel, part, config, model.hidden_size, model.intermediate_size)
@@ -152,7 +152,7 @@ class OfflineSearch:
             self.failed[task.key] = outcome
         self.done(task, outcome)
 
-    def _entries(self, chosen: dict[int, tuple[float, GemmConfig]]) -> dict[str, list[Entry]]:
+    def _entries(self, chosen: dict[int, tuple[float, Config]]) -> dict[str, list[Entry]]:
         import triton
 
         found: dict[str, list[Entry]] = {kernel: [] for kernel in PARTS}
@@ -160,10 +160,25 @@ class OfflineSearch:
             if id(goal) not in chosen:
                 continue
             us, config = chosen[id(goal)]
-            bucket, shape = Bucket(goal.slots, goal.rows_per_slot, str(config), us), layer_shape(goal.model, goal.part)
+            bucket, shape = (
+                Bucket(goal.slots, goal.rows_per_slot, str(config), us),
+                layer_shape(goal.model, goal.kernel, goal.part),
+            )
             entry = replace(shape, triton=triton.__version__, date=MODEL_DATE, buckets=(bucket,))
             found[goal.kernel].append(entry)
         return {kernel: merged([], entries) for kernel, entries in found.items() if entries}
+
+
+def _with_groups(kernel: str, config: Config) -> list[Config]:
+    """`config` with every number of row tiles a group; itself where there are no groups."""
+    if not isinstance(config, GemmConfig) or kernel == "grad_weight":
+        return [config]
+    return [replace(config, group_m=group) for group in GROUPS]
+
+
+def _unusual(kernel: str, config: Config) -> int:
+    """For the order of equals: 0 for the usual group of row tiles, or for what a launch gets without a search."""
+    return GROUPS.index(config.group_m) if isinstance(config, GemmConfig) else int(config not in SPACE[kernel])
 
 
 def worst(outcomes: Sequence[Outcome], device: Device) -> Resources | None:

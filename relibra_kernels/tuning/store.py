@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..planner.errors import FormatError
+from .configs import ROW_KERNELS
 from .schema import first_fault
 
 SHIPPED = Path(__file__).parents[1] / "autotune_configs"
@@ -63,9 +64,12 @@ class Entry:
         """(N, D, layout, interleaved) as the launcher of `kernel` sees this layer.
 
         N and D are the kernel's constants of that name (I and D of gate_up and grad_hidden). The layout is whether
-        weights are stored `[N, D]`; of grad_weight, whether the left rows are picked by index.
+        weights are stored `[N, D]`; of grad_weight, whether the left rows are picked by index. A kernel without tensor
+        cores has one width and no layout; the width of replica_reduce is the size of one expert's tensor.
         """
         hidden, half, transposed = self.H, self.I, self.transposed
+        if kernel in ROW_KERNELS:
+            return self._width(kernel), 0, False, self.interleaved and kernel == "swiglu"
         if kernel == "gate_up":
             return half, hidden, not transposed, self.interleaved
         if kernel == "grad_hidden":
@@ -77,6 +81,18 @@ class Entry:
         if self.part == "down":
             return (half, hidden, False, False) if transposed else (hidden, half, True, False)
         return (hidden, 2 * half, True, False) if transposed else (2 * half, hidden, False, False)
+
+    def _width(self, kernel: str) -> int:
+        if kernel == "permute":
+            return self.H
+        if kernel == "swiglu":
+            return self.I
+        if kernel == "schedule":
+            return 0
+        columns = 2 * self.I if self.part == "gate_up" else self.H  # of a bias
+        if kernel == "grad_bias":
+            return columns
+        return columns * (self.H if self.part == "gate_up" else self.I)
 
 
 def path_of(folder: Path, device: str, kernel: str) -> Path:

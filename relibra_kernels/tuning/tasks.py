@@ -7,9 +7,9 @@ from ..form import ExpertForm
 from ..kernels.launch import Launch
 from .catalogue import Layer, meta_schedule, recorded
 from .compile_only import compile_launch, launch_digest
-from .configs import parse_config
+from .configs import ROW_KERNELS, parse_config
 from .limits import device_named
-from .model import Resources
+from .work import Resources
 
 
 @dataclass(frozen=True)
@@ -36,24 +36,30 @@ Outcome = Resources | str  # what it needs, or why it could not be compiled
 
 
 @cache
-def launch_of(task: Task) -> Launch:
-    """The launch that a training step would make."""
+def launches_of(task: Task) -> list[Launch]:
+    """The launches of a training step that depend on the config."""
     layer = Layer(task.hidden_size, task.half, task.form, meta_schedule(), task.replicas, accumulate=task.replicas > 0)
-    call = layer.call(task.kernel, task.part, parse_config(task.config))
-    return recorded(device_named(task.target), call)[0]
+    found = recorded(device_named(task.target), layer.call(task.kernel, task.part, parse_config(task.config)))
+    return found if task.kernel in ROW_KERNELS else found[:1]
 
 
 @cache
 def digest_of(task: Task) -> str:
     """Names exactly what is compiled for `task`."""
-    return launch_digest(launch_of(task))
+    return "-".join(launch_digest(launch) for launch in launches_of(task))
 
 
 def compile_task(task: Task) -> Outcome:
-    """In this process. An error of the compiler is an answer, not an exception."""
+    """In this process: the most that any of its launches needs. An error of the compiler is an answer, no exception."""
+    device = device_named(task.target)
     try:
-        report = compile_launch(launch_of(task), device_named(task.target), instructions=False)
+        found = [compile_launch(launch, device, instructions=False) for launch in launches_of(task)]
     except Exception as error:  # whatever a compiler may raise
         last = ([line.strip() for line in str(error).splitlines() if line.strip()] or [""])[-1]
         return f"{type(error).__name__}: {last[:200]}"  # what comes before is the kernel's source
-    return Resources(report.registers, report.spill_bytes, report.shared_bytes, report.warps_per_sm)
+    return Resources(
+        max(report.registers for report in found),
+        max(report.spill_bytes for report in found),
+        max(report.shared_bytes for report in found),
+        min(report.warps_per_sm for report in found),
+    )

@@ -14,7 +14,7 @@ import triton
 from .. import kernels
 from ..schedule import Schedule
 from .catalogue import Layer
-from .configs import GemmConfig
+from .configs import Config
 from .goals import Goal
 from .measure import Timing
 
@@ -74,7 +74,7 @@ class RotatingWorkload:
         self.calls += [layer.call(goal.kernel, goal.part, None) for _ in range(copies - 1)]
         self.restore()
 
-    def call(self, config: GemmConfig) -> Callable[[], object]:
+    def call(self, config: Config) -> Callable[[], object]:
         calls = cycle([partial(call, config=config) for call in self.calls])
         return lambda: next(calls)()
 

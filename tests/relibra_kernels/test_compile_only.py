@@ -13,10 +13,11 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
 from relibra_kernels.planner.errors import InputError
-from relibra_kernels.tuning.catalogue import gemm_calls, other_calls, recorded
+from relibra_kernels.tuning.catalogue import calls, recorded
 from relibra_kernels.tuning.compile_only import compile_launch
-from relibra_kernels.tuning.configs import SPACE, config_for, configs
+from relibra_kernels.tuning.configs import GEMM_KERNELS, ROW_KERNELS
 from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, TARGETS, device_named, device_of
+from relibra_kernels.tuning.spaces import SPACE, config_for, configs
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 GATHERING = ["gate_up", "grad_hidden", "grad_weight"]
@@ -24,12 +25,12 @@ MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma
 
 
 @interpreting
-@pytest.mark.parametrize("kernel", SPACE)
+@pytest.mark.parametrize("kernel", GEMM_KERNELS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_the_first_config_of_every_gemm(target, kernel):
     device = device_named(target)
     config = configs(kernel, device, torch.bfloat16)[0]
-    variant, call = next(gemm_calls(kernel, config, torch.bfloat16))
+    variant, call = next(calls(kernel, config, torch.bfloat16))
     for number, launch in enumerate(recorded(device, call)):
         report = compile_launch(launch, device)
         assert report.spill_bytes == 0, (variant, report)
@@ -38,21 +39,20 @@ def test_the_first_config_of_every_gemm(target, kernel):
             assert report.kernel == kernel
             assert report.mma is not None and report.mma.startswith(MMA[target])
             assert (report.tma > 0) == device.tma
-            by_pointer = {"sm_80": SPACE, "sm_90": GATHERING, "sm_100": ["grad_weight"]}.get(target, [])
+            by_pointer = {"sm_80": GEMM_KERNELS, "sm_90": GATHERING, "sm_100": ["grad_weight"]}.get(target, [])
             assert (report.async_copies > 0) == (kernel in by_pointer)
 
 
 @interpreting
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_the_kernels_without_a_config(target):
+def test_the_kernels_without_tensor_cores(target, kernel):
     device = device_named(target)
-    names = set()
-    for kernel, variant, call in other_calls(torch.bfloat16):
-        for launch in recorded(device, call):
-            report = compile_launch(launch, device)
-            assert report.spill_bytes == 0 and report.shared_bytes <= device.shared_bytes, (variant, report)
-            names.add(kernel)
-    assert names == {"schedule", "permute", "swiglu", "replica_reduce", "grad_bias"}
+    for config in configs(kernel, device, torch.bfloat16):
+        for variant, call in calls(kernel, config, torch.bfloat16):
+            for launch in recorded(device, call):
+                report = compile_launch(launch, device)
+                assert report.spill_bytes == 0 and report.shared_bytes <= device.shared_bytes, (variant, report)
 
 
 @interpreting

@@ -2,8 +2,8 @@
 
 import os
 
-from relibra_kernels.tuning.model import Resources
 from relibra_kernels.tuning.tasks import Outcome, Task
+from relibra_kernels.tuning.work import Resources
 from relibra_kernels.tuning.worker import serve
 
 

@@ -15,11 +15,11 @@ from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.tuning.check import check_folder, fault_of
 from relibra_kernels.tuning.goals import PARTS, ROWS_PER_SLOT
 from relibra_kernels.tuning.limits import device_named
-from relibra_kernels.tuning.model import Resources
 from relibra_kernels.tuning.models import MODELS
 from relibra_kernels.tuning.products import PRODUCTS
 from relibra_kernels.tuning.store import SHIPPED, Bucket, Entry, load_entries, path_of, update
 from relibra_kernels.tuning.tasks import Task
+from relibra_kernels.tuning.work import Resources
 
 ROOT = Path(__file__).parents[3]
 

@@ -13,9 +13,10 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning import lookup
-from relibra_kernels.tuning.configs import GemmConfig, config_for, parse_config
+from relibra_kernels.tuning.configs import GemmConfig, parse_config
 from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, device_for
 from relibra_kernels.tuning.products import PRODUCTS, product_named, product_of
+from relibra_kernels.tuning.spaces import config_for
 from relibra_kernels.tuning.store import Bucket, Entry, load_entries, merged, path_of, update
 
 H100, A100 = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["A100"])

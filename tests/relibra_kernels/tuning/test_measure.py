@@ -11,13 +11,14 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
 from relibra_kernels.tuning import lookup, workloads
-from relibra_kernels.tuning.configs import GemmConfig, config_for, parse_config
+from relibra_kernels.tuning.configs import GemmConfig, parse_config
 from relibra_kernels.tuning.goals import goals
 from relibra_kernels.tuning.journal import Journal
 from relibra_kernels.tuning.limits import DEVICES, device_for
 from relibra_kernels.tuning.measure import OnlineSearch, OutOfTime, Timing
 from relibra_kernels.tuning.models import Model
 from relibra_kernels.tuning.products import PRODUCTS
+from relibra_kernels.tuning.spaces import config_for
 from relibra_kernels.tuning.store import load_entries, path_of
 
 H100 = device_for(PRODUCTS["H100"])

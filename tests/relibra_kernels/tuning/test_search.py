@@ -14,16 +14,18 @@ from relibra_kernels.form import ExpertForm
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning import pool, reports
-from relibra_kernels.tuning.configs import candidates, parse_config
+from relibra_kernels.tuning.configs import parse_config
 from relibra_kernels.tuning.goals import goals
 from relibra_kernels.tuning.limits import device_for
-from relibra_kernels.tuning.model import Resources, estimate
+from relibra_kernels.tuning.model import estimate
 from relibra_kernels.tuning.models import MODELS, Model
 from relibra_kernels.tuning.pool import compiled
 from relibra_kernels.tuning.products import PRODUCTS
 from relibra_kernels.tuning.reports import Reports
 from relibra_kernels.tuning.search import OfflineSearch
+from relibra_kernels.tuning.spaces import candidates
 from relibra_kernels.tuning.tasks import Task, digest_of
+from relibra_kernels.tuning.work import Resources
 
 QWEN = MODELS[0]
 H100 = PRODUCTS["H100"]
