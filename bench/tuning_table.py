@@ -12,7 +12,8 @@ from relibra_kernels.tuning.products import PRODUCTS
 from relibra_kernels.tuning.store import SHIPPED, load_entries, path_of
 
 BEGIN, END = "<!-- table: make tune-offline -->", "<!-- end of table -->"
-MODEL, SLOTS, ROWS = "Qwen3-30B-A3B", 32, 1024
+MODEL, WITH_BIASES, BUCKET = "Qwen3-30B-A3B", "gpt-oss-120b", (32, 1024)
+OTHER_BUCKETS = {"permute": (1, 4096), "swiglu": (1, 16384), "replica_reduce": (1, 1)}
 
 
 def table(folder: Path = SHIPPED) -> str:
@@ -22,14 +23,15 @@ def table(folder: Path = SHIPPED) -> str:
     buckets, evidence = dict.fromkeys(devices, 0), dict[str, int]()
     for kernel, parts in PARTS.items():
         entries = {device: load_entries(path_of(folder, device, kernel), device, kernel) for device in devices}
+        model = WITH_BIASES if kernel == "grad_bias" else MODEL
         for part in parts:
             cells = [
                 bucket.config
                 for device in devices
                 for entry in entries[device]
-                if entry.part == part and MODEL in entry.models
+                if entry.part == part and model in entry.models
                 for bucket in entry.buckets
-                if (bucket.slots, bucket.rows_per_slot) == (SLOTS, ROWS)
+                if (bucket.slots, bucket.rows_per_slot) == OTHER_BUCKETS.get(kernel, BUCKET)
             ]
             lines.append(f"| {kernel}, {part} | " + " | ".join(cells) + " |")
         for device, found in entries.items():

@@ -12,13 +12,14 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
 from relibra_kernels.form import GPT_OSS, ExpertForm
+from relibra_kernels.tuning.catalogue import PARTS
 from relibra_kernels.tuning.check import check_folder, fault_of
-from relibra_kernels.tuning.goals import PARTS, ROWS_PER_SLOT
+from relibra_kernels.tuning.goals import goals
 from relibra_kernels.tuning.limits import device_named
 from relibra_kernels.tuning.models import MODELS
 from relibra_kernels.tuning.products import PRODUCTS
 from relibra_kernels.tuning.store import SHIPPED, Bucket, Entry, load_entries, path_of, update
-from relibra_kernels.tuning.tasks import Task
+from relibra_kernels.tuning.tasks import Task, launches_of
 from relibra_kernels.tuning.work import Resources
 
 ROOT = Path(__file__).parents[3]
@@ -56,6 +57,20 @@ def test_what_is_compiled_has_the_entry_s_layout(tmp_path):
     assert len(tasks) == 4  # H100 and H200 are one target
 
 
+def test_kernels_without_tensor_cores_are_compiled_at_their_sizes(tmp_path):
+    put(tmp_path, "H100", "permute", "unpermute", "1024w4", sizes=(2880, 0))
+    put(tmp_path, "H100", "swiglu", "swiglu", "256w2", sizes=(0, 768), interleaved=True)
+    put(tmp_path, "H100", "schedule", "schedule", "64x1024w4", sizes=(0, 0))
+    check = check_folder(tmp_path)
+    assert check.configs == 3 and len(check.faults) == 1 and "schedule takes one row at a time" in check.faults[0]
+    assert {(task.kernel, task.hidden_size, task.half) for task in check.tasks} == {
+        ("permute", 2880, 0),
+        ("swiglu", 0, 768),
+    }
+    for task in check.tasks:
+        assert launches_of(task)
+
+
 def test_a_sample_is_another_one_for_another_seed(tmp_path):
     for half in range(1, 21):
         put(tmp_path, "H100", "gate_up", "gate_up", "128x128x64w8s3", sizes=(2048, 64 * half))
@@ -91,16 +106,15 @@ DEVICES = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir() and pa
 def test_the_shipped_files_are_whole():
     """Six devices, nine models, every kernel, every bucket of the grid."""
     assert set(DEVICES) == set(PRODUCTS)
+    grid = [goal for model in MODELS for goal in goals(model)]
     for device in DEVICES:
-        for kernel, parts in PARTS.items():
-            entries = load_entries(path_of(SHIPPED, device, kernel), device, kernel)
-            assert {(model, entry.part) for entry in entries for model in entry.models} == {
-                (model.name, part) for model in MODELS for part in parts
-            }
-            for entry in entries:
-                slots = {bucket.slots for bucket in entry.buckets}
-                assert {b.rows_per_slot for b in entry.buckets} == set(ROWS_PER_SLOT) and 2 in slots
-                assert len(entry.buckets) == len(slots) * len(ROWS_PER_SLOT)
+        found = set()
+        for kernel in PARTS:
+            for entry in load_entries(path_of(SHIPPED, device, kernel), device, kernel):
+                buckets = {(bucket.slots, bucket.rows_per_slot) for bucket in entry.buckets}
+                assert len(buckets) == len(entry.buckets)
+                found |= {(kernel, entry.part, model, *bucket) for model in entry.models for bucket in buckets}
+        assert {(g.kernel, g.part, g.model.name, g.slots, g.rows_per_slot) for g in grid} <= found
     assert not check_folder(SHIPPED).faults
 
 

@@ -13,7 +13,8 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning import lookup
-from relibra_kernels.tuning.configs import GemmConfig, parse_config
+from relibra_kernels.tuning.catalogue import PARTS
+from relibra_kernels.tuning.configs import BlockConfig, GemmConfig, misfit, parse_config
 from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, device_for
 from relibra_kernels.tuning.products import PRODUCTS, product_named, product_of
 from relibra_kernels.tuning.spaces import config_for
@@ -160,6 +161,22 @@ def test_configs_that_no_device_takes(folders, config, message):
         assert get() == str(HEURISTIC)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "config", "message"),
+    [
+        ("permute", "1000w4", "columns is 1000; it must be a power of two, 32 at least"),
+        ("permute", "16w4", "columns is 16"),
+        ("permute", "2x1024w4", "rows is 2; permute takes one row at a time"),
+        ("grad_bias", "3x64w4", "rows is 3"),
+        ("grad_bias", "1024x1024w8", "has 1048576 elements"),
+        ("schedule", "1024w64", "num_warps is 64"),
+        ("swiglu", "64x64x64w4s2", "swiglu takes configs like 2048w8"),
+    ],
+)
+def test_blocks_that_no_device_takes(kernel, config, message):
+    assert message in misfit(kernel, parse_config(config), H100, BF16)
+
+
 def test_a_broken_file_is_named_once_and_skipped(folders):
     path = put(folders[0], "64x64x64w4s3")
     put(folders[1], "64x64x64w4s2")
@@ -177,6 +194,7 @@ BAD_SETTINGS = {
     "attention=64x64x64w4s2": "names 'attention'",
     "grouped_gemm": "config is ''",
     "grouped_gemm=64x64": "config is '64x64'",
+    "grouped_gemm=1024w4": "grouped_gemm takes configs like 128x256x64w8s3",
     "grouped_gemm=128x256x64w8s8": "bytes of shared memory; sm_90 has",
 }
 
@@ -220,8 +238,62 @@ def test_unknown_products_are_refused_with_those_that_are_known():
 
 
 def test_configs_are_written_and_read():
-    for config in (GemmConfig(128, 256, 64, 8, 3), GemmConfig(64, 32, 16, 4, 2, 4)):
+    for config in (
+        GemmConfig(128, 256, 64, 8, 3),
+        GemmConfig(64, 32, 16, 4, 2, 4),
+        BlockConfig(2048, 8),
+        BlockConfig(64, 4, 32),
+    ):
         assert parse_config(str(config)) == config
+
+
+ROW_ENTRIES = [
+    # kernel, part, (H, I), interleaved; the width that the launch asks by
+    ("permute", "unpermute", (2048, 0), False, 2048),
+    ("swiglu", "swiglu_backward", (0, 768), True, 768),
+    ("replica_reduce", "gate_up", (2048, 768), False, 2048 * 1536),
+    ("replica_reduce", "down", (2048, 768), False, 2048 * 768),
+    ("grad_bias", "gate_up", (0, 2880), False, 5760),
+    ("schedule", "schedule", (0, 0), False, 0),
+]
+
+
+@pytest.mark.parametrize(("kernel", "part", "sizes", "interleaved", "width"), ROW_ENTRIES)
+def test_kernels_without_tensor_cores_find_their_part(folders, kernel, part, sizes, interleaved, width):
+    entry = Entry(part, "bf16", *sizes, False, interleaved, "compiled", "", None, "2026-11-24", ())
+    entry = replace(entry, buckets=(Bucket(1, 4096, "512w2", 1.0),))
+    path = path_of(folders[1], "H100", kernel)
+    update(path, "H100", kernel, lambda old: merged(old, [entry]))
+    lookup.forget()
+
+    def found(width, part):
+        return str(lookup.config_of(kernel, H100, BF16, (width, 0), 4096, 1, False, interleaved, part))
+
+    usual = str(config_for(kernel, H100, BF16, 4096, 1))
+    asked = part if kernel in ("permute", "swiglu") else ""
+    assert found(width, asked) == "512w2" != usual
+    assert found(width + 1, asked) == usual
+    if asked:
+        assert found(width, "permute" if part != "permute" else "unpermute") == usual
+
+
+def test_every_launch_of_a_layer_looks_its_config_up(folders):
+    """What an override says reaches the launches of every kernel, clamped to their rows."""
+    from relibra_kernels.tuning.catalogue import QWEN, Layer, meta_schedule, recorded
+
+    override = "permute=512w2,swiglu=256w1,replica_reduce=2048w4,grad_bias=64x64w4,schedule=512w4"
+    layer = Layer(*QWEN, meta_schedule(), replicas=2)
+    blocks = {"permute": 512, "swiglu": 256, "replica_reduce": 2048, "grad_bias": 64, "schedule": 512}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RELIBRA_CONFIG", override)
+        lookup.forget()
+        for kernel, parts in PARTS.items():
+            for part in parts if kernel in blocks else ():
+                launches = recorded(H100, layer.call(kernel, part, None))
+                for launch in (launches[0], launches[-1]):
+                    names = {"permute": "BLOCK_H", "grad_bias": "BLOCK_N"}
+                    assert launch.options[names.get(kernel, "BLOCK")] == blocks[kernel]
+    lookup.forget()
 
 
 def test_a_lookup_takes_microseconds(folders):

@@ -8,7 +8,7 @@ pytest.importorskip("triton", reason="needs triton")
 from relibra_kernels.tuning.configs import GemmConfig, parse_config
 from relibra_kernels.tuning.goals import goals, recorded
 from relibra_kernels.tuning.model import estimate
-from relibra_kernels.tuning.models import MODELS
+from relibra_kernels.tuning.models import MODELS, model_named
 from relibra_kernels.tuning.products import PRODUCTS
 from relibra_kernels.tuning.work import Resources, Work, balanced, skewed
 
@@ -91,6 +91,58 @@ def test_recorded_groups_have_the_mean_and_the_shape(small_trace):
 
 
 def test_tokens_choose_the_buckets():
-    qwen = MODELS[0]
-    found = {(goal.slots, goal.rows_per_slot) for goal in goals(qwen, tokens=[8192])}
-    assert found == {(2, 32768), (8, 8192), (32, 2048), (128, 512)}  # 8192 * 8 rows
+    found: dict[str, set] = {}
+    for goal in goals(MODELS[0], tokens=[8192]):
+        found.setdefault(goal.kernel, set()).add((goal.slots, goal.rows_per_slot))
+    by_slots = {(2, 32768), (8, 8192), (32, 2048), (128, 512)}  # 8192 * 8 rows
+    assert found == {
+        **dict.fromkeys(("schedule", "gate_up", "grouped_gemm", "grad_hidden", "grad_weight"), by_slots),
+        "permute": {(1, 8192)},
+        "swiglu": {(1, 65536)},
+        "replica_reduce": {(1, 1)},
+    }
+    assert "grad_bias" in {goal.kernel for goal in goals(model_named("gpt-oss-120b"), tokens=[8192])}
+
+
+def row_us(part, config, *, kernel="permute", n=2048, rows=8192, top_k=8, resources=ROOMY, product=H100):
+    work = Work(kernel, n, 0, False, np.array([rows]), part, top_k)
+    return estimate(work, parse_config(config), resources, product).us
+
+
+def test_rows_cost_their_bytes():
+    """8192 tokens of 2048 bf16, read once and written 8 times: 9 * 32 MiB, at 3.35 TB/s of DRAM 90 us."""
+    assert 90 < row_us("permute", "1024w4") < 110
+    assert row_us("permute", "1024w4", rows=16384) == pytest.approx(2 * row_us("permute", "1024w4"), rel=0.05)
+    assert row_us("permute", "1024w4", product=PRODUCTS["H200"]) < row_us("permute", "1024w4")
+
+
+def test_blocks_that_do_not_fit_a_row_compute_for_nothing():
+    how = {"kernel": "swiglu", "n": 768, "rows": 1 << 16}
+    assert row_us("swiglu_backward", "256w1", **how) < row_us("swiglu_backward", "2048w4", **how)
+
+
+def test_few_programs_wait_for_their_loads():
+    """One token: a row in 16 steps, each of which waits, against a row at once."""
+    slow, fast = (row_us("unpermute", config, n=8192, rows=1) for config in ("512w1", "8192w8"))
+    assert slow > 1.5 * fast
+    tight = Resources(255, 0, 0, 4)  # one program an SM
+    assert row_us("unpermute", "512w4", resources=tight) > row_us("unpermute", "512w4")
+
+
+def test_a_schedule_trades_the_scan_against_the_sort():
+    """More blocks: a longer scan by one program. Larger ones: a longer sort."""
+    few, many = np.full(8, 1024), np.full(512, 4096)
+
+    def us(rows, config):
+        return estimate(Work("schedule", 0, 0, False, rows, "schedule"), parse_config(config), ROOMY, H100).us
+
+    assert us(few, "1024w4") < us(few, "4096w8")
+    assert us(many, "4096w8") < us(many, "512w4")
+
+
+def test_a_bias_gradient_waits_for_the_longest_slot():
+    def us(rows, config="32x128w4"):
+        return estimate(Work("grad_bias", 5760, 0, False, rows, "gate_up"), parse_config(config), ROOMY, H100).us
+
+    assert us(np.array([16 * 256 - 15] + [1] * 15)) > 2 * us(np.full(16, 256))
+    assert us(np.full(16, 4096), "256x32w8") < us(np.full(16, 4096))  # fewer steps

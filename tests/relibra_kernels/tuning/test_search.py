@@ -11,19 +11,21 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
 from relibra_kernels.form import ExpertForm
+from relibra_kernels.kernels.constants import block_of
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning import pool, reports
-from relibra_kernels.tuning.configs import parse_config
+from relibra_kernels.tuning.catalogue import PARTS
+from relibra_kernels.tuning.configs import ROW_KERNELS, BlockConfig, parse_config
 from relibra_kernels.tuning.goals import goals
 from relibra_kernels.tuning.limits import device_for
 from relibra_kernels.tuning.model import estimate
-from relibra_kernels.tuning.models import MODELS, Model
+from relibra_kernels.tuning.models import MODELS, Model, model_named
 from relibra_kernels.tuning.pool import compiled
 from relibra_kernels.tuning.products import PRODUCTS
 from relibra_kernels.tuning.reports import Reports
 from relibra_kernels.tuning.search import OfflineSearch
-from relibra_kernels.tuning.spaces import candidates
+from relibra_kernels.tuning.spaces import SPACE, candidates
 from relibra_kernels.tuning.tasks import Task, digest_of
 from relibra_kernels.tuning.work import Resources
 
@@ -37,6 +39,8 @@ RECORDED = Path(__file__).parents[4] / "shared/data/gptoss20b_routing.npz"
 def needs(task: Task) -> Resources | str:
     """A compiler that is no compiler: bigger accumulators need more registers, and some things go wrong."""
     config = parse_config(task.config)
+    if isinstance(config, BlockConfig):
+        return Resources(16 + config.columns // (config.num_warps * 32), 0, 0, 64)
     if config.block_k == 128:
         return "PTXASError: too much"
     accumulators = config.block_m * config.block_n // (config.num_warps * 32)
@@ -116,7 +120,7 @@ def test_stopped_half_way_and_resumed_it_writes_the_same_files(tmp_path, monkeyp
     monkeypatch.setattr(reports, "compiled", instead(needs))
     assert run_cli(tmp_path / "whole") == 0
     whole = files(tmp_path / "whole")
-    assert set(whole) == {f"H100/{name}.json" for name in ("gate_up", "grouped_gemm", "grad_hidden", "grad_weight")}
+    assert set(whole) == {f"H100/{kernel}.json" for kernel in PARTS if kernel != "grad_bias"}  # there are no biases
 
     compiled_now = []
 
@@ -232,6 +236,34 @@ def test_a_digest_names_what_is_compiled():
         Task("sm_80", "grouped_gemm", "down", "128x128x64w8s3", 2048, 768, ExpertForm(), 0),
     ]
     assert len({digest_of(task) for task in (base, *others)}) == 6
+
+
+@pytest.mark.parametrize("kernel", ["permute", "swiglu"])
+def test_no_two_configs_are_the_same_launch(kernel):
+    """A block takes no more warps than it has 16 bytes for."""
+    for product in PRODUCTS.values():
+        configs = candidates(kernel, device_for(product), torch.bfloat16)
+        assert len({block_of(config, 1 << 20, 2) for config in configs}) == len(configs) > 4
+
+
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_kernels_without_tensor_cores_are_ranked_and_stored(search, kernel):
+    """All parts, under sizes by which a launch finds them; what spills is not chosen."""
+    model = model_named("gpt-oss-120b")
+
+    def find(task):
+        return Resources(255, 8, 0, 8) if task.config == usual else Resources(32, 0, 0, 64)
+
+    usual = str(SPACE[kernel][0])
+    entries = search(model, find=find, kernels=(kernel,)).run()[kernel]
+    assert {entry.part for entry in entries} == set(PARTS[kernel])
+    assert all(bucket.config != usual for entry in entries for bucket in entry.buckets)
+    width = {"permute": 2880, "swiglu": 2880, "schedule": 0}
+    for entry in entries:
+        columns = 5760 if entry.part == "gate_up" else 2880
+        expected = width.get(kernel, columns * (2880 if kernel == "replica_reduce" else 1))
+        assert entry.sizes(kernel) == (expected, 0, False, kernel == "swiglu")
+        assert (entry.H == 0) == (kernel in ("swiglu", "schedule") or (kernel, entry.part) == ("grad_bias", "gate_up"))
 
 
 @pytest.mark.parametrize("product", PRODUCTS.values(), ids=lambda product: product.name)
