@@ -14,6 +14,7 @@ from relibra_kernels import kernels, reference
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.kernels.permute import _permute_kernel, _unpermute_backward_kernel, _unpermute_kernel
 from relibra_kernels.planner.errors import ShapeError
+from relibra_kernels.tuning.configs import BlockConfig
 
 CASES = routing_cases()
 H = 40  # no power of two
@@ -73,6 +74,57 @@ def test_pack():
     weight, places = normal(4, 70, 60, dtype=torch.float32), torch.tensor([3, 0, 3])
     assert kernels.pack_replicas(weight, places).equal(weight[places])
     assert_close(kernels.pack_replicas(weight, places, torch.bfloat16), weight[places], RELATIVE[torch.bfloat16])
+
+
+SMALL = BlockConfig(32, 1)  # a row in several steps, the last one masked
+
+
+def test_small_blocks_give_the_same():
+    """Whatever config a launch gets: rows that are moved to the bit, sums to a rounding of fp32."""
+    case = CASES[0]
+    schedule = kernels.build_schedule(case.slots, case.num_slots)
+    used, (tokens, top_k) = int(schedule.slot_offsets[-1]), case.slots.shape
+    x, dout = normal(tokens, 90, dtype=torch.float32), normal(tokens, 90, dtype=torch.float32, seed=1)
+    y, weights = normal(tokens * top_k, 90, dtype=torch.float32), normal(tokens, top_k, dtype=torch.float32)
+    assert kernels.permute(x, schedule, config=SMALL)[:used].equal(reference.permute(x, schedule)[:used])
+    assert kernels.unpermute(y, weights, schedule, config=SMALL).equal(kernels.unpermute(y, weights, schedule))
+    small, large = (kernels.unpermute_backward(dout, y, weights, schedule, config=c) for c in (SMALL, None))
+    assert small[0][:used].equal(large[0][:used])
+    assert_close(small[1], large[1].double(), 1e-6)
+
+    h, form = normal(5, 180, dtype=torch.float32), ExpertForm()
+    assert kernels.swiglu(h, form, config=SMALL).equal(kernels.swiglu(h, form))
+    both = (kernels.swiglu_backward(x[:5], h, form, config=c) for c in (SMALL, None))
+    assert all(a.equal(b) for a, b in zip(*both, strict=True))
+
+    grad, shards, place = torch.zeros(3, 90), normal(2, 90, dtype=torch.float32), torch.tensor([2, 2])
+    kernels.replica_reduce(grad, shards, place, config=SMALL)
+    assert grad[2].equal(shards[0] + shards[1]) and not grad[:2].any()
+    assert kernels.pack_replicas(grad, place, config=SMALL).equal(grad[place])
+
+
+@pytest.mark.parametrize("config", [BlockConfig(32, 1, 2), BlockConfig(64, 1, 128), None], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_bias_gradients(case, config):
+    """Poisoned buffers where they are overwritten; slots of one weight are summed."""
+    schedule = kernels.build_schedule(case.slots, case.num_slots)
+    used, (tokens, top_k) = int(schedule.slot_offsets[-1]), case.slots.shape
+    rows = normal(tokens * top_k, 90, dtype=torch.float32)
+    rows[used:] = float("nan")
+    expected, got = torch.zeros(case.num_slots, 90).double(), torch.full((case.num_slots, 90), float("nan"))
+    reference.grad_bias(rows.double(), schedule, expected)
+    kernels.grad_bias(rows, schedule, got, accumulate=False, config=config)
+    assert_close(got, expected, 1e-5)
+    kernels.grad_bias(rows, schedule, got, config=config)
+    assert_close(got, 2 * expected, 1e-5)
+
+    dout, weights = normal(tokens, 90, dtype=torch.float32), normal(tokens, top_k, dtype=torch.float32, seed=1)
+    one = torch.zeros(case.num_slots, dtype=torch.int32)  # all slots are of weight 0
+    expected, got = torch.zeros(1, 90).double(), torch.zeros(1, 90)
+    how = {"gather": True, "weight_of_slot": one}
+    reference.grad_bias(dout.double(), schedule, expected, weights_TK=weights.double(), **how)
+    kernels.grad_bias(dout, schedule, got, weights_TK=weights, config=config, **how)
+    assert_close(got, expected, 1e-5)
 
 
 def test_products_beyond_32_bits():

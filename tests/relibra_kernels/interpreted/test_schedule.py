@@ -8,6 +8,7 @@ from relibra_kernels import kernels, reference
 from relibra_kernels.kernels import schedule as module
 from relibra_kernels.planner.errors import InputError, ShapeError
 from relibra_kernels.schedule import Splits
+from relibra_kernels.tuning.configs import BlockConfig
 
 CASES = [*routing_cases(), RoutingCase("most slots", random_slots(40, 4, 512, dropped=0.1), 512, 512)]
 
@@ -32,6 +33,12 @@ def test_ids_of_every_integer_type(dtype):
     """A block that ends past the last id, and more slots than a byte can number."""
     slots = random_slots(5, 3, 100).to(dtype)
     same(kernels.build_schedule(slots, 300, (16,)), reference.build_schedule(slots, 300, (16,)))
+
+
+@pytest.mark.parametrize("config", [BlockConfig(32, 1), BlockConfig(256, 4)], ids=str)
+def test_any_block_gives_the_same_tables(config):
+    slots = random_slots(70, 3, 20, dropped=0.1)
+    same(kernels.build_schedule(slots, 20, (16,), config=config), reference.build_schedule(slots, 20, (16,)))
 
 
 def test_known_row_counts_shorten_the_buffers():
