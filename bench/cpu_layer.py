@@ -1,6 +1,6 @@
 """Forward + backward of one layer's experts on a CPU thread, against transformers' built-in implementations.
 
-    python bench/cpu_layer.py [--rounds 3] [--tokens 4096]
+    python bench/cpu_layer.py [--rounds 3] [--tokens 4096] [--built-in]
 
 Tokens, H 2048, I 768, 32 experts, top-8, bf16. Implementations take turns, so that a busy machine slows all of
 them; best and worst of the rounds are shown. transformers' batched_mm is left out: it gathers the weights of every
@@ -24,18 +24,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--built-in", action="store_true", help="leave out the loop and the plain grouped_mm")
     args = parser.parse_args()
     torch.set_num_threads(1)
     tokens, model = args.tokens, Model("Qwen3-30B-A3B, 32 experts", 2048, 768, 32, 8)
-    layer = make_layer(model, tokens, 0.5, num_experts=32, dtype=torch.bfloat16, device="cpu")
-    seconds: dict[str, list[float]] = {name: [] for name in implementations(form_is_qwen=True)}
-    for round_number in range(args.rounds + 1):  # the first warms up
-        for name, run in implementations(form_is_qwen=True).items():
+    few, layer = (
+        make_layer(model, count, 0.5, num_experts=32, dtype=torch.bfloat16, device="cpu") for count in (32, tokens)
+    )
+    runs = {
+        name: run
+        for name, run in implementations(form_is_qwen=True).items()
+        if not args.built_in or name == "relibra" or name.startswith("transformers")
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for warms_up in (True, *[False] * args.rounds):
+        some = few if warms_up else layer
+        for name, run in runs.items():
             start = time.perf_counter()
-            run(layer.experts, layer.x, layer.indices, layer.weights).backward(layer.dout)
-            if round_number:
+            run(some.experts, some.x, some.indices, some.weights).backward(some.dout)
+            if not warms_up:
                 seconds[name].append(time.perf_counter() - start)
-            layer.clear()
+            some.clear()
     print(f"{'implementation':28} {'best s':>8} {'worst s':>8} {'GFLOP/s':>8} {'relibra is':>11}")
     ours = min(seconds["relibra"])
     for name, times in seconds.items():
