@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .configs import Config, GemmConfig
+from .configs import BlockConfig, Config, GemmConfig
 from .goals import PARTS, Goal, layer_shape, one_time
 from .limits import Device, device_for
 from .model import estimate
@@ -94,10 +94,10 @@ class OfflineSearch:
                     best = min(alike.values())
                     for config, us in alike.items():
                         served.setdefault(config, []).append(us / best)
-                order = {
-                    config: (-len(ratios), round(sum(ratios) / len(ratios), 4), _unusual(kernel, config), str(config))
-                    for config, ratios in served.items()
-                }
+                order = {}
+                for config, ratios in served.items():
+                    new = isinstance(config, BlockConfig) and config not in SPACE[kernel]  # what is untuned may stay
+                    order[config] = -len(ratios), new, round(sum(ratios) / len(ratios), 4), _group(config), str(config)
                 taken = min(order, key=order.__getitem__)
                 for goal_id in [key for key, alike in left.items() if taken in alike]:
                     chosen[goal_id] = left.pop(goal_id)[taken], taken
@@ -118,8 +118,8 @@ class OfflineSearch:
                 even, *uneven = (estimate(work, config, resources, self.product) for work in works)
                 us = one_time(even.us, *(e.us for e in uneven))
                 padded = sum(e.padded_rows for e in uneven)
-                # equal times: fewer padded rows, then the usual config, then by name
-                scored.append(((round(us, 2), padded, _unusual(goal.kernel, config), str(config)), even.us, us, config))
+                # equal times: fewer padded rows, then the usual group, then by name
+                scored.append(((round(us, 2), padded, _group(config), str(config)), even.us, us, config))
         if not scored:
             return []
         scored.sort(key=lambda item: item[0])
@@ -176,9 +176,9 @@ def _with_groups(kernel: str, config: Config) -> list[Config]:
     return [replace(config, group_m=group) for group in GROUPS]
 
 
-def _unusual(kernel: str, config: Config) -> int:
-    """For the order of equals: 0 for the usual group of row tiles, or for what a launch gets without a search."""
-    return GROUPS.index(config.group_m) if isinstance(config, GemmConfig) else int(config not in SPACE[kernel])
+def _group(config: Config) -> int:
+    """Which of `GROUPS` a config has, for the order of equals."""
+    return GROUPS.index(config.group_m) if isinstance(config, GemmConfig) else 0
 
 
 def worst(outcomes: Sequence[Outcome], device: Device) -> Resources | None:
