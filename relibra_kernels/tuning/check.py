@@ -53,7 +53,7 @@ def check_folder(folder: Path, *, sample: int | None = None, seed: str = "") -> 
 
 def _tasks(kernel: str, entry: Entry, config: str, target: str) -> list[Task]:
     form = ExpertForm(is_transposed=entry.transposed, is_concatenated=not entry.interleaved)
-    if entry.transposed and entry.interleaved:
+    if entry.interleaved and (entry.transposed or kernel == "swiglu"):
         form = GPT_OSS  # the only such family: with biases and a clamped activation
     sizes = (target, kernel, entry.part, config, entry.H, entry.I, form)
     return [Task(*sizes, replicas) for replicas in REPLICAS]
