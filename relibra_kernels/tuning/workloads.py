@@ -67,7 +67,7 @@ class RotatingWorkload:
             return tensor
 
         how: dict[str, Any] = {"accumulate": goal.kernel == "grad_weight", "make": make}
-        schedule = schedule_of(rows, model.top_k, device)
+        schedule = schedule_of(rows * model.top_k if goal.kernel == "permute" else rows, model.top_k, device)
         layer = Layer(model.hidden_size, model.intermediate_size, model.form, schedule, **how)
         self.calls = [layer.call(goal.kernel, goal.part, None)]
         copies = min(2 * l2_bytes // max(made, 1) + 1, _MOST_COPIES)
