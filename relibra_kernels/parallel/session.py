@@ -91,7 +91,8 @@ class ForwardContext(Generic[State]):
         """Within, forwards belong to `state`."""
 
         def pack(tensor: Tensor) -> tuple[Tensor, int]:
-            return tensor, tensor._version
+            # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
+            return tensor.detach() if tensor.grad_fn is not None else tensor, tensor._version
 
         def unpack(packed: tuple[Tensor, int]) -> Tensor:
             tensor, version = packed
