@@ -11,10 +11,11 @@ from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, RoutingTrace
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
-from .comm import Buffers
+from .buffers import Buffers
 from .groups import Groups
 from .guests import KeptGuests, kept_guests
 from .microbatch import BatchParts, MicroBatch, Record
+from .paths import reserve
 from .replicas import ReplicaPushes
 from .session import Session
 from .tables import Tables
@@ -52,8 +53,12 @@ class OpenBatch:
 
     def micro_batch(self, index: int, rows: np.ndarray | None) -> MicroBatch:
         """Open a micro-batch: collective."""
+        parts = self._parts
         with self._session.ledger.span("tables", self.device):
-            micro_batch = MicroBatch(self._parts, self._tables.get(index), index, rows)
+            tables = self._tables.get(index)
+            experts = [moe.experts for moe in self._layers]
+            reserve(parts.buffers, tables, parts.comm.rank, experts, self._session.options, self.device)
+            micro_batch = MicroBatch(parts, tables, index, rows)
         self._records.setdefault(index, []).append(micro_batch.record)
         return micro_batch
 

@@ -180,19 +180,3 @@ class Exchange:
             self.work = None
         self.send = None
         return self.received
-
-
-class Buffers:
-    """Memory that is used again by the next layer: one buffer a name and dtype, as large as the largest use so far."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised `shape` of `like`'s dtype and device. What was taken under this name before is overwritten."""
-        size = int(np.prod(shape, dtype=np.int64))
-        key = (name, like.dtype, like.device)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[key] = like.new_empty(size)
-        return flat[:size].view(*shape)

@@ -18,8 +18,8 @@ from ..planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads
 from ..planner.errors import InputError, ReLibraError
 from . import checkpoint, gradients
 from .batch import OpenBatch
+from .buffers import Buffers
 from .checks import check_optimizer, check_plan, check_trace, checksum, model_digest
-from .comm import Buffers
 from .experts import expert_parameters, keep_experts, tensors_to_move
 from .groups import Groups
 from .logical import logical_tensors

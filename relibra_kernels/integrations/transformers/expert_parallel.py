@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from ...parallel.comm import Buffers, Comm
+from ...parallel.buffers import Buffers
+from ...parallel.comm import Comm
 from ...parallel.guests import KeptGuests
 from ...parallel.layer import ExpertParallelMLP, LayerSite
 from ...parallel.microbatch import BatchParts, MicroBatch
