@@ -136,7 +136,7 @@ class Comm:
             raise problem
         refused = np.flatnonzero(everyone[:, 0])
         if len(refused):
-            raise InputError(f"rank {refused[0]} stopped {what}; its own error says why")
+            raise InputError(f"rank {self.ranks[refused[0]]} stopped {what}; its own error says why")
         for name, values in zip(facts, everyone[:, 1:].T, strict=False):
             kinds, counts = np.unique(values, return_counts=True)
             if len(kinds) > 1:  # who is in the minority is who differs; of two halves, the one without rank 0
@@ -145,7 +145,8 @@ class Comm:
                 other = np.flatnonzero(values != usual)
                 agreeing = np.flatnonzero(values == usual)
                 raise InputError(
-                    f"{name} of rank {other[0]} differs from rank {agreeing[0]}'s; every rank needs the same"
+                    f"{name} of rank {self.ranks[other[0]]} differs from rank {self.ranks[agreeing[0]]}'s; every rank "
+                    "needs the same"
                 )
         return everyone[:, 1 + len(facts) :]
 

@@ -20,6 +20,7 @@ from . import checkpoint, gradients
 from .batch import OpenBatch
 from .buffers import Buffers
 from .checks import check_optimizer, check_plan, check_trace, checksum, model_digest
+from .digests import check_same_weights
 from .experts import expert_parameters, keep_experts, tensors_to_move
 from .groups import Groups
 from .logical import logical_tensors
@@ -94,6 +95,7 @@ class ExpertParallel:
             moe.experts.dispatcher = self._dispatcher(layer)
             moe.router.replay = self._replay(layer)
         start_watchdog(self.comm, self.options.watchdog_seconds)
+        self._weights_compared = False
         self._buffers = Buffers()
         self._counted: CountedLoads | None = None
         self._batch: OpenBatch | None = None
@@ -167,8 +169,9 @@ class ExpertParallel:
             optimizer: whose state moves with the experts; None where the experts are not trained.
 
         Raises: PlanError for a plan made for another model, cluster, or routing; InputError for a trace or optimizer
-            that does not fit, on this rank or another. Nothing has moved then. On leaving, InputError where tokens
-            chose other experts than recorded and there was no room for them.
+            that does not fit, on this rank or another, and, when the first batch opens, for weights that differ between
+            ranks. Nothing has moved then. On leaving, InputError where tokens chose other experts than recorded and
+            there was no room for them.
         """
         tensors: list[dict[str, Tensor]] = []
         problem: ReLibraError | None = None
@@ -183,6 +186,9 @@ class ExpertParallel:
             problem = error
         counted = self._counted is not None and self._counted.fits(trace, groups, plan)
         known = self._agree(problem, plan, tensors, counted)
+        if not self._weights_compared:
+            check_same_weights(self.model, self.layers, self.groups, self.device)
+            self._weights_compared = True
         if not known or self._counted is None:
             loads = self.gather_loads(trace, groups, plan.num_micro_batches)
         else:
