@@ -1,8 +1,9 @@
 """Checkpoints through `torch.distributed.checkpoint`, with experts in logical order.
 
-Every expert tensor is written as one tensor [E, ...] in chunks of single experts, each by the rank that owns it. So a
-checkpoint depends neither on the placement nor on the number of ranks, and is read with torch alone: its keys are
-`model.<name>` and `optimizer.<name>.<state>`, names those of the whole model.
+Every expert tensor is written as one tensor [E, ...] in chunks of single experts, each by the rank that owns it, or of
+parts of them by the ranks over which it is sharded. So a checkpoint depends neither on the placement nor on the number
+of ranks, and is read with torch alone: its keys are `model.<name>` and `optimizer.<name>.<state>`, names those of the
+whole model.
 
 A checkpoint is written beside its place and renamed when all ranks are done: it is there whole, or not at all.
 """
@@ -21,31 +22,39 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
 
 from ..nn import ReplicatedMoE
 from ..planner.errors import CommunicationError, FormatError, InputError
 from .comm import Comm
 from .groups import Groups
 from .logical import layer_of_parameter
+from .migration import local_experts
 
 
 class LogicalExperts(Tensor):
     """`[E, ...]` of all ranks, of which this one holds some rows: what `torch.distributed.checkpoint` saves and loads.
 
     Args:
-        local: [E/R, ...], written to when loading.
+        name: for errors.
+        value: [E/R, ...], written to when loading; of a sharded one (DTensor) this rank has a part of each row.
         experts: int [E/R], which expert each row is.
         num_experts: E.
     """
 
     _local: Tensor
+    _offset: tuple[int, ...]  # of the local part within an expert
     _row_of: dict[int, int]
 
     @staticmethod
-    def __new__(cls, local: Tensor, experts: np.ndarray, num_experts: int) -> "LogicalExperts":
-        shape = (num_experts, *local.shape[1:])
-        wrapper: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        wrapper._local = local.detach()
+    def __new__(cls, name: str, value: Tensor, experts: np.ndarray, num_experts: int) -> "LogicalExperts":
+        shape = (num_experts, *value.shape[1:])
+        wrapper: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
+        wrapper._local = local_experts(name, value.detach())
+        wrapper._offset = (0,) * (value.ndim - 1)
+        if isinstance(value, DTensor):
+            (chunk,) = value.__create_chunk_list__()
+            wrapper._offset = tuple(chunk.offsets[1:])
         wrapper._row_of = {int(expert): row for row, expert in enumerate(experts)}
         return wrapper
 
@@ -67,10 +76,10 @@ class LogicalExperts(Tensor):
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        size = torch.Size([1, *self.shape[1:]])
-        return [
-            ChunkStorageMetadata(torch.Size([expert, *[0] * (self.ndim - 1)]), size) for expert in sorted(self._row_of)
-        ]
+        if not self._local.numel():
+            return []
+        size = torch.Size([1, *self._local.shape[1:]])
+        return [ChunkStorageMetadata(torch.Size([expert, *self._offset]), size) for expert in sorted(self._row_of)]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
         assert index.offset is not None
@@ -105,7 +114,7 @@ def training_state(
                 f"{tuple(parameter.shape)}, otherwise it cannot be saved by expert"
             )
         experts = np.flatnonzero(home_LE[layer_of[id(parameter)]] == comm.rank)
-        return LogicalExperts(value, experts, num_experts)
+        return LogicalExperts(name, value, experts, num_experts)
 
     state: dict[str, Any] = {}
     for name, parameter in model.named_parameters():

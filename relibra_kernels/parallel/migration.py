@@ -34,7 +34,7 @@ def expert_tensors(parameter: Parameter, name: str, optimizer: torch.optim.Optim
                 f"{tuple(parameter.shape)}, otherwise it cannot move with an expert"
             )
         tensors.update(_of_parameter(master, f"{name}.main_param", optimizer))
-    return {key: _local(key, tensor) for key, tensor in tensors.items()}
+    return {key: local_experts(key, tensor) for key, tensor in tensors.items()}
 
 
 def move_experts(
@@ -109,7 +109,8 @@ def _of_parameter(parameter: Tensor, name: str, optimizer: torch.optim.Optimizer
     return tensors
 
 
-def _local(name: str, tensor: Tensor) -> Tensor:
+def local_experts(name: str, tensor: Tensor) -> Tensor:
+    """This rank's part of every expert, as a plain tensor that shares memory with it."""
     if not isinstance(tensor, DTensor):
         return tensor
     if any(isinstance(placement, Shard) and placement.dim == 0 for placement in tensor.placements):
