@@ -143,6 +143,8 @@ class ExpertParallel:
         """`plan` in a thread or process of `executor`, while the last rollouts finish. Collective until it returns.
 
         Every rank plans from the same loads and the placement of now, so it must run before the next batch opens.
+        Processes must be spawned (`mp_context=multiprocessing.get_context("spawn")`): a fork of a rank inherits the
+        locks of its threads. They need neither a process group nor a GPU.
         """
         loads = self.gather_loads(trace, micro_batch_of_sequence, num_micro_batches)
         self._counted = CountedLoads(trace, np.array(micro_batch_of_sequence), loads)
