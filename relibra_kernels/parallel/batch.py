@@ -52,7 +52,14 @@ class OpenBatch:
         self._records: dict[int, list[Record]] = {}
 
     def micro_batch(self, index: int, rows: np.ndarray | None) -> MicroBatch:
-        """Open a micro-batch: collective."""
+        """Open a micro-batch: collective.
+
+        Raises: InputError where the plan has none of this index.
+        """
+        count = self.plan.num_micro_batches
+        if not isinstance(index, int | np.integer) or not 0 <= index < count:
+            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+        index = int(index)
         parts = self._parts
         with self._session.ledger.span("tables", self.device):
             tables = self._tables.get(index)

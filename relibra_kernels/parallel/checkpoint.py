@@ -20,71 +20,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.tensor import DTensor
 
 from ..nn import ReplicatedMoE
-from ..planner.errors import CommunicationError, FormatError, InputError
+from ..planner.errors import CommunicationError, FormatError, InputError, ReLibraError
 from .comm import Comm
+from .experts import device_of
 from .groups import Groups
-from .logical import layer_of_parameter
-from .migration import local_experts
-
-
-class LogicalExperts(Tensor):
-    """`[E, ...]` of all ranks, of which this one holds some rows: what `torch.distributed.checkpoint` saves and loads.
-
-    Args:
-        name: for errors.
-        value: [E/R, ...], written to when loading; of a sharded one (DTensor) this rank has a part of each row.
-        experts: int [E/R], which expert each row is.
-        num_experts: E.
-    """
-
-    _local: Tensor
-    _offset: tuple[int, ...]  # of the local part within an expert
-    _row_of: dict[int, int]
-
-    @staticmethod
-    def __new__(cls, name: str, value: Tensor, experts: np.ndarray, num_experts: int) -> "LogicalExperts":
-        shape = (num_experts, *value.shape[1:])
-        wrapper: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
-        wrapper._local = local_experts(name, value.detach())
-        wrapper._offset = (0,) * (value.ndim - 1)
-        if isinstance(value, DTensor):
-            (chunk,) = value.__create_chunk_list__()
-            wrapper._offset = tuple(chunk.offsets[1:])
-        wrapper._row_of = {int(expert): row for row, expert in enumerate(experts)}
-        return wrapper
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]
-        raise NotImplementedError(f"LogicalExperts is for checkpoints only; it does not compute {func}")
-
-    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self._local)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        if not self._local.numel():
-            return []
-        size = torch.Size([1, *self._local.shape[1:]])
-        return [ChunkStorageMetadata(torch.Size([expert, *self._offset]), size) for expert in sorted(self._row_of)]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        row = self._row_of[index.offset[0]]
-        return self._local[row : row + 1]
+from .logical import LogicalExperts, layer_of_parameter
 
 
 def training_state(
@@ -163,14 +105,28 @@ def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = grad
 
 
-def save(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups, device: torch.device) -> None:
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    layers: Sequence[ReplicatedMoE],
+    home_LE: np.ndarray,
+    groups: Groups,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
     """Write a checkpoint folder. Collective.
 
-    Raises: InputError where `path` exists.
+    Raises: InputError where `path` exists on any rank, or a rank has optimizer state that cannot be saved.
     """
-    target = Path(path)
+    target, device = Path(path), device_of(layers)
     partial = target.with_name(target.name + ".partial")
-    problem = InputError(f"{target} exists already; a checkpoint is never overwritten") if target.exists() else None
+    state: dict[str, Any] = {}
+    problem: ReLibraError | None = None
+    try:
+        if target.exists():
+            raise InputError(f"{target} exists already; a checkpoint is never overwritten")
+        state = training_state(model, layers, home_LE, groups.experts, optimizer)
+    except ReLibraError as error:
+        problem = error
     groups.agree(problem, {}, device, f"saving {target}")
     first = all(comm.rank == 0 for comm in groups.all)
     if first:
@@ -184,20 +140,38 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups, de
     _barrier(groups, device, f"finishing {target}")
 
 
-def load(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups) -> None:
-    """Fill the tensors of `state` from a checkpoint folder, in place. Collective.
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    layers: Sequence[ReplicatedMoE],
+    home_LE: np.ndarray,
+    groups: Groups,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Read a checkpoint folder into the model and a new or used optimizer, in place. Collective.
 
-    Raises: FormatError where there is no checkpoint, or not of this model and optimizer.
+    Raises: FormatError where a rank finds no checkpoint, or not of this model and optimizer; InputError on the others.
     """
     target = Path(path)
-    if not (target / ".metadata").is_file():
-        raise FormatError(f"{target} is no checkpoint: it has no .metadata")
-    known = dcp.FileSystemReader(target).read_metadata().state_dict_metadata
-    missing = [name for name in state if name not in known]
-    if missing:
-        raise FormatError(f"{target} lacks {missing[0]} and {len(missing) - 1} more of this model and optimizer")
+    state: dict[str, Any] = {}
+    problem: ReLibraError | None = None
+    try:
+        if not (target / ".metadata").is_file():
+            raise FormatError(f"{target} is no checkpoint: it has no .metadata")
+        known = dcp.FileSystemReader(target).read_metadata().state_dict_metadata
+        if optimizer is not None:
+            make_optimizer_state(optimizer)
+        state = training_state(model, layers, home_LE, groups.experts, optimizer)
+        missing = [name for name in state if name not in known]
+        if missing:
+            raise FormatError(f"{target} lacks {missing[0]} and {len(missing) - 1} more of this model and optimizer")
+    except ReLibraError as error:
+        problem = error
+    groups.agree(problem, {}, device_of(layers), f"loading {target}")
     with _during(groups.experts, f"reading the checkpoint {target}"):
         dcp.load(state, checkpoint_id=target, no_dist=groups.num_ranks == 1)
+    if optimizer is not None:
+        restore_numbers(model, optimizer, state)
 
 
 def restore_numbers(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

@@ -1,18 +1,39 @@
-"""Whether ranks that must hold the same weights do: compared once, by an exact number for the bits of each."""
+"""Exact numbers for what ranks must have the same of: equal where it is equal, on every rank and device."""
 
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from ..nn import ReplicatedMoE
-from .checks import checksum
-from .groups import Groups
-from .logical import layer_of_parameter
+from .experts import expert_parameters
 
 CHUNK = 1 << 22  # elements that are looked at together
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes an element; wider ones in words of eight
+
+
+def checksum(*values: object) -> int:
+    """The same number on every rank that has the same values: arrays by their bytes, others by their repr."""
+    total = 0
+    for value in values:
+        if isinstance(value, np.ndarray):
+            total = zlib.crc32(np.ascontiguousarray(value).tobytes(), zlib.crc32(repr(value.shape).encode(), total))
+        else:
+            total = zlib.crc32(repr(value).encode(), total)
+    return total
+
+
+def model_digest(layers: Sequence[ReplicatedMoE]) -> int:
+    """Of everything about the MoE layers that ranks must share: shapes, dtypes, form, what is trained."""
+    return checksum(
+        *(
+            (moe.experts.form, moe.experts.recompute, attribute, tuple(p.shape), p.dtype, p.requires_grad)
+            for moe in layers
+            for attribute, p in expert_parameters(moe.experts)
+        )
+    )
 
 
 def digest(tensor: Tensor) -> Tensor:
@@ -29,22 +50,7 @@ def digest(tensor: Tensor) -> Tensor:
     return total
 
 
-def check_same_weights(model: nn.Module, layers: Sequence[ReplicatedMoE], groups: Groups, device: torch.device) -> None:
-    """Every rank has the same dense parameters, and ranks that hold copies of experts the same experts. Collective.
-
-    Sharded parameters (DTensor) are not looked at, nor are buffers, which may differ.
-    Raises: InputError naming a rank and the first parameter that differs.
-    """
-    experts = layer_of_parameter(layers)
-    whole = {f"parameter {n}": p for n, p in model.named_parameters() if not isinstance(p, DTensor)}
-    dense = {name: p for name, p in whole.items() if id(p) not in experts}
-    copied = {name: p for name, p in whole.items() if id(p) in experts and groups.copies}
-    what = "comparing the weights"
-    kinds = [(name, tuple(p.shape), p.dtype) for name, p in dense.items()]
-    groups.agree(None, {"the list of dense parameters": checksum(kinds)}, device, what)
-    groups.agree(None, _digests(dense, device), device, what, of_copies=_digests(copied, device))
-
-
-def _digests(parameters: dict[str, nn.Parameter], device: torch.device) -> dict[str, int]:
+def digests(parameters: Mapping[str, Tensor], device: torch.device) -> dict[str, int]:
+    """`digest` of each, read back together."""
     each = [digest(parameter).to(device) for parameter in parameters.values()]
     return dict(zip(parameters, torch.stack(each).tolist() if each else [], strict=True))
