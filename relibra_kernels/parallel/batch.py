@@ -91,6 +91,7 @@ class OpenBatch:
         """Nothing of this batch runs from here on."""
         self._session.is_open = False
         self._tables.close()
+        self._guests.close()
 
     def stats(self) -> dict[str, Any]:
         """What the batch did, over the group. Collective. Also after the batch is closed."""

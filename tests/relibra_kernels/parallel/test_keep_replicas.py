@@ -3,7 +3,7 @@
 from dataclasses import replace
 
 import pytest
-from ep_kept import lives_of_replicas
+from ep_kept import lives_of_guests, lives_of_replicas
 from toy_training import Case, train_parallel
 from training_checks import assert_same_bits
 
@@ -49,3 +49,7 @@ def test_replicas_live_as_long_as_their_graph(ranks):
 def test_replicas_are_let_go_of_by_default(ranks):
     for moments in ranks(2).run(lives_of_replicas, FETCH):
         assert moments == [0] * 5
+
+
+def test_guests_live_as_long_as_their_batch(ranks):
+    assert ranks(2).run(lives_of_guests, Case(plan="shuffled")) == [(True, False)] * 2
