@@ -240,11 +240,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=16)
     parser.add_argument("--overlap", action="store_true", help="compute own rows while the others travel")
     parser.add_argument("--redispatch", action="store_true", help="fetch received rows again in backward")
+    parser.add_argument("--keep-replicas", action="store_true", help="keep replicas from forward to backward")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     sizes = args.ranks, args.tokens, args.hidden, args.intermediate, args.experts, args.top_k
     shape = Shape(*sizes, args.layers, args.micro_batches)
-    options = RuntimeOptions(overlap=args.overlap, redispatch=args.redispatch)
+    options = RuntimeOptions(overlap=args.overlap, redispatch=args.redispatch, keep_replicas=args.keep_replicas)
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(

@@ -1,16 +1,21 @@
 """FSDP2 and expert parallelism on a tiny Qwen3-MoE: torchrun, recorded routing, a plan a step, checkpoints.
 
-On one node (here: two CPU processes; on GPUs the same with --device cuda)::
+Two CPU processes, or four that hold all experts twice::
 
     torchrun --standalone --nproc-per-node 2 examples/train_ep.py
+    torchrun --standalone --nproc-per-node 4 examples/train_ep.py --copies 2
 
-On eight nodes of eight GPUs, the same command on every node; experts are spread over all 64 ranks, and the planner
-knows which of them share a node::
+One node of eight GPUs::
 
-    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-endpoint $HEAD:29500 \
-        examples/train_ep.py --device cuda --nodes 8 --experts 128 --layers 4
+    torchrun --standalone --nproc-per-node 8 examples/train_ep.py --device cuda --experts 128
 
-With --copies 2, half of the ranks hold a second copy of the experts (two expert-parallel groups).
+Eight nodes of eight GPUs, the same command on every node, $HEAD being one of them. Experts are spread over all 64 ranks
+(`ClusterSpec(8, 8)`); or over two nodes each, four times (`ClusterSpec(2, 8)`: --nodes 2 --copies 4)::
+
+    torchrun --nnodes 8 --nproc-per-node 8 --rdzv-backend c10d --rdzv-id relibra --rdzv-endpoint $HEAD:29500 \
+        examples/train_ep.py --device cuda --experts 128 --nodes 8 --copies 1
+
+With --checkpoints FOLDER (seen by all nodes) every step is saved, and a run resumes the last one that is there.
 
 The rollouts are random tokens here, and their routing is recorded by a forward of the model itself; an RL trainer gets
 both from its engine. Every step: plan, old log-probabilities without gradients, training, clipping, optimizer step,
@@ -93,20 +98,9 @@ def loss_sum(model: torch.nn.Module, ids: torch.Tensor, rows: np.ndarray) -> tor
     return (losses * counted.to(losses)).sum()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--nodes", type=int, default=1, help="over which an expert-parallel group is spread")
-    parser.add_argument("--copies", type=int, default=1, help="of all experts: expert-parallel groups")
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--experts", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--checkpoints", type=Path, help="folder; the last one in it is resumed")
-    args = parser.parse_args()
-    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+def train(args: argparse.Namespace) -> list[float]:
+    """The loss of every step that this run made; on every rank of the default group."""
     world, rank = dist.get_world_size(), dist.get_rank()
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     group_size = world // args.copies
 
     model = make_model(args)
@@ -123,7 +117,7 @@ def main() -> None:
     fully_shard(model, ignored_params=experts)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
-    first = 0
+    first, losses = 0, []
     if args.checkpoints and args.checkpoints.exists():
         saved = sorted(int(path.name) for path in args.checkpoints.iterdir() if path.name.isdigit())
         if saved:
@@ -159,14 +153,37 @@ def main() -> None:
         norm = ep.clip_grad_norm_(1.0)
         optimizer.step()
         dist.all_reduce(total)
+        losses.append(float(total))
         line = ep.stats_line()
         for _name, _tensor in ep.named_logical_parameters():  # what a rollout engine would be given
             pass
         if args.checkpoints:
             ep.save_checkpoint(args.checkpoints / str(step), optimizer)
         if rank == 0:
-            print(f"step {step}: loss {float(total):.4f}, gradient norm {float(norm):.3f}", flush=True)
+            print(f"step {step}: loss {losses[-1]:.4f}, gradient norm {float(norm):.3f}", flush=True)
             print(line, flush=True)
+    return losses
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """Of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--nodes", type=int, default=1, help="over which an expert-parallel group is spread")
+    parser.add_argument("--copies", type=int, default=1, help="of all experts: expert-parallel groups")
+    parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--experts", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--checkpoints", type=Path, help="folder; the last one in it is resumed")
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    args = arguments()
+    dist.init_process_group("nccl" if args.device == "cuda" else "gloo")
+    if args.device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    train(args)
     dist.destroy_process_group()
 
 

@@ -4,8 +4,8 @@ For every (layer, micro-batch) the step takes, one after the other,
   dense        attention and shared experts, forward and backward; the same for every policy
   experts      the busiest rank's grouped GEMMs, rows rounded up to tiles, forward and backward
   all-to-all   dispatch and combine, forward and backward, for the rank that gets most; a token travels to a rank once
-  replicas     weights pushed before forward and again before backward, gradients returned after it: what of that
-               outlasts the dense part behind which it is hidden
+  replicas     weights pushed before forward and, unless they are kept, again before backward, gradients returned
+               after it: what of that outlasts the dense part behind which it is hidden
 and once for the batch
   kept         guests: weights in, gradients out, as far as this outlasts one micro-batch's dense part of that layer
   migration    experts that change their owner, with optimizer state; hidden behind nothing
@@ -51,8 +51,15 @@ def price(
     gpus_per_node: int,
     sequence_length: int,
     rows_LMRR: np.ndarray | None = None,
+    *,
+    keep_replicas: bool = False,
 ) -> Cost:
-    """The cost of a batch. rows_LMRR: distinct rows from each source rank to each rank, where the trace is known."""
+    """The cost of a batch.
+
+    Args:
+        rows_LMRR: distinct rows from each source rank to each rank, where the trace is known.
+        keep_replicas: replicas stay from forward to backward instead of being pushed again.
+    """
     ranks = outcome.pushed_in.shape[2]
     tokens = outcome.rank_load.sum(2) / model.top_k  # [L, M] over all ranks
     dense = 3 * tokens / ranks * model.dense_flops(sequence_length) / device.flops  # backward is twice forward
@@ -66,7 +73,7 @@ def price(
     near = np.maximum(outcome.pushed_in, outcome.pushed_out).max(2) / device.fast
     far = np.maximum(outcome.far_in, outcome.far_out).max(2) / device.slow
     push = np.maximum(near, far) * model.expert_bytes
-    back = np.maximum(near, far) * (model.expert_bytes + model.gradient_bytes)
+    back = np.maximum(near, far) * ((0 if keep_replicas else model.expert_bytes) + model.gradient_bytes)
     exposed = np.maximum(push - dense / 3, 0) + np.maximum(back - dense * 2 / 3, 0)
 
     kept = np.maximum(outcome.kept_in, outcome.kept_out).max(1) / device.slow
@@ -75,7 +82,7 @@ def price(
     kept_exposed += np.maximum(kept * model.gradient_bytes - window * 2 / 3, 0)
     moved = np.maximum(outcome.moved_in.sum(0), outcome.moved_out.sum(0)).max() * model.migration_bytes / device.slow
 
-    bytes_fast, bytes_slow = replica_bytes(outcome, model)
+    bytes_fast, bytes_slow = replica_bytes(outcome, model, keep_replicas=keep_replicas)
     return Cost(
         dense=float(dense.sum()),
         experts=float(experts.sum()),
@@ -88,12 +95,13 @@ def price(
     )
 
 
-def replica_bytes(outcome: Outcome, model: ModelShape) -> tuple[float, float]:
+def replica_bytes(outcome: Outcome, model: ModelShape, *, keep_replicas: bool = False) -> tuple[float, float]:
     """Bytes per layer and micro-batch inside nodes, and between them, for replicas, guests and migration.
 
-    A replica's weights travel twice (forward, backward) and its gradient once; a guest's once each in a batch.
+    A replica's weights travel twice (forward, backward), or once where it is kept in between, and its gradient once; a
+    guest's once each in a batch.
     """
-    trip = 2 * model.expert_bytes + model.gradient_bytes
+    trip = (1 if keep_replicas else 2) * model.expert_bytes + model.gradient_bytes
     once = outcome.kept_in.sum() * (model.expert_bytes + model.gradient_bytes)
     once += outcome.moved_in.sum() * model.migration_bytes
     pairs = outcome.pushed_in.shape[0] * outcome.pushed_in.shape[1]

@@ -11,10 +11,11 @@ from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, RoutingTrace
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
-from .comm import Buffers
+from .buffers import Buffers
 from .groups import Groups
 from .guests import KeptGuests, kept_guests
 from .microbatch import BatchParts, MicroBatch, Record
+from .paths import reserve
 from .replicas import ReplicaPushes
 from .session import Session
 from .tables import Tables
@@ -51,9 +52,20 @@ class OpenBatch:
         self._records: dict[int, list[Record]] = {}
 
     def micro_batch(self, index: int, rows: np.ndarray | None) -> MicroBatch:
-        """Open a micro-batch: collective."""
+        """Open a micro-batch: collective.
+
+        Raises: InputError where the plan has none of this index.
+        """
+        count = self.plan.num_micro_batches
+        if not isinstance(index, int | np.integer) or not 0 <= index < count:
+            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+        index = int(index)
+        parts = self._parts
         with self._session.ledger.span("tables", self.device):
-            micro_batch = MicroBatch(self._parts, self._tables.get(index), index, rows)
+            tables = self._tables.get(index)
+            experts = [moe.experts for moe in self._layers]
+            reserve(parts.buffers, tables, parts.comm.rank, experts, self._session.options, self.device)
+            micro_batch = MicroBatch(parts, tables, index, rows)
         self._records.setdefault(index, []).append(micro_batch.record)
         return micro_batch
 
@@ -79,6 +91,7 @@ class OpenBatch:
         """Nothing of this batch runs from here on."""
         self._session.is_open = False
         self._tables.close()
+        self._guests.close()
 
     def stats(self) -> dict[str, Any]:
         """What the batch did, over the group. Collective. Also after the batch is closed."""

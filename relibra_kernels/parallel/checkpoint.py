@@ -1,8 +1,9 @@
 """Checkpoints through `torch.distributed.checkpoint`, with experts in logical order.
 
-Every expert tensor is written as one tensor [E, ...] in chunks of single experts, each by the rank that owns it. So a
-checkpoint depends neither on the placement nor on the number of ranks, and is read with torch alone: its keys are
-`model.<name>` and `optimizer.<name>.<state>`, names those of the whole model.
+Every expert tensor is written as one tensor [E, ...] in chunks of single experts, each by the rank that owns it, or of
+parts of them by the ranks over which it is sharded. So a checkpoint depends neither on the placement nor on the number
+of ranks, and is read with torch alone: its keys are `model.<name>` and `optimizer.<name>.<state>`, names those of the
+whole model.
 
 A checkpoint is written beside its place and renamed when all ranks are done: it is there whole, or not at all.
 """
@@ -19,63 +20,13 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 from ..nn import ReplicatedMoE
-from ..planner.errors import CommunicationError, FormatError, InputError
+from ..planner.errors import CommunicationError, FormatError, InputError, ReLibraError
 from .comm import Comm
+from .experts import device_of
 from .groups import Groups
-from .logical import layer_of_parameter
-
-
-class LogicalExperts(Tensor):
-    """`[E, ...]` of all ranks, of which this one holds some rows: what `torch.distributed.checkpoint` saves and loads.
-
-    Args:
-        local: [E/R, ...], written to when loading.
-        experts: int [E/R], which expert each row is.
-        num_experts: E.
-    """
-
-    _local: Tensor
-    _row_of: dict[int, int]
-
-    @staticmethod
-    def __new__(cls, local: Tensor, experts: np.ndarray, num_experts: int) -> "LogicalExperts":
-        shape = (num_experts, *local.shape[1:])
-        wrapper: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=local.dtype, device=local.device)
-        wrapper._local = local.detach()
-        wrapper._row_of = {int(expert): row for row, expert in enumerate(experts)}
-        return wrapper
-
-    @classmethod
-    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return args[0]
-        raise NotImplementedError(f"LogicalExperts is for checkpoints only; it does not compute {func}")
-
-    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
-        properties = TensorProperties.create_from_tensor(self._local)
-        return [
-            WriteItem(
-                index=MetadataIndex(fqn, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
-
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        size = torch.Size([1, *self.shape[1:]])
-        return [
-            ChunkStorageMetadata(torch.Size([expert, *[0] * (self.ndim - 1)]), size) for expert in sorted(self._row_of)
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None
-        row = self._row_of[index.offset[0]]
-        return self._local[row : row + 1]
+from .logical import LogicalExperts, layer_of_parameter
 
 
 def training_state(
@@ -105,7 +56,7 @@ def training_state(
                 f"{tuple(parameter.shape)}, otherwise it cannot be saved by expert"
             )
         experts = np.flatnonzero(home_LE[layer_of[id(parameter)]] == comm.rank)
-        return LogicalExperts(value, experts, num_experts)
+        return LogicalExperts(name, value, experts, num_experts)
 
     state: dict[str, Any] = {}
     for name, parameter in model.named_parameters():
@@ -154,14 +105,28 @@ def make_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
             parameter.grad = grad
 
 
-def save(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups, device: torch.device) -> None:
+def save(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    layers: Sequence[ReplicatedMoE],
+    home_LE: np.ndarray,
+    groups: Groups,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
     """Write a checkpoint folder. Collective.
 
-    Raises: InputError where `path` exists.
+    Raises: InputError where `path` exists on any rank, or a rank has optimizer state that cannot be saved.
     """
-    target = Path(path)
+    target, device = Path(path), device_of(layers)
     partial = target.with_name(target.name + ".partial")
-    problem = InputError(f"{target} exists already; a checkpoint is never overwritten") if target.exists() else None
+    state: dict[str, Any] = {}
+    problem: ReLibraError | None = None
+    try:
+        if target.exists():
+            raise InputError(f"{target} exists already; a checkpoint is never overwritten")
+        state = training_state(model, layers, home_LE, groups.experts, optimizer)
+    except ReLibraError as error:
+        problem = error
     groups.agree(problem, {}, device, f"saving {target}")
     first = all(comm.rank == 0 for comm in groups.all)
     if first:
@@ -175,20 +140,38 @@ def save(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups, de
     _barrier(groups, device, f"finishing {target}")
 
 
-def load(path: str | os.PathLike[str], state: dict[str, Any], groups: Groups) -> None:
-    """Fill the tensors of `state` from a checkpoint folder, in place. Collective.
+def load(
+    path: str | os.PathLike[str],
+    model: nn.Module,
+    layers: Sequence[ReplicatedMoE],
+    home_LE: np.ndarray,
+    groups: Groups,
+    optimizer: torch.optim.Optimizer | None,
+) -> None:
+    """Read a checkpoint folder into the model and a new or used optimizer, in place. Collective.
 
-    Raises: FormatError where there is no checkpoint, or not of this model and optimizer.
+    Raises: FormatError where a rank finds no checkpoint, or not of this model and optimizer; InputError on the others.
     """
     target = Path(path)
-    if not (target / ".metadata").is_file():
-        raise FormatError(f"{target} is no checkpoint: it has no .metadata")
-    known = dcp.FileSystemReader(target).read_metadata().state_dict_metadata
-    missing = [name for name in state if name not in known]
-    if missing:
-        raise FormatError(f"{target} lacks {missing[0]} and {len(missing) - 1} more of this model and optimizer")
+    state: dict[str, Any] = {}
+    problem: ReLibraError | None = None
+    try:
+        if not (target / ".metadata").is_file():
+            raise FormatError(f"{target} is no checkpoint: it has no .metadata")
+        known = dcp.FileSystemReader(target).read_metadata().state_dict_metadata
+        if optimizer is not None:
+            make_optimizer_state(optimizer)
+        state = training_state(model, layers, home_LE, groups.experts, optimizer)
+        missing = [name for name in state if name not in known]
+        if missing:
+            raise FormatError(f"{target} lacks {missing[0]} and {len(missing) - 1} more of this model and optimizer")
+    except ReLibraError as error:
+        problem = error
+    groups.agree(problem, {}, device_of(layers), f"loading {target}")
     with _during(groups.experts, f"reading the checkpoint {target}"):
         dcp.load(state, checkpoint_id=target, no_dist=groups.num_ranks == 1)
+    if optimizer is not None:
+        restore_numbers(model, optimizer, state)
 
 
 def restore_numbers(model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

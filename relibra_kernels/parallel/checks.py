@@ -1,37 +1,13 @@
 """What must hold before a batch begins, on every rank: checked before anything moves."""
 
-import zlib
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 
 from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, ClusterSpec, RoutingTrace
 from ..planner.errors import InputError, PlanError
 from .experts import expert_parameters
-
-
-def checksum(*values: object) -> int:
-    """The same number on every rank that has the same values: arrays by their bytes, others by their repr."""
-    total = 0
-    for value in values:
-        if isinstance(value, np.ndarray):
-            total = zlib.crc32(np.ascontiguousarray(value).tobytes(), zlib.crc32(repr(value.shape).encode(), total))
-        else:
-            total = zlib.crc32(repr(value).encode(), total)
-    return total
-
-
-def model_digest(layers: Sequence[ReplicatedMoE]) -> int:
-    """Of everything about the MoE layers that ranks must share: shapes, dtypes, form, what is trained."""
-    return checksum(
-        *(
-            (moe.experts.form, moe.experts.recompute, attribute, tuple(p.shape), p.dtype, p.requires_grad)
-            for moe in layers
-            for attribute, p in expert_parameters(moe.experts)
-        )
-    )
 
 
 def check_trace(trace: RoutingTrace, layers: Sequence[ReplicatedMoE], num_experts: int) -> None:

@@ -136,7 +136,7 @@ class Comm:
             raise problem
         refused = np.flatnonzero(everyone[:, 0])
         if len(refused):
-            raise InputError(f"rank {refused[0]} stopped {what}; its own error says why")
+            raise InputError(f"rank {self.ranks[refused[0]]} stopped {what}; its own error says why")
         for name, values in zip(facts, everyone[:, 1:].T, strict=False):
             kinds, counts = np.unique(values, return_counts=True)
             if len(kinds) > 1:  # who is in the minority is who differs; of two halves, the one without rank 0
@@ -145,7 +145,8 @@ class Comm:
                 other = np.flatnonzero(values != usual)
                 agreeing = np.flatnonzero(values == usual)
                 raise InputError(
-                    f"{name} of rank {other[0]} differs from rank {agreeing[0]}'s; every rank needs the same"
+                    f"{name} of rank {self.ranks[other[0]]} differs from rank {self.ranks[agreeing[0]]}'s; every rank "
+                    "needs the same"
                 )
         return everyone[:, 1 + len(facts) :]
 
@@ -180,19 +181,3 @@ class Exchange:
             self.work = None
         self.send = None
         return self.received
-
-
-class Buffers:
-    """Memory that is used again by the next layer: one buffer a name and dtype, as large as the largest use so far."""
-
-    def __init__(self) -> None:
-        self._flat: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Uninitialised `shape` of `like`'s dtype and device. What was taken under this name before is overwritten."""
-        size = int(np.prod(shape, dtype=np.int64))
-        key = (name, like.dtype, like.device)
-        flat = self._flat.get(key)
-        if flat is None or flat.numel() < size:
-            flat = self._flat[key] = like.new_empty(size)
-        return flat[:size].view(*shape)

@@ -1,12 +1,34 @@
-"""The expert parameters of a layer on one rank, and the tensors that go with them."""
+"""The MoE layers of a model, their expert parameters on one rank, and the tensors that go with those."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..nn import ReplicatedExperts
+from ..nn import ReplicatedExperts, ReplicatedMoE
+from ..planner.errors import InputError
 from .migration import expert_tensors
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+
+
+def moe_layers(model: nn.Module) -> list[ReplicatedMoE]:
+    """All of a model, in order, each still with all of its experts, equally many.
+
+    Raises: InputError where that is not so.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ReplicatedMoE)]
+    if not layers:
+        raise InputError(f"model {type(model).__name__} has no ReplicatedMoE: replace its MoE blocks first")
+    counts = {moe.experts.num_experts for moe in layers}
+    if len(counts) > 1 or any(moe.experts.dispatcher is not None for moe in layers):
+        raise InputError(f"every MoE layer must have all of its experts, equally many; they have {sorted(counts)}")
+    return layers
+
+
+def device_of(layers: Sequence[ReplicatedMoE]) -> torch.device:
+    """Where the experts are."""
+    return layers[0].experts.gate_up_proj.device
 
 
 def expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:

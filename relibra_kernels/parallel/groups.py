@@ -58,15 +58,21 @@ class Groups:
         what: str,
         own: dict[str, int] | None = None,
         flag: bool = True,
+        *,
+        of_copies: dict[str, int] | None = None,
     ) -> bool:
         """`Comm.agree` over all ranks: what any of them refuses, none goes on from. Collective.
 
         Args:
             own: facts that only the ranks of one expert-parallel group share.
+            of_copies: facts that only ranks that own the same experts share.
         Returns: whether every rank's flag is set.
         """
-        for comm in self.all:
-            mine = facts if comm is not self.experts else {**(own or {}), **facts}
+        rounds = [(self.experts, {**(own or {}), **facts})]
+        rounds += [(comm, {**facts, **(of_copies or {})}) for comm in self.copies]
+        if of_copies and self.copies:
+            rounds.append((self.experts, {}))  # ranks that own other experts hear of it, too
+        for comm, mine in rounds:
             try:
                 flag = bool(comm.agree(problem, mine, device, what, [flag]).all())
             except CommunicationError:

@@ -89,3 +89,8 @@ class KeptGuests:
                 if owner is not total:
                     owner.copy_(total)
         self._gradients.clear()
+
+    def close(self) -> None:
+        """Let go of the memory: what was fetched is out of date after the batch."""
+        self._weights.clear()
+        self._gradients.clear()

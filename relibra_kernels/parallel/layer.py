@@ -1,8 +1,9 @@
 """One MoE layer under expert parallelism: dispatch, compute, combine, and the same backwards.
 
 Forward:  rows and gate weights go to the ranks of their experts, the weighted partial sums come back and add up.
-Backward: dout goes the same way, partial dx and the gate weights' gradients come back; replicas are fetched again,
-          their gradients go to the owner. Every size is a host integer known since the micro-batch opened.
+Backward: dout goes the same way, partial dx and the gate weights' gradients come back; replicas are fetched again, or
+          kept with the activations, and their gradients go to the owner. Every size is a host integer known since the
+          micro-batch opened.
 """
 
 from collections.abc import Sequence
@@ -49,11 +50,16 @@ class LayerSite:
     def where(self) -> str:
         return f"layer {self.layer}, micro-batch {self.micro_batch}"
 
+    @property
+    def keeps_replicas(self) -> bool:
+        """Whether what was pushed in forward is saved for backward; guests that stay need no second push anyway."""
+        return self.session.options.keep_replicas and self.replicas is not None and self.replicas.pushed.anywhere
+
     def fetch(self, *, backward: bool, hold: bool = False) -> ExpertWeights | None:
-        """The replicas on this rank; begins to fetch those of the layer that comes next."""
+        """The replicas on this rank; begins to fetch those of the layer that comes next, unless that one keeps them."""
         with self.session.ledger.span("replica", self.path.device):
             mine = self.pushes.take(self.layer, self.micro_batch, backward, self.replicas, hold)
-            if not hold:
+            if not hold and not (backward and self.session.options.keep_replicas):
                 ahead = self.layer - 1 if backward else self.layer + 1
                 self.pushes.start(ahead, self.micro_batch, backward, self.next_routes[not backward])
         return mine
@@ -87,7 +93,7 @@ class ExpertParallelMLP(torch.autograd.Function):
         exact = torch.promote_types(weights.dtype, torch.float32)
         with session.running(site.where):
             in_backward = torch._C._current_graph_task_id() != -1
-            replica = site.fetch(backward=in_backward, hold=in_backward)
+            replica = site.fetch(backward=in_backward, hold=in_backward and not site.keeps_replicas)
             with session.ledger.span("dispatch", x.device):
                 chunks = site.path.dispatch((x, weights.to(exact)), "dispatch", keep_rows)
             partials, saved = [], []
@@ -112,8 +118,9 @@ class ExpertParallelMLP(torch.autograd.Function):
                 (out,) = site.path.combine(partials, "combine")
         ctx.site, ctx.form, ctx.weights_dtype = site, form, weights.dtype
         ctx.main_grads = main_grads(home)
+        kept = replica if replica is not None and site.keeps_replicas else NO_WEIGHTS
         sources = (x, weights) if options.redispatch else (None, None)
-        ctx.save_for_backward(site.tag, *parameters, *sources, *saved)
+        ctx.save_for_backward(site.tag, *parameters, *kept, *sources, *saved)
         return out.to(x.dtype)
 
     @staticmethod
@@ -124,12 +131,12 @@ class ExpertParallelMLP(torch.autograd.Function):
         session.check_open(f"backward of {site.where}")
         tag, *saved = ctx.saved_tensors
         check_tag(tag, site.tag, site.where)
-        home = ExpertWeights(*saved[:4])
-        x, weights, *rows = saved[4:]
+        home, kept = ExpertWeights(*saved[:4]), ExpertWeights(*saved[4:8])
+        x, weights, *rows = saved[8:]
         needed = ctx.needs_input_grad[5:]
         partials = []
         with session.running(site.where):
-            replica = site.fetch(backward=True)
+            replica = kept if site.keeps_replicas else site.fetch(backward=True)
             added = any(main_grad is not None for main_grad in ctx.main_grads)  # else the first chunk fills new buffers
             make = gradient_buffers if added else _new_buffers
             grad = make(home, ctx.main_grads, needed)

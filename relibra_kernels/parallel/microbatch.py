@@ -10,7 +10,8 @@ from ..form import ExpertForm
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ShapeError
-from .comm import Buffers, Comm
+from .buffers import Buffers
+from .comm import Comm
 from .guests import KeptGuests
 from .layer import ExpertParallelMLP, LayerSite
 from .live import LiveMLP, LiveSite

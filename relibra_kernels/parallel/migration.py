@@ -6,6 +6,7 @@ rank confirms, then rows are swapped in place; so a failure leaves each layer ei
 `home` says which. Memory: the rows of one layer that move.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,17 @@ def expert_tensors(parameter: Parameter, name: str, optimizer: torch.optim.Optim
                 f"{tuple(parameter.shape)}, otherwise it cannot move with an expert"
             )
         tensors.update(_of_parameter(master, f"{name}.main_param", optimizer))
-    return {key: _local(key, tensor) for key, tensor in tensors.items()}
+    return {key: local_experts(key, tensor) for key, tensor in tensors.items()}
+
+
+def move_layers(
+    comm: Comm, tensors: Sequence[dict[str, Tensor]], home_LE: np.ndarray, new_home_LE: np.ndarray, device: torch.device
+) -> None:
+    """Move every layer's experts to `new_home_LE`; `home_LE`, in place, says which layers have moved. Collective."""
+    with comm.ledger.span("migration", device):
+        for layer, of_layer in enumerate(tensors):
+            move_experts(comm, of_layer, home_LE[layer], new_home_LE[layer], f"layer {layer}")
+            home_LE[layer] = new_home_LE[layer]
 
 
 def move_experts(
@@ -109,7 +120,8 @@ def _of_parameter(parameter: Tensor, name: str, optimizer: torch.optim.Optimizer
     return tensors
 
 
-def _local(name: str, tensor: Tensor) -> Tensor:
+def local_experts(name: str, tensor: Tensor) -> Tensor:
+    """This rank's part of every expert, as a plain tensor that shares memory with it."""
     if not isinstance(tensor, DTensor):
         return tensor
     if any(isinstance(placement, Shard) and placement.dim == 0 for placement in tensor.placements):

@@ -4,6 +4,7 @@ A token travels to a rank once. With `overlap`, the rows that stay on their rank
 while the others are on their way.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +14,13 @@ import torch
 from torch import Tensor
 
 from .. import ops
+from ..nn import ReplicatedExperts
 from ..schedule import Schedule
-from .comm import Buffers, Comm, Exchange
+from .buffers import Buffers
+from .comm import Comm, Exchange
 from .routes import SendRoute
+from .session import RuntimeOptions
+from .tables import MicroBatchTables
 
 
 @dataclass(frozen=True)
@@ -123,15 +128,16 @@ class PlannedPath:
         Args:
             keep: the received rows outlive the layer; otherwise the next dispatch overwrites them.
         """
+        send = "send again" if kind == "redispatch" else "send"  # which is under way beside backward's dispatch
         own: list[Tensor] = []
         exchanges: list[Exchange] = []
         for i, value in enumerate(values):
             shape = value.shape[1:]
             sent = self._token_of_sent[: self._sent]
-            rows = self._buffers.take(f"send {kind} {i}", (self._sent, *shape), value)
+            rows = self._buffers.take(f"{send} {i}", (self._sent, *shape), value)
             torch.index_select(value, 0, sent, out=rows)
             size = (sum(self._receive_counts), *shape)
-            into = value.new_empty(size) if keep else self._buffers.take(f"received {kind} {i}", size, value)
+            into = value.new_empty(size) if keep else self._buffers.take(f"received {i}", size, value)
             counts = self._send_counts, self._receive_counts
             exchanges.append(self._comm.start(rows, *counts, _kind(kind, i), f"{kind} of {self._where}", into))
             if len(self.groups) > 1:
@@ -159,6 +165,36 @@ class PlannedPath:
             exchange.wait()
             results.append(ops.unpermute(into, None, self._send))
         return results
+
+
+def reserve(
+    buffers: Buffers,
+    tables: MicroBatchTables,
+    rank: int,
+    experts: Sequence[ReplicatedExperts],
+    options: RuntimeOptions,
+    device: torch.device,
+) -> None:
+    """Make room for the rows of every layer of a micro-batch, so that none of them has to.
+
+    The buffers are those that `PlannedPath` takes; gate weights in the dtype in which routers give them.
+    """
+    needed: Counter[str] = Counter()
+    for layer, (route, of_layer) in enumerate(zip(tables.routes, experts, strict=True)):
+        leaving = np.arange(len(route.counts)) != rank if options.overlap else slice(None)
+        sent, received = int(route.counts[leaving].sum()), int(tables.receive_counts[layer][leaving].sum())
+        dtype = of_layer.down_proj.dtype
+        row = of_layer.hidden_size * dtype.itemsize
+        out_row = of_layer.hidden_size * (options.combine_dtype or dtype).itemsize
+        gates = route.slots.shape[1] * torch.promote_types(dtype, torch.float32).itemsize
+        total = int(route.counts.sum())
+        sizes = {"send 0": sent * row, "send 1": sent * gates, "received 0": received * row}
+        sizes |= {"combined 0": total * out_row, "combined 1": total * gates}
+        if options.redispatch:
+            sizes |= {"send again 0": sent * row, "send again 1": sent * gates, "received 1": received * gates}
+        for name, size in sizes.items():
+            needed[name] = max(needed[name], size)
+    buffers.reserve(needed, device)
 
 
 def _kind(kind: str, i: int) -> str:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -13,19 +12,20 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..nn import ReplicatedExperts, ReplicatedMoE
-from ..planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads
-from ..planner.errors import InputError, ReLibraError
+from ..nn import ReplicatedExperts
+from ..planner import BatchPlan, ClusterSpec, RoutingTrace
+from ..planner.errors import InputError
+from ..planner.plan import contiguous_home
 from . import checkpoint, gradients
 from .batch import OpenBatch
-from .checks import check_optimizer, check_plan, check_trace, checksum, model_digest
-from .comm import Buffers
-from .experts import expert_parameters, keep_experts, tensors_to_move
+from .buffers import Buffers
+from .experts import device_of, expert_parameters, keep_experts, moe_layers
 from .groups import Groups
 from .logical import logical_tensors
 from .microbatch import MicroBatch
-from .migration import move_experts
-from .plans import CountedLoads, plan_group
+from .migration import move_layers
+from .opening import Opening
+from .plans import Planning
 from .session import ForwardContext, RuntimeOptions, Session
 from .stats import json_line
 from .watchdog import start_watchdog
@@ -78,30 +78,25 @@ class ExpertParallel:
         self.reduction, self.options = reduction, options or RuntimeOptions()
         self.groups = Groups(mesh, cluster)
         self.comm = self.groups.experts
-        self.layers = [module for module in model.modules() if isinstance(module, ReplicatedMoE)]
-        if not self.layers:
-            raise InputError(f"model {type(model).__name__} has no ReplicatedMoE: replace its MoE blocks first")
-        counts = {moe.experts.num_experts for moe in self.layers}
-        if len(counts) > 1 or any(moe.experts.dispatcher is not None for moe in self.layers):
-            raise InputError(f"every MoE layer must have all of its experts, equally many; they have {sorted(counts)}")
-        self.num_experts = counts.pop()
+        self.layers = moe_layers(model)
+        self.num_experts = self.layers[0].experts.num_experts
         per_rank = cluster.experts_per_rank(self.num_experts)
-        contiguous = np.arange(self.num_experts, dtype=np.int32) // per_rank
-        self.home = np.tile(contiguous, (len(self.layers), 1))  # [L, E]
+        self.home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
         self._forwards: ForwardContext[MicroBatch] = ForwardContext()
         for layer, moe in enumerate(self.layers):
             keep_experts(moe.experts, slice(self.comm.rank * per_rank, (self.comm.rank + 1) * per_rank))
             moe.experts.dispatcher = self._dispatcher(layer)
             moe.router.replay = self._replay(layer)
         start_watchdog(self.comm, self.options.watchdog_seconds)
+        self._opening = Opening(model, self.layers, self.groups, cluster, model_name)
         self._buffers = Buffers()
-        self._counted: CountedLoads | None = None
+        self._planning = Planning(self.layers, self.num_experts, self.groups, cluster, model_name)
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.layers[0].experts.gate_up_proj.device
+        return device_of(self.layers)
 
     def expert_parameters(self) -> list[nn.Parameter]:
         """This rank's experts: what FSDP2 (`ignored_params`) and DDP must leave alone."""
@@ -116,16 +111,7 @@ class ExpertParallel:
         self, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int
     ) -> np.ndarray:
         """The load table of the expert-parallel group, int32 [L, M, R, E], from its ranks' sequences. Collective."""
-        local, problem = np.zeros(0), None
-        try:
-            check_trace(trace, self.layers, self.num_experts)
-            local = count_loads(trace, micro_batch_of_sequence, num_micro_batches)
-        except ReLibraError as error:
-            problem = error
-        facts = {"num_micro_batches": num_micro_batches}
-        self.groups.agree(problem, facts, self.device, "counting the loads")
-        everyone = self.comm.gather_arrays(local, self.device, "the exchange of loads")  # [R, L, M, E]
-        return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))
+        return self._planning.gather_loads(trace, micro_batch_of_sequence, num_micro_batches)
 
     def plan(self, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int) -> BatchPlan:
         """Plan a batch, starting from where the experts are now. Collective; the same plan on every rank.
@@ -141,12 +127,11 @@ class ExpertParallel:
         """`plan` in a thread or process of `executor`, while the last rollouts finish. Collective until it returns.
 
         Every rank plans from the same loads and the placement of now, so it must run before the next batch opens.
+        Processes must be spawned (`mp_context=multiprocessing.get_context("spawn")`): a fork of a rank inherits the
+        locks of its threads. They need neither a process group nor a GPU.
         """
-        loads = self.gather_loads(trace, micro_batch_of_sequence, num_micro_batches)
-        self._counted = CountedLoads(trace, np.array(micro_batch_of_sequence), loads)
-        everyone = self.groups.gather_over_copies(loads, self.device)  # [groups, L, M, R, E]
-        arguments = (everyone, self.groups.copy, self.cluster, self.home.copy(), self.model_name)
-        return executor.submit(plan_group, *arguments)
+        arguments = trace, micro_batch_of_sequence, num_micro_batches, self.home
+        return self._planning.plan_later(*arguments, executor)
 
     @contextmanager
     def batch(
@@ -167,38 +152,24 @@ class ExpertParallel:
             optimizer: whose state moves with the experts; None where the experts are not trained.
 
         Raises: PlanError for a plan made for another model, cluster, or routing; InputError for a trace or optimizer
-            that does not fit, on this rank or another. Nothing has moved then. On leaving, InputError where tokens
-            chose other experts than recorded and there was no room for them.
+            that does not fit, on this rank or another, and, when the first batch opens, for weights that differ between
+            ranks. Nothing has moved then. On leaving, InputError where tokens chose other experts than recorded and
+            there was no room for them.
         """
-        tensors: list[dict[str, Tensor]] = []
-        problem: ReLibraError | None = None
         groups = np.asarray(micro_batch_of_sequence)
-        try:
-            if self._batch is not None:
-                raise InputError("a batch is open already: leave it before the next begins")
-            check_plan(plan, self.layers, self.num_experts, self.cluster, self.model_name)
-            check_optimizer(optimizer, self.layers)
-            tensors = [tensors_to_move(moe.experts, optimizer) for moe in self.layers]
-        except ReLibraError as error:
-            problem = error
-        counted = self._counted is not None and self._counted.fits(trace, groups, plan)
-        known = self._agree(problem, plan, tensors, counted)
-        if not known or self._counted is None:
-            loads = self.gather_loads(trace, groups, plan.num_micro_batches)
-        else:
-            loads = self._counted.loads
-        self._counted = None
-        try:
-            replace(plan, loads=loads)  # refuses other loads, which are the same on every rank of a group
-        except ReLibraError as error:
-            problem = error
-        self.groups.agree(problem, {}, self.device, "checking the loads")
+        counted = self._planning.take_counted(trace, groups, plan.num_micro_batches)
+        tensors, everywhere = self._opening.agree(
+            plan,
+            optimizer,
+            self.home,
+            (self.options, self.reduction),
+            is_open=self._batch is not None,
+            counted=counted is not None,
+        )
+        loads = self._planning.loads_of(plan, trace, groups, counted if everywhere else None)
         session = Session(self.options, self.comm.ledger)
         self.comm.ledger.begin_batch()
-        with self.comm.ledger.span("migration", self.device):
-            for layer in range(len(self.layers)):
-                move_experts(self.comm, tensors[layer], self.home[layer], plan.home[layer], f"layer {layer}")
-                self.home[layer] = plan.home[layer]
+        move_layers(self.comm, tensors, self.home, plan.home, self.device)
         del tensors
         batch = OpenBatch(session, self.groups, plan, loads, trace, groups, self.layers, self._buffers)
         self._batch = self._last = batch
@@ -223,12 +194,9 @@ class ExpertParallel:
         """
         if self._batch is None:
             raise InputError("micro_batch is used outside of batch: open `with ep.batch(plan, ...)` first")
-        count = self._batch.plan.num_micro_batches
-        if not isinstance(index, int | np.integer) or not 0 <= index < count:
-            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
         if self._forwards.open is not None:
             raise InputError("a micro-batch is open already: leave it before the next begins")
-        with self._forwards.entered(self._batch.micro_batch(int(index), rows)):
+        with self._forwards.entered(self._batch.micro_batch(index, rows)):
             yield
 
     def reduce_gradients(self, *, dense: bool = True) -> None:
@@ -276,8 +244,7 @@ class ExpertParallel:
         It depends neither on the placement nor on the number of ranks; `torch.distributed.checkpoint` reads it.
         """
         self._check_between_batches("save_checkpoint")
-        state = checkpoint.training_state(self.model, self.layers, self.home, self.comm, optimizer)
-        checkpoint.save(path, state, self.groups, self.device)
+        checkpoint.save(path, self.model, self.layers, self.home, self.groups, optimizer)
 
     def load_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Read what `save_checkpoint` wrote into the model and a new or used optimizer, in place. Collective.
@@ -286,12 +253,7 @@ class ExpertParallel:
         Raises: FormatError where there is no checkpoint, or it is of another model or optimizer.
         """
         self._check_between_batches("load_checkpoint")
-        if optimizer is not None:
-            checkpoint.make_optimizer_state(optimizer)
-        state = checkpoint.training_state(self.model, self.layers, self.home, self.comm, optimizer)
-        checkpoint.load(path, state, self.groups)
-        if optimizer is not None:
-            checkpoint.restore_numbers(self.model, optimizer, state)
+        checkpoint.load(path, self.model, self.layers, self.home, self.groups, optimizer)
 
     def _check_between_batches(self, what: str) -> None:
         if self._batch is not None:
@@ -309,20 +271,6 @@ class ExpertParallel:
     def stats_line(self) -> str:
         """`stats` as one line of JSON, for a log with a line for each batch. Collective."""
         return json_line(self.stats())
-
-    def _agree(
-        self, problem: ReLibraError | None, plan: BatchPlan, tensors: list[dict[str, Tensor]], counted: bool
-    ) -> bool:
-        """All ranks go on from the same; returns whether every one has the loads already."""
-        common = {
-            "the model": model_digest(self.layers),
-            "the placement": checksum(self.home),
-            "the plan's placement": checksum(plan.home),
-            "the configuration": checksum(self.cluster, self.options, self.reduction, self.groups.shape),
-            "the optimizer's state": checksum([list(layer) for layer in tensors]),
-        }
-        own = {"the plan": checksum(plan.home, plan.replicas, plan.quota, plan.guests)}
-        return self.groups.agree(problem, common, self.device, "opening the batch", own, counted)
 
     def _dispatcher(self, layer: int) -> Callable[[ReplicatedExperts, Tensor, Tensor, Tensor], Tensor]:
         def dispatch(experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ class RuntimeOptions:
     """How the runtime trades memory and exactness against time.
 
     redispatch:    backward fetches the received rows again instead of keeping them for every layer
+    keep_replicas: replicas fetched in forward stay until backward instead of being fetched again
     overlap:       the rows that stay on their rank are computed while the others travel
     combine_dtype: torch.float32 sums a token's partial results unrounded (twice the bytes of bf16); None: the model's
     guest_bytes:   memory a rank for guests that stay for the batch, over all layers; None: all of them stay
@@ -30,6 +31,7 @@ class RuntimeOptions:
     """
 
     redispatch: bool = False
+    keep_replicas: bool = False
     overlap: bool = False
     combine_dtype: torch.dtype | None = None
     guest_bytes: int | None = None
@@ -91,7 +93,8 @@ class ForwardContext(Generic[State]):
         """Within, forwards belong to `state`."""
 
         def pack(tensor: Tensor) -> tuple[Tensor, int]:
-            return tensor, tensor._version
+            # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
+            return tensor.detach() if tensor.grad_fn is not None else tensor, tensor._version
 
         def unpack(packed: tuple[Tensor, int]) -> Tensor:
             tensor, version = packed

@@ -65,6 +65,9 @@ def test_replicas_hide_behind_the_dense_part():
     weights, gradient = 2 * 96, 4 * 96
     assert idle.replicas == pytest.approx((2 * weights + gradient) / 1e6)
     assert idle.bytes_fast == 2 * weights + gradient
+    kept = price(Outcome.of(slot_load(0, 0), **pushed), MODEL, DEVICE, 2, 1, keep_replicas=True)
+    assert kept.replicas == pytest.approx((weights + gradient) / 1e6)
+    assert kept.bytes_fast == weights + gradient
     busy = price(Outcome.of(slot_load(10000, 10000), **pushed), MODEL, DEVICE, 2, 1)
     assert busy.replicas == 0
 

@@ -19,7 +19,8 @@ from relibra_kernels import precompile, warmup
 from relibra_kernels.form import GPT_OSS
 from relibra_kernels.kernels.launch import recording
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter
-from relibra_kernels.parallel.comm import Buffers, Exchange
+from relibra_kernels.parallel.buffers import Buffers
+from relibra_kernels.parallel.comm import Exchange
 from relibra_kernels.parallel.layer import ExpertParallelMLP, LayerSite
 from relibra_kernels.parallel.paths import PlannedPath
 from relibra_kernels.parallel.replicas import ReplicaPushes, ReplicaRoute, Transfers

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from toy_training import Case, start, train_steps
 
 from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.planner import ReLibraError
 
 
 def logical_state(ep: ExpertParallel, optimizer: torch.optim.Optimizer) -> dict[str, np.ndarray]:
@@ -55,3 +57,21 @@ def read_without_the_library(folder: Path) -> dict[str, np.ndarray]:
 def overwrite(folder: str) -> None:
     ep, optimizer = start(Case())
     ep.save_checkpoint(Path(folder) / "step", optimizer)
+
+
+def trouble_on_rank_1(folder: str) -> list[str]:
+    """Why saving and loading are refused where one rank has state that cannot be saved, or sees no checkpoint."""
+    ep, optimizer = start(Case())
+    second = dist.get_rank() == 1
+    state = optimizer.state[ep.expert_parameters()[0]]
+    state.update({"history": []} if second else {})
+    messages = []
+    for attempt in (
+        lambda: ep.save_checkpoint(Path(folder) / "new", optimizer),
+        lambda: ep.load_checkpoint(Path(folder) / ("elsewhere" if second else "step")),
+    ):
+        try:
+            attempt()
+        except ReLibraError as error:
+            messages.append(str(error))
+    return messages

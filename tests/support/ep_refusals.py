@@ -122,6 +122,17 @@ def refusal(name: str) -> tuple[str, str, bool]:
             ep.home = ep.home[:, ::-1].copy()
         train()
 
+    def other_dense_weight_on_one_rank():
+        if rank == 1:
+            weight = ep.layers[2].router.weight.data.view(torch.int64)
+            weight[-1, -1] ^= 1  # the last bit of the last element
+        train()
+
+    def other_dense_parameters_on_one_rank():
+        if rank == 0:
+            ep.model.extra = torch.nn.Linear(2, 2)
+        train()
+
     def other_options_on_one_rank():
         ep.options = RuntimeOptions(redispatch=rank == 1)
         train()
@@ -181,3 +192,35 @@ def refusal(name: str) -> tuple[str, str, bool]:
         changed = not torch.equal(before, experts.gate_up_proj) or not np.array_equal(home, ep.home)
         return type(error).__name__, str(error), changed
     return "", "", True
+
+
+def other_experts_in_one_copy(changed_rank: int) -> str:
+    """The message on each of four ranks, two groups of two, where one expert of one rank differs."""
+    cluster = ClusterSpec(1, 2, CASE.replica_slots)
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "ep"))
+    ep = ExpertParallel(ToyModel(CASE), cluster, mesh, model_name="toy")
+    trace, groups, _ = make_batch(CASE, 0)
+    plan = ep.plan(trace, groups, CASE.micro_batches)
+    if dist.get_rank() == changed_rank:
+        ep.layers[1].experts.down_proj.data[0, 0, 0] += 1e-12
+    home = ep.home.copy()
+    try:
+        with ep.batch(plan, trace, groups, None):
+            pass
+    except ReLibraError as error:
+        return str(error) if np.array_equal(home, ep.home) else "something moved"
+    return "no error"
+
+
+def weights_that_differ_later() -> bool:
+    """Buffers may differ, and weights are compared when the first batch opens, not again."""
+    cluster = ClusterSpec(1, CASE.ranks, CASE.replica_slots)
+    ep = ExpertParallel(ToyModel(CASE), cluster)
+    ep.model.register_buffer("seen", torch.tensor(dist.get_rank()))
+    trace, groups, _ = make_batch(CASE, 0)
+    for _ in range(2):
+        plan = ep.plan(trace, groups, CASE.micro_batches)
+        with ep.batch(plan, trace, groups, None):
+            pass
+        ep.model.output.weight.data += dist.get_rank()
+    return True

@@ -1,7 +1,8 @@
 """What batches report, run on every rank of a group."""
 
-import pickle
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_
 
 from relibra_kernels.nn import replay_routing
 from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
-from relibra_kernels.planner import ClusterSpec
+from relibra_kernels.planner import BatchPlan, ClusterSpec
 
 
 def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
@@ -23,18 +24,17 @@ def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
     return stats, ep.stats_line(), [event.key for event in profiler.key_averages()]
 
 
-def planned_elsewhere(case: Case) -> bool:
-    """Whether a plan made in another thread, while this one counts again, is the plan made here."""
+def planned_elsewhere(case: Case, executor: str) -> tuple[BatchPlan, BatchPlan]:
+    """A plan made in a thread or a spawned process, while this one counts again, and the plan made here."""
     ep, _ = start(case)
     trace, groups, _ = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     arguments = trace.select(mine), groups[mine], case.micro_batches
-    with ThreadPoolExecutor(1) as executor:
-        later = ep.plan_later(*arguments, executor)
+    spawn = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+    with {"thread": ThreadPoolExecutor, "process": spawn}[executor](1) as elsewhere:
+        later = ep.plan_later(*arguments, elsewhere)
         here = ep.plan(*arguments)
-    plan = pickle.loads(pickle.dumps(later.result()))  # as it comes back from another process
-    names = ("home", "replicas", "quota", "guests")
-    return all(np.array_equal(getattr(plan, name), getattr(here, name)) for name in names)
+        return later.result(), here
 
 
 def differing_routes(case: Case, count: int, spare: int) -> tuple[dict[str, np.ndarray], int, dict[str, np.ndarray]]:

@@ -10,16 +10,16 @@ import torch
 import torch.distributed as dist
 from toy_training import Case, ToyModel, loss_sum, make_batch, model_input
 
-from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
+from relibra_kernels.parallel import ExpertParallel
 from relibra_kernels.planner import BatchPlan, ClusterSpec
 
 
-def count_wire(case: Case, guest_bytes: int | None) -> dict[str, Any]:
+def count_wire(case: Case) -> dict[str, Any]:
     """One batch of bf16 training with fp32 masters: bytes by kind, bytes at the boundary, and what they belong to."""
     rank = dist.get_rank()
     cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
     model = ToyModel(case)
-    ep = ExpertParallel(model, cluster, options=RuntimeOptions(guest_bytes=guest_bytes))
+    ep = ExpertParallel(model, cluster, options=case.options)
     masters = []
     for parameter in ep.expert_parameters():
         parameter.main_param = torch.nn.Parameter(parameter.detach().float())

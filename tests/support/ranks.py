@@ -16,9 +16,9 @@ PRELOADED = ["relibra_kernels.parallel", "torch.distributed.fsdp", "torch._dynam
 
 
 class Ranks:
-    """`size` processes that run the same function at the same time."""
+    """`size` processes that run the same function at the same time; daemons may not start processes themselves."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int, daemon: bool = True):
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
         self._folder = tempfile.TemporaryDirectory()
@@ -27,7 +27,7 @@ class Ranks:
         for rank in range(size):
             here, there = context.Pipe()
             arguments = (there, rank, size, f"file://{self._folder.name}/store")
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=arguments, daemon=daemon)
             process.start()
             self._pipes.append(here)
             self._processes.append(process)

@@ -36,7 +36,7 @@ class Case:
     micro_batches: int = 2
     sequence_lengths: tuple[int, ...] = (5, 9, 3, 7, 6, 4, 8, 5)  # sequence i: rank i % ranks
     routing: str = "skewed"  # skewed | same (every token the same experts) | empty_expert (expert 0 never)
-    plan: str = "planned"  # planned | static | shuffled (random homes and replicas by hand)
+    plan: str = "planned"  # planned | static | shuffled (random homes and guests by hand) | mixed (layer 0: no guests)
     steps: int = 1
     dtype: torch.dtype = torch.float64
     padding: int = 0  # padding tokens before every sequence
@@ -284,7 +284,10 @@ def make_plan(case: Case, ep: ExpertParallel, trace: RoutingTrace, groups: np.nd
         return ep.plan(trace, groups, case.micro_batches)
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
-    return shuffled_plan(loads, ep.cluster, step)
+    plan = shuffled_plan(loads, ep.cluster, step)
+    if case.plan == "shuffled":
+        return plan
+    return replace(plan, guests=plan.guests & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
 
 
 def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> BatchPlan:

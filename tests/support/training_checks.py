@@ -14,5 +14,8 @@ def worst_error(got: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> 
 def assert_same_bits(first: list[dict], second: list[dict]) -> None:
     for one, other in zip(first, second, strict=True):
         assert one["losses"] == other["losses"]
+        for step, gradients in enumerate(one["gradients"]):
+            for name, value in gradients.items():
+                np.testing.assert_array_equal(value, other["gradients"][step][name])
         for name, value in one["parameters"].items():
             np.testing.assert_array_equal(value, other["parameters"][name])

@@ -5,8 +5,9 @@
 """
 
 from .blocks import replace_moe_blocks
-from .expert_parallel import batch, communication, micro_batch, plan
+from .expert_parallel import communication
 from .experts import expert_form, experts_forward
+from .planned import batch, micro_batch, plan
 from .recording import RoutingRecord, record_routing
 from .replay import replay
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ep_checkpoints import load_and_train, overwrite, read_without_the_library, train_and_save
+from ep_checkpoints import load_and_train, overwrite, read_without_the_library, train_and_save, trouble_on_rank_1
 from ranks import RankError
 from toy_training import Case
 
@@ -62,3 +62,10 @@ def test_refuses_what_is_none(ranks, tmp_path):
 def test_refuses_another_model(ranks, checkpoint):
     with pytest.raises(RankError, match=r"lacks model.moe.2.experts.gate_up_proj and \d+ more"):
         ranks(2).run(load_and_train, replace(SAVED, ranks=2, layers=3), str(checkpoint[0]), STEPS)
+
+
+def test_what_one_rank_refuses_stops_all(ranks, checkpoint):
+    first, second = ranks(2).run(trouble_on_rank_1, str(checkpoint[0]))
+    assert "rank 1 stopped saving" in first[0] and "rank 1 stopped loading" in first[1]
+    assert "'history' of moe.0.experts.gate_up_proj is a list" in second[0] and "is no checkpoint" in second[1]
+    assert not (checkpoint[0] / "new").exists()

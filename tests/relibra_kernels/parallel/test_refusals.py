@@ -3,7 +3,10 @@
 import re
 
 import pytest
-from ep_refusals import refusal
+import torch
+from ep_refusals import other_experts_in_one_copy, refusal, weights_that_differ_later
+
+from relibra_kernels.parallel import digests
 
 MOVES_FIRST = {  # what is found only once the batch runs, under the new placement
     "too_few_tokens",
@@ -46,6 +49,12 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
         ("experts_do_not_divide", "InputError", "7 experts do not divide over 2 ranks"),
         ("other_micro_batch_on_one_rank", "InputError", r"rank \d opened micro-batch \d and rank \d micro-batch \d"),
         ("other_placement_on_one_rank", "InputError", "the placement of rank 1 differs from rank 0's"),
+        (
+            "other_dense_weight_on_one_rank",
+            "InputError",
+            r"parameter moe.2.gate.weight of rank 1 differs from rank 0's",
+        ),
+        ("other_dense_parameters_on_one_rank", "InputError", "the list of dense parameters of rank 1 differs"),
         ("other_options_on_one_rank", "InputError", "the configuration of rank 1 differs from rank 0's"),
         (
             "backward_after_the_batch",
@@ -78,3 +87,38 @@ def test_what_one_rank_refuses_stops_all(ranks, name):
     assert "trace has (layers" in own or "plan is for model" in own
     assert kind == "InputError" and "rank 0 stopped" in message
     assert not changed
+
+
+def test_copies_of_experts_are_the_same(ranks):
+    """Ranks 1 and 3 own the same experts; the others hear of it."""
+    messages = ranks(4).run(other_experts_in_one_copy, 3)
+    for rank in (1, 3):
+        assert "parameter moe.1.experts.down_proj of rank 3 differs from rank 1's" in messages[rank]
+    for rank in (0, 2):
+        assert f"rank {rank + 1} stopped comparing the weights" in messages[rank]
+
+
+def test_weights_are_compared_once(ranks):
+    assert all(ranks(2).run(weights_that_differ_later))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64, torch.uint8, torch.bool])
+def test_a_digest_is_of_the_bits(dtype):
+    random = torch.Generator().manual_seed(0)
+    tensor = (torch.rand(7, 600, generator=random) * 200).to(dtype)
+    chunks, digests.CHUNK = digests.CHUNK, 1000
+    try:
+        expected = int(digests.digest(tensor))
+        assert int(digests.digest(tensor.t().contiguous().t())) == expected
+    finally:
+        digests.CHUNK = chunks
+    assert int(digests.digest(tensor)) == expected
+    values = (
+        tensor.contiguous().view(torch.uint8).numpy().view(f"{'u' if dtype.itemsize == 1 else 'i'}{dtype.itemsize}")
+    )
+    exact = sum((2 * i + 1) * int(value) for i, value in enumerate(values.reshape(-1)))
+    assert (expected - exact) % 2**64 == 0
+    swapped = tensor.clone()
+    swapped[3, 5], swapped[5, 3] = tensor[5, 3], ~tensor[3, 5] if dtype == torch.bool else tensor[3, 5] + 1
+    assert int(digests.digest(swapped)) != expected
+    assert int(digests.digest(tensor[:0])) == 0

@@ -1,6 +1,7 @@
 """What keeps activations, threads and micro-batches apart, without a process group."""
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -52,6 +53,26 @@ def test_modification_in_place_is_still_refused():
         y.add_(1)
     with pytest.raises(RuntimeError, match="modified in place"):
         z.backward()
+
+
+def test_a_graph_that_never_runs_backward_is_let_go_of():
+    """Also where a node saves its own output."""
+
+    class Node(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            kept = x * 2
+            alive.append(weakref.ref(kept))
+            ctx.save_for_backward(kept)
+            return x + 1
+
+    alive: list[weakref.ref[torch.Tensor]] = []
+    context: ForwardContext[int] = ForwardContext()
+    with context.entered(0):
+        y = Node.apply(torch.ones(3, requires_grad=True)).exp()
+    assert alive[0]() is not None
+    del y
+    assert alive[0]() is None
 
 
 def test_activations_of_another_micro_batch_are_refused():

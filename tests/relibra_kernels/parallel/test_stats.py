@@ -1,12 +1,16 @@
 """What a batch reports; and tokens that chose other experts than were recorded: counted, and still exact."""
 
 import json
+from dataclasses import fields
 
 import numpy as np
 import pytest
 from ep_stats import differing_routes, planned_elsewhere, stats_of_batch
+from ranks import Ranks
 from toy_training import Case
 from training_checks import worst_error
+
+from relibra_kernels.planner import BatchPlan
 
 
 def test_stats_of_a_batch(ranks):
@@ -22,8 +26,18 @@ def test_stats_of_a_batch(ranks):
         assert {"relibra::dispatch", "relibra::compute", "relibra::combine"} <= set(ranges)
 
 
-def test_plans_may_be_made_elsewhere(ranks):
-    assert all(ranks(2).run(planned_elsewhere, Case()))
+@pytest.mark.parametrize("executor", ["thread", "process"])
+def test_plans_may_be_made_elsewhere(executor):
+    """Also in a process that knows nothing of the group."""
+    ranks = Ranks(2, daemon=False)
+    try:
+        plans = [plan for both in ranks.run(planned_elsewhere, Case(), executor) for plan in both]
+    finally:
+        ranks.close()
+    assert (plans[0].replicas >= 0).any()
+    for plan in plans:
+        for field in fields(BatchPlan):
+            np.testing.assert_array_equal(getattr(plan, field.name), getattr(plans[0], field.name))
 
 
 @pytest.mark.parametrize("spare", [3, 8])

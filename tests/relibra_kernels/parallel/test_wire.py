@@ -1,6 +1,7 @@
 """What travels is what the cost model says: tokens, replicas, guests and migration, on emulated clusters."""
 
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from ep_wire import count_wire
 from toy_training import Case, make_batch
 
+from relibra_kernels.parallel import RuntimeOptions
 from relibra_kernels.planner import (
     ModelShape,
     destinations,
@@ -46,10 +48,10 @@ def rows_between_ranks(case: Case, plan, loads) -> np.ndarray:
     return rows
 
 
-@pytest.mark.parametrize("size", [4, 8])
-def test_bytes_are_what_cost_predicts(ranks, size):
-    case = Case(**{**vars(CASE), "ranks": size, "gpus_per_node": size // 2})
-    results = ranks(size).run(count_wire, case, None)
+@pytest.mark.parametrize(("size", "keep"), [(4, False), (4, True), (8, False)])
+def test_bytes_are_what_cost_predicts(ranks, size, keep):
+    case = replace(CASE, ranks=size, gpus_per_node=size // 2, options=RuntimeOptions(keep_replicas=keep))
+    results = ranks(size).run(count_wire, case)
     plan, loads, previous = (results[0][name] for name in ("plan", "loads", "previous"))
     outcome, model = outcome_of_plan(plan, loads, previous), model_shape(case)
     assert outcome.pushed_in.sum() > 0 and outcome.kept_in.sum() > 0 and outcome.moved_in.sum() > 0
@@ -62,11 +64,12 @@ def test_bytes_are_what_cost_predicts(ranks, size):
             assert sum(nets[net] for nets in by_kind.values()) == result["wire"].get(net, 0)
 
     pairs = case.layers * case.micro_batches
-    fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model))
+    fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model, keep_replicas=keep))
     kinds = ("replica_weights", "replica_gradients", "guest_weights", "guest_gradients", "migration")
     assert sum(sent[kind, net] for kind in kinds for net in ("fast", "slow")) == fast + slow
     assert sum(sent[kind, "fast"] for kind in kinds[:2]) == fast  # what is pushed stays in its node
     assert sum(sent[kind, "slow"] for kind in kinds[:2]) == 0
+    assert sent["replica_weights", "fast"] == (1 if keep else 2) * outcome.pushed_in.sum() * model.expert_bytes
     assert sum(sent["migration", net] for net in ("fast", "slow")) == outcome.moved_in.sum() * model.migration_bytes
     guests = outcome.kept_in.sum()
     assert sent["guest_weights", "slow"] == guests * model.expert_bytes
@@ -83,7 +86,8 @@ def test_bytes_are_what_cost_predicts(ranks, size):
 
 def test_guests_without_room_are_fetched_for_every_micro_batch(ranks):
     """Weights twice and gradients once a micro-batch, instead of once each."""
-    kept, fetched = (ranks(4).run(count_wire, CASE, budget) for budget in (None, 0))
+    fetching = replace(CASE, options=RuntimeOptions(guest_bytes=0))
+    kept, fetched = (ranks(4).run(count_wire, case) for case in (CASE, fetching))
     assert kept[0]["stats"]["guests_kept"] > 0 and fetched[0]["stats"]["guests_kept"] == 0
 
     def slow(results: list[dict], kind: str) -> int:

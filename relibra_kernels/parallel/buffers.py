@@ -1,0 +1,33 @@
+"""Memory in which rows are sent, received and combined: one allocation a purpose, used by every layer in turn."""
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Buffers:
+    """Bytes by name, as many as the largest use so far.
+
+    Attributes:
+        memory: uint8 by (name, device).
+    """
+
+    def __init__(self) -> None:
+        self.memory: dict[tuple[str, torch.device], Tensor] = {}
+
+    def reserve(self, sizes: Mapping[str, int], device: torch.device) -> None:
+        """Let every name have so many bytes; what was taken under one that grows is lost."""
+        for name, size in sizes.items():
+            known = self.memory.get((name, device))
+            if known is None or known.numel() < size:
+                del known
+                self.memory.pop((name, device), None)  # before its successor is there
+                self.memory[name, device] = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Uninitialised `shape` of `like`'s dtype and device. What was taken under this name before is overwritten."""
+        size = int(np.prod(shape, dtype=np.int64)) * like.element_size()
+        self.reserve({name: size}, like.device)
+        return self.memory[name, like.device][:size].view(like.dtype).view(*shape)

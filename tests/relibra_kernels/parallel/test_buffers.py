@@ -1,0 +1,38 @@
+"""Send and combine buffers: made when a micro-batch opens, exactly as large as its largest layer needs."""
+
+import pytest
+import torch
+from ep_buffers import buffers_of_batch
+from toy_training import Case
+
+from relibra_kernels.parallel import RuntimeOptions
+from relibra_kernels.parallel.buffers import Buffers
+
+LENGTHS = (5, 9, 3, 7, 16, 24, 18, 25)  # later micro-batches are larger
+CASES = {
+    "float64": Case(),
+    "bf16": Case(dtype=torch.bfloat16, layers=3),
+    "own rows stay": Case(ranks=3, gpus_per_node=3, experts=9, options=RuntimeOptions(overlap=True)),
+    "rows fetched again": Case(dtype=torch.float32, options=RuntimeOptions(redispatch=True)),
+    "sums in fp32": Case(dtype=torch.bfloat16, options=RuntimeOptions(combine_dtype=torch.float32)),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_layers_allocate_none(ranks, case):
+    case = Case(**{**vars(case), "plan": "shuffled", "sequence_lengths": LENGTHS})
+    for found, reserved, taken in ranks(case.ranks).run(buffers_of_batch, case):
+        assert found == [True] * 2 * case.micro_batches
+        assert reserved == taken
+
+
+def test_a_buffer_grows_and_changes_its_dtype():
+    buffers, device = Buffers(), torch.device("cpu")
+    buffers.reserve({"rows": 24}, device)
+    memory = buffers.memory["rows", device]
+    assert buffers.take("rows", (2, 3), torch.empty(0)).shape == (2, 3)
+    assert buffers.take("rows", (0, 5), torch.empty(0, dtype=torch.float64)).shape == (0, 5)
+    assert buffers.take("rows", (12,), torch.empty(0, dtype=torch.bfloat16)).data_ptr() == memory.data_ptr()
+    assert buffers.memory["rows", device] is memory
+    assert buffers.take("rows", (7,), torch.empty(0)).dtype == torch.float32
+    assert len(buffers.memory["rows", device]) == 28

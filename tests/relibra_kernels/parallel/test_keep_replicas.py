@@ -1,0 +1,55 @@
+"""Replicas kept from forward to backward: the same bits, half the bytes, and nothing stays longer than its graph."""
+
+from dataclasses import replace
+
+import pytest
+from ep_kept import lives_of_guests, lives_of_replicas
+from toy_training import Case, train_parallel
+from training_checks import assert_same_bits
+
+from relibra_kernels.parallel import RuntimeOptions
+
+FETCHED = RuntimeOptions(guest_bytes=0)  # all replicas of the shuffled plan are fetched for every micro-batch
+FETCH = Case(plan="shuffled", options=FETCHED)
+CASES = {
+    "one micro-batch after the other": FETCH,
+    "two in flight": replace(FETCH, order="one_ahead", micro_batches=4),
+    "one backward over all": replace(FETCH, order="together"),
+    "backward in another thread": replace(FETCH, order="thread"),
+    "passes without gradients before": replace(FETCH, passes_before=1),
+    "checkpointed": replace(FETCH, checkpoint="non-reentrant", order="after"),
+    "checkpointed, reentrant, two in flight": replace(FETCH, checkpoint="reentrant", order="one_ahead"),
+    "h computed again, main_grad": replace(FETCH, recompute=True, main_grad=True),
+    "guests that stay": Case(plan="shuffled"),
+    "guests that stay above replicas": Case(plan="mixed"),
+    "some guests stay": Case(plan="shuffled", layers=3, options=RuntimeOptions(guest_bytes=2 * 2 * 3 * 16 * 24 * 16)),
+    "rows fetched again": replace(FETCH, options=replace(FETCHED, redispatch=True, overlap=True)),
+    "tokens routed live": replace(FETCH, unrecorded=0.2),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_same_bits_with_fewer_pushes(ranks, case):
+    keeping = replace(case, options=replace(case.options, keep_replicas=True))
+    without, kept = (ranks(2).run(train_parallel, each) for each in (case, keeping))
+    assert_same_bits(without, kept)
+    for pushed, once in zip(without, kept, strict=True):
+        before, after = (result["bytes"].get(("replica_weights", "fast"), 0) for result in (pushed, once))
+        passes = 2 + case.passes_before
+        assert after * passes == before * (passes if case.checkpoint else passes - 1)
+
+
+def test_replicas_live_as_long_as_their_graph(ranks):
+    """None after a pass without gradients; then 4 graphs of 2 layers, of which backward lets go one after the other."""
+    keeping = replace(FETCH, options=replace(FETCHED, keep_replicas=True))
+    for moments in ranks(2).run(lives_of_replicas, keeping):
+        assert moments == [0, 8, 6, 2, 0]
+
+
+def test_replicas_are_let_go_of_by_default(ranks):
+    for moments in ranks(2).run(lives_of_replicas, FETCH):
+        assert moments == [0] * 5
+
+
+def test_guests_live_as_long_as_their_batch(ranks):
+    assert ranks(2).run(lives_of_guests, Case(plan="shuffled")) == [(True, False)] * 2

@@ -1,0 +1,43 @@
+"""What a batch takes from its buffers, on every rank of a group."""
+
+from collections import Counter
+from contextlib import nullcontext
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
+
+
+def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, int]]:
+    """(whether the layers of each pass found their memory there, bytes by name, bytes taken at most).
+
+    A micro-batch is passed in inference mode first, then trained on.
+    """
+    ep, optimizer = start(case)
+    trace, groups, tokens = make_batch(case, 0)
+    mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
+    trace, groups = trace.select(mine), groups[mine]
+    plan = make_plan(case, ep, trace, groups, 0)
+    buffers, most = ep._buffers, Counter()
+    take = buffers.take
+
+    def recorded(name: str, shape, like: torch.Tensor) -> torch.Tensor:
+        taken = take(name, shape, like)
+        most[name] = max(most[name], taken.numel() * taken.element_size())
+        return taken
+
+    buffers.take = recorded
+    found = []
+    with ep.batch(plan, trace, groups, optimizer):
+        for m in range(case.micro_batches):
+            ids, rows, counted = model_input(case, trace, tokens, mine, np.flatnonzero(groups == m))
+            for training in (False, True):
+                with nullcontext() if training else torch.inference_mode(), ep.micro_batch(m, rows):
+                    before = dict(buffers.memory)
+                    loss = loss_sum(ep.model(ids), ids, counted)
+                    if training:
+                        loss.backward()
+                    same = [buffers.memory[key] is tensor for key, tensor in before.items()]
+                    found.append(before.keys() == buffers.memory.keys() and all(same))
+    return found, {name: len(memory) for (name, _), memory in buffers.memory.items()}, dict(most)

@@ -1,0 +1,79 @@
+"""Replicas that stay from forward to backward: how many are alive when, on every rank of a group."""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
+
+from relibra_kernels.parallel.replicas import Push
+
+
+def lives_of_replicas(case: Case) -> list[int]:
+    """How many layers' replicas are alive after each moment of a batch, the last of them after it."""
+    ep, optimizer = start(case)
+    trace, groups, tokens = make_batch(case, 0)
+    mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
+    trace, groups = trace.select(mine), groups[mine]
+    plan = make_plan(case, ep, trace, groups, 0)
+    with weights_of_pushes() as stores:
+        moments: list[int] = []
+
+        def forward(m: int) -> torch.Tensor:
+            ids, rows, counted = model_input(case, trace, tokens, mine, np.flatnonzero(groups == m))
+            with ep.micro_batch(m, rows):
+                return loss_sum(ep.model(ids), ids, counted)
+
+        def look() -> None:
+            gc.collect()
+            moments.append(sum(store() is not None for store in stores))
+
+        with ep.batch(plan, trace, groups, optimizer):
+            with torch.no_grad():
+                forward(0)
+            look()
+            first, again, other, unused = forward(0), forward(0), forward(1), forward(1)
+            look()
+            first.backward()
+            look()
+            other.backward()
+            again.backward()
+            look()
+        del unused
+        look()
+    return moments
+
+
+def lives_of_guests(case: Case) -> tuple[bool, bool]:
+    """Whether the weights of guests that stay are alive in a batch, and after it."""
+    ep, optimizer = start(case)
+    trace, groups, _ = make_batch(case, 0)
+    mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
+    plan = make_plan(case, ep, trace.select(mine), groups[mine], 0)
+    with ep.batch(plan, trace.select(mine), groups[mine], optimizer):
+        guests = weakref.ref(ep._batch._guests.weights(0).gate_up)
+        within = guests() is not None
+    ep.stats()  # of the batch that is over
+    return within, guests() is not None
+
+
+@contextmanager
+def weights_of_pushes() -> Iterator[list["weakref.ref[torch.Tensor]"]]:
+    """References to one weight of everything that is pushed within."""
+    stores: list[weakref.ref[torch.Tensor]] = []
+    original = Push.wait
+
+    def wait(push: Push):
+        weights = original(push)
+        stores.append(weakref.ref(weights.gate_up))
+        return weights
+
+    Push.wait = wait
+    try:
+        yield stores
+    finally:
+        Push.wait = original
