@@ -27,7 +27,9 @@ class Opening:
         groups: Groups,
         cluster: ClusterSpec,
         model_name: str,
+        compare_dense: bool,
     ):
+        self._compare_dense = compare_dense
         self._model, self._layers, self._groups = model, layers, groups
         self._cluster, self._model_name = cluster, model_name
         self._weights_compared = False
@@ -71,20 +73,21 @@ class Opening:
         device = device_of(self._layers)
         counted = self._groups.agree(problem, common, device, "opening the batch", own, counted)
         if not self._weights_compared:
-            check_same_weights(self._model, self._layers, self._groups)
+            check_same_weights(self._model, self._layers, self._groups, self._compare_dense)
             self._weights_compared = True
         return tensors, counted
 
 
-def check_same_weights(model: nn.Module, layers: Sequence[ReplicatedMoE], groups: Groups) -> None:
-    """Every rank has the same dense parameters, and ranks that hold copies of experts the same experts. Collective.
+def check_same_weights(model: nn.Module, layers: Sequence[ReplicatedMoE], groups: Groups, compare_dense: bool) -> None:
+    """Every rank has the same dense parameters (if they are compared), and ranks that hold copies of experts the same
+    experts. Collective.
 
     Sharded parameters (DTensor) are not looked at, nor are buffers, which may differ.
     Raises: InputError naming a rank and the first parameter that differs.
     """
     experts = layer_of_parameter(layers)
     whole = {f"parameter {n}": p for n, p in model.named_parameters() if not isinstance(p, DTensor)}
-    dense = {name: p for name, p in whole.items() if id(p) not in experts}
+    dense = {name: p for name, p in whole.items() if id(p) not in experts and compare_dense}
     copied = {name: p for name, p in whole.items() if id(p) in experts and groups.copies}
     device, what = device_of(layers), "comparing the weights"
     kinds = [(name, tuple(p.shape), p.dtype) for name, p in dense.items()]

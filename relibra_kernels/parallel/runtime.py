@@ -88,7 +88,7 @@ class ExpertParallel:
             moe.experts.dispatcher = self._dispatcher(layer)
             moe.router.replay = self._replay(layer)
         start_watchdog(self.comm, self.options.watchdog_seconds)
-        self._opening = Opening(model, self.layers, self.groups, cluster, model_name)
+        self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
         self._buffers = Buffers()
         self._planning = Planning(self.layers, self.num_experts, self.groups, cluster, model_name)
         self._batch: OpenBatch | None = None

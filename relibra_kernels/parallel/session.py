@@ -26,6 +26,8 @@ class RuntimeOptions:
     overlap:       the rows that stay on their rank are computed while the others travel
     combine_dtype: torch.float32 sums a token's partial results unrounded (twice the bytes of bf16); None: the model's
     guest_bytes:   memory a rank for guests that stay for the batch, over all layers; None: all of them stay
+    compare_dense: the first batch compares parameters outside of the experts between ranks; False where ranks hold
+                   different parts of them as plain tensors (tensor parallelism)
     spare_rows:    tokens a rank and micro-batch that may choose other experts than were recorded
     watchdog_seconds: after so long in one collective a line on stderr says for whom a rank waits
     """
@@ -35,6 +37,7 @@ class RuntimeOptions:
     overlap: bool = False
     combine_dtype: torch.dtype | None = None
     guest_bytes: int | None = None
+    compare_dense: bool = True
     spare_rows: int = 0
     watchdog_seconds: float = 60.0
 

@@ -212,6 +212,17 @@ def other_experts_in_one_copy(changed_rank: int) -> str:
     return "no error"
 
 
+def dense_weights_that_may_differ() -> bool:
+    """As ranks of tensor parallelism hold them: other values, other shapes."""
+    options = RuntimeOptions(compare_dense=False)
+    ep = ExpertParallel(ToyModel(CASE), ClusterSpec(1, CASE.ranks, CASE.replica_slots), options=options)
+    ep.model.output.weight.data += dist.get_rank()
+    ep.model.part = torch.nn.Parameter(torch.zeros(1 + dist.get_rank()))
+    trace, groups, _ = make_batch(CASE, 0)
+    with ep.batch(ep.plan(trace, groups, CASE.micro_batches), trace, groups, None):
+        return True
+
+
 def weights_that_differ_later() -> bool:
     """Buffers may differ, and weights are compared when the first batch opens, not again."""
     cluster = ClusterSpec(1, CASE.ranks, CASE.replica_slots)

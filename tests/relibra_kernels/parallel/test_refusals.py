@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from ep_refusals import other_experts_in_one_copy, refusal, weights_that_differ_later
+from ep_refusals import dense_weights_that_may_differ, other_experts_in_one_copy, refusal, weights_that_differ_later
 
 from relibra_kernels.parallel import digests
 
@@ -96,6 +96,10 @@ def test_copies_of_experts_are_the_same(ranks):
         assert "parameter moe.1.experts.down_proj of rank 3 differs from rank 1's" in messages[rank]
     for rank in (0, 2):
         assert f"rank {rank + 1} stopped comparing the weights" in messages[rank]
+
+
+def test_ranks_may_hold_parts_of_dense_weights(ranks):
+    assert all(ranks(2).run(dense_weights_that_may_differ))
 
 
 def test_weights_are_compared_once(ranks):
