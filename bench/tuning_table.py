@@ -25,17 +25,19 @@ def table(folder: Path = SHIPPED) -> str:
         entries = {device: load_entries(path_of(folder, device, kernel), device, kernel) for device in devices}
         model = WITH_BIASES if kernel == "grad_bias" else MODEL
         for part in parts:
-            cells = [
-                bucket.config
+            found = [
+                {
+                    (bucket.slots, bucket.rows_per_slot): bucket.config
+                    for entry in entries[device]
+                    if entry.part == part and model in entry.models
+                    for bucket in entry.buckets
+                }
                 for device in devices
-                for entry in entries[device]
-                if entry.part == part and model in entry.models
-                for bucket in entry.buckets
-                if (bucket.slots, bucket.rows_per_slot) == OTHER_BUCKETS.get(kernel, BUCKET)
             ]
+            cells = [configs.get(OTHER_BUCKETS.get(kernel, BUCKET), "") for configs in found]
             lines.append(f"| {kernel}, {part} | " + " | ".join(cells) + " |")
-        for device, found in entries.items():
-            for entry in found:
+        for device in devices:
+            for entry in entries[device]:
                 buckets[device] += len(entry.buckets)
                 evidence[entry.evidence] = evidence.get(entry.evidence, 0) + len(entry.buckets)
     lines.append("| *buckets shipped* | " + " | ".join(str(buckets[device]) for device in devices) + " |")

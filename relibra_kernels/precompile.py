@@ -141,9 +141,11 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
     # A received row visits one to K slots, so there are 1 to K times `count` of them.
     received = [min(count << i, count * top_k) for i in range(top_k.bit_length() + 1)]
-    for rows in received:
-        index = torch.empty(rows, top_k, dtype=torch.int16, device="meta")
-        schedule = ops.build_schedule(index, slots, num_rows=count * top_k)
+    schedules = [
+        ops.build_schedule(torch.empty(rows, top_k, dtype=torch.int16, device="meta"), slots, num_rows=count * top_k)
+        for rows in received
+    ]
+    schedule = schedules[-1]
     x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=guest, weight_of_slot=table)
@@ -155,8 +157,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
         how = {"accumulate": accumulate, **into}
         dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **how)
-    for returned in (out, dx, dgates):
-        ops.unpermute(returned, None, schedule)
+    for of_rows in schedules:  # how rows are summed may depend on how many there are
+        ops.unpermute(out, _meta(gates, of_rows.num_tokens, top_k), of_rows)
+        for returned in (out, dx, dgates):
+            ops.unpermute(returned, None, of_rows)
     if guest is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):

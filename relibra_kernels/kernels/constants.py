@@ -7,7 +7,7 @@ import triton
 
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
-from ..tuning.configs import BlockConfig, GemmConfig
+from ..tuning.configs import PARTS_OF_EQUAL_SIZES, BlockConfig, GemmConfig
 from ..tuning.lookup import config_of
 from .launch import precision, target
 
@@ -48,6 +48,7 @@ def chosen_block(
     """The same for a kernel without tensor cores, over rows of `width` elements. Where those of the kernel are in fp32
     or integers whatever the model's dtype, its config goes by bf16.
     """
+    assert bool(part) == (kernel in PARTS_OF_EQUAL_SIZES)
     dtype = torch.bfloat16 if kernel in ("replica_reduce", "schedule") else tensor.dtype
     config = config_of(kernel, target(tensor), dtype, (width, 0), num_rows, num_slots, False, interleaved, part)
     assert isinstance(config, BlockConfig)

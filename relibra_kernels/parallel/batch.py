@@ -91,6 +91,7 @@ class OpenBatch:
         """Nothing of this batch runs from here on."""
         self._session.is_open = False
         self._tables.close()
+        self._parts.pushes.close()
         self._guests.close()
 
     def stats(self) -> dict[str, Any]:

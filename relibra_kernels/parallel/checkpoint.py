@@ -10,7 +10,7 @@ A checkpoint is written beside its place and renamed when all ranks are done: it
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,7 +115,8 @@ def save(
 ) -> None:
     """Write a checkpoint folder. Collective.
 
-    Raises: InputError where `path` exists on any rank, or a rank has optimizer state that cannot be saved.
+    Raises: InputError where `path` exists on any rank, or a rank has optimizer state that cannot be saved; FormatError
+        where the folder cannot be made.
     """
     target, device = Path(path), device_of(layers)
     partial = target.with_name(target.name + ".partial")
@@ -128,16 +129,15 @@ def save(
     except ReLibraError as error:
         problem = error
     groups.agree(problem, {}, device, f"saving {target}")
-    first = all(comm.rank == 0 for comm in groups.all)
-    if first:
+
+    def clear() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(partial, ignore_errors=True)  # left by a run that died
-    _barrier(groups, device, f"clearing {partial}")
+
+    _on_first_rank(clear, groups, device, f"clearing {partial}")
     with _during(groups.experts, f"writing the checkpoint {target}"):
         dcp.save(state, checkpoint_id=partial, no_dist=groups.num_ranks == 1)
-    if first:
-        partial.replace(target)
-    _barrier(groups, device, f"finishing {target}")
+    _on_first_rank(lambda: partial.replace(target), groups, device, f"finishing {target}")
 
 
 def load(
@@ -158,7 +158,7 @@ def load(
     try:
         if not (target / ".metadata").is_file():
             raise FormatError(f"{target} is no checkpoint: it has no .metadata")
-        known = dcp.FileSystemReader(target).read_metadata().state_dict_metadata
+        known = _names_in(target)
         if optimizer is not None:
             make_optimizer_state(optimizer)
         state = training_state(model, layers, home_LE, groups.experts, optimizer)
@@ -194,6 +194,20 @@ def _during(comm: Comm, phase: str) -> Iterator[None]:
             raise CommunicationError(f"rank {comm.rank}: {phase} failed on rank {rank}: {reason}") from error
 
 
-def _barrier(groups: Groups, device: torch.device, what: str) -> None:
-    for comm in groups.all:
-        comm.all_reduce(torch.zeros(1, device=device), what)
+def _names_in(checkpoint: Path) -> Collection[str]:
+    try:
+        names: Collection[str] = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    except Exception as error:  # whatever a torn file makes of unpickling
+        raise FormatError(f"{checkpoint} cannot be read: {type(error).__name__}: {error}") from error
+    return names
+
+
+def _on_first_rank(step: Callable[[], object], groups: Groups, device: torch.device, what: str) -> None:
+    """One rank does it; all go on when it is done, or none where it cannot be. Collective."""
+    problem = None
+    if all(comm.rank == 0 for comm in groups.all):
+        try:
+            step()
+        except OSError as error:
+            problem = FormatError(f"{what} failed: {error}")
+    groups.agree(problem, {}, device, what)

@@ -191,7 +191,9 @@ def reserve(
         sizes = {"send 0": sent * row, "send 1": sent * gates, "received 0": received * row}
         sizes |= {"combined 0": total * out_row, "combined 1": total * gates}
         if options.redispatch:
-            sizes |= {"send again 0": sent * row, "send again 1": sent * gates, "received 1": received * gates}
+            sizes |= {"send again 0": sent * row, "send again 1": sent * gates}
+        if options.redispatch or not any(weight.requires_grad for weight in of_layer.weights.tensors()):
+            sizes["received 1"] = received * gates  # else they are kept for backward
         for name, size in sizes.items():
             needed[name] = max(needed[name], size)
     buffers.reserve(needed, device)

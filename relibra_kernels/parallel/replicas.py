@@ -161,9 +161,13 @@ class ReplicaPushes:
         return replicas
 
     def finish(self) -> None:
-        """Wait for what was begun in vain; let go of everything."""
+        """Wait for what was begun in vain."""
         for push in self._begun.values():
             push.wait()
+        self.close()
+
+    def close(self) -> None:
+        """Let go of everything, also where the batch failed."""
         self._begun.clear()
         self._held.clear()
 

@@ -10,6 +10,7 @@ from .limits import Device
 
 GEMM_KERNELS = ("gate_up", "grouped_gemm", "grad_hidden", "grad_weight")
 ROW_KERNELS = ("permute", "swiglu", "replica_reduce", "grad_bias", "schedule")
+PARTS_OF_EQUAL_SIZES = ("permute", "swiglu")  # their launches say which part they are
 
 _GEMM = re.compile(r"(\d{1,4})x(\d{1,4})x(\d{1,4})w(\d{1,2})s(\d{1,2})(?:g(\d{1,3}))?")
 _BLOCK = re.compile(r"(?:(\d{1,4})x)?(\d{1,5})w(\d{1,2})")

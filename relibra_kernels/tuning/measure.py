@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from . import lookup
-from .configs import Config
+from .configs import PARTS_OF_EQUAL_SIZES, Config
 from .goals import Goal, layer_shape, one_time
 from .journal import Journal
 from .limits import Device
@@ -94,7 +94,7 @@ class OnlineSearch:
     def incumbent(self, goal: Goal) -> Config:
         """What a launch would get now."""
         n, d, layout, interleaved = layer_shape(goal.model, goal.kernel, goal.part).sizes(goal.kernel)
-        part = goal.part if goal.kernel in ("permute", "swiglu") else ""
+        part = goal.part if goal.kernel in PARTS_OF_EQUAL_SIZES else ""
         rows, where = goal.rows_per_slot * goal.slots, (self.device, torch.bfloat16, (n, d))
         return lookup.config_of(goal.kernel, *where, rows, goal.slots, layout, interleaved, part)
 
@@ -167,4 +167,5 @@ class OnlineSearch:
         sizes = goal.model.hidden_size, goal.model.intermediate_size, goal.model.form
         task = Task(self.device.name, goal.kernel, goal.part, str(config), *sizes, 0)
         groups = ";".join(",".join(map(str, table)) for table in goal.groups)
-        return hashlib.sha256(f"{digest_of(task)} {goal.part} {groups}".encode()).hexdigest()[:16]
+        what = f"{digest_of(task)} {goal.part} top-{goal.model.top_k} {groups}"
+        return hashlib.sha256(what.encode()).hexdigest()[:16]

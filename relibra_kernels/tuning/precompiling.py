@@ -1,17 +1,39 @@
 """Compiling recorded launches ahead of the first step: many at a time, with a progress bar."""
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import triton
-from triton.runtime.jit import MockTensor
+from triton.runtime.jit import JITCallable, MockTensor
 
 from ..kernels.launch import Launch
 from ..progress import Progress
 from .compile_only import compile_launch
 from .limits import Device
+
+_parsing = threading.Lock()
+
+
+@contextmanager
+def _one_parser_at_a_time() -> Iterator[None]:
+    """Within, threads that compile take turns at parsing: CPython 3.11 counts the recursion of all of them together and
+    fails with "AST constructor recursion depth mismatch" (python/cpython#106905).
+    """
+    parse = JITCallable.parse
+
+    def in_turn(kernel: JITCallable) -> Any:
+        with _parsing:
+            return parse(kernel)
+
+    JITCallable.parse = in_turn
+    try:
+        yield
+    finally:
+        JITCallable.parse = parse
 
 
 class _Counting(Executor):
@@ -42,6 +64,7 @@ def compile_on(where: torch.device, launches: list[Launch], jobs: int) -> int:
     """Compile for the GPU `where` is, into this process; what was compiled before is only loaded. How many were not."""
     with (
         torch.cuda.device(where),
+        _one_parser_at_a_time(),
         Progress("compile", len(launches)) as bar,
         ThreadPoolExecutor(jobs) as threads,
         triton.AsyncCompileMode(counting := _Counting(threads, bar.step)),
@@ -54,7 +77,11 @@ def compile_on(where: torch.device, launches: list[Launch], jobs: int) -> int:
 
 def compile_for(device: Device, launches: list[Launch], jobs: int) -> int:
     """Compile for a GPU that need not be here, into Triton's cache on disk."""
-    with Progress("compile", len(launches)) as bar, ThreadPoolExecutor(jobs) as threads:
+    with (
+        _one_parser_at_a_time(),
+        Progress("compile", len(launches)) as bar,
+        ThreadPoolExecutor(jobs) as threads,
+    ):
         for future in [threads.submit(compile_launch, launch, device, instructions=False) for launch in launches]:
             future.result()
             bar.step()

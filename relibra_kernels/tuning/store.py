@@ -160,11 +160,22 @@ def merged(old: list[Entry], new: list[Entry], *, whole: bool = False) -> list[E
     """Both: a new bucket replaces the old one of its shape, evidence and sizes; of two new ones the first stays.
 
     Args:
-        whole: new entries are all there is of their shape and evidence: no old bucket of them stays.
+        whole: new entries are all there is for their models: no old bucket of their shape and evidence stays that is
+            for these models alone.
     """
+    anew: dict[tuple, dict[str, None]] = {}  # the new entries' models, then the old ones' too
+    for entry in new:
+        anew.setdefault((entry.shape, entry.evidence), {}).update(dict.fromkeys(entry.models))
     if whole:
-        anew = {(entry.shape, entry.evidence) for entry in new}
-        old = [entry for entry in old if (entry.shape, entry.evidence) not in anew]
+        old = [
+            entry
+            for entry in old
+            if (entry.shape, entry.evidence) not in anew
+            or not set(entry.models) <= anew[entry.shape, entry.evidence].keys()
+        ]
+    for entry in old:
+        anew.get((entry.shape, entry.evidence), {}).update(dict.fromkeys(entry.models))
+    new = [replace(entry, models=tuple(anew[entry.shape, entry.evidence])) for entry in new]
     replaced = {
         (entry.shape, entry.evidence, bucket.slots, bucket.rows_per_slot) for entry in new for bucket in entry.buckets
     }

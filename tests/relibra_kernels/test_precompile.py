@@ -1,6 +1,7 @@
 """`warmup`: a first training step after it compiles nothing, counted in compile-only form."""
 
 import os
+import time
 from collections import defaultdict
 from contextlib import nullcontext
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ from relibra_kernels.tuning import lookup, precompiling
 from relibra_kernels.tuning.compile_only import launch_digest
 from relibra_kernels.tuning.limits import device_for
 from relibra_kernels.tuning.products import PRODUCTS
+from relibra_kernels.tuning.store import Bucket, Entry, path_of, update
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 H100, MI300X = (device_for(PRODUCTS[name]) for name in ("H100", "MI300X"))
@@ -108,9 +110,26 @@ class NoNetwork:
         return Exchange(self, received, None, phase, send)
 
 
+@pytest.fixture
+def blocks_by_tokens(monkeypatch, tmp_path):
+    """A user's file in which permute has another config for each number of tokens."""
+    monkeypatch.setenv("RELIBRA_CONFIG_DIR", str(tmp_path))
+    names = {64: "32w1", 128: "64w1", 256: "128w1", 512: "256w1", 1024: "64w1"}
+    buckets = tuple(Bucket(1, tokens, config, 1.0) for tokens, config in names.items())
+    entries = [
+        Entry(part, "bf16", HIDDEN, 0, False, False, "measured", "", None, "2026-11-24", buckets)
+        for part in ("permute", "unpermute", "unpermute_backward")
+    ]
+    update(path_of(tmp_path, "H100", "permute"), "H100", "permute", lambda old: entries)
+    lookup.forget()
+
+
+@pytest.mark.parametrize("tuned", [False, True], ids=["heuristic", "tuned"])
 @pytest.mark.parametrize("form", [ExpertForm(), GPT_OSS], ids=["plain", "gpt-oss"])
-def test_the_layer_under_a_plan_compiles_nothing(compiled, form):
+def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request):
     """The layer of the runtime itself, with a plan's replicas and without, for as many rows as a rank may get."""
+    if tuned:
+        request.getfixturevalue("blocks_by_tokens")
     tokens, slots, replicas = 256, 4, 2
     layer = make_layer(form)
     experts = ReplicatedExperts(slots, HIDDEN, HALF, form=form, dtype=torch.bfloat16, device="meta")
@@ -163,6 +182,24 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form):
         for held in (0, replicas):
             needed = digests_of(H100, lambda r=received, v=visits, h=held: step(r, v, h))
             assert len(needed) >= 10 and needed <= set(compiled)
+
+
+def test_threads_that_compile_parse_in_turn(monkeypatch):
+    """CPython 3.11 fails where two threads parse at once."""
+    inside, most = [], []
+
+    def parse(kernel):
+        inside.append(kernel)
+        most.append(len(inside))
+        time.sleep(0.01)
+        inside.pop()
+
+    monkeypatch.setattr(precompiling.JITCallable, "parse", parse)
+    kernel = precompile._launches([make_layer()], [64], MI300X, None)[0].kernel
+    monkeypatch.setattr(precompiling, "compile_launch", lambda launch, device, instructions: kernel.parse())
+    assert precompiling.compile_for(MI300X, [None] * 8, 4) == 8
+    assert len(most) == 8 and max(most) == 1
+    assert precompiling.JITCallable.parse is parse
 
 
 def test_it_really_compiles(monkeypatch):

@@ -75,3 +75,20 @@ def trouble_on_rank_1(folder: str) -> list[str]:
         except ReLibraError as error:
             messages.append(str(error))
     return messages
+
+
+def refused_by_the_file_system(folder: str) -> list[str]:
+    """Why a checkpoint cannot be saved below a file, and not be loaded where one rank's index is torn."""
+    ep, optimizer = start(Case())
+    second = dist.get_rank() == 1
+    messages = []
+    ep.save_checkpoint(Path(folder) / "good", optimizer)
+    for attempt in (
+        lambda: ep.save_checkpoint(Path(folder) / "file" / "new", optimizer),
+        lambda: ep.load_checkpoint(Path(folder) / ("torn" if second else "good")),
+    ):
+        try:
+            attempt()
+        except ReLibraError as error:
+            messages.append(str(error))
+    return messages

@@ -14,6 +14,7 @@ CASES = {
     "bf16": Case(dtype=torch.bfloat16, layers=3),
     "own rows stay": Case(ranks=3, gpus_per_node=3, experts=9, options=RuntimeOptions(overlap=True)),
     "rows fetched again": Case(dtype=torch.float32, options=RuntimeOptions(redispatch=True)),
+    "frozen experts": Case(frozen=("gate_up_proj", "down_proj")),
     "sums in fp32": Case(dtype=torch.bfloat16, options=RuntimeOptions(combine_dtype=torch.float32)),
 }
 

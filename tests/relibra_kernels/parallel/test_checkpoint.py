@@ -5,7 +5,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ep_checkpoints import load_and_train, overwrite, read_without_the_library, train_and_save, trouble_on_rank_1
+from ep_checkpoints import (
+    load_and_train,
+    overwrite,
+    read_without_the_library,
+    refused_by_the_file_system,
+    train_and_save,
+    trouble_on_rank_1,
+)
 from ranks import RankError
 from toy_training import Case
 
@@ -69,3 +76,15 @@ def test_what_one_rank_refuses_stops_all(ranks, checkpoint):
     assert "rank 1 stopped saving" in first[0] and "rank 1 stopped loading" in first[1]
     assert "'history' of moe.0.experts.gate_up_proj is a list" in second[0] and "is no checkpoint" in second[1]
     assert not (checkpoint[0] / "new").exists()
+
+
+def test_what_the_file_system_refuses_stops_all(ranks, tmp_path):
+    """A file where the first rank would make a folder; an index that was torn on one rank."""
+    (tmp_path / "file").write_text("")
+    torn = tmp_path / "torn"
+    torn.mkdir()
+    (torn / ".metadata").write_bytes(b"no pickle")
+    first, second = ranks(2).run(refused_by_the_file_system, str(tmp_path))
+    assert "clearing" in first[0] and "failed" in first[0] and "rank 0 stopped clearing" in second[0]
+    assert "rank 1 stopped loading" in first[1]
+    assert "torn cannot be read" in second[1]

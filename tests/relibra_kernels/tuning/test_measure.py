@@ -197,3 +197,13 @@ def test_inputs_of_the_clock(monkeypatch):
     used[0][0].fill_(7)
     workload.restore()
     assert not used[0][0].any() and used[0][0].dtype == torch.float32
+
+
+def test_models_with_other_rows_a_token_are_timed_apart(tmp_path):
+    """permute moves K rows a token: of the same H and tokens, another K is another thing to time."""
+    found = search(tmp_path, Clock())
+    eight, six = (
+        next(goal for goal in goals(Model("m", 512, 256, 8, top_k), [2048], kernels=["permute"])) for top_k in (8, 6)
+    )
+    config = found.candidates(eight)[0]
+    assert found._key(eight, config) != found._key(six, config)

@@ -175,3 +175,20 @@ def test_shipped_files_are_valid_and_as_they_would_be_written(path, tmp_path):
     update(again, path.parent.name, path.stem, lambda old: entries)
     assert again.read_text() == path.read_text()
     assert all(bucket.slots & (bucket.slots - 1) == 0 for entry in entries for bucket in entry.buckets)
+
+
+def test_one_model_does_not_take_away_what_others_share():
+    """A shape that several models have: buckets of the one that is tuned anew are replaced, the others' stay."""
+
+    def entry(models, buckets, config):
+        found = tuple(Bucket(slots, 16, config, 1.0) for slots in buckets)
+        return Entry("schedule", "bf16", 0, 0, False, False, "compiled", "3.7.1", None, "2026-11-24", found, models)
+
+    shared = entry(("A", "B"), (2, 8, 32), "1024w4")
+    (both,) = merged([shared], [entry(("A",), (2, 8), "512w4")], whole=True)
+    assert {(b.slots, b.config) for b in both.buckets} == {(2, "512w4"), (8, "512w4"), (32, "1024w4")}
+    assert set(both.models) == {"A", "B"}
+    (alone,) = merged([shared], [entry(("B", "A"), (2,), "512w4")], whole=True)
+    assert [bucket.slots for bucket in alone.buckets] == [2]
+    (replaced,) = merged([shared], [entry(("C",), (2, 8, 32), "512w4")])
+    assert set(replaced.models) == {"A", "B", "C"}
