@@ -114,7 +114,7 @@ class NoNetwork:
 def blocks_by_tokens(monkeypatch, tmp_path):
     """A user's file in which permute has another config for each number of tokens."""
     monkeypatch.setenv("RELIBRA_CONFIG_DIR", str(tmp_path))
-    names = {64: "32w1", 128: "64w1", 256: "128w1", 512: "256w1", 1024: "64w1"}
+    names = {64: "32w1", 128: "64w1", 256: "128w1", 512: "256w1", 1024: "256w1"}
     buckets = tuple(Bucket(1, tokens, config, 1.0) for tokens, config in names.items())
     entries = [
         Entry(part, "bf16", HIDDEN, 0, False, False, "measured", "", None, "2026-11-24", buckets)
