@@ -153,6 +153,7 @@ def load(
     Raises: FormatError where a rank finds no checkpoint, or not of this model and optimizer; InputError on the others.
     """
     target = Path(path)
+    is_new = optimizer is not None and not optimizer.state
     state: dict[str, Any] = {}
     problem: ReLibraError | None = None
     try:
@@ -167,7 +168,12 @@ def load(
             raise FormatError(f"{target} lacks {missing[0]} and {len(missing) - 1} more of this model and optimizer")
     except ReLibraError as error:
         problem = error
-    groups.agree(problem, {}, device_of(layers), f"loading {target}")
+    try:
+        groups.agree(problem, {}, device_of(layers), f"loading {target}")
+    except ReLibraError:
+        if optimizer is not None and is_new:
+            optimizer.state.clear()  # which was made to be filled
+        raise
     with _during(groups.experts, f"reading the checkpoint {target}"):
         dcp.load(state, checkpoint_id=target, no_dist=groups.num_ranks == 1)
     if optimizer is not None:

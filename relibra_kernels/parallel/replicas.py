@@ -161,14 +161,14 @@ class ReplicaPushes:
         return replicas
 
     def finish(self) -> None:
-        """Wait for what was begun in vain."""
+        """Wait for what was begun in vain; let go of everything."""
         for push in self._begun.values():
             push.wait()
+        self._begun.clear()
         self.close()
 
     def close(self) -> None:
-        """Let go of everything, also where the batch failed."""
-        self._begun.clear()
+        """Let go of what has arrived, also where the batch failed; what is still on its way is still written to."""
         self._held.clear()
 
 

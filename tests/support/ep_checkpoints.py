@@ -1,5 +1,6 @@
 """Training that is saved and goes on elsewhere, run on every rank of a group."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -65,28 +66,30 @@ def trouble_on_rank_1(folder: str) -> list[str]:
     second = dist.get_rank() == 1
     state = optimizer.state[ep.expert_parameters()[0]]
     state.update({"history": []} if second else {})
-    messages = []
-    for attempt in (
+    return refusals(
         lambda: ep.save_checkpoint(Path(folder) / "new", optimizer),
         lambda: ep.load_checkpoint(Path(folder) / ("elsewhere" if second else "step")),
-    ):
-        try:
-            attempt()
-        except ReLibraError as error:
-            messages.append(str(error))
-    return messages
+    )
 
 
 def refused_by_the_file_system(folder: str) -> list[str]:
     """Why a checkpoint cannot be saved below a file, and not be loaded where one rank's index is torn."""
     ep, optimizer = start(Case())
     second = dist.get_rank() == 1
-    messages = []
     ep.save_checkpoint(Path(folder) / "good", optimizer)
-    for attempt in (
+    new = torch.optim.AdamW(ep.model.parameters())
+    messages = refusals(
         lambda: ep.save_checkpoint(Path(folder) / "file" / "new", optimizer),
         lambda: ep.load_checkpoint(Path(folder) / ("torn" if second else "good")),
-    ):
+        lambda: ep.load_checkpoint(Path(folder) / "good", new),  # was saved without optimizer state
+    )
+    return [*messages, f"{len(new.state)} states"]
+
+
+def refusals(*attempts: Callable[[], None]) -> list[str]:
+    """What each of them was refused with."""
+    messages = []
+    for attempt in attempts:
         try:
             attempt()
         except ReLibraError as error:

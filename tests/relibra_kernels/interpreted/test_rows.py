@@ -106,12 +106,13 @@ def test_small_blocks_give_the_same():
 @pytest.mark.parametrize("config", [BlockConfig(32, 1, 2), BlockConfig(64, 1, 128), None], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_bias_gradients(case, config):
-    """Poisoned buffers where they are overwritten; slots of one weight are summed."""
-    schedule = kernels.build_schedule(case.slots, case.num_slots)
+    """Poisoned buffers where they are overwritten; slots of one weight are summed, the last of which has no rows."""
+    num_slots = case.num_slots + 1
+    schedule = kernels.build_schedule(case.slots, num_slots)
     used, (tokens, top_k) = int(schedule.slot_offsets[-1]), case.slots.shape
     rows = normal(tokens * top_k, 90, dtype=torch.float32)
     rows[used:] = float("nan")
-    expected, got = torch.zeros(case.num_slots, 90).double(), torch.full((case.num_slots, 90), float("nan"))
+    expected, got = torch.zeros(num_slots, 90).double(), torch.full((num_slots, 90), float("nan"))
     reference.grad_bias(rows.double(), schedule, expected)
     kernels.grad_bias(rows, schedule, got, accumulate=False, config=config)
     assert_close(got, expected, 1e-5)
@@ -119,7 +120,7 @@ def test_bias_gradients(case, config):
     assert_close(got, 2 * expected, 1e-5)
 
     dout, weights = normal(tokens, 90, dtype=torch.float32), normal(tokens, top_k, dtype=torch.float32, seed=1)
-    one = torch.zeros(case.num_slots, dtype=torch.int32)  # all slots are of weight 0
+    one = torch.zeros(num_slots, dtype=torch.int32)  # all slots are of weight 0
     expected, got = torch.zeros(1, 90).double(), torch.zeros(1, 90)
     how = {"gather": True, "weight_of_slot": one}
     reference.grad_bias(dout.double(), schedule, expected, weights_TK=weights.double(), **how)

@@ -88,3 +88,4 @@ def test_what_the_file_system_refuses_stops_all(ranks, tmp_path):
     assert "clearing" in first[0] and "failed" in first[0] and "rank 0 stopped clearing" in second[0]
     assert "rank 1 stopped loading" in first[1]
     assert "torn cannot be read" in second[1]
+    assert "good lacks optimizer." in first[2] and first[3] == second[3] == "0 states"  # nothing changed

@@ -1,13 +1,18 @@
 """Replicas kept from forward to backward: the same bits, half the bytes, and nothing stays longer than its graph."""
 
+import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 from ep_kept import lives_of_guests, lives_of_replicas
 from toy_training import Case, train_parallel
 from training_checks import assert_same_bits
 
 from relibra_kernels.parallel import RuntimeOptions
+from relibra_kernels.parallel.replicas import ReplicaPushes, ReplicaRoute, Transfers
+from relibra_kernels.weights import ExpertWeights
 
 FETCHED = RuntimeOptions(guest_bytes=0)  # all replicas of the shuffled plan are fetched for every micro-batch
 FETCH = Case(plan="shuffled", options=FETCHED)
@@ -49,6 +54,18 @@ def test_replicas_live_as_long_as_their_graph(ranks):
 def test_replicas_are_let_go_of_by_default(ranks):
     for moments in ranks(2).run(lives_of_replicas, FETCH):
         assert moments == [0] * 5
+
+
+def test_a_batch_that_failed_lets_go_of_its_replicas():
+    """Of those that a recomputed forward holds for its backward, and that arrived."""
+    weights = ExpertWeights(torch.zeros(2, 4, 3), torch.zeros(2, 3, 2))
+    none = np.zeros(0, np.int64)
+    route = ReplicaRoute(Transfers(none, [0], [0], none, anywhere=False), 0, np.zeros(2, np.int32))
+    pushes = ReplicaPushes(None, lambda layer: weights, lambda layer: None)
+    held = weakref.ref(pushes.take(0, 0, True, route, hold=True).gate_up)
+    assert held() is not None
+    pushes.close()
+    assert held() is None
 
 
 def test_guests_live_as_long_as_their_batch(ranks):
