@@ -118,7 +118,8 @@ def test_rows_cost_their_bytes():
 
 def test_blocks_that_do_not_fit_a_row_compute_for_nothing():
     """Where operations are what takes the time, half a block takes as long as a whole one."""
-    b200 = {"kernel": "swiglu", "rows": 1 << 16, "product": PRODUCTS["B200"]}
+    light = Resources(registers=32, spill_bytes=0, shared_bytes=0, warps_per_sm=64)
+    b200 = {"kernel": "swiglu", "rows": 1 << 16, "product": PRODUCTS["B200"], "resources": light}
     half, whole = (row_us("swiglu", "1024w4", n=n, **b200) for n in (513, 1024))
     assert half > 0.8 * whole
     assert row_us("swiglu", "256w1", n=768, **b200) < row_us("swiglu", "1024w4", n=768, **b200)
