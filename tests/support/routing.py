@@ -38,6 +38,7 @@ def routing_cases() -> list[RoutingCase]:
     only_slot_1[:, 0] = 1
     empty_slots = random_slots(21, 2, 3, seed=1) * 2  # slots 1 and 3 stay empty
     two_replicas = torch.tensor([0, 1, 2, 1, 3], dtype=torch.int32)  # slot 3 is home 1 again, slot 4 is replica 0
+    last_is_empty = torch.tensor([0, 1, 1], dtype=torch.int32)  # slot 2, home 1 again, has no row
     return [
         RoutingCase("skewed", random_slots(45, 3, 5, seed=0), 5, 5),
         RoutingCase("empty slots", empty_slots, 6, 6),
@@ -47,4 +48,5 @@ def routing_cases() -> list[RoutingCase]:
         RoutingCase("every assignment dropped", torch.full((5, 2), -1), 3, 3),
         RoutingCase("no tokens", torch.zeros((0, 2), dtype=torch.int64), 3, 3),
         RoutingCase("replicas of one expert", random_slots(40, 2, 5, seed=3), 5, 3, 1, two_replicas),
+        RoutingCase("replica without rows", random_slots(20, 1, 2, seed=4), 3, 2, 0, last_is_empty),
     ]
