@@ -27,11 +27,11 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from relibra_kernels import kernels
+from relibra_kernels.configs.config import GemmConfig
+from relibra_kernels.configs.limits import DEVICES
+from relibra_kernels.configs.spaces import config_for
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.reference import build_schedule
-from relibra_kernels.tuning.configs import GemmConfig
-from relibra_kernels.tuning.limits import DEVICES
-from relibra_kernels.tuning.spaces import config_for
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
 TOKENS_PER_RANK, RANKS = 4096, 8

@@ -7,9 +7,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from relibra_kernels.configs.files import SHIPPED, load_entries, path_of
+from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.tuning.catalogue import PARTS
-from relibra_kernels.tuning.products import PRODUCTS
-from relibra_kernels.tuning.store import SHIPPED, load_entries, path_of
 
 BEGIN, END = "<!-- table: make tune-offline -->", "<!-- end of table -->"
 MODEL, WITH_BIASES, BUCKET = "Qwen3-30B-A3B", "gpt-oss-120b", (32, 1024)

@@ -1,7 +1,6 @@
 """The planner: from recorded routing to where every expert lives and what each micro-batch replicates. Numpy only."""
 
 from .cluster import ClusterSpec
-from .cost import break_even, distinct_rows, price, replica_bytes
 from .errors import CommunicationError, FormatError, InputError, PlanError, ReLibraError, ShapeError
 from .formats import (
     from_megatron,
@@ -14,14 +13,15 @@ from .formats import (
     from_vllm,
     loads_from_sglang,
 )
-from .generator import generate_loads, generate_trace
-from .hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
 from .loads import check_loads, count_loads, load_table
 from .options import PlanOptions
-from .outcome import Outcome, outcome_of_plan
 from .plan import BatchPlan, static_plan
 from .planning import plan_batch
-from .simulate import Result, Scenario, cheapest_plan, simulate
+from .pricing.cost import break_even, distinct_rows, price, replica_bytes
+from .pricing.hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
+from .pricing.outcome import Outcome, outcome_of_plan
+from .simulation.generator import generate_loads, generate_trace
+from .simulation.simulate import Result, Scenario, cheapest_plan, simulate
 from .splits import destinations, split_of_source, split_over_sources
 from .trace import RoutingTrace
 

@@ -4,13 +4,13 @@ import numpy as np
 
 from .cluster import ClusterSpec
 from .errors import ShapeError
-from .labels import wanted_by_nodes
 from .loads import total_loads
 from .options import PlanOptions
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
-from .replicas import Replicas
-from .search import plan_layers
+from .solver.labels import wanted_by_nodes
+from .solver.replicas import Replicas
+from .solver.search import plan_layers
 
 _DISPERSION = 1.5  # variance over mean of the experts' loads up to which a micro-batch is uniform; random draws have 1
 

@@ -19,8 +19,8 @@ from .planner.errors import InputError
 from .weights import ExpertWeights, zeros_fp32
 
 if TYPE_CHECKING:
+    from .configs.limits import Device
     from .kernels.launch import Launch
-    from .tuning.limits import Device
 
 _OCTAVES = 24  # of rows a slot that ranks agree on: up to 16 million
 
@@ -42,7 +42,7 @@ def warmup(
         model: holds `ReplicatedMoE` layers; of an `ExpertParallel`, what runs with replicas and without is compiled.
         tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
             around that: half and twice as many are compiled for as well.
-        device: compile for this GPU (`tuning.limits.device_for`), which need not be here; None: for the model's.
+        device: compile for this GPU (`configs.limits.device_for`), which need not be here; None: for the model's.
         jobs: compilers at a time; None: as many as there are cores, shared by the machine's ranks.
 
     Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given.
@@ -58,8 +58,8 @@ def warmup(
     where = layers[0].experts.gate_up_proj.device
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
-    from .tuning.limits import device_of
-    from .tuning.precompiling import compile_for, compile_on
+    from .compiling.precompiling import compile_for, compile_on
+    from .configs.limits import device_of
 
     target = device or device_of(where)
 
@@ -83,8 +83,8 @@ def _launches(
     layers: list[ReplicatedMoE], counts: list[int], target: "Device", replica_slots: int | None
 ) -> "list[Launch]":
     """What one forward and backward of every different layer launches, each thing once."""
+    from .compiling.compile_only import launch_digest
     from .kernels.launch import recording
-    from .tuning.compile_only import launch_digest
 
     found: list[Launch] = []
     with recording(target, found.append):
@@ -169,8 +169,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
 
 def _agree_on_configs(group: dist.ProcessGroup | None, where: torch.device) -> None:
     """The first rank's answer to everything that was looked up, for any number of rows a slot, on all ranks."""
-    from .tuning import lookup
-    from .tuning.configs import parse_config
+    from .configs import lookup
+    from .configs.config import parse_config
 
     table = [
         [problem.kernel, str(problem.dtype).removeprefix("torch."), *problem[3:], str(answer.config)]

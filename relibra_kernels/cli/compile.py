@@ -9,7 +9,7 @@ from ..planner.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    from ..tuning.limits import DEVICES
+    from ..configs.limits import DEVICES
 
     parser.add_argument("--target", required=True, help=f"one of {', '.join(DEVICES)}")
     parser.add_argument("--kernel", help="only this kernel")
@@ -22,10 +22,10 @@ def run(args: argparse.Namespace) -> int:
     """1 where a launch spills registers or does not fit the device."""
     import torch
 
-    from ..tuning.limits import device_named
+    from ..configs.limits import device_named
 
     device = device_named(args.target)
-    from ..tuning.matrix import KERNELS, reports
+    from ..tuning.compile_matrix import KERNELS, reports
 
     if args.kernel is not None and args.kernel not in KERNELS:
         raise InputError(f"--kernel is {args.kernel!r}; it must be one of {', '.join(KERNELS)}")

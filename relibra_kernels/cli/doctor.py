@@ -102,7 +102,7 @@ def devices() -> Iterator[Finding]:
         reason = f"torch was built for {built}, but sees no GPU" if built_for_gpu else "this torch is a CPU build"
         yield Finding(topic, "note", f"no GPU: {reason}; everything runs on the CPU, slowly")
         return
-    from ..tuning.limits import device_of
+    from ..configs.limits import device_of
 
     for index in range(torch.cuda.device_count()):
         name = f"cuda:{index} {torch.cuda.get_device_name(index)}"
@@ -145,7 +145,7 @@ def backends() -> Iterator[Finding]:
 
 def configs() -> Iterator[Finding]:
     """Which tuned configs there are, in the order in which they are asked."""
-    from ..tuning.store import SHIPPED, user_folder
+    from ..configs.files import SHIPPED, user_folder
 
     topic = "Tuned configs"
     for whose, folder in (("yours", user_folder()), ("shipped", SHIPPED)):

@@ -16,10 +16,9 @@ from ..planner import (
     find_device,
     find_model,
     generate_loads,
-    simulate,
 )
 from ..planner.errors import InputError
-from ..planner.simulate import POLICIES
+from ..planner.simulation.simulate import POLICIES, simulate
 from ..progress import Progress
 from .plan import read_loads
 from .simulation_report import write_report

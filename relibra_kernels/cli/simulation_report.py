@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..planner import Result, Scenario
-from ..planner.simulate import OURS
+from ..planner.simulation.simulate import OURS
 
 _PARTS = {  # of a step's cost, with the colour of each
     "dense": "#9aa5b1",

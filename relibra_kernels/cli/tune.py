@@ -12,8 +12,8 @@ from ..planner.errors import InputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from ..configs.products import PRODUCTS
     from ..tuning.models import MODELS
-    from ..tuning.products import PRODUCTS
 
     what = parser.add_mutually_exclusive_group()
     names = ", ".join(map(str, MODELS))
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         from ..planner import RoutingTrace
 
         trace = RoutingTrace.load(args.trace)
-    from ..tuning.goals import goals
+    from ..tuning.search_goal import goals
 
     found = [goal for model in models for goal in goals(model, args.tokens, trace)]
     if here:
@@ -76,8 +76,8 @@ def _device(name: str) -> tuple:
     """(what to tune for, whether it is here)."""
     import torch
 
-    from ..tuning.limits import device_of
-    from ..tuning.products import PRODUCTS, product_named
+    from ..configs.limits import device_of
+    from ..configs.products import PRODUCTS, product_named
 
     there = device_of(torch.device("cuda")) if torch.cuda.is_available() else None
     if name == "auto":
@@ -89,10 +89,10 @@ def _device(name: str) -> tuple:
 
 
 def _offline(args: argparse.Namespace, product: Any, models: list, found: list) -> int:
+    from ..configs.files import user_folder
     from ..progress import Progress
     from ..tuning.reports import Reports
     from ..tuning.search import OfflineSearch
-    from ..tuning.store import user_folder
 
     out = args.out or user_folder()
     end = None if args.budget is None else time.monotonic() + args.budget
@@ -125,11 +125,11 @@ def _measure(args: argparse.Namespace, device: Any, found: list) -> int:
 
     import triton
 
+    from ..configs.files import user_folder
     from ..progress import Progress
-    from ..tuning import workloads
+    from ..tuning import measured_inputs as workloads
     from ..tuning.journal import Journal
     from ..tuning.measure import OnlineSearch
-    from ..tuning.store import user_folder
 
     out = args.out or user_folder()
     end = None if args.budget is None else time.monotonic() + args.budget
@@ -154,9 +154,9 @@ def _measure(args: argparse.Namespace, device: Any, found: list) -> int:
 
 
 def _write(out: Path, device: str, entries: dict, *, whole: bool = False) -> None:
-    from ..tuning import lookup
-    from ..tuning.configs import parse_config
-    from ..tuning.store import merged, path_of, update
+    from ..configs import lookup
+    from ..configs.config import parse_config
+    from ..configs.files import merged, path_of, update
 
     for kernel, found in entries.items():
         path, new = path_of(out, device, kernel), merged([], found)
@@ -168,11 +168,11 @@ def _write(out: Path, device: str, entries: dict, *, whole: bool = False) -> Non
 
 
 def _check(args: argparse.Namespace) -> int:
+    from ..configs.files import SHIPPED
+    from ..configs.limits import device_named
     from ..progress import Progress
-    from ..tuning.check import check_folder, fault_of
-    from ..tuning.limits import device_named
-    from ..tuning.pool import compiled
-    from ..tuning.store import SHIPPED
+    from ..tuning.check_configs import check_folder, fault_of
+    from ..tuning.compile_pool import compiled
 
     folder = args.out or SHIPPED
     check = check_folder(folder, sample=args.sample, seed=args.seed)

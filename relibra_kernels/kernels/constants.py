@@ -5,10 +5,10 @@ from typing import Any
 import torch
 import triton
 
+from ..configs.config import PARTS_OF_EQUAL_SIZES, BlockConfig, GemmConfig
+from ..configs.lookup import config_of
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
-from ..tuning.configs import PARTS_OF_EQUAL_SIZES, BlockConfig, GemmConfig
-from ..tuning.lookup import config_of
 from .launch import precision, target
 
 
@@ -28,7 +28,7 @@ def chosen_config(
     layout: bool,
     interleaved: bool = False,
 ) -> GemmConfig:
-    """The config of a launch that was not given one; sizes (N, D) and layout as in `tuning.store.Entry.sizes`."""
+    """The config of a launch that was not given one; sizes (N, D) and layout as in `configs.files.Entry.sizes`."""
     device, rows, slots = target(tensor), schedule.num_rows, schedule.num_slots
     config = config_of(kernel, device, tensor.dtype, sizes, rows, slots, layout, interleaved)
     assert isinstance(config, GemmConfig)

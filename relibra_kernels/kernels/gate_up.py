@@ -9,10 +9,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import GemmConfig
 from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
-from ..tuning.configs import GemmConfig
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import launch
 from .swiglu import activate, form_constants

@@ -10,10 +10,10 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import BlockConfig, GemmConfig
 from ..operands import check_operands
 from ..planner.errors import ShapeError
 from ..schedule import Schedule
-from ..tuning.configs import BlockConfig, GemmConfig
 from .constants import chosen_block, chosen_config, gemm_constants
 from .launch import launch
 from .tiles import dot, stored

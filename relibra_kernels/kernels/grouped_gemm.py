@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
-from ..tuning.configs import GemmConfig
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import launch
 from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store

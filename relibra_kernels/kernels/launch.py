@@ -10,8 +10,8 @@ from typing import Any
 import torch
 import triton
 
+from ..configs.limits import INTERPRETER, Device, device_of
 from ..planner.errors import InputError
-from ..tuning.limits import INTERPRETER, Device, device_of
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 

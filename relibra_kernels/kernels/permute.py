@@ -9,9 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import BlockConfig
 from ..operands import check_gate_weights, check_rows, check_same_rows
 from ..schedule import Schedule
-from ..tuning.configs import BlockConfig
 from .constants import block_of, chosen_block
 from .launch import launch
 

@@ -5,9 +5,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import BlockConfig
 from ..operands import check_shards
 from ..planner.errors import ShapeError
-from ..tuning.configs import BlockConfig
 from .constants import block_of, chosen_block
 from .launch import launch
 

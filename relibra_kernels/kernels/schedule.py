@@ -16,9 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import BlockConfig, row_blocks
 from ..planner.errors import InputError
 from ..schedule import Schedule, Splits, check_slot_of_assignment, check_splits, tile_bound
-from ..tuning.configs import BlockConfig, row_blocks
 from .constants import chosen_block
 from .launch import launch, target
 

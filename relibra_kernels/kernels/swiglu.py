@@ -9,8 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import BlockConfig
 from ..form import ExpertForm
-from ..tuning.configs import BlockConfig
 from .constants import block_of, chosen_block
 from .launch import launch
 

@@ -11,14 +11,14 @@ from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, RoutingTrace
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
-from .buffers import Buffers
-from .groups import Groups
-from .guests import KeptGuests, kept_guests
+from .comm.groups import Groups
+from .experts.guests import KeptGuests, kept_guests
+from .experts.replicas import ReplicaPushes
 from .microbatch import BatchParts, MicroBatch, Record
-from .paths import reserve
-from .replicas import ReplicaPushes
 from .session import Session
-from .tables import Tables
+from .tokens.buffers import Buffers
+from .tokens.paths import reserve
+from .tokens.tables import Tables
 
 
 class OpenBatch:

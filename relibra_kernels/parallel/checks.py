@@ -7,7 +7,7 @@ import torch
 from ..nn import ReplicatedMoE
 from ..planner import BatchPlan, ClusterSpec, RoutingTrace
 from ..planner.errors import InputError, PlanError
-from .experts import expert_parameters
+from .experts.parameters import expert_parameters
 
 
 def check_trace(trace: RoutingTrace, layers: Sequence[ReplicatedMoE], num_experts: int) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..nn import ReplicatedMoE
-from .experts import expert_parameters
+from .experts.parameters import expert_parameters
 
 CHUNK = 1 << 22  # elements that are looked at together
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}  # by bytes an element; wider ones in words of eight

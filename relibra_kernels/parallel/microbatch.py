@@ -10,15 +10,15 @@ from ..form import ExpertForm
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ShapeError
-from .buffers import Buffers
-from .comm import Comm
-from .guests import KeptGuests
-from .layer import ExpertParallelMLP, LayerSite
-from .live import LiveMLP, LiveSite
-from .paths import PlannedPath
-from .replicas import ReplicaPushes, ReplicaRoute, replica_route
+from .comm.collectives import Comm
+from .experts.guests import KeptGuests
+from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
 from .session import Session
-from .tables import MicroBatchTables
+from .tokens.buffers import Buffers
+from .tokens.layer import ExpertParallelMLP, LayerSite
+from .tokens.live import LiveMLP, LiveSite
+from .tokens.paths import PlannedPath
+from .tokens.tables import MicroBatchTables
 
 
 @dataclass(frozen=True)

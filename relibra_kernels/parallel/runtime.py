@@ -16,19 +16,19 @@ from ..nn import ReplicatedExperts
 from ..planner import BatchPlan, ClusterSpec, RoutingTrace
 from ..planner.errors import InputError
 from ..planner.plan import contiguous_home
-from . import checkpoint, gradients
+from .agreement import Opening
 from .batch import OpenBatch
-from .buffers import Buffers
-from .experts import device_of, expert_parameters, keep_experts, moe_layers
-from .groups import Groups
-from .logical import logical_tensors
+from .comm.groups import Groups
+from .comm.ledger import json_line
+from .comm.watchdog import start_watchdog
+from .experts import checkpoint, gradients
+from .experts.logical import logical_tensors
+from .experts.migration import move_layers
+from .experts.parameters import device_of, expert_parameters, keep_experts, moe_layers
 from .microbatch import MicroBatch
-from .migration import move_layers
-from .opening import Opening
-from .plans import Planning
+from .planning import Planning
 from .session import ForwardContext, RuntimeOptions, Session
-from .stats import json_line
-from .watchdog import start_watchdog
+from .tokens.buffers import Buffers
 
 
 class ExpertParallel:

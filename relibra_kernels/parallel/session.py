@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..planner.errors import InputError
-from .stats import Ledger
+from .comm.ledger import Ledger
 
 _SERIAL = itertools.count()
 State = TypeVar("State")

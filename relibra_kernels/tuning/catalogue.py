@@ -11,11 +11,11 @@ from typing import Any, Protocol
 import torch
 
 from .. import kernels
+from ..configs.config import GEMM_KERNELS, Config
+from ..configs.limits import Device
 from ..form import GPT_OSS, ExpertForm
 from ..kernels.launch import Launch, recording
 from ..schedule import Schedule, Splits, tile_bound
-from .configs import GEMM_KERNELS, Config
-from .limits import Device
 
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS

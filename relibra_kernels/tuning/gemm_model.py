@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .configs import GemmConfig
-from .products import Product
-from .work import ITEM, Estimate, Resources, Work, bounded
+from ..configs.config import GemmConfig
+from ..configs.products import Product
+from .launch_model import ITEM, Estimate, Resources, Work, bounded
 
 _TILE_CLOCKS = 400  # per tile: its indices, the first addresses, the last barrier
 _PADDING_CLOCKS = 100  # a padding tile: one load

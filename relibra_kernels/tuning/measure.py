@@ -7,17 +7,17 @@ from typing import Protocol
 
 import torch
 
-from . import lookup
-from .configs import PARTS_OF_EQUAL_SIZES, Config
-from .goals import Goal, layer_shape, one_time
+from ..configs import lookup
+from ..configs.config import PARTS_OF_EQUAL_SIZES, Config
+from ..configs.files import Bucket, Entry
+from ..configs.limits import Device
+from ..configs.products import PRODUCTS
+from ..configs.spaces import candidates
+from .compile_task import Task, digest_of
 from .journal import Journal
-from .limits import Device
-from .model import estimate
-from .products import PRODUCTS
-from .spaces import candidates
-from .store import Bucket, Entry
-from .tasks import Task, digest_of
-from .work import Resources
+from .launch_model import Resources
+from .ranking import estimate
+from .search_goal import Goal, layer_shape, one_time
 
 _HOPELESS = 1.6  # times the modelled best: not worth a clock
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import triton
 
+from .compile_pool import compiled
+from .compile_task import Outcome, Task, digest_of
 from .journal import Journal
-from .pool import compiled
-from .tasks import Outcome, Task, digest_of
-from .work import Resources
+from .launch_model import Resources
 
 
 class Reports:

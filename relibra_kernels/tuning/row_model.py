@@ -6,9 +6,9 @@ A model, not a measurement, as `gemm_model.py`.
 import math
 from typing import NamedTuple
 
-from .configs import BlockConfig
-from .products import Product
-from .work import ITEM, LAUNCH_US, Estimate, Resources, Work, bounded
+from ..configs.config import BlockConfig
+from ..configs.products import Product
+from .launch_model import ITEM, LAUNCH_US, Estimate, Resources, Work, bounded
 
 _START_CLOCKS = 300  # of a program: being placed, its indices
 _LANES = 128  # of an SM, each an operation a clock

@@ -5,17 +5,17 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from .configs import BlockConfig, Config, GemmConfig
-from .goals import PARTS, Goal, layer_shape, one_time
-from .limits import Device, device_for
-from .model import estimate
+from ..configs.config import BlockConfig, Config, GemmConfig
+from ..configs.files import Bucket, Entry, merged
+from ..configs.limits import Device, device_for
+from ..configs.products import Product
+from ..configs.spaces import SPACE, candidates
+from .compile_task import Outcome, Task
+from .launch_model import Resources
 from .models import Model
-from .products import Product
+from .ranking import estimate
 from .reports import Reports
-from .spaces import SPACE, candidates
-from .store import Bucket, Entry, merged
-from .tasks import Outcome, Task
-from .work import Resources
+from .search_goal import PARTS, Goal, layer_shape, one_time
 
 MODEL_DATE = "2026-11-24"  # of the model's last change: what `compiled` entries are dated by
 GROUPS = (8, 4, 16)

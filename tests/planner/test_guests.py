@@ -5,8 +5,8 @@ import pytest
 from skewed_loads import skewed_loads
 
 from relibra_kernels.planner import ClusterSpec, PlanOptions, plan_batch
-from relibra_kernels.planner.guests import NodeProblem, carry, choose_guests
-from relibra_kernels.planner.nodeflow import NodeFlow
+from relibra_kernels.planner.solver.guests import NodeProblem, carry, choose_guests
+from relibra_kernels.planner.solver.nodeflow import NodeFlow
 
 
 def max_flow(over, room, capacity):

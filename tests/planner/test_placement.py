@@ -5,8 +5,8 @@ import pytest
 from skewed_loads import skewed_loads
 
 from relibra_kernels.planner import ClusterSpec, InputError, PlanOptions, plan_batch
-from relibra_kernels.planner.matching import match_labels
-from relibra_kernels.planner.placement import _relabel, place
+from relibra_kernels.planner.solver.matching import match_labels
+from relibra_kernels.planner.solver.placement import _relabel, place
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 8])

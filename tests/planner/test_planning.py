@@ -46,7 +46,9 @@ def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
 def test_a_bad_placement_is_not_taken(monkeypatch):
     loads = skewed_loads(3, 4, 16)
     hottest_first = np.argsort(np.argsort(-loads.sum(1), axis=1), axis=1) // 4  # the worst there is
-    monkeypatch.setattr("relibra_kernels.planner.search.place", lambda table, *_, **__: hottest_first[: len(table)])
+    monkeypatch.setattr(
+        "relibra_kernels.planner.solver.search.place", lambda table, *_, **__: hottest_first[: len(table)]
+    )
     plan = plan_batch(loads, ClusterSpec(1, 4, 0))
     assert (plan.home == np.arange(16) // 4).all(1).any()
     assert (

@@ -15,10 +15,10 @@ from relibra_kernels.planner import (
     generate_trace,
     simulate,
 )
-from relibra_kernels.planner.baselines import BASELINES
-from relibra_kernels.planner.baselines.eplb import pack
-from relibra_kernels.planner.generator import hottest_change
-from relibra_kernels.planner.simulate import POLICIES
+from relibra_kernels.planner.simulation.baselines import BASELINES
+from relibra_kernels.planner.simulation.baselines.eplb import pack
+from relibra_kernels.planner.simulation.generator import hottest_change
+from relibra_kernels.planner.simulation.simulate import POLICIES
 
 
 @pytest.mark.parametrize("name", BASELINES)

@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
+from relibra_kernels.compiling.compile_only import compile_launch
+from relibra_kernels.configs.config import GEMM_KERNELS, ROW_KERNELS
+from relibra_kernels.configs.limits import DEVICES, INTERPRETER, TARGETS, device_named, device_of
+from relibra_kernels.configs.spaces import SPACE, config_for, configs
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning.catalogue import calls, recorded
-from relibra_kernels.tuning.compile_only import compile_launch
-from relibra_kernels.tuning.configs import GEMM_KERNELS, ROW_KERNELS
-from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, TARGETS, device_named, device_of
-from relibra_kernels.tuning.spaces import SPACE, config_for, configs
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 GATHERING = ["gate_up", "grad_hidden", "grad_weight"]

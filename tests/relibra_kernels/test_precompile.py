@@ -17,23 +17,24 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from relibra_kernels import precompile, warmup
+from relibra_kernels.compiling import precompiling
+from relibra_kernels.compiling.compile_only import launch_digest
+from relibra_kernels.configs import lookup
+from relibra_kernels.configs.files import Bucket, Entry, path_of, update
+from relibra_kernels.configs.limits import device_for
+from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.form import GPT_OSS
 from relibra_kernels.kernels.launch import recording
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter
-from relibra_kernels.parallel.buffers import Buffers
-from relibra_kernels.parallel.comm import Exchange
-from relibra_kernels.parallel.layer import ExpertParallelMLP, LayerSite
-from relibra_kernels.parallel.paths import PlannedPath
-from relibra_kernels.parallel.replicas import ReplicaPushes, ReplicaRoute, Transfers
-from relibra_kernels.parallel.routes import SendRoute
+from relibra_kernels.parallel.comm.collectives import Exchange
+from relibra_kernels.parallel.comm.ledger import Ledger
+from relibra_kernels.parallel.experts.replicas import ReplicaPushes, ReplicaRoute, Transfers
 from relibra_kernels.parallel.session import RuntimeOptions, Session
-from relibra_kernels.parallel.stats import Ledger
+from relibra_kernels.parallel.tokens.buffers import Buffers
+from relibra_kernels.parallel.tokens.layer import ExpertParallelMLP, LayerSite
+from relibra_kernels.parallel.tokens.paths import PlannedPath
+from relibra_kernels.parallel.tokens.routes import SendRoute
 from relibra_kernels.planner.errors import InputError
-from relibra_kernels.tuning import lookup, precompiling
-from relibra_kernels.tuning.compile_only import launch_digest
-from relibra_kernels.tuning.limits import device_for
-from relibra_kernels.tuning.products import PRODUCTS
-from relibra_kernels.tuning.store import Bucket, Entry, path_of, update
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 H100, MI300X = (device_for(PRODUCTS[name]) for name in ("H100", "MI300X"))

@@ -2,9 +2,9 @@
 
 import os
 
-from relibra_kernels.tuning.tasks import Outcome, Task
-from relibra_kernels.tuning.work import Resources
-from relibra_kernels.tuning.worker import serve
+from relibra_kernels.tuning.compile_task import Outcome, Task
+from relibra_kernels.tuning.compile_worker import serve
+from relibra_kernels.tuning.launch_model import Resources
 
 
 def compile_one(task: Task) -> Outcome:

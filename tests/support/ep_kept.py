@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
 
-from relibra_kernels.parallel.replicas import Push
+from relibra_kernels.parallel.experts.replicas import Push
 
 
 def lives_of_replicas(case: Case) -> list[int]:

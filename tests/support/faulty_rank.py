@@ -16,7 +16,7 @@ import torch.distributed as dist
 from toy_training import Case, start, train_steps
 
 from relibra_kernels.parallel import RuntimeOptions
-from relibra_kernels.parallel.comm import Comm
+from relibra_kernels.parallel.comm.collectives import Comm
 from relibra_kernels.planner import CommunicationError
 
 STEPS = 3

@@ -6,11 +6,12 @@ import torch
 import torch.distributed as dist
 
 from relibra_kernels import warmup
+from relibra_kernels.compiling import precompiling
+from relibra_kernels.configs import lookup
+from relibra_kernels.configs.files import Bucket, Entry, path_of, update
+from relibra_kernels.configs.limits import device_for
+from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
-from relibra_kernels.tuning import lookup, precompiling
-from relibra_kernels.tuning.limits import device_for
-from relibra_kernels.tuning.products import PRODUCTS
-from relibra_kernels.tuning.store import Bucket, Entry, path_of, update
 
 CONFIGS = ("64x64x64w4s2", "64x128x64w4s2")  # by rank
 HIDDEN, HALF, EXPERTS = 256, 128, 8

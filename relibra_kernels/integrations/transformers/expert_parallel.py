@@ -16,14 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
-from ...parallel.buffers import Buffers
-from ...parallel.comm import Comm
-from ...parallel.guests import KeptGuests
-from ...parallel.layer import ExpertParallelMLP, LayerSite
+from ...parallel.comm.collectives import Comm
+from ...parallel.experts.guests import KeptGuests
+from ...parallel.experts.replicas import ReplicaPushes
 from ...parallel.microbatch import BatchParts, MicroBatch
-from ...parallel.replicas import ReplicaPushes
 from ...parallel.session import RuntimeOptions, Session
-from ...parallel.tables import Tables
+from ...parallel.tokens.buffers import Buffers
+from ...parallel.tokens.layer import ExpertParallelMLP, LayerSite
+from ...parallel.tokens.tables import Tables
 from ...planner import BatchPlan, RoutingTrace, count_loads
 from ...planner.errors import InputError
 from ...planner.plan import contiguous_home

@@ -9,7 +9,7 @@ from torch import nn
 
 from ...parallel.digests import checksum
 from ...parallel.microbatch import MicroBatch
-from ...parallel.tables import MicroBatchTables, Tables
+from ...parallel.tokens.tables import MicroBatchTables, Tables
 from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_loads, plan_batch
 from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home

@@ -8,11 +8,11 @@ from layer_problem import CASES, FORMS, oracle, problem, run_functions
 from tolerance import RELATIVE, assert_close
 
 from relibra_kernels import kernels
+from relibra_kernels.configs.config import GemmConfig
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.kernels import launch
 from relibra_kernels.planner.errors import ShapeError
 from relibra_kernels.schedule import Schedule
-from relibra_kernels.tuning.configs import GemmConfig
 
 
 def check(case, form, dtype):

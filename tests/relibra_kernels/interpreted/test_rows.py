@@ -11,10 +11,10 @@ from tolerance import RELATIVE, assert_close
 from triton.runtime import interpreter
 
 from relibra_kernels import kernels, reference
+from relibra_kernels.configs.config import BlockConfig
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.kernels.permute import _permute_kernel, _unpermute_backward_kernel, _unpermute_kernel
 from relibra_kernels.planner.errors import ShapeError
-from relibra_kernels.tuning.configs import BlockConfig
 
 CASES = routing_cases()
 H = 40  # no power of two

@@ -5,10 +5,10 @@ import torch
 from routing import RoutingCase, random_slots, routing_cases
 
 from relibra_kernels import kernels, reference
+from relibra_kernels.configs.config import BlockConfig
 from relibra_kernels.kernels import schedule as module
 from relibra_kernels.planner.errors import InputError, ShapeError
 from relibra_kernels.schedule import Splits
-from relibra_kernels.tuning.configs import BlockConfig
 
 CASES = [*routing_cases(), RoutingCase("most slots", random_slots(40, 4, 512, dropped=0.1), 512, 512)]
 

@@ -5,12 +5,12 @@ import sys
 import pytest
 import torch
 
+from relibra_kernels.configs.config import GEMM_KERNELS, BlockConfig, GemmConfig
 from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.tuning.catalogue import PARTS
-from relibra_kernels.tuning.configs import GEMM_KERNELS, BlockConfig, GemmConfig
-from relibra_kernels.tuning.goals import goals
+from relibra_kernels.tuning.measured_inputs import RotatingWorkload
 from relibra_kernels.tuning.models import Model
-from relibra_kernels.tuning.workloads import RotatingWorkload
+from relibra_kernels.tuning.search_goal import goals
 
 MODELS = [Model("plain", 32, 16, 4, 2, ExpertForm()), Model("gpt-oss", 48, 32, 4, 2, GPT_OSS)]
 

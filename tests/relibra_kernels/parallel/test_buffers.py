@@ -6,7 +6,7 @@ from ep_buffers import buffers_of_batch
 from toy_training import Case
 
 from relibra_kernels.parallel import RuntimeOptions
-from relibra_kernels.parallel.buffers import Buffers
+from relibra_kernels.parallel.tokens.buffers import Buffers
 
 LENGTHS = (5, 9, 3, 7, 16, 24, 18, 25)  # later micro-batches are larger
 CASES = {

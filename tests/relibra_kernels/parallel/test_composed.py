@@ -36,7 +36,7 @@ def test_is_training_alone(ranks, alone, groups, dense):
 
 def test_torch_clips_the_same():
     """The scale that our clipping applies is torch's."""
-    from relibra_kernels.parallel.gradients import clip
+    from relibra_kernels.parallel.experts.gradients import clip
 
     parameters = [torch.nn.Parameter(torch.zeros(5)) for _ in range(2)]
     for parameter in parameters:

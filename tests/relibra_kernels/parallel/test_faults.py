@@ -14,7 +14,7 @@ from ep_checkpoints import load_and_train
 from faulty_rank import STEPS, case_of
 from toy_training import train_parallel
 
-from relibra_kernels.parallel.watchdog import describe
+from relibra_kernels.parallel.comm.watchdog import describe
 
 SCRIPT = Path(__file__).parents[2] / "support" / "faulty_rank.py"
 

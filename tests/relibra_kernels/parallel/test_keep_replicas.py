@@ -11,7 +11,7 @@ from toy_training import Case, train_parallel
 from training_checks import assert_same_bits
 
 from relibra_kernels.parallel import RuntimeOptions
-from relibra_kernels.parallel.replicas import ReplicaPushes, ReplicaRoute, Transfers
+from relibra_kernels.parallel.experts.replicas import ReplicaPushes, ReplicaRoute, Transfers
 from relibra_kernels.weights import ExpertWeights
 
 FETCHED = RuntimeOptions(guest_bytes=0)  # all replicas of the shuffled plan are fetched for every micro-batch

@@ -9,8 +9,8 @@ from ranks import one_rank
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from relibra_kernels.parallel.comm import Comm
-from relibra_kernels.parallel.migration import expert_tensors, move_experts
+from relibra_kernels.parallel.comm.collectives import Comm
+from relibra_kernels.parallel.experts.migration import expert_tensors, move_experts
 from relibra_kernels.planner import InputError
 
 

@@ -8,9 +8,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from relibra_kernels.parallel import RuntimeOptions
-from relibra_kernels.parallel.layer import check_tag
+from relibra_kernels.parallel.comm.ledger import Ledger
 from relibra_kernels.parallel.session import ForwardContext, Session
-from relibra_kernels.parallel.stats import Ledger
+from relibra_kernels.parallel.tokens.layer import check_tag
 from relibra_kernels.planner import InputError
 
 

@@ -11,16 +11,16 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
+from relibra_kernels.configs.files import SHIPPED, Bucket, Entry, load_entries, path_of, update
+from relibra_kernels.configs.limits import device_named
+from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.tuning.catalogue import PARTS
-from relibra_kernels.tuning.check import check_folder, fault_of
-from relibra_kernels.tuning.goals import goals
-from relibra_kernels.tuning.limits import device_named
+from relibra_kernels.tuning.check_configs import check_folder, fault_of
+from relibra_kernels.tuning.compile_task import Task, launches_of
+from relibra_kernels.tuning.launch_model import Resources
 from relibra_kernels.tuning.models import MODELS
-from relibra_kernels.tuning.products import PRODUCTS
-from relibra_kernels.tuning.store import SHIPPED, Bucket, Entry, load_entries, path_of, update
-from relibra_kernels.tuning.tasks import Task, launches_of
-from relibra_kernels.tuning.work import Resources
+from relibra_kernels.tuning.search_goal import goals
 
 ROOT = Path(__file__).parents[3]
 

@@ -11,14 +11,14 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from relibra_kernels.configs import lookup
+from relibra_kernels.configs.config import BlockConfig, GemmConfig, misfit, parse_config
+from relibra_kernels.configs.files import Bucket, Entry, load_entries, merged, path_of, update
+from relibra_kernels.configs.limits import DEVICES, INTERPRETER, device_for
+from relibra_kernels.configs.products import PRODUCTS, product_named, product_of
+from relibra_kernels.configs.spaces import config_for
 from relibra_kernels.planner.errors import InputError
-from relibra_kernels.tuning import lookup
 from relibra_kernels.tuning.catalogue import PARTS
-from relibra_kernels.tuning.configs import BlockConfig, GemmConfig, misfit, parse_config
-from relibra_kernels.tuning.limits import DEVICES, INTERPRETER, device_for
-from relibra_kernels.tuning.products import PRODUCTS, product_named, product_of
-from relibra_kernels.tuning.spaces import config_for
-from relibra_kernels.tuning.store import Bucket, Entry, load_entries, merged, path_of, update
 
 H100, A100 = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["A100"])
 BF16 = torch.bfloat16
@@ -329,7 +329,7 @@ def test_importing_reads_no_config():
     code = (
         "import sys; opened = []\n"
         "sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == 'open' else None)\n"
-        "import relibra_kernels.nn, relibra_kernels.kernels, relibra_kernels.tuning.lookup\n"
+        "import relibra_kernels.nn, relibra_kernels.kernels, relibra_kernels.configs.lookup\n"
         "assert not [name for name in opened if name.endswith('.json') and 'autotune_configs' in name], opened\n"
         "assert any(name.endswith('.py') or name.endswith('.pyc') for name in opened)"
     )

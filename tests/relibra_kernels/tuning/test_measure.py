@@ -10,16 +10,17 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
-from relibra_kernels.tuning import lookup, workloads
-from relibra_kernels.tuning.configs import GemmConfig, parse_config
-from relibra_kernels.tuning.goals import goals
+from relibra_kernels.configs import lookup
+from relibra_kernels.configs.config import GemmConfig, parse_config
+from relibra_kernels.configs.files import load_entries, path_of
+from relibra_kernels.configs.limits import DEVICES, device_for
+from relibra_kernels.configs.products import PRODUCTS
+from relibra_kernels.configs.spaces import config_for
+from relibra_kernels.tuning import measured_inputs as workloads
 from relibra_kernels.tuning.journal import Journal
-from relibra_kernels.tuning.limits import DEVICES, device_for
 from relibra_kernels.tuning.measure import OnlineSearch, OutOfTime, Timing
 from relibra_kernels.tuning.models import Model
-from relibra_kernels.tuning.products import PRODUCTS
-from relibra_kernels.tuning.spaces import config_for
-from relibra_kernels.tuning.store import load_entries, path_of
+from relibra_kernels.tuning.search_goal import goals
 
 H100 = device_for(PRODUCTS["H100"])
 UNLISTED = replace(DEVICES["sm_89"], product="NVIDIA-GeForce-RTX-4090", programs=128)
@@ -148,7 +149,7 @@ def test_a_listed_gpu_is_spared_what_the_model_finds_hopeless(tmp_path):
 @pytest.mark.parametrize("device", [H100, UNLISTED], ids=lambda device: device.product)
 def test_the_command_on_a_gpu_writes_what_is_looked_up_next(tmp_path, monkeypatch, capsys, device):
     """`relibra tune` in one line, on a listed GPU and on one that nobody has heard of; GPU and clock are stand-ins."""
-    from relibra_kernels.tuning import limits
+    from relibra_kernels.configs import limits
 
     clock = Clock(broken=("64x64x64w4s4",))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

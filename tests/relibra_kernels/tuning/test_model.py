@@ -5,12 +5,12 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
-from relibra_kernels.tuning.configs import GemmConfig, parse_config
-from relibra_kernels.tuning.goals import goals, recorded
-from relibra_kernels.tuning.model import estimate
+from relibra_kernels.configs.config import GemmConfig, parse_config
+from relibra_kernels.configs.products import PRODUCTS
+from relibra_kernels.tuning.launch_model import Resources, Work, balanced, skewed
 from relibra_kernels.tuning.models import MODELS, model_named
-from relibra_kernels.tuning.products import PRODUCTS
-from relibra_kernels.tuning.work import Resources, Work, balanced, skewed
+from relibra_kernels.tuning.ranking import estimate
+from relibra_kernels.tuning.search_goal import goals, recorded
 
 H100 = PRODUCTS["H100"]
 ROOMY = Resources(registers=128, spill_bytes=0, shared_bytes=64 * 1024, warps_per_sm=16)

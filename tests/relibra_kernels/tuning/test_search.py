@@ -10,24 +10,25 @@ import torch
 pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
+from relibra_kernels.configs.config import ROW_KERNELS, BlockConfig, parse_config
+from relibra_kernels.configs.limits import device_for
+from relibra_kernels.configs.products import PRODUCTS
+from relibra_kernels.configs.spaces import SPACE, candidates
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.kernels.constants import block_of
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError
-from relibra_kernels.tuning import pool, reports
+from relibra_kernels.tuning import compile_pool as pool
+from relibra_kernels.tuning import reports
 from relibra_kernels.tuning.catalogue import PARTS
-from relibra_kernels.tuning.configs import ROW_KERNELS, BlockConfig, parse_config
-from relibra_kernels.tuning.goals import goals
-from relibra_kernels.tuning.limits import device_for
-from relibra_kernels.tuning.model import estimate
+from relibra_kernels.tuning.compile_pool import compiled
+from relibra_kernels.tuning.compile_task import Task, digest_of
+from relibra_kernels.tuning.launch_model import Resources
 from relibra_kernels.tuning.models import MODELS, Model, model_named
-from relibra_kernels.tuning.pool import compiled
-from relibra_kernels.tuning.products import PRODUCTS
+from relibra_kernels.tuning.ranking import estimate
 from relibra_kernels.tuning.reports import Reports
 from relibra_kernels.tuning.search import OfflineSearch
-from relibra_kernels.tuning.spaces import SPACE, candidates
-from relibra_kernels.tuning.tasks import Task, digest_of
-from relibra_kernels.tuning.work import Resources
+from relibra_kernels.tuning.search_goal import goals
 
 QWEN = MODELS[0]
 H100 = PRODUCTS["H100"]
@@ -216,7 +217,7 @@ def test_outcomes_belong_to_their_tasks_and_crashes_cost_one_config(monkeypatch)
 
 def test_the_real_compiler_in_a_worker_says_what_it_says_here():
     """Two good configs and one that is refused; none of the caller's main module runs in a worker."""
-    from relibra_kernels.tuning.tasks import compile_task
+    from relibra_kernels.tuning.compile_task import compile_task
 
     tasks = [
         Task("gfx942", "grouped_gemm", "dx", name, 64, 64, ExpertForm(), 0) for name in ("64x64x32w4s2", "48x64x32w4s2")

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
+from relibra_kernels.configs.files import SHIPPED, Bucket, Entry, load_entries, merged, path_of, update
+from relibra_kernels.configs.schema import first_fault
 from relibra_kernels.planner.errors import FormatError
-from relibra_kernels.tuning.schema import first_fault
-from relibra_kernels.tuning.store import SHIPPED, Bucket, Entry, load_entries, merged, path_of, update
 
 ENTRY = Entry(
     "down", "bf16", 2048, 768, False, False, "compiled", "3.7.1", None, "2026-11-24",

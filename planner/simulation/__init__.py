@@ -1,0 +1,1 @@
+"""Policies compared on the same loads: the simulator, its workloads and the baselines."""

@@ -1,0 +1,1 @@
+"""From a load table to where experts live and which replicas there are."""

@@ -1,0 +1,1 @@
+"""Collectives, process groups, the watchdog, and what is counted and timed."""

@@ -1,0 +1,183 @@
+"""The collectives of one expert-parallel group: sizes known on the host, bytes counted, errors that say where.
+
+Every exchange is an all-to-all whose split sizes both sides already know, so nothing here reads a count from a device.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...planner.errors import CommunicationError, InputError, ReLibraError
+from .ledger import Ledger
+
+
+class Comm:
+    """One process group, seen from one of its ranks.
+
+    Args:
+        group: a `torch.distributed` process group; None = the default group.
+        gpus_per_node: ranks of one node; traffic inside a node is counted as fast, across nodes as slow.
+        ledger: where bytes and seconds are written; its own where None.
+
+    Attributes:
+        position: (collectives begun, phase of the last one, whether it is still waited for), for the watchdog.
+        ranks: of the default group, in the order of this one.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, gpus_per_node: int, ledger: Ledger | None = None):
+        if not dist.is_initialized():
+            raise InputError("torch.distributed is not initialised: start with torchrun, or call init_process_group")
+        self.group = group
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self.gpus_per_node = gpus_per_node
+        self.ledger = Ledger() if ledger is None else ledger
+        self.position = (0, "", False)
+        self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+
+    @property
+    def bytes_sent(self) -> Counter[tuple[str, str]]:
+        """Bytes to other ranks since the beginning, by (kind, "fast" | "slow")."""
+        return self.ledger.bytes_sent
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Turn a failed collective into a CommunicationError that names the phase and this rank."""
+        count = self.position[0] + 1
+        self.position = (count, phase, True)
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # what gloo and NCCL raise
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CommunicationError(
+                f"rank {self.rank} of {self.size} failed in {phase}: {reason}. The usual cause is that another "
+                "rank died, or did not answer within the process-group timeout"
+            ) from error
+        self.position = (count, phase, False)
+
+    def start(
+        self,
+        send: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        kind: str,
+        phase: str,
+        into: Tensor | None = None,
+    ) -> "Exchange":
+        """Begin an all-to-all of rows, to be waited for.
+
+        Args:
+            send: [sum(send_counts), ...], contiguous, rows for rank 0 first.
+            send_counts, receive_counts: rows to and from each rank, host integers, length R.
+            kind: under which name the bytes are counted.
+            phase: what is going on, for the error if it fails.
+            into: [sum(receive_counts), ...], where to receive; new memory where None.
+        """
+        self._count(kind, send_counts, send[:1].numel() * send.element_size() if len(send) else 0)
+        received = send.new_empty((sum(receive_counts), *send.shape[1:])) if into is None else into
+        if self.size == 1:
+            return Exchange(self, received.copy_(send) if into is not None else send, None, phase, send)
+        with self.during(phase):
+            work = dist.all_to_all_single(
+                received, send, list(receive_counts), list(send_counts), group=self.group, async_op=True
+            )
+        return Exchange(self, received, work, phase, send)
+
+    def exchange(
+        self,
+        send: Tensor,
+        send_counts: Sequence[int],
+        receive_counts: Sequence[int],
+        kind: str,
+        phase: str,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        """`start` and wait: [sum(receive_counts), ...], rows of rank 0 first."""
+        return self.start(send, send_counts, receive_counts, kind, phase, into).wait()
+
+    def gather_arrays(self, array: np.ndarray, device: torch.device, phase: str) -> np.ndarray:
+        """The same-shaped integer array of every rank, stacked: [R, ...]. Once a batch, never inside a layer."""
+        local = torch.from_numpy(np.ascontiguousarray(array)).to(device)
+        return self.gather_tensors(local, phase).cpu().numpy()
+
+    def gather_tensors(self, local: Tensor, phase: str, kind: str | None = None) -> Tensor:
+        """The same-shaped tensor of every rank, stacked: [R, ...]. Counted where it has a kind."""
+        everyone = local.new_empty((self.size, *local.shape))
+        if kind is not None:
+            self._count(kind, [1] * self.size, local.numel() * local.element_size())
+        with self.during(phase):
+            dist.all_gather(list(everyone.unbind(0)), local.contiguous(), group=self.group)
+        return everyone
+
+    def agree(
+        self,
+        problem: ReLibraError | None,
+        facts: dict[str, int],
+        device: torch.device,
+        what: str,
+        also: Sequence[int] = (),
+    ) -> np.ndarray:
+        """Let every rank go on, or none: what a rank found wrong, and numbers that must be the same on all. Collective.
+
+        Returns: int64 [R, len(also)], numbers that may differ.
+        Raises: `problem` on the rank that has one, else InputError naming the rank that has, or the fact that differs.
+        """
+        status = np.array([problem is not None, *facts.values(), *also], np.int64)
+        everyone = self.gather_arrays(status, device, what)
+        if problem is not None:
+            raise problem
+        refused = np.flatnonzero(everyone[:, 0])
+        if len(refused):
+            raise InputError(f"rank {self.ranks[refused[0]]} stopped {what}; its own error says why")
+        for name, values in zip(facts, everyone[:, 1:].T, strict=False):
+            kinds, counts = np.unique(values, return_counts=True)
+            if len(kinds) > 1:  # who is in the minority is who differs; of two halves, the one without rank 0
+                usual = kinds[counts == counts.max()]
+                usual = values[0] if values[0] in usual else usual[0]
+                other = np.flatnonzero(values != usual)
+                agreeing = np.flatnonzero(values == usual)
+                raise InputError(
+                    f"{name} of rank {self.ranks[other[0]]} differs from rank {self.ranks[agreeing[0]]}'s; every rank "
+                    "needs the same"
+                )
+        return everyone[:, 1 + len(facts) :]
+
+    def all_reduce(self, tensor: Tensor, phase: str) -> None:
+        """Sum over the group, in place."""
+        if self.size > 1:
+            with self.during(phase):
+                dist.all_reduce(tensor, group=self.group)
+
+    def _count(self, kind: str, send_counts: Sequence[int], row_bytes: int) -> None:
+        node = self.rank // self.gpus_per_node
+        for rank, rows in enumerate(send_counts):
+            if rank != self.rank and rows:
+                self.ledger.add_bytes(kind, rank // self.gpus_per_node == node, rows * row_bytes)
+
+
+@dataclass
+class Exchange:
+    """An all-to-all under way. `send` must live until it is over."""
+
+    comm: Comm
+    received: Tensor
+    work: dist.Work | None
+    phase: str
+    send: Tensor | None
+
+    def wait(self) -> Tensor:
+        """The received rows; on GPUs the current stream waits, not the host."""
+        if self.work is not None:
+            with self.comm.during(self.phase):
+                self.work.wait()
+            self.work = None
+        self.send = None
+        return self.received

@@ -1,0 +1,90 @@
+"""The process groups of a run: one for the experts, one beside it for replicas, and those that hold copies."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from ...planner import ClusterSpec
+from ...planner.errors import CommunicationError, InputError, ReLibraError
+from .collectives import Comm
+
+
+class Groups:
+    """Seen from one rank.
+
+    Args:
+        mesh: one dimension, the expert-parallel group; or two, of which the one named "ep" is it. None: the default
+            group.
+
+    Attributes:
+        experts: the expert-parallel group. side: the same ranks, for replica weights.
+        copies: groups of ranks that own the same experts; none where there is one expert-parallel group.
+        all: the groups over which, one after another, something is reduced over all ranks.
+        copy: which of the expert-parallel groups this rank is in.
+    """
+
+    def __init__(self, mesh: DeviceMesh | None, cluster: ClusterSpec):
+        group, others = None, []
+        if mesh is not None:
+            names = mesh.mesh_dim_names or ()
+            if mesh.ndim > 2 or (mesh.ndim == 2 and "ep" not in names):
+                raise InputError(
+                    f"mesh has {mesh.ndim} dimensions, named {names}; it must have one, or two of which one is 'ep'"
+                )
+            inner = names.index("ep") if mesh.ndim == 2 else 0
+            group = mesh.get_group(inner)
+            others = [mesh.get_group(1 - inner)] if mesh.ndim == 2 else []
+        self.experts = Comm(group, cluster.gpus_per_node)
+        if self.experts.size != cluster.num_ranks:
+            raise InputError(f"cluster has {cluster.num_ranks} ranks, the process group {self.experts.size}")
+        alone = self.experts.size == 1
+        beside = group if alone else dist.new_group(list(self.experts.ranks), use_local_synchronization=True)
+        self.side = Comm(beside, cluster.gpus_per_node, self.experts.ledger)
+        self.copies = [Comm(other, 1) for other in others if dist.get_world_size(other) > 1]
+        self.all = [self.experts, *self.copies]
+        self.copy = self.copies[0].rank if self.copies else 0
+        self.shape = tuple(comm.size for comm in self.all)
+
+    @property
+    def num_ranks(self) -> int:
+        return int(np.prod(self.shape))
+
+    def agree(
+        self,
+        problem: ReLibraError | None,
+        facts: dict[str, int],
+        device: torch.device,
+        what: str,
+        own: dict[str, int] | None = None,
+        flag: bool = True,
+        *,
+        of_copies: dict[str, int] | None = None,
+    ) -> bool:
+        """`Comm.agree` over all ranks: what any of them refuses, none goes on from. Collective.
+
+        Args:
+            own: facts that only the ranks of one expert-parallel group share.
+            of_copies: facts that only ranks that own the same experts share.
+        Returns: whether every rank's flag is set.
+        """
+        rounds = [(self.experts, {**(own or {}), **facts})]
+        rounds += [(comm, {**facts, **(of_copies or {})}) for comm in self.copies]
+        if of_copies and self.copies:
+            rounds.append((self.experts, {}))  # ranks that own other experts hear of it, too
+        for comm, mine in rounds:
+            try:
+                flag = bool(comm.agree(problem, mine, device, what, [flag]).all())
+            except CommunicationError:
+                raise
+            except ReLibraError as error:
+                problem = error  # the other groups hear of it, too
+        if problem is not None:
+            raise problem
+        return flag
+
+    def gather_over_copies(self, array: np.ndarray, device: torch.device) -> np.ndarray:
+        """The same-shaped array of every expert-parallel group, stacked."""
+        if not self.copies:
+            return array[None]
+        return self.copies[0].gather_arrays(array, device, "the exchange of the groups' loads")

@@ -1,0 +1,79 @@
+"""A line on stderr when a rank waits too long: for whom, and where that one was last seen.
+
+Ranks run the same collectives in the same order, so whoever has begun fewer is who the others wait for. Every rank's
+watchdog writes down its position in the store that the process group was made with, and reads the others' only when it
+has something to say. A process-group timeout says where a rank was; this says why, before it comes.
+"""
+
+import json
+import sys
+import threading
+import time
+import weakref
+from typing import Any
+
+import torch.distributed as dist
+
+from .collectives import Comm
+
+
+def start_watchdog(comm: Comm, seconds: float) -> threading.Thread | None:
+    """Watch `comm` from a thread of its own, until it is gone; None where there is nobody to wait for."""
+    if comm.size == 1:
+        return None
+    store = dist.PrefixStore(f"relibra-watchdog-{comm.ranks}", dist.distributed_c10d._get_default_store())
+    thread = threading.Thread(
+        target=_watch, args=(weakref.ref(comm), store, seconds), name="relibra-watchdog", daemon=True
+    )
+    thread.start()
+    return thread
+
+
+def _watch(watched: "weakref.ref[Comm]", store: dist.Store, seconds: float) -> None:
+    since, last, said = time.monotonic(), -1, -1
+    while True:
+        time.sleep(seconds / 4)
+        comm = watched()
+        if comm is None or not dist.is_initialized():
+            return
+        count, phase, waiting = comm.position
+        if count != last:
+            since, last = time.monotonic(), count
+        try:
+            store.set(str(comm.rank), json.dumps([count, phase]))
+            waited = time.monotonic() - since
+            if waiting and waited >= seconds and said != count:
+                said = count
+                print(describe(comm.rank, comm.size, count, phase, waited, _others(store, comm)), file=sys.stderr)
+                sys.stderr.flush()
+        except RuntimeError:  # the store went with the rank that held it
+            return
+        del comm
+
+
+def describe(
+    rank: int, size: int, count: int, phase: str, waited: float, others: dict[int, tuple[int, str] | None]
+) -> str:
+    """The line: who waits where, and for whom.
+
+    Args:
+        count: collectives that this rank has begun.
+        others: (collectives begun, phase of the last) of every other rank, None where it never said.
+    """
+    behind = []
+    for other, seen in sorted(others.items()):
+        if seen is None:
+            behind.append(f"rank {other} (not seen yet)")
+        elif seen[0] < count:
+            behind.append(f"rank {other} (last seen in {seen[1] or 'nothing'}, {count - seen[0]} collectives behind)")
+    who = ", ".join(behind) if behind else "no rank that is known to be behind: the network may be slow"
+    return f"relibra: rank {rank} of {size} has waited {waited:.0f} s in {phase} for {who}"
+
+
+def _others(store: Any, comm: Comm) -> dict[int, tuple[int, str] | None]:
+    seen: dict[int, tuple[int, str] | None] = {}
+    for rank in range(comm.size):
+        if rank != comm.rank:
+            known = store.check([str(rank)])
+            seen[rank] = tuple(json.loads(store.get(str(rank)))) if known else None
+    return seen

@@ -1,0 +1,1 @@
+"""The way of an expert: parameters, replicas, migration, gradients, checkpoints."""

@@ -1,0 +1,97 @@
+"""Experts in logical order [E, ...], whatever the placement: gathered, or as a checkpoint sees them."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+
+from ...nn import ReplicatedMoE
+from ..comm.collectives import Comm
+from .migration import local_experts
+from .parameters import expert_parameters
+
+
+def layer_of_parameter(layers: Sequence[ReplicatedMoE]) -> dict[int, int]:
+    """MoE layer of every expert parameter, by its id."""
+    return {id(p): layer for layer, moe in enumerate(layers) for _, p in expert_parameters(moe.experts)}
+
+
+def logical_tensors(
+    model: nn.Module,
+    layers: Sequence[ReplicatedMoE],
+    home_LE: np.ndarray,
+    comm: Comm,
+    tensor_of: Callable[[nn.Parameter], Tensor | None],
+) -> Iterator[tuple[str, Tensor | None]]:
+    """`tensor_of` every parameter under its name in the whole model, one gathered at a time. Collective."""
+    layer_of = layer_of_parameter(layers)
+    for name, parameter in model.named_parameters():
+        tensor = tensor_of(parameter)
+        if isinstance(tensor, DTensor):
+            tensor = tensor.full_tensor()
+        if tensor is None or id(parameter) not in layer_of:
+            yield name, tensor
+            continue
+        by_rank = comm.gather_tensors(tensor, f"gathering {name}")
+        order = torch.from_numpy(np.argsort(home_LE[layer_of[id(parameter)]], kind="stable")).to(tensor.device)
+        yield name, torch.empty_like(by_rank.flatten(0, 1)).index_copy_(0, order, by_rank.flatten(0, 1))
+
+
+class LogicalExperts(Tensor):
+    """`[E, ...]` of all ranks, of which this one holds some rows: what `torch.distributed.checkpoint` saves and loads.
+
+    Args:
+        name: for errors.
+        value: [E/R, ...], written to when loading; of a sharded one (DTensor) this rank has a part of each row.
+        experts: int [E/R], which expert each row is.
+        num_experts: E.
+    """
+
+    _local: Tensor
+    _offset: tuple[int, ...]  # of the local part within an expert
+    _row_of: dict[int, int]
+
+    @staticmethod
+    def __new__(cls, name: str, value: Tensor, experts: np.ndarray, num_experts: int) -> "LogicalExperts":
+        shape = (num_experts, *value.shape[1:])
+        wrapper: Any = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=value.dtype, device=value.device)
+        wrapper._local = local_experts(name, value.detach())
+        wrapper._offset = (0,) * (value.ndim - 1)
+        if isinstance(value, DTensor):
+            (chunk,) = value.__create_chunk_list__()
+            wrapper._offset = tuple(chunk.offsets[1:])
+        wrapper._row_of = {int(expert): row for row, expert in enumerate(experts)}
+        return wrapper
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return args[0]
+        raise NotImplementedError(f"LogicalExperts is for checkpoints only; it does not compute {func}")
+
+    def __create_write_items__(self, fqn: str, _object: object) -> list[WriteItem]:
+        properties = TensorProperties.create_from_tensor(self._local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        if not self._local.numel():
+            return []
+        size = torch.Size([1, *self._local.shape[1:]])
+        return [ChunkStorageMetadata(torch.Size([expert, *self._offset]), size) for expert in sorted(self._row_of)]
+
+    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
+        assert index.offset is not None
+        row = self._row_of[index.offset[0]]
+        return self._local[row : row + 1]

@@ -1,0 +1,1 @@
+"""The way of a token: to the ranks that compute it, and back."""

@@ -1,0 +1,14 @@
+"""How long a launch would take with a config: what an offline search ranks by, and what spares a clock the hopeless."""
+
+from ..configs.config import Config, GemmConfig
+from ..configs.products import Product
+from .gemm_model import estimate_gemm
+from .launch_model import Estimate, Resources, Work
+from .row_model import estimate_rows
+
+
+def estimate(work: Work, config: Config, resources: Resources, product: Product) -> Estimate:
+    """The time of `work` with `config`, which needs `resources`, on `product`. Modelled; good for ordering configs."""
+    if isinstance(config, GemmConfig):
+        return estimate_gemm(work, config, resources, product)
+    return estimate_rows(work, config, resources, product)
