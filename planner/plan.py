@@ -12,7 +12,8 @@ from .files import load_npz, save_npz, scalar
 from .loads import total_loads
 from .plan_rules import check_quotas, check_structure
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+_KEPT = {1: "guests", 2: "kept"}  # format_version -> what the file calls `kept`
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,29 +23,27 @@ class BatchPlan:
     home:     int32 [L, E]        the rank that owns each expert
     replicas: int32 [L, M, R, S]  the expert in each replica slot, -1 where it is empty
     quota:    int32 [L, M, R, S]  the assignments that the slot computes; what no replica takes stays at home
-    guests:   bool [L, R, S]      slots that may hold another node's expert, the same one for the whole batch
+    kept:     bool [L, R, S]      slots whose expert stays for the whole batch, on any node; others are fetched, from
+                                  the expert's home or a kept replica on the slot's node
     loads:    the table [L, M, E] or [L, M, R, E] the plan is for; without it quotas are checked against nothing
     """
 
     home: np.ndarray
     replicas: np.ndarray
     quota: np.ndarray
-    guests: np.ndarray
+    kept: np.ndarray
     gpus_per_node: int
     loads_sha256: str = ""
     model: str = ""
-    format_version: int = FORMAT_VERSION
     loads: InitVar[np.ndarray | None] = None
     _order: np.ndarray = field(init=False, repr=False)  # int32 [L, R, E/R], see home_experts
 
     def __post_init__(self, loads: np.ndarray | None) -> None:
-        if self.format_version != FORMAT_VERSION:
-            raise PlanError(f"format_version is {self.format_version}, but this library reads {FORMAT_VERSION}")
         for name, dtype, kinds in (
             ("home", np.int32, "iu"),
             ("replicas", np.int32, "iu"),
             ("quota", np.int32, "iu"),
-            ("guests", np.bool_, "b"),
+            ("kept", np.bool_, "b"),
         ):
             value = np.asarray(getattr(self, name))
             if value.dtype.kind not in kinds:
@@ -53,7 +52,7 @@ class BatchPlan:
                 raise PlanError(f"{name} holds {value.min()} to {value.max()}, but must be -1 or more and fit 32 bits")
             object.__setattr__(self, name, np.ascontiguousarray(value, dtype))
         object.__setattr__(self, "gpus_per_node", int(self.gpus_per_node))
-        check_structure(self.home, self.replicas, self.quota, self.guests, self.gpus_per_node)
+        check_structure(self.home, self.replicas, self.quota, self.kept, self.gpus_per_node)
         order = np.argsort(self.home, axis=1, kind="stable").astype(np.int32)
         object.__setattr__(self, "_order", order.reshape(len(order), self.num_ranks, -1))
         if loads is not None:
@@ -129,8 +128,8 @@ class BatchPlan:
             home=self.home,
             replicas=self.replicas,
             quota=self.quota,
-            guests=self.guests,
-            format_version=np.asarray(self.format_version, np.int64),
+            kept=self.kept,
+            format_version=np.asarray(FORMAT_VERSION, np.int64),
             gpus_per_node=np.asarray(self.gpus_per_node, np.int64),
             loads_sha256=np.asarray(self.loads_sha256),
             model=np.asarray(self.model),
@@ -143,23 +142,32 @@ class BatchPlan:
         """Read a plan and check it again. With `loads` or `model`, a plan for others is refused (PlanError)."""
         name = os.fspath(path)
         arrays = load_npz(
-            path, ("home", "replicas", "quota", "guests", "gpus_per_node", "loads_sha256", "model", "format_version")
+            path,
+            ("home", "replicas", "quota", "gpus_per_node", "loads_sha256", "model", "format_version"),
+            _KEPT.values(),
         )
-        values = {key: arrays[key] for key in ("home", "replicas", "quota", "guests")}
-        made_for = str(scalar(arrays, "model", path))
-        if model is not None and model != made_for:
-            raise PlanError(f"{name}: the plan is for model {made_for!r}, not {model!r}")
         gpus, version = scalar(arrays, "gpus_per_node", path), scalar(arrays, "format_version", path)
         if not isinstance(gpus, np.integer) or not isinstance(version, np.integer):
             raise FormatError(f"{name}: gpus_per_node and format_version must be integers")
+        if int(version) not in _KEPT:
+            raise PlanError(
+                f"{name}: format_version is {version}, but this library reads {' and '.join(map(str, _KEPT))}"
+            )
+        if _KEPT[int(version)] not in arrays:
+            raise FormatError(f"{name}: has no array {_KEPT[int(version)]!r}, only {sorted(arrays)}")
+        made_for = str(scalar(arrays, "model", path))
+        if model is not None and model != made_for:
+            raise PlanError(f"{name}: the plan is for model {made_for!r}, not {model!r}")
         digest = str(scalar(arrays, "loads_sha256", path))
         try:
             return cls(
-                **values,
+                home=arrays["home"],
+                replicas=arrays["replicas"],
+                quota=arrays["quota"],
+                kept=arrays[_KEPT[int(version)]],
                 gpus_per_node=int(gpus),
                 loads_sha256=digest,
                 model=made_for,
-                format_version=int(version),
                 loads=loads,
             )
         except ReLibraError as error:
@@ -212,7 +220,7 @@ def static_plan(loads: np.ndarray, cluster: ClusterSpec, model: str = "") -> Bat
         home=contiguous_home(layers, experts, cluster.num_ranks),
         replicas=np.full((layers, micro_batches, *slots), -1, np.int32),
         quota=np.zeros((layers, micro_batches, *slots), np.int32),
-        guests=np.zeros((layers, *slots), np.bool_),
+        kept=np.zeros((layers, *slots), np.bool_),
         gpus_per_node=cluster.gpus_per_node,
         model=model,
         loads=table,

@@ -24,14 +24,14 @@ def check_home(home: np.ndarray, num_ranks: int) -> None:
 
 
 def check_structure(
-    home: np.ndarray, replicas: np.ndarray, quota: np.ndarray, guests: np.ndarray, gpus_per_node: int
+    home: np.ndarray, replicas: np.ndarray, quota: np.ndarray, kept: np.ndarray, gpus_per_node: int
 ) -> None:
     """Shapes, homes, and where replicas may be."""
     if home.ndim != 2 or replicas.ndim != 4 or len(home) != len(replicas):
         raise PlanError(f"home {home.shape} and replicas {replicas.shape} must be [L, E] and [L, M, R, S]")
     layers, _, ranks, slots = replicas.shape
-    if quota.shape != replicas.shape or guests.shape != (layers, ranks, slots):
-        raise PlanError(f"quota {quota.shape} and guests {guests.shape} must fit replicas {replicas.shape}")
+    if quota.shape != replicas.shape or kept.shape != (layers, ranks, slots):
+        raise PlanError(f"quota {quota.shape} and kept {kept.shape} must fit replicas {replicas.shape}")
     if gpus_per_node < 1 or ranks % gpus_per_node:
         raise PlanError(f"gpus_per_node is {gpus_per_node}, but must divide the {ranks} ranks")
     check_home(home, ranks)
@@ -40,21 +40,31 @@ def check_structure(
     if replicas.max() >= home.shape[1]:
         raise PlanError(f"a replica slot names expert {replicas.max()}, but there are {home.shape[1]}")
     _refuse((quota < 0) | ((replicas < 0) & (quota != 0)), "has a quota that is negative, or has one but no expert")
-    pinned = np.broadcast_to(guests[:, None], replicas.shape)
-    _refuse(pinned & (replicas != replicas[:, :1]), "is a guest slot but changes its expert within the batch")
+    pinned = np.broadcast_to(kept[:, None], replicas.shape)
+    _refuse(pinned & (replicas != replicas[:, :1]), "is kept but changes its expert within the batch")
     for slot in range(1, slots):
         for other in range(slot):
             same = (replicas[..., slot] == replicas[..., other]) & (replicas[..., slot] >= 0)
             _refuse(same, "holds one expert twice")
 
     used = np.flatnonzero(replicas.reshape(-1) >= 0)
-    layer, rank = used // replicas[0].size, used // slots % ranks
-    owner = home[layer, replicas.reshape(-1)[used]]
-    own, foreign = np.zeros(replicas.size, bool), np.zeros(replicas.size, bool)
-    own[used] = owner == rank
-    foreign[used] = owner // gpus_per_node != rank // gpus_per_node
+    layer, rank, expert = used // replicas[0].size, used // slots % ranks, replicas.reshape(-1)[used]
+    own, far = np.zeros(replicas.size, bool), np.zeros(replicas.size, bool)
+    own[used] = home[layer, expert] == rank
     _refuse(own.reshape(replicas.shape), "holds a replica of an expert that its rank owns")
-    _refuse(foreign.reshape(replicas.shape) & ~pinned, "is no guest slot but holds an expert of another node")
+    far[used] = ~_on_node(home, replicas[:, 0], kept, gpus_per_node)[layer, expert, rank // gpus_per_node]
+    what = "is fetched, but its expert has neither its home nor a kept replica on that node"
+    _refuse(far.reshape(replicas.shape) & ~pinned, what)
+
+
+def _on_node(home: np.ndarray, replicas_LRS: np.ndarray, kept: np.ndarray, gpus_per_node: int) -> np.ndarray:
+    """bool [L, E, N]: nodes on which an expert has its home or a kept replica."""
+    layers, experts = home.shape
+    there = np.zeros((layers, experts, replicas_LRS.shape[1] // gpus_per_node), np.bool_)
+    there[np.arange(layers)[:, None], np.arange(experts), home // gpus_per_node] = True
+    layer, rank, slot = np.nonzero(kept & (replicas_LRS >= 0))
+    there[layer, replicas_LRS[layer, rank, slot], rank // gpus_per_node] = True
+    return there
 
 
 def check_quotas(table_LME: np.ndarray, replicas: np.ndarray, quota: np.ndarray) -> None:

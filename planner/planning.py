@@ -53,7 +53,7 @@ def plan_batch(
         home=home,
         replicas=found.replicas,
         quota=found.quota,
-        guests=found.guests,
+        kept=found.guests,
         gpus_per_node=cluster.gpus_per_node,
         model=model,
         loads=table,

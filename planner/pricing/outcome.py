@@ -65,14 +65,14 @@ def outcome_of_plan(plan: BatchPlan, loads: np.ndarray, previous_home: np.ndarra
     np.subtract.at(left, (layer, micro_batch, expert), plan.quota[layer, micro_batch, rank, slot].astype(np.int64))
     at_home = np.take_along_axis(left, experts[:, None], 2).reshape(layers, micro_batches, ranks, -1)
     owner = plan.home[layer, expert]
-    guest = plan.guests[layer, rank, slot]
+    kept = plan.kept[layer, rank, slot]
 
     def count(index: tuple[np.ndarray, ...], shape: tuple[int, ...]) -> np.ndarray:
         out = np.zeros(shape, np.int64)
         np.add.at(out, index, 1)
         return out
 
-    near, once = ~guest, guest & (micro_batch == 0)
+    near, once = ~kept, kept & (micro_batch == 0)
     by_batch, by_layer = (layers, micro_batches, ranks), (layers, ranks)
     counts = {
         "pushed_in": count((layer[near], micro_batch[near], rank[near]), by_batch),

@@ -121,11 +121,11 @@ def run(args: argparse.Namespace) -> int:
         "imbalance_worst": plan.imbalance_worst(loads),
         "plan_seconds": seconds,
         "replicas_mean": float(outcome.pushed_in.sum(2).mean()),
-        "guests_mean": float(plan.guests.sum((1, 2)).mean()),
+        "guests_mean": float(plan.kept.sum((1, 2)).mean()),
         "moves_mean": float(outcome.moved_in.sum(1).mean()),
         "bytes_fast": fast,
         "bytes_slow": slow,
-        "guest_bytes": int(plan.guests.sum((0, 2)).max() * guest_bytes),
+        "guest_bytes": int(plan.kept.sum((0, 2)).max() * guest_bytes),
         "shape": shape.name,
     }
     print(

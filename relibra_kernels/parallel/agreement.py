@@ -69,7 +69,7 @@ class Opening:
             "the configuration": checksum(self._cluster, self._groups.shape, *configuration),
             "the optimizer's state": checksum([list(of_layer) for of_layer in tensors]),
         }
-        own = {"the plan": checksum(plan.home, plan.replicas, plan.quota, plan.guests)}
+        own = {"the plan": checksum(plan.home, plan.replicas, plan.quota, plan.kept)}
         device = device_of(self._layers)
         counted = self._groups.agree(problem, common, device, "opening the batch", own, counted)
         if not self._weights_compared:

@@ -95,9 +95,9 @@ def test_an_outcome_has_the_plans_loads():
     outcome = outcome_of_plan(plan, loads)
     np.testing.assert_array_equal(outcome.rank_load, plan.rank_loads(loads))
     np.testing.assert_allclose(outcome.imbalance(), plan.imbalance(loads))
-    near = (plan.replicas >= 0) & ~plan.guests[:, None]
+    near = (plan.replicas >= 0) & ~plan.kept[:, None]
     assert outcome.pushed_in.sum() == outcome.pushed_out.sum() == near.sum()
-    assert outcome.kept_in.sum() == outcome.kept_out.sum() == plan.guests.sum()
+    assert outcome.kept_in.sum() == outcome.kept_out.sum() == plan.kept.sum()
 
 
 def test_a_plan_without_replicas_costs_what_static_costs():

@@ -86,7 +86,7 @@ def test_a_hot_node_needs_guests():
     loads[0, 1, :8] = 2000  # ... but not in both micro-batches
     without = plan_batch(loads, ClusterSpec(2, 4, 2, guest_slots=0))
     plan = plan_batch(loads, ClusterSpec(2, 4, 2))
-    assert not without.guests.any()
+    assert not without.kept.any()
     assert plan.imbalance_mean(loads) <= without.imbalance_mean(loads)
 
 
@@ -97,20 +97,20 @@ def test_balance_at_scale(nodes, experts, slots):
     plan = plan_batch(loads, cluster)
     assert plan.imbalance_mean(loads) <= 1.003
     assert plan.imbalance_worst(loads) <= 1.02
-    sent = ((plan.replicas >= 0) & ~plan.guests[:, None]).sum((2, 3))
+    sent = ((plan.replicas >= 0) & ~plan.kept[:, None]).sum((2, 3))
     assert sent.mean() <= cluster.num_ranks - nodes
-    assert plan.guests.sum(2).max() <= 1
+    assert plan.kept.sum(2).max() <= 1
 
 
 def test_the_guest_budget_is_kept():
     loads = skewed_loads(6, 8, 64)
     cluster = ClusterSpec(4, 8, 2)
     free = plan_batch(loads, cluster)
-    assert free.guests.sum((0, 2)).max() > 1
+    assert free.kept.sum((0, 2)).max() > 1
     plan = plan_batch(loads, cluster, options=PlanOptions(max_guests=1))
-    assert plan.guests.sum((0, 2)).max() == 1
+    assert plan.kept.sum((0, 2)).max() == 1
     none = plan_batch(loads, cluster, options=PlanOptions(max_guests=0))
-    assert not none.guests.any()
+    assert not none.kept.any()
     assert free.imbalance_mean(loads) <= plan.imbalance_mean(loads) <= none.imbalance_mean(loads)
 
 
@@ -118,7 +118,7 @@ def test_guests_are_spread_over_the_ranks_of_a_node():
     """Over many layers the ranks of a node hold about the same number; the plan is as balanced as it was."""
     loads = skewed_loads(24, 8, 64)
     plan = plan_batch(loads, ClusterSpec(4, 8, 2))
-    held = plan.guests.sum((0, 2)).reshape(4, 8)
+    held = plan.kept.sum((0, 2)).reshape(4, 8)
     assert held.sum() > 24
     assert (held.max(1) - held.min(1)).max() <= 1
     assert plan.imbalance_mean(loads) <= 1.003
@@ -138,9 +138,9 @@ def test_room_for_more_guests_is_never_worse(slots, guest_slots):
 def test_a_guest_takes_no_less_than_its_weights_are_worth():
     loads = skewed_loads(4, 8, 64)
     plan = plan_batch(loads, ClusterSpec(4, 8, 2), options=PlanOptions(min_quota=60))
-    taken = plan.quota[np.broadcast_to(plan.guests[:, None], plan.quota.shape)]
-    assert plan.guests.any() and taken[taken > 0].min() >= 60
-    assert not plan_batch(loads, ClusterSpec(4, 8, 2), options=PlanOptions(min_quota=10**8)).guests.any()
+    taken = plan.quota[np.broadcast_to(plan.kept[:, None], plan.quota.shape)]
+    assert plan.kept.any() and taken[taken > 0].min() >= 60
+    assert not plan_batch(loads, ClusterSpec(4, 8, 2), options=PlanOptions(min_quota=10**8)).kept.any()
 
 
 def test_one_assignment_a_rank():

@@ -9,14 +9,14 @@ LOADS = np.random.default_rng(0).integers(10, 100, (2, 3, 8))
 
 
 def parts(**change):
-    """A plan over 2 nodes x 2 ranks with 2 slots: expert 0 (home rank 0) on rank 1, expert 4 as a guest of rank 0."""
+    """A plan over 2 nodes x 2 ranks with 2 slots: expert 0 (home rank 0) on rank 1, expert 4 kept on rank 0."""
     home = np.tile(np.arange(8) // 2, (2, 1))
     replicas = np.full((2, 3, 4, 2), -1)
     quota = np.zeros((2, 3, 4, 2), int)
-    guests = np.zeros((2, 4, 2), bool)
+    kept = np.zeros((2, 4, 2), bool)
     replicas[0, 1, 1, 0], quota[0, 1, 1, 0] = 0, 5
-    replicas[1, :, 0, 1], quota[1, :, 0, 1], guests[1, 0, 1] = 4, (3, 0, 2), True
-    values = {"home": home, "replicas": replicas, "quota": quota, "guests": guests, "gpus_per_node": 2, "loads": LOADS}
+    replicas[1, :, 0, 1], quota[1, :, 0, 1], kept[1, 0, 1] = 4, (3, 0, 2), True
+    values = {"home": home, "replicas": replicas, "quota": quota, "kept": kept, "gpus_per_node": 2, "loads": LOADS}
     for name, (where, value) in change.items():
         values[name] = values[name].copy()
         values[name][where] = value
@@ -43,12 +43,12 @@ def test_properties():
         ({"home": ((0, 0), 1)}, "rank 0 is home to 1 experts of layer 0"),
         ({"home": ((0, 0), 4)}, "must be 0 to 3"),
         ({"replicas": ((0, 1, 1, 0), 2)}, "layer 0, micro-batch 1, rank 1, slot 0 holds a replica .* owns"),
-        ({"replicas": ((0, 1, 1, 0), 5)}, "rank 1, slot 0 is no guest slot but holds an expert of another node"),
+        ({"replicas": ((0, 1, 1, 0), 5)}, "rank 1, slot 0 is fetched, but its expert has neither its home nor a kept"),
         ({"replicas": ((0, 1, 1, 0), 8)}, "names expert 8"),
         ({"replicas": ((0, 1, 1, 1), 0)}, "holds one expert twice"),
         ({"replicas": ((1, 1, 0, 1), 5)}, "changes its expert"),
         ({"replicas": ((1, 1, 0, 1), -1)}, "changes its expert"),
-        ({"guests": ((1, 0, 1), False)}, "is no guest slot"),
+        ({"kept": ((1, 0, 1), False)}, "is fetched, but"),
         ({"quota": ((0, 1, 1, 0), -1)}, "quota"),
         ({"quota": ((0, 1, 1, 1), 1)}, "quota"),
         ({"quota": ((0, 1, 1, 0), 10_000)}, "expert 0 in layer 0, micro-batch 1 take"),
@@ -72,7 +72,7 @@ def test_shapes_are_checked():
 
 def test_quotas_of_one_expert_are_added_up():
     values = parts(replicas=((0, 1, 1, 0), 0))
-    values["guests"][0, 2, 0] = True
+    values["kept"][0, 2, 0] = True
     values["replicas"][0, :, 2, 0] = 0
     values["quota"][0, 1, 2, 0] = LOADS[0, 1, 0] - 5
     BatchPlan(**values)
@@ -85,7 +85,7 @@ def test_save_and_load(tmp_path):
     plan = BatchPlan(**parts(), model="tiny")
     plan.save(tmp_path / "plan")  # exactly this name: numpy would add .npz
     again = BatchPlan.load(tmp_path / "plan", loads=LOADS, model="tiny")
-    for name in ("home", "replicas", "quota", "guests"):
+    for name in ("home", "replicas", "quota", "kept"):
         np.testing.assert_array_equal(getattr(again, name), getattr(plan, name))
     assert (again.gpus_per_node, again.loads_sha256, again.model) == (2, plan.loads_sha256, "tiny")
     assert [path.name for path in tmp_path.iterdir()] == ["plan"]
@@ -142,3 +142,26 @@ def test_micro_batches_without_load_are_left_out():
     assert np.isnan(plan.imbalance(loads)[1, 2])
     assert np.isfinite(plan.imbalance_mean(loads))
     assert plan_batch(loads * 0, ClusterSpec(2, 2)).imbalance_mean(loads * 0) == 1.0
+
+
+def test_a_kept_replica_may_be_on_any_node_and_lends_to_its_node():
+    values = parts()
+    values["kept"][0, 1, 1], values["replicas"][0, :, 1, 1] = True, 1  # beside its home
+    values["replicas"][1, 0, 1, 0] = 4  # fetched from rank 0, which keeps expert 4 of the other node
+    plan = BatchPlan(**values)
+    assert plan.kept[0, 1, 1]
+    assert plan.replicas[1, 0, 1, 0] == 4
+
+
+def test_files_of_version_1_are_read(tmp_path):
+    plan, path = BatchPlan(**parts()), tmp_path / "plan.npz"
+    plan.save(path)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    assert arrays["format_version"] == 2
+    kept = arrays.pop("kept")
+    np.savez(path, **{**arrays, "guests": kept, "format_version": 1})
+    np.testing.assert_array_equal(BatchPlan.load(path).kept, plan.kept)
+    np.savez(path, **{**arrays, "guests": kept})
+    with pytest.raises(FormatError, match="has no array 'kept'"):
+        BatchPlan.load(path)

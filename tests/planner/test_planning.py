@@ -40,7 +40,7 @@ def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
     static = static_plan(loads, cluster)
     assert plan.imbalance_mean(loads) <= static.imbalance_mean(loads) + 1e-12
     assert (plan.rank_loads(loads).max(2).sum(1) <= static.rank_loads(loads).max(2).sum(1)).all()
-    assert ((plan.quota > 0) == (plan.replicas >= 0))[~np.broadcast_to(plan.guests[:, None], plan.quota.shape)].all()
+    assert ((plan.quota > 0) == (plan.replicas >= 0))[~np.broadcast_to(plan.kept[:, None], plan.quota.shape)].all()
 
 
 def test_a_bad_placement_is_not_taken(monkeypatch):
@@ -128,7 +128,7 @@ from relibra_kernels.planner import ClusterSpec, plan_batch
 with np.load(sys.argv[1]) as file:
     plan = plan_batch(file["loads"], ClusterSpec(4, 8, 2))
 digest = hashlib.sha256()
-for name in ("home", "replicas", "quota", "guests"):
+for name in ("home", "replicas", "quota", "kept"):
     digest.update(getattr(plan, name).tobytes())
 print(digest.hexdigest())
 """
@@ -146,7 +146,7 @@ def test_same_bits_in_every_process_and_thread_count(tmp_path):
         assert done.returncode == 0, done.stderr
         digests.add(done.stdout.strip())
     plan = plan_batch(loads, ClusterSpec(4, 8, 2))
-    here = hashlib.sha256(b"".join(getattr(plan, n).tobytes() for n in ("home", "replicas", "quota", "guests")))
+    here = hashlib.sha256(b"".join(getattr(plan, n).tobytes() for n in ("home", "replicas", "quota", "kept")))
     assert digests == {here.hexdigest()}
 
 

@@ -36,7 +36,9 @@ class Case:
     micro_batches: int = 2
     sequence_lengths: tuple[int, ...] = (5, 9, 3, 7, 6, 4, 8, 5)  # sequence i: rank i % ranks
     routing: str = "skewed"  # skewed | same (every token the same experts) | empty_expert (expert 0 never)
-    plan: str = "planned"  # planned | static | shuffled (random homes and guests by hand) | mixed (layer 0: no guests)
+    plan: str = (
+        "planned"  # planned | static | shuffled (random homes and kept replicas by hand) | mixed (layer 0: none kept)
+    )
     steps: int = 1
     dtype: torch.dtype = torch.float64
     padding: int = 0  # padding tokens before every sequence
@@ -287,11 +289,11 @@ def make_plan(case: Case, ep: ExpertParallel, trace: RoutingTrace, groups: np.nd
     plan = shuffled_plan(loads, ep.cluster, step)
     if case.plan == "shuffled":
         return plan
-    return replace(plan, guests=plan.guests & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
+    return replace(plan, kept=plan.kept & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
 
 
 def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> BatchPlan:
-    """Random homes, replicas in every slot (as guests, so of any node), random quotas: everything is used."""
+    """Random homes, kept replicas of any node in every slot, random quotas: everything is used."""
     random = np.random.default_rng(seed)
     loads = loads_LMRE.sum(2)
     layers, _, experts = loads.shape
@@ -299,11 +301,11 @@ def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> Ba
     empty = plan_batch(np.zeros_like(loads), cluster)
     home = np.stack([random.permutation(np.arange(experts) // per_rank) for _ in range(layers)])
     replicas, quota = np.full_like(empty.replicas, -1), np.zeros_like(empty.quota)
-    guests = np.zeros_like(empty.guests)
+    kept = np.zeros_like(empty.kept)
     for layer in range(layers):
         for rank in range(ranks):
             for slot, expert in enumerate(random.permutation(np.flatnonzero(home[layer] != rank))[:slots]):
-                guests[layer, rank, slot] = True
+                kept[layer, rank, slot] = True
                 replicas[layer, :, rank, slot] = expert
     left = loads.copy()
     for layer, m, rank, slot in np.ndindex(replicas.shape):
@@ -312,5 +314,5 @@ def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> Ba
             quota[layer, m, rank, slot] = random.integers(0, left[layer, m, expert] + 1)
             left[layer, m, expert] -= quota[layer, m, rank, slot]
     return replace(
-        empty, home=home, replicas=replicas, quota=quota, guests=guests, loads_sha256="", model="toy", loads=loads
+        empty, home=home, replicas=replicas, quota=quota, kept=kept, loads_sha256="", model="toy", loads=loads
     )

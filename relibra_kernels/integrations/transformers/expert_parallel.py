@@ -124,7 +124,7 @@ def shared_parts(
     comm: Comm, plan: BatchPlan, weights_of: Callable[[int], ExpertWeights], device: torch.device
 ) -> BatchParts:
     """What layers share. FSDP gathers a layer's weights when it runs: nothing is fetched ahead, and no guest stays."""
-    guests = KeptGuests(comm, plan, weights_of, np.zeros_like(plan.guests))
+    guests = KeptGuests(comm, plan, weights_of, np.zeros_like(plan.kept))
     pushes = ReplicaPushes(comm, weights_of, guests.weights)
     session = Session(RuntimeOptions(), comm.ledger)
     return BatchParts(session, comm, plan, pushes, guests, Buffers(), device, fetch_ahead=False)
@@ -149,7 +149,7 @@ def _live_site(
         home=contiguous_home(1, num_experts, comm.size),
         replicas=replicas_RS[None, None],
         quota=_at_most(replicas_RS, quota_RS, loads_RE.sum(0))[None, None],
-        guests=guests[None],
+        kept=guests[None],
         gpus_per_node=comm.gpus_per_node,
     )
     tables = Tables(comm, live, loads_RE[None, None], trace, groups, device)

@@ -74,7 +74,7 @@ def batch(
     except ReLibraError as error:
         problem = error
     facts = {
-        "the plan": checksum(plan.home, plan.replicas, plan.quota, plan.guests),
+        "the plan": checksum(plan.home, plan.replicas, plan.quota, plan.kept),
         "having a trace": trace is not None,
     }
     comm.agree(problem, facts, device, "opening the batch")

@@ -23,7 +23,7 @@ def kept_guests(plan: BatchPlan, bytes_each: Sequence[int], budget: int | None) 
         bytes_each: weights and gradient of one expert of each layer.
         budget: bytes a rank over all layers; None: no limit.
     """
-    guests = plan.guests & (plan.replicas[:, 0] >= 0)
+    guests = plan.kept & (plan.replicas[:, 0] >= 0)
     used = np.zeros(plan.num_ranks, np.int64)
     for layer, each in enumerate(bytes_each):
         need = used + guests[layer].sum(1) * each
