@@ -29,7 +29,7 @@ def warmup(
     model: nn.Module | ExpertParallel,
     tokens: int | Iterable[int],
     *,
-    device: "Device | None" = None,
+    device: "Device | str | None" = None,
     group: dist.ProcessGroup | None = None,
     jobs: int | None = None,
 ) -> int:
@@ -42,10 +42,11 @@ def warmup(
         model: holds `ReplicatedMoE` layers; of an `ExpertParallel`, what runs with replicas and without is compiled.
         tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
             around that: half and twice as many are compiled for as well.
-        device: compile for this GPU (`configs.limits.device_for`), which need not be here; None: for the model's.
+        device: compile for this GPU, which need not be here: its name ("H100") or its limits; None: for the model's.
         jobs: compilers at a time; None: as many as there are cores, shared by the machine's ranks.
 
-    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given.
+    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given, or where no GPU
+    has the name.
     """
     counts = sorted({tokens} if isinstance(tokens, int) else set(tokens))
     if not counts or counts[0] < 1:
@@ -59,8 +60,11 @@ def warmup(
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
     from .compiling.precompiling import compile_for, compile_on
-    from .configs.limits import device_of
+    from .configs.limits import device_for, device_of
+    from .configs.products import product_named
 
+    if isinstance(device, str):
+        device = device_for(product_named(device))
     target = device or device_of(where)
 
     def launches() -> "list[Launch]":

@@ -96,7 +96,7 @@ def test_the_first_step_after_it_compiles_nothing(compiled, device, form, recomp
 def test_it_is_the_tokens_that_count(compiled):
     """Few rows a slot get other tiles than many: what was not asked for is not there."""
     model = make_layer()
-    warmup(model, 2048, device=H100)
+    warmup(model, 2048, device="H100")  # by name
     assert digests_of(H100, lambda: train(model, 2048)) <= set(compiled)
     assert not digests_of(H100, lambda: train(model, 64)) <= set(compiled)
 
