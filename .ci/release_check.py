@@ -4,11 +4,13 @@ The metadata name one version, the one of the CHANGELOG; the wheel, which was bu
 configs; it imports beside a decoy `planner.py`; mypy sees its public names; the API page is up to date.
 """
 
+import os
 import re
 import subprocess
 import sys
 import tarfile
 import tempfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ IMPORTS = """
 import pathlib, sys
 import relibra_kernels.planner
 import relibra_kernels.autotune_configs
-assert pathlib.Path(relibra_kernels.__file__).is_relative_to(pathlib.Path("site").resolve()), relibra_kernels.__file__
+assert pathlib.Path(relibra_kernels.__file__).is_relative_to(pathlib.Path("venv").resolve()), relibra_kernels.__file__
 assert "torch" not in sys.modules and "triton" not in sys.modules
 import relibra_kernels.nn
 """
@@ -25,7 +27,7 @@ USERS_FILE = "from relibra_kernels import ClusterSpec\nreveal_type(ClusterSpec(1
 
 
 def run(*command: str, cwd: Path = ROOT, path: str = "") -> str:
-    environment = {"PYTHONPATH": path} if path else None
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, env=environment)
     if done.returncode:
         sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
@@ -63,18 +65,20 @@ def check_installed(wheel: Path) -> None:
     """It imports beside another `planner`, its planner needs neither torch nor triton, and mypy knows its types."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        venv.create(folder / "venv")
+        site = next((folder / "venv").glob("lib/python*/site-packages"))
         pip = (sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index")
-        run(*pip, "--target", str(folder / "site"), str(wheel))
+        run(*pip, "--target", str(site), str(wheel))
         (folder / "planner.py").write_text('raise ImportError("the decoy planner.py was imported")')
-        run(sys.executable, "-c", IMPORTS, cwd=folder, path=str(folder / "site"))
+        run(sys.executable, "-c", IMPORTS, cwd=folder, path=str(site))
         (folder / "theirs.py").write_text(USERS_FILE)
-        (folder / "mypy.ini").write_text(f"[mypy]\nmypy_path = {folder / 'site'}\n")
-        assert 'Revealed type is "int"' in run(sys.executable, "-m", "mypy", "theirs.py", cwd=folder)
+        theirs = ("--python-executable", str(folder / "venv/bin/python"), "theirs.py")
+        assert 'Revealed type is "int"' in run(sys.executable, "-m", "mypy", *theirs, cwd=folder)
 
 
 def check_docs() -> None:
     before = (ROOT / "docs/api.md").read_text()
-    run(sys.executable, "docs/make_api.py")
+    run(sys.executable, "docs/make_api.py", path=str(ROOT))
     if (ROOT / "docs/api.md").read_text() != before:
         sys.exit("docs/api.md was not up to date; it is now: commit it")
 
