@@ -1,7 +1,7 @@
 """Check what would be released: `make release-check`, with the wheel and the sdist in dist/.
 
-The metadata name one version, the one of the CHANGELOG; the wheel, which was built from the sdist, holds types, licence and
-configs; it imports beside a decoy `planner.py`; mypy sees its public names; the API page is up to date.
+The metadata name one version, the one of the CHANGELOG. The wheel, which was built from the sdist, holds types, licence
+and configs, and it imports beside a decoy `planner.py`. mypy sees its public names. The API page is up to date.
 """
 
 import os
