@@ -119,7 +119,7 @@ def blocks_by_tokens(monkeypatch, tmp_path):
     buckets = tuple(Bucket(1, tokens, config, 1.0) for tokens, config in names.items())
     entries = [
         Entry(part, "bf16", HIDDEN, 0, False, False, "measured", "", None, "2026-11-24", buckets)
-        for part in ("permute", "unpermute", "unpermute_backward")
+        for part in ("permute", "unpermute")
     ]
     update(path_of(tmp_path, "H100", "permute"), "H100", "permute", lambda old: entries)
     lookup.forget()
