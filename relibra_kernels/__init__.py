@@ -19,6 +19,7 @@ _PUBLIC = {
     "ReplicatedMoE": "nn",
     "TopKRouter": "nn",
     "ExpertParallel": "parallel",
+    "RoutedBatch": "parallel",
     "warmup": "precompile",
 }
 

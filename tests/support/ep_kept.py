@@ -48,17 +48,17 @@ def lives_of_replicas(case: Case) -> list[int]:
     return moments
 
 
-def lives_of_guests(case: Case) -> tuple[bool, bool]:
-    """Whether the weights of guests that stay are alive in a batch, and after it."""
+def lives_of_kept_replicas(case: Case) -> tuple[bool, bool]:
+    """Whether the weights of kept replicas are alive in a batch, and after it."""
     ep, optimizer = start(case)
     trace, groups, _ = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     plan = make_plan(case, ep, trace.select(mine), groups[mine], 0)
     with ep.batch(plan, trace.select(mine), groups[mine], optimizer):
-        guests = weakref.ref(ep._batch._guests.weights(0).gate_up)
-        within = guests() is not None
+        kept = weakref.ref(ep._batch._kept.weights(0).gate_up)
+        within = kept() is not None
     ep.stats()  # of the batch that is over
-    return within, guests() is not None
+    return within, kept() is not None
 
 
 @contextmanager
