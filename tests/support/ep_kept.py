@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
 
+from relibra_kernels.parallel import RoutedBatch
 from relibra_kernels.parallel.experts.replicas import Push
 
 
@@ -19,7 +20,7 @@ def lives_of_replicas(case: Case) -> list[int]:
     trace, groups, tokens = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     trace, groups = trace.select(mine), groups[mine]
-    plan = make_plan(case, ep, trace, groups, 0)
+    plan = make_plan(case, ep, RoutedBatch(trace, groups, case.micro_batches), 0)
     with weights_of_pushes() as stores:
         moments: list[int] = []
 
@@ -53,7 +54,7 @@ def lives_of_kept_replicas(case: Case) -> tuple[bool, bool]:
     ep, optimizer = start(case)
     trace, groups, _ = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
-    plan = make_plan(case, ep, trace.select(mine), groups[mine], 0)
+    plan = make_plan(case, ep, RoutedBatch(trace.select(mine), groups[mine], case.micro_batches), 0)
     with ep.batch(plan, trace.select(mine), groups[mine], optimizer):
         kept = weakref.ref(ep._batch._kept.weights(0).gate_up)
         within = kept() is not None
