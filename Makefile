@@ -7,8 +7,11 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/relibra demo
 
+# Two processes, each with whole files, so that what a file's tests share is made once.
+TEST := $(BIN)/python -m pytest -q -p no:benchmark --numprocesses 2 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(TEST)
 
 lint: .venv/installed
 	$(BIN)/ruff check .
