@@ -141,7 +141,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
     home = experts.weights.map(_meta)
     slots = experts.num_experts + replicas
-    guest = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
+    replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
     table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
     # A received row visits one to K slots, so there are 1 to K times `count` of them.
     received = [min(count << i, count * top_k) for i in range(top_k.bit_length() + 1)]
@@ -152,10 +152,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     schedule = schedules[-1]
     x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
-    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=guest, weight_of_slot=table)
+    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
     grad = home.map(zeros_fp32)
-    into: dict[str, Any] = {"grad": grad, "replica": guest, "weight_of_slot": table}
-    into["replica_grad"] = guest.map(zeros_fp32) if guest is not None else None
+    into: dict[str, Any] = {"grad": grad, "replica": replica, "weight_of_slot": table}
+    into["replica_grad"] = replica.map(zeros_fp32) if replica is not None else None
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
@@ -165,7 +165,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         ops.unpermute(out, _meta(gates, of_rows.num_tokens, top_k), of_rows)
         for returned in (out, dx, dgates):
             ops.unpermute(returned, None, of_rows)
-    if guest is not None:
+    if replica is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
