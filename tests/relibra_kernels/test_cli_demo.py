@@ -15,7 +15,7 @@ from relibra_kernels.planner import BatchPlan, RoutingTrace, count_loads
 pytest.importorskip("transformers", reason="the demo's model is a transformers one")
 pytest.importorskip("matplotlib", reason="the demo draws a plot")
 
-SMALL = ["--training-steps", "4", "--prompts", "1", "--repeats", "2"]
+SMALL = ["--training-steps", "2", "--prompts", "1", "--repeats", "2"]
 
 
 COMMAND = [sys.executable, "-m", "relibra_kernels", "demo", *SMALL]
