@@ -79,7 +79,7 @@ def _count(trace: RoutingTrace, group: np.ndarray, groups: int) -> np.ndarray:
     base = (np.arange(layers, dtype=np.intp) * bins + 1)[:, None]
     counts = np.zeros((groups, layers * bins), np.int32)
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(group)], strict=True):
+    for start, stop in zip(starts, np.append(starts, len(group))[1:], strict=True):
         rows = trace.expert_ids[trace.offsets[start] : trace.offsets[stop]]
         for part in token_chunks(len(rows), layers * top_k):
             key = np.add(rows[part], base, dtype=np.intp)

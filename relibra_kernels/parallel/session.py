@@ -25,7 +25,7 @@ class RuntimeOptions:
     keep_replicas: replicas fetched in forward stay until backward instead of being fetched again
     overlap:       the rows that stay on their rank are computed while the others travel
     combine_dtype: torch.float32 sums a token's partial results unrounded (twice the bytes of bf16); None: the model's
-    guest_bytes:   memory a rank for guests that stay for the batch, over all layers; None: all of them stay
+    kept_bytes:   memory a rank for kept replicas over all layers; None: all that the plan keeps
     compare_dense: the first batch compares parameters outside of the experts between ranks; False where ranks hold
                    different parts of them as plain tensors (tensor parallelism)
     spare_rows:    tokens a rank and micro-batch that may choose other experts than were recorded
@@ -36,7 +36,7 @@ class RuntimeOptions:
     keep_replicas: bool = False
     overlap: bool = False
     combine_dtype: torch.dtype | None = None
-    guest_bytes: int | None = None
+    kept_bytes: int | None = None
     compare_dense: bool = True
     spare_rows: int = 0
     watchdog_seconds: float = 60.0
@@ -46,7 +46,7 @@ class RuntimeOptions:
             raise InputError(f"combine_dtype is {self.combine_dtype}; it must be torch.float32, torch.float64 or None")
         if not self.watchdog_seconds > 0:
             raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
-        for name in ("guest_bytes", "spare_rows"):
+        for name in ("kept_bytes", "spare_rows"):
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"{name} is {value}; it must not be negative")

@@ -80,9 +80,9 @@ ROOMS = (
         "simulation", "policies in modelled time", "planning solver options pricing plan errors", "planner.simulation"
     ),
     Room("planning", "from loads to a plan", "solver options pricing plan errors", "planner.planning"),
-    Room("formats", "one loader an engine", "plan errors", "planner.formats"),
+    Room("formats", "one loader an engine", "plan files errors", "planner.formats"),
     Room("solver", "placement, replicas, the exact split", "options pricing plan errors", "planner.solver"),
-    Room("options", "what a user asks of a plan", "pricing errors", "planner.options"),
+    Room("options", "what a plan is to achieve", "pricing errors", "planner.options"),
     Room("pricing", "what a plan costs", "plan errors", "planner.pricing"),
     Room(
         "plan",
@@ -90,7 +90,7 @@ ROOMS = (
         "files errors",
         "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.trace planner.cluster",
     ),
-    Room("files", "files that are written whole", "errors", "planner.files"),
+    Room("files", "files written whole or not at all", "errors", "planner.files"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),
 )
 

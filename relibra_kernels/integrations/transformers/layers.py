@@ -9,6 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from ...nn import ReplicatedExperts
+from ...parallel import checks
 from ...planner import RoutingTrace
 from ...planner.errors import InputError, ShapeError
 
@@ -59,13 +60,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 
 def check_trace(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
     """Refuse a trace of another model."""
-    shape = (trace.num_layers, trace.top_k, trace.num_experts)
-    expected = (len(layers), layers[0].top_k, layers[0].num_experts)
-    if shape != expected:
-        raise InputError(f"trace has (layers, top-k, experts) {shape}, but the model has {expected}")
-    ids = tuple(layer.layer_id for layer in layers)
-    if trace.moe_layer_ids not in (ids, tuple(range(len(ids)))):
-        raise InputError(f"trace was recorded in the layers {trace.moe_layer_ids}, but the model has experts in {ids}")
+    first = layers[0]
+    checks.check_trace(trace, len(layers), first.top_k, first.num_experts, [layer.layer_id for layer in layers])
 
 
 @dataclass(frozen=True)
