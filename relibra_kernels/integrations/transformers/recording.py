@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
-from ...planner.trace import id_dtype
+from ...planner.trace_rules import id_dtype
 from .layers import Fed, MoeLayer, fed_tokens, moe_layers
 
 
