@@ -3,9 +3,10 @@
 import os
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
@@ -19,6 +20,21 @@ def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray | Writer) -> Non
 
     The same arrays give the same bytes. An array that was never in memory at once is given as its writer.
     """
+    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for key, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
+                if callable(array):
+                    array(member)
+                else:
+                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file to write into, which takes the place of `path` when the block ends; where it fails, nothing does.
+
+    Raises: FormatError where `path` is no file, or its folder cannot be written.
+    """
     target = Path(path)
     if target.exists() and not target.is_file():
         raise FormatError(f"{target}: is not a file, and only a file is replaced")
@@ -27,13 +43,8 @@ def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray | Writer) -> Non
     except OSError as error:
         raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from None
     try:
-        with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-            for key, array in arrays.items():
-                with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
-                    if callable(array):
-                        array(member)
-                    else:
-                        np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
+        with os.fdopen(handle, "wb") as file:
+            yield file
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)

@@ -167,21 +167,6 @@ class RoutingTrace:
         known[ends[ends > starts] - 1] = True
         return bool(known.all())
 
-    def check_model(
-        self, num_layers: int, top_k: int, num_experts: int, layer_ids: tuple[int, ...] | None = None
-    ) -> None:
-        """Refuse, with an InputError, a trace of another model than this: its MoE layers, choices and experts.
-
-        layer_ids: the model's numbers of its MoE layers; None: not known. A trace may number them from 0 on instead.
-        """
-        shape, expected = (self.num_layers, self.top_k, self._num_experts), (num_layers, top_k, num_experts)
-        if shape != expected:
-            raise InputError(f"trace has (layers, top-k, experts) {shape}, but the model has {expected}")
-        if layer_ids is not None and self._layers not in (layer_ids, tuple(range(num_layers))):
-            raise InputError(
-                f"trace was recorded in the layers {self._layers}, but the model has experts in {layer_ids}"
-            )
-
     def sequence(self, index: int) -> np.ndarray:
         """[n, L, K] of one sequence's tokens, signed as in `expert_ids`."""
         return self._signed(self._slice(index))

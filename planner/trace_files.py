@@ -112,7 +112,10 @@ def _versions(arrays: dict[str, np.ndarray]) -> tuple[VersionSpan, ...]:
     spans, names = arrays["version_spans"], arrays.get("version_names", np.zeros(0, "U1"))
     if spans.ndim != 2 or spans.shape[1] != 3 or spans.dtype.kind not in "iu" or names.shape != spans.shape[:1]:
         raise InputError(f"version_spans has shape {spans.shape} and version_names {names.shape}, not [n, 3] and [n]")
-    return tuple(VersionSpan(*map(int, span), str(name)) for span, name in zip(spans, names, strict=True))
+    return tuple(
+        VersionSpan(int(sequence), int(start), int(stop), str(name))
+        for (sequence, start, stop), name in zip(spans, names, strict=True)
+    )
 
 
 def _share(

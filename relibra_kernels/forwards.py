@@ -75,7 +75,7 @@ def forwards_now() -> Snapshot | None:
 
 def at_end_of_backward(call: Callable[[], Any]) -> None:
     """Have `call()` done once the backward that runs now is over; one that fails never gets there."""
-    torch.autograd.Variable._execution_engine.queue_callback(call)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(call)
 
 
 def _see(task: int, snapshot: Snapshot) -> None:

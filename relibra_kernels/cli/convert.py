@@ -7,7 +7,7 @@ import argparse
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -142,7 +142,7 @@ def _traces(args: argparse.Namespace) -> Iterator[RoutingTrace]:
         yield formats.from_megatron_lines(lines, args.num_experts, holes=args.holes)
         return
     if args.form == "verl":
-        arrays = load_npz(
+        arrays: dict[str, Any] = load_npz(
             args.input, ("routed_experts",), ("attention_mask", "cu_seqlens", "response_mask", "replay_mask")
         )
         token_ids = None if args.tokens is None else list(_token_id_lists(args.tokens))
@@ -150,13 +150,13 @@ def _traces(args: argparse.Namespace) -> Iterator[RoutingTrace]:
         return
     if args.form == "sglang":
         common |= {"num_layers": args.num_layers, "top_k": args.top_k}
-    load = {
+    loaders: dict[str, Callable[..., RoutingTrace]] = {
         "vllm": formats.from_vllm,
         "sglang": formats.from_sglang,
         "slime": formats.from_slime,
         "prime-rl": formats.from_prime_rl,
         "nemo-rl": formats.from_nemo_rl,
-    }[args.form]
+    }
     samples = _samples(args.input, args.form)
     given = None if args.tokens is None else iter(_token_id_lists(args.tokens))
     done = 0
@@ -168,7 +168,9 @@ def _traces(args: argparse.Namespace) -> Iterator[RoutingTrace]:
                 raise InputError(f"--tokens has {done + len(ids)} sequences, but there are more")
         token_ids = None if any(tokens is None for tokens in ids) else ids
         options = {**common, **({} if done == 0 else {"first_sequence": done})}
-        yield load([_payload(sample) for sample in batch], args.num_experts, token_ids=token_ids, **options)  # type: ignore[operator]
+        yield loaders[args.form](
+            [_payload(sample) for sample in batch], args.num_experts, token_ids=token_ids, **options
+        )
         done += len(batch)
     if given is not None and next(given, None) is not None:
         raise InputError(f"num_tokens has more entries than the {done} sequences")

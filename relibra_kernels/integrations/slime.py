@@ -9,11 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..planner import ClusterSpec, RoutingTrace, from_slime
+from ..parallel.routed_batch import RoutedBatch
+from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_slime
 from ..planner.errors import InputError
 from ..planner.formats.sequences import Holes
 from ..planner.formats.verl import needed_tokens
-from .batches import PlannedBatch, plan_micro_batches, to_numpy
+from .batches import PlannedBatch, plan_routed_batch, to_numpy
 
 
 def trace_of_rollout(
@@ -60,15 +61,22 @@ def plan_for_train(
     cluster: ClusterSpec,
     micro_batch_indices_of_rank: Sequence[Sequence[Sequence[int]]],
     *,
+    partition_of_rank: Sequence[Sequence[int]] | None = None,
     moe_layer_ids: Sequence[int] | None = None,
     previous_home: np.ndarray | None = None,
     holes: Holes = "refuse",
+    options: PlanOptions | None = None,
 ) -> PlannedBatch:
     """Call it once the samples are partitioned, before the trainer's `train` starts.
 
     Args:
-        micro_batch_indices_of_rank: for every rank of the expert-parallel group, slime's `micro_batch_indices`, with
-            samples numbered as in `rollout_data`.
+        micro_batch_indices_of_rank: for every rank of the expert-parallel group, slime's `micro_batch_indices`.
+        partition_of_rank: the samples of every rank, into which those indices point. None: they are the numbers of
+            samples in `rollout_data`.
     """
     trace = trace_of_rollout(rollout_data, num_experts, moe_layer_ids=moe_layer_ids, holes=holes)
-    return plan_micro_batches(trace, micro_batch_indices_of_rank, cluster, previous_home=previous_home)
+    if partition_of_rank is None:
+        routed = RoutedBatch.from_micro_batches(trace, micro_batch_indices_of_rank)
+    else:
+        routed = RoutedBatch.from_slime(trace, partition_of_rank, micro_batch_indices_of_rank)
+    return plan_routed_batch(routed, cluster, previous_home=previous_home, options=options)

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..planner import ClusterSpec, RoutingTrace, from_verl
+from ..parallel.routed_batch import RoutedBatch
+from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_verl
 from ..planner.errors import InputError
 from ..planner.formats.sequences import Holes
-from .batches import PlannedBatch, even_micro_batches, plan_micro_batches, to_numpy
+from .batches import PlannedBatch, plan_routed_batch, to_numpy
 
 
 def trace_of_batch(
@@ -70,6 +71,7 @@ def plan_for_update(
     moe_layer_ids: Sequence[int] | None = None,
     previous_home: np.ndarray | None = None,
     holes: Holes = "refuse",
+    options: PlanOptions | None = None,
 ) -> PlannedBatch:
     """Call it in `RayPPOTrainer.fit`, after advantages and before `update_actor(batch)`; send the result along.
 
@@ -78,5 +80,5 @@ def plan_for_update(
     `plan_micro_batches`.
     """
     trace = trace_of_batch(batch, num_experts, moe_layer_ids=moe_layer_ids, holes=holes)
-    micro_batches = even_micro_batches(trace.num_sequences, cluster.num_ranks, micro_batch_size_per_gpu)
-    return plan_micro_batches(trace, micro_batches, cluster, previous_home=previous_home)
+    routed = RoutedBatch.from_verl(trace, cluster.num_ranks, micro_batch_size_per_gpu)
+    return plan_routed_batch(routed, cluster, previous_home=previous_home, options=options)

@@ -67,9 +67,9 @@ def _real(mask: Any, batch: int, length: int, cached: int) -> np.ndarray:
         real = mask[:, columns].bool().numpy(force=True)
         return np.broadcast_to(real, (batch, length)).copy()
     pairs = mask if mask.ndim == 3 else mask[:, 0]
-    attends = pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
-    attends = attends[:, -length:].numpy(force=True)
-    itself = np.take_along_axis(attends, columns[None, :, None].repeat(len(attends), 0), 2)[:, :, 0]
+    seen = pairs if pairs.dtype == torch.bool else pairs > torch.finfo(pairs.dtype).min / 2
+    attends: np.ndarray = seen[:, -length:].numpy(force=True)
+    itself = attends[:, np.arange(length), columns]
     ahead = (attends & (np.arange(attends.shape[2]) > columns[:, None])).any(2)  # rows of padding are opened up
     return np.broadcast_to(itself & ~ahead, (batch, length)).copy()
 

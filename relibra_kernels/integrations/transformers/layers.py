@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ...nn import ReplicatedExperts
+from ...parallel import checks
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 
@@ -77,9 +78,11 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """What is inside of wrappers around one module."""
-    while inner := next((module._modules[key] for key in _WRAPPED if key in module._modules), None):
+    while True:
+        inner = next((module._modules[key] for key in _WRAPPED if module._modules.get(key) is not None), None)
+        if inner is None:
+            return module
         module = inner
-    return module
 
 
 def model_inside(model: nn.Module) -> nn.Module:
@@ -88,7 +91,7 @@ def model_inside(model: nn.Module) -> nn.Module:
         inner = unwrapped(model)
         if type(inner).__module__.split(".")[0] == "peft":
             children = inner._modules
-            inner = next((children[key] for key in ("base_model", "model") if children.get(key) is not None), inner)
+            inner = next((child for key in ("base_model", "model") if (child := children.get(key)) is not None), inner)
         if inner is model:
             return model
         model = inner
@@ -110,4 +113,5 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
 
 def check_trace(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
     """Refuse a trace of another model."""
-    trace.check_model(len(layers), layers[0].top_k, layers[0].num_experts, tuple(layer.layer_id for layer in layers))
+    first = layers[0]
+    checks.check_trace(trace, len(layers), first.top_k, first.num_experts, [layer.layer_id for layer in layers])

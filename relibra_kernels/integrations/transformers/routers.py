@@ -23,7 +23,7 @@ from .layers import MoeLayer
 def replaying_routers(layers: list[MoeLayer], feeder: Feeder, alignment: Alignment | None = None) -> Iterator[None]:
     """The routers choose what `feeder` has for the forward that runs."""
     feeder.alignment = alignment
-    feeder.on_resumed = lambda: [_replacement_of(layer).use_in_backward() for layer in layers]
+    feeder.on_resumed = lambda: _use_in_backward(layers)
     replaced = [_replacement_of(layer) for layer in layers]
     try:
         for one in replaced:
@@ -46,7 +46,7 @@ class _ReplacedForward:
         self._original = layer.router.forward
         self._replays = 0
         self._backwards: set[int] = set()
-        layer.router.forward = self.forward  # type: ignore[method-assign]
+        layer.router.forward = self.forward
 
     def use(self) -> None:
         self._replays += 1
@@ -58,7 +58,7 @@ class _ReplacedForward:
     def use_in_backward(self) -> None:
         """Until the backward that runs now is over."""
         task = backward_task()
-        if task not in self._backwards:
+        if task is not None and task not in self._backwards:
             self._backwards.add(task)
             at_end_of_backward(lambda: self._end_of(task))
 
@@ -71,7 +71,7 @@ class _ReplacedForward:
             return
         self._router.__dict__.pop("forward", None)
         if self._before is not None:
-            self._router.forward = self._before  # type: ignore[method-assign]
+            self._router.forward = self._before
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         compiling = torch.compiler.is_compiling()
@@ -120,6 +120,11 @@ class _ReplacedForward:
             if isinstance(owner, Feeder) and self._key in owner.layer_of_router:
                 found = owner, state
         return found
+
+
+def _use_in_backward(layers: list[MoeLayer]) -> None:
+    for layer in layers:
+        _replacement_of(layer).use_in_backward()
 
 
 _REPLACED: "WeakKeyDictionary[nn.Module, _ReplacedForward]" = WeakKeyDictionary()
