@@ -23,6 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
+from collections.abc import Callable
 
 from gpu_stages.case import CRASHED, MISSING, NOT_REACHED, OK, STAGES, WRONG, Case, Result, results_of
 from gpu_stages.runner import Runner
@@ -35,6 +36,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, help="of all stages named; default: their shares of 28 minutes")
     parser.add_argument("--only", default="", help="cases whose name has this text")
     parser.add_argument("--rehearse", action="store_true", help="without a GPU")
+    parser.add_argument("--whole", action="store_true", help="rehearse every case, which takes some ten minutes")
     args = parser.parse_args()
     stages = args.stages or list(STAGES)
     unknown = [stage for stage in stages if stage not in STAGES]
@@ -53,7 +55,9 @@ def main() -> int:
             at_once=max(1, min(5, (os.cpu_count() or 1) // 2)) if not args.rehearse else 2, done=_print,
         )  # fmt: skip
         try:
-            _run_stages(runner, stages, args.seconds, args.only)
+            _run_stages(runner, stages, args.seconds, lambda case: args.only in case.name and (
+                not args.rehearse or args.whole or case.rehearsed
+            ))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
         finally:
@@ -65,7 +69,7 @@ def main() -> int:
     return _verdict(runner.results, rehearse=args.rehearse)
 
 
-def _run_stages(runner: Runner, stages: list[str], seconds: float | None, only: str) -> None:
+def _run_stages(runner: Runner, stages: list[str], seconds: float | None, wanted: Callable[[Case], bool]) -> None:
     """What a stage leaves of its share is for those after it."""
     share = 1.0 if seconds is None else seconds / sum(STAGES[stage] for stage in stages)
     until = time.monotonic()
@@ -76,7 +80,7 @@ def _run_stages(runner: Runner, stages: list[str], seconds: float | None, only: 
         except Exception as error:  # a stage that cannot be listed must not take the others with it
             runner.add(Case(stage, ""), Result(stage, stage, CRASHED, 0, runner.device, {}, repr(error)))
             continue
-        runner.run(stage, [case for case in listed if only in case.name], until)
+        runner.run(stage, list(filter(wanted, listed)), until)
         _pack(runner.path.parent, runner.work)
 
 

@@ -33,6 +33,7 @@ class Case:
         beside: may run while other cases do: nothing is timed.
         env: variables of its process.
         expect: what must become of it in a rehearsal; `missing` is allowed where `may_miss`.
+        rehearsed: is part of every rehearsal, not only of a whole one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Case:
     env: Mapping[str, str] = field(default_factory=dict)
     expect: str = OK
     may_miss: bool = False
+    rehearsed: bool = True
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import quantiles
+from typing import TypeVar
 
 import torch
 
+T = TypeVar("T")
 Call = Callable[[], object]
 SHORT = 200e-6  # seconds; below, the host is slower than the device, and a graph is replayed
 _LAUNCHES, _REPLAYS = 20, 12
@@ -66,6 +68,22 @@ class GpuClock:
                 found[name] += self._by_events([call], 1)
         return found
 
+    def apart(self, first: Callable[[], T], then: Callable[[T], object], rounds: int) -> tuple[Times, Times]:
+        """Of `first` and of `then` with its result, each by itself."""
+        marks = []
+        for _ in range(rounds):
+            self._flush.zero_()
+            at = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
+            at[0].record()
+            result = first()
+            at[1].record()
+            then(result)
+            at[2].record()
+            marks.append(at)
+        torch.cuda.synchronize()
+        parts = [[at[i].elapsed_time(at[i + 1]) / 1e3 for at in marks] for i in range(2)]
+        return times_of(parts[0], "events"), times_of(parts[1], "events")
+
     def on_the_host(self, call: Call, count: int) -> float:
         """Seconds a call, with all that the host does, of `count` one after the other."""
         call()
@@ -124,6 +142,10 @@ class FakeClock:
             call()
             found[name] = [self._next() * (1 + 0.01 * k) for k in range(-1, 2)]
         return found
+
+    def apart(self, first: Callable[[], T], then: Callable[[T], object], rounds: int) -> tuple[Times, Times]:
+        then(first())
+        return self.of([lambda: None]), self.of([lambda: None])
 
     def on_the_host(self, call: Call, count: int) -> float:
         call()
