@@ -14,7 +14,7 @@ from .case import Case, Wrong
 from .shares import TUNED, TUNED_ROWS, TUNED_SLOTS
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from relibra_kernels.configs.config import Config
     from relibra_kernels.tuning.measure import OnlineSearch, Timing
@@ -46,7 +46,7 @@ def cases(rehearse: bool) -> list[Case]:
             if kernel != "grad_bias" or model.startswith("gpt-oss"):
                 options = {"model": model, "kernel": kernel, "part": part}
                 rehearsed = model == TUNED[0] and (kernel, part) in REHEARSED
-                found.append(Case(f"{kernel} {part}, {model}", "measure", options, 60, rehearsed=rehearsed))
+                found.append(Case(f"{kernel} {part}, {model}", "measure", options, 60, env=COMPILED, rehearsed=rehearsed))
     return found
 
 
@@ -124,7 +124,7 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
     """The best config of every bucket, and the figures of all that were timed."""
     import triton
 
-    from relibra_kernels.configs.limits import INTERPRETER, device_for, device_of
+    from relibra_kernels.configs.limits import device_for, device_of
     from relibra_kernels.configs.products import PRODUCTS
     from relibra_kernels.tuning.measure import OnlineSearch
     from relibra_kernels.tuning.measured_inputs import driver_version
@@ -138,8 +138,7 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
     until = time.monotonic() + 50
     for goal in goals:
         timings = Timings()
-        of = INTERPRETER if setting.rehearse else device
-        search = OnlineSearch(of, [goal], timings, lambda goal: _prepare(setting, goal), lambda call: _bench(setting, call))  # type: ignore[arg-type]
+        search = OnlineSearch(device, [goal], timings, lambda goal: _prepare(setting, goal), lambda call: _bench(setting, call))  # type: ignore[arg-type]
         search.out_of_time = lambda: time.monotonic() > until
         entries, left = search.run(triton.__version__, "", "")
         if left or not entries:
@@ -173,12 +172,20 @@ class Timings:
             self.us[config] = value["us"]
 
 
-def _prepare(setting: Setting, goal: Goal) -> list[Any]:
-    from relibra_kernels.tuning.measured_inputs import RotatingWorkload, prepare
+class NoWorkload:
+    """Stands for a launch in a rehearsal, whose device is not there."""
 
-    if setting.rehearse:
-        return [RotatingWorkload(goal, rows, setting.device, 0) for rows in goal.groups]
-    return list(prepare(goal))
+    def call(self, config: Config) -> Callable[[], object]:
+        return lambda: config
+
+    def restore(self) -> None:
+        """Nothing was added to."""
+
+
+def _prepare(setting: Setting, goal: Goal) -> list[Any]:
+    from relibra_kernels.tuning.measured_inputs import prepare
+
+    return [NoWorkload() for _ in goal.groups] if setting.rehearse else list(prepare(goal))
 
 
 def _bench(setting: Setting, call: Any) -> Timing:
