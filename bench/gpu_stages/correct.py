@@ -133,6 +133,8 @@ def layers(setting: Setting, form: str, dtype: str, sizes: list[list[int]]) -> N
         for accumulate in (True, False):
             first, second = (run_layer(problem, dtype, accumulate=accumulate) for _ in range(2))
             what = f"{form} {dtype} T={tokens} H={hidden} I={half} accumulate={accumulate}"
+            if form == "clamped":
+                expected = exact_layer(problem, first["h"])
             found = errors(setting, first, expected)
             worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
             setting.report.figures(errors=worst, worst_error=max(worst.values()))

@@ -80,9 +80,10 @@ def run_layer(
     return _run(problem, DTYPES[dtype], kernels.build_schedule, accumulate, recompute, rows, offset)
 
 
-def exact_layer(problem: LayerProblem) -> dict[str, torch.Tensor]:
+def exact_layer(problem: LayerProblem, h: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+    """`h`: what backward starts from. A clamp's gradient is 0 or 1: only of the same h are both sides the same."""
     with _backend("reference"):
-        return _run(problem, torch.float64, reference.build_schedule, True, False, None, 0)
+        return _run(problem, torch.float64, reference.build_schedule, True, False, None, 0, h)
 
 
 def _run(
@@ -93,6 +94,7 @@ def _run(
     recompute: bool,
     rows: int | None,
     offset: int,
+    given_h: torch.Tensor | None = None,
 ) -> dict[str, torch.Tensor]:
     def placed(tensor: torch.Tensor) -> torch.Tensor:
         if not offset:
@@ -111,11 +113,11 @@ def _run(
     begin = 0.0 if accumulate else float("nan")
     grad, replica_grad = (store.map(lambda t: torch.full_like(t, begin, dtype=sums)) for store in (home, replica))
     how |= {"grad": grad, "replica_grad": replica_grad, "accumulate": accumulate}
-    kept = None if recompute else h
+    kept = None if recompute else h if given_h is None else torch.cat([given_h.to(dtype), h[len(given_h) :]])
     dx, dweights = moe_mlp_backward(dout, x, kept, weights, schedule, home, problem.form, **how)
     named = zip(ExpertWeights._fields, grad, replica_grad, strict=True)
     found = {f"d_{name}": torch.cat([a, b]) for name, a, b in named if a is not None}
-    return {"out": out, "dx": dx, "dweights": dweights, **found}
+    return {"out": out, "h": h[: problem.rows], "dx": dx, "dweights": dweights, **found}
 
 
 @contextmanager
