@@ -23,9 +23,9 @@ import tempfile
 import time
 from pathlib import Path
 from types import FrameType
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from gpu_stages.case import CRASHED, MISSING, NOT_REACHED, OK, STAGES, WRONG, Case, Result, results_of
+from gpu_stages.case import CRASHED, MISSING, NOT_REACHED, OK, STAGES, WRONG, Case, Result, empty, results_of
 from gpu_stages.runner import Runner
 from gpu_stages.table import tables
 
@@ -120,19 +120,22 @@ def _verdict(results: list[tuple[Case, Result]], *, rehearse: bool) -> int:
         counts[result.status] = counts.get(result.status, 0) + 1
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     if rehearse:
-        odd = [(case, result) for case, result in results if not _expected(case, result)]
-        for case, result in odd:
-            print(f"{result.stage} {case.name}: {result.status} instead of {case.expect}: {result.error}", file=sys.stderr)
-        return 1 if odd or not results else 0
+        faults = [fault for case, result in results for fault in _faults(case, result)]
+        for fault in faults:
+            print(fault, file=sys.stderr)
+        return 1 if faults or not results else 0
     if counts.get(WRONG):
         return 1
     return 3 if counts.get(NOT_REACHED) or not results else 0
 
 
-def _expected(case: Case, result: Result) -> bool:
-    if case.may_miss and result.status == MISSING:
-        return True
-    return result.status == case.expect and (result.status != OK or bool(result.figures))
+def _faults(case: Case, result: Result) -> Iterator[str]:
+    """What is not as a rehearsal expects it."""
+    where = f"{result.stage} {case.name}"
+    if result.status != case.expect and not (case.may_miss and result.status == MISSING):
+        yield f"{where}: {result.status} instead of {case.expect}: {result.error}"
+    elif result.status == OK:
+        yield from (f"{where}: the figure {name} is empty" for name in empty(result.figures))
 
 
 if __name__ == "__main__":

@@ -75,6 +75,19 @@ def plain(value: Any) -> Any:
     return float(f"{number:.6g}") if math.isfinite(number) else None
 
 
+def empty(figures: Mapping[str, Any]) -> list[str]:
+    """The names of figures that say nothing; all of them where there is none."""
+    if not figures:
+        return ["(all)"]
+    found = []
+    for name, value in figures.items():
+        inner = value if isinstance(value, list) else [value]
+        if value is None or value == "":
+            found.append(name)
+        found += [f"{name}.{of}" for item in inner if isinstance(item, dict) and item for of in empty(item)]
+    return found
+
+
 def results_of(path: Path) -> list[Result]:
     """The last result of every case in a file, in the order of their first; a line that was cut off is left out."""
     found: dict[tuple[str, str], Result] = {}

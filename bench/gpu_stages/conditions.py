@@ -111,9 +111,9 @@ def compiled_after_warmup(setting: Setting) -> None:
         compiled.append(str(getattr(about.get("fn"), "name", "a kernel")))
 
     triton.knobs.runtime.jit_post_compile_hook = count
-    for more in range(0, 8):
+    for more in range(setting.size(8, 2)):
         _step(block, setting.randn(tokens + more, block.experts.hidden_size))
-    setting.report.figures(compiled=len(compiled), which=sorted(set(compiled)), steps=8)
+    setting.report.figures(compiled=len(compiled), which=sorted(set(compiled)), steps=setting.size(8, 2))
     if compiled:
         raise Wrong(f"{len(compiled)} kernels were compiled after warmup: {sorted(set(compiled))}")
 

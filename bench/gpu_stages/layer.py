@@ -47,7 +47,7 @@ def _layer(setting: Setting, model: str, experts: int, skew: float) -> tuple[Mod
     from .problems import model_of
 
     of = model_of(setting, model)
-    tokens = setting.size(LAYER_TOKENS, 16)
+    tokens = setting.size(LAYER_TOKENS, 6)
     count = setting.size(experts, 4)
     made = make_layer(of, tokens, skew, num_experts=count, dtype=torch.bfloat16, device=str(setting.device))
     return of, made

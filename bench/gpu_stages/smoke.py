@@ -178,7 +178,7 @@ def sanitize(setting: Setting, tool: str) -> None:
     if found is None or "Device not supported" in text:
         raise Missing(f"{tool} does not work here: {text[-500:]}")
     count = int(found.group(1) or found.group(2))
-    setting.report.figures(errors=count, output=text[-400:] if count else "")
+    setting.report.figures(errors=count, output=text[-400:])
     if count:
         raise Wrong(f"{tool} found {count}: {text[:1000]}")
 

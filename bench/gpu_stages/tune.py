@@ -29,7 +29,7 @@ PARTS = (
     ("grad_hidden", "grad_hidden"), ("grad_weight", "down"), ("permute", "unpermute"), ("schedule", "schedule"),
     ("grad_bias", "gate_up"), ("grad_bias", "down"),
 )  # fmt: skip
-REHEARSED = (("grad_weight", "down"), ("permute", "unpermute"))
+REHEARSED = (("grad_weight", "down"), ("grouped_gemm", "dx"))
 _SURE = 1.25  # a shipped choice that is slower than the best by more than this is worth a look
 
 
