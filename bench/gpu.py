@@ -2,10 +2,10 @@
 
     python bench/gpu.py [STAGE...] [--seconds N] [--only TEXT] [--rehearse]
 
-Stages: smoke (it runs), correct (against float64), kernels, layer and step (times), tune (configs); all of them, in that
-order, where none is named. Results are appended to `results.jsonl` in the folder that $OUT names, else in gpu-results/,
-and everything else is packed into one archive beside it. Every case has a process and a limit of its own: what crashes,
-hangs or does not compile loses nothing but itself. Installs nothing.
+Stages: smoke (it runs), correct (against float64), kernels, layer and step (times), tune (configs); all of them where
+none is named. Results are appended to `results.jsonl` in the folder that $OUT names, else in gpu-results/, and everything
+else is packed into one archive beside it. Every case has a process and a limit of its own: what crashes, hangs or does
+not compile loses nothing but itself. Installs nothing.
 
 Exit status: 0 when all stages ran, 1 where a case is wrong, 2 where there is no GPU, 3 where cases were not reached.
 `--rehearse` needs no GPU: tiny sizes in Triton's interpreter on a clock that makes its times up; 1 where a case is not
@@ -21,9 +21,9 @@ import sys
 import tarfile
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from collections.abc import Callable, Iterator
 
 from gpu_stages.case import CRASHED, MISSING, NOT_REACHED, OK, STAGES, WRONG, Case, Result, empty, results_of
 from gpu_stages.runner import Runner
@@ -44,7 +44,9 @@ def main() -> int:
         parser.error(f"STAGE is {unknown[0]!r}; it must be one of {', '.join(STAGES)}")
     device = "rehearsal" if args.rehearse else gpu_name()
     if not device:
-        print("there is no GPU here (nvidia-smi names none); --rehearse goes through all stages without", file=sys.stderr)
+        print(
+            "there is no GPU here (neither nvidia-smi nor torch names one); --rehearse needs none", file=sys.stderr
+        )
         return 2
     out = Path(os.environ.get("OUT") or "gpu-results")
     out.mkdir(parents=True, exist_ok=True)
@@ -52,12 +54,15 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="gpu-cases-", ignore_cleanup_errors=True) as work:
         runner = Runner(
             out / "results.jsonl", Path(work), rehearse=args.rehearse, device=device,
-            at_once=max(1, min(5, (os.cpu_count() or 1) // 2)) if not args.rehearse else 2, done=_print,
+            at_once=2 if args.rehearse else max(1, min(6, (os.cpu_count() or 1) // 2)), done=_print,
         )  # fmt: skip
         try:
-            _run_stages(runner, stages, args.seconds, lambda case: args.only in case.name and (
-                not args.rehearse or args.whole or case.rehearsed
-            ))
+            _run_stages(
+                runner,
+                stages,
+                args.seconds,
+                lambda case: args.only in case.name and (not args.rehearse or args.whole or case.rehearsed),
+            )
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
         finally:
@@ -85,13 +90,19 @@ def _run_stages(runner: Runner, stages: list[str], seconds: float | None, wanted
 
 
 def gpu_name() -> str:
-    """As the driver names the first GPU; empty where there is none."""
-    try:
-        command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", "0"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip().splitlines()[0] if done.returncode == 0 and done.stdout.strip() else ""
+    """Of the first GPU, by the driver, else by torch; empty where there is none."""
+    ask_torch = "import torch; print(torch.cuda.get_device_name(0))"
+    for command in (
+        ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader", "-i", "0"],
+        [sys.executable, "-c", ask_torch],
+    ):
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        except (OSError, subprocess.TimeoutExpired):
+            continue
+        if done.returncode == 0 and done.stdout.strip():
+            return done.stdout.strip().splitlines()[-1]
+    return ""
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -1,7 +1,7 @@
 """Other implementations of the same experts, over the same parameters.
 
-`PEERS[name](experts)` builds one for a layer, once; it is then called as `run(x, indices, weights) -> out`. Building one
-that is not installed, or that computes no experts of this form, raises ImportError or Unsuitable.
+`PEERS[name](experts)` builds one for a layer, once; it is then called as `run(x, indices, weights) -> out`. Building
+one that is not installed, or that computes no experts of this form, raises ImportError or Unsuitable.
 """
 
 from __future__ import annotations
@@ -127,9 +127,7 @@ def scattermoe(experts: ReplicatedExperts) -> Run:
 
     def run(x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         expert, scattered, offsets = flatten_sort_count(indices, num_experts=experts.num_experts)
-        h = parallel_linear(
-            x, experts.gate_up_proj.mT, indices.shape[1], expert, scattered, offsets, grouped_out=True
-        )
+        h = parallel_linear(x, experts.gate_up_proj.mT, indices.shape[1], expert, scattered, offsets, grouped_out=True)
         return parallel_linear(
             _gate(experts.form, h), experts.down_proj.mT, 1, expert, scattered, offsets, grouped_in=True, gates=weights
         )

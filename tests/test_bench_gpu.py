@@ -8,12 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("triton", reason="needs triton")
-
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))
-
 from gpu_stages import correct, kernels, layer, smoke, step, tune
 from gpu_stages.case import OK, STAGES, STATUSES, Case, Result, empty, plain, results_of
 from gpu_stages.clock import FakeClock, times_of
@@ -28,6 +22,7 @@ from relibra_kernels.planner.errors import FormatError
 from relibra_kernels.tuning.catalogue import PARTS
 from relibra_kernels.tuning.import_results import measured_entries
 
+BENCH = Path(__file__).parents[1] / "bench"
 MODULES = {"smoke": smoke, "correct": correct, "kernels": kernels, "layer": layer, "tune": tune, "step": step}
 
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING, Any
 from .case import Case, Wrong
 
 if TYPE_CHECKING:
-    import torch
-
     from .setting import Setting
 
 # kernel -> relative error against float64 in the Frobenius norm, by the dtype of its operands; one product each
@@ -18,8 +16,8 @@ REHEARSED = (("schedule", "bf16"), ("grad_hidden", "fp16"))
 FORMS = ("qwen", "bias", "interleaved", "transposed", "clamped", "gpt-oss")
 KERNELS = ("schedule", "permute", "gate_up", "swiglu", "grouped_gemm", "grad_hidden", "grad_weight", "grad_bias",
            "replica_reduce")  # fmt: skip
-# tokens, hidden size, intermediate size: rows of 16 bytes that are no multiple of a block; rows that no descriptor takes;
-# gpt-oss's width, no multiple of 128
+# tokens, hidden size, intermediate size: rows of 16 bytes that are no multiple of a block; rows that no descriptor
+# takes; gpt-oss's width, no multiple of 128
 SIZES = ((1001, 1432, 360), (517, 1431, 357), (2047, 2880, 768))
 
 
@@ -28,18 +26,36 @@ def cases(rehearse: bool) -> list[Case]:
     dtypes = [(name, "bf16") for name in KERNELS]
     dtypes += [(name, dtype) for name in ("gate_up", "grad_hidden", "grad_weight") for dtype in ("fp16", "fp32")]
     found = [
-        Case(f"kernel {kernel} {dtype}", "kernel", {"kernel": kernel, "dtype": dtype}, 90, beside=True,
-             rehearsed=(kernel, dtype) in REHEARSED)
+        Case(
+            f"kernel {kernel} {dtype}",
+            "kernel",
+            {"kernel": kernel, "dtype": dtype},
+            90,
+            beside=True,
+            rehearsed=(kernel, dtype) in REHEARSED,
+        )
         for kernel, dtype in dtypes
     ]
     found += [
-        Case(f"layer {form} bf16", "layers", {"form": form, "dtype": "bf16", "sizes": sizes}, 90, beside=True,
-             rehearsed=form == "gpt-oss")
+        Case(
+            f"layer {form} bf16",
+            "layers",
+            {"form": form, "dtype": "bf16", "sizes": sizes},
+            90,
+            beside=True,
+            rehearsed=form == "gpt-oss",
+        )
         for form in FORMS
     ]
     found += [
-        Case(f"layer {form} {dtype}", "layers", {"form": form, "dtype": dtype, "sizes": sizes[:1]}, 90, beside=True,
-             rehearsed=False)
+        Case(
+            f"layer {form} {dtype}",
+            "layers",
+            {"form": form, "dtype": dtype, "sizes": sizes[:1]},
+            90,
+            beside=True,
+            rehearsed=False,
+        )
         for form in ("qwen", "gpt-oss")
         for dtype in ("fp16", "fp32")
     ]
@@ -55,10 +71,20 @@ def cases(rehearse: bool) -> list[Case]:
         )
     ]
     alone = ("second_stream", "device_by_index", "step_without_waiting", "compiled_after_warmup", "graph_of_a_layer")
-    return found + [Case(name.replace("_", " "), f"conditions.{name}", seconds=60, rehearsed=name in ("device_by_index", "graph_of_a_layer")) for name in alone]
+    return found + [
+        Case(
+            name.replace("_", " "),
+            f"conditions.{name}",
+            seconds=60,
+            rehearsed=name in ("device_by_index", "graph_of_a_layer"),
+        )
+        for name in alone
+    ]
 
 
-def errors(setting: Setting, got: dict[str, Any], expected: dict[str, Any], rows: int | None = None) -> dict[str, float]:
+def errors(
+    setting: Setting, got: dict[str, Any], expected: dict[str, Any], rows: int | None = None
+) -> dict[str, float]:
     """Relative error of every output; integers must be equal. `rows`: what is beyond is undefined."""
     import torch
 

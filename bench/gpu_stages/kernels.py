@@ -8,10 +8,6 @@ from .case import Case
 from .shares import REPLICAS, SHARES, TOKENS, Share
 
 if TYPE_CHECKING:
-    from functools import partial
-
-    import torch
-
     from .clock import Times
     from .setting import Setting
 

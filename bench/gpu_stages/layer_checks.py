@@ -37,6 +37,7 @@ class LayerProblem:
     stores: ExpertWeights
     slots: torch.Tensor
     table: torch.Tensor
+    rows: int
 
     @classmethod
     def make(
@@ -47,6 +48,8 @@ class LayerProblem:
         generator = torch.Generator().manual_seed(tokens)
 
         def normal(*shape: int, scale: float = 1.0) -> torch.Tensor:
+            if where.type == "meta":
+                return torch.empty(shape, device=where)
             values = torch.randn(shape, generator=generator) * scale
             return values.to(torch.bfloat16).to(where, torch.float32)
 
@@ -59,11 +62,7 @@ class LayerProblem:
         slots[torch.rand(tokens, TOP_K, generator=generator) < dropped] = -1
         slots[slots == 3] = -1  # a slot without rows
         x, dout, weights = normal(tokens, hidden), normal(tokens, hidden), normal(tokens, TOP_K)
-        return cls(of, x, weights, dout, stores, slots.to(where), table)
-
-    @property
-    def rows(self) -> int:
-        return int((self.slots >= 0).sum())
+        return cls(of, x, weights, dout, stores, slots.to(where), table, int((slots >= 0).sum()))
 
 
 def run_layer(

@@ -63,6 +63,8 @@ def layer_of(
     """A layer whose parts can be called, its slots filled by `rows`; weights of a trained size."""
 
     def make(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        if setting.device.type == "meta":
+            return torch.empty(shape, device="meta", dtype=dtype)
         scale = 0.02 if len(shape) == 3 else 1.0
         return (torch.randn(shape, device=setting.device, dtype=torch.float32) * scale).to(dtype)
 
@@ -135,11 +137,12 @@ def outputs(call: partial) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     if isinstance(result, Schedule):
         found |= {name: getattr(result, name) for name in ("slot_offsets", "assignment_of", "position_of")}
-        found |= {f"tiles {size}": row_tiles(result, size) for size in (16, 64, 128)}  # what there is, else made in torch
+        found |= {
+            f"tiles {size}": row_tiles(result, size) for size in (16, 64, 128)
+        }  # what there is, else made in torch
     elif isinstance(result, torch.Tensor):
         found["out"] = result
     else:
         found |= {f"out {i}": tensor for i, tensor in enumerate(result or ())}
     found |= {name: call.keywords[name] for name in ("grad", "replica_grad") if call.keywords.get(name) is not None}
     return found
-

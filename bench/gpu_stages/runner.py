@@ -57,8 +57,7 @@ class Process:
         late = now > (self._ready + self.limit if self._ready else self._begun + IMPORT_SECONDS)
         if code is None and not late:
             return None
-        if code is None:
-            self.kill()
+        self.kill()  # also what it started and left behind
         return self._result(code, now - (self._ready or self._begun), device)
 
     def kill(self) -> None:

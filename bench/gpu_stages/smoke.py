@@ -29,7 +29,15 @@ def cases(rehearse: bool) -> list[Case]:
         Case("versions", "versions", seconds=60),
         Case("peaks", "peaks", seconds=40),
         *(
-            Case(f"compile {i + 1} of {SLICES}", "compile_slice", {"index": i}, 150, beside=True, env=COMPILED, rehearsed=i < 2)
+            Case(
+                f"compile {i + 1} of {SLICES}",
+                "compile_slice",
+                {"index": i},
+                150,
+                beside=True,
+                env=COMPILED,
+                rehearsed=i < 2,
+            )
             for i in range(SLICES)
         ),
         *(

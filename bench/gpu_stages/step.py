@@ -37,8 +37,9 @@ def make_model(setting: Setting) -> Any:
          "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64, "num_hidden_layers": 2},
     )  # fmt: skip
     torch.manual_seed(0)
-    model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes)).to(setting.size(torch.bfloat16, torch.float32))
-    return model.to(setting.device)
+    with setting.device:
+        model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**sizes))
+    return model.to(setting.size(torch.bfloat16, torch.float32))
 
 
 def hugging_face(setting: Setting) -> None:

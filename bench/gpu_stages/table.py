@@ -1,22 +1,34 @@
 """The results as tables, for a terminal and for `docs/benchmarks.md`."""
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from .case import OK, STAGES, STATUSES, Result
+from .shares import LAYER_TOKENS
 
 Row = Sequence[Any]
 
 
-def tables(results: Sequence[Result]) -> str:
-    """What ran, what is not ok, and the figures of every stage that has some; Markdown."""
+def tables(results: Sequence[Result], *, brief: bool = False) -> str:
+    """What ran, what is not ok, and the figures of every stage that has some, in Markdown.
+
+    `brief`: kernels with one number of tokens only.
+    """
     if not results:
         return "no case ran\n"
+    if brief:
+        results = [_briefly(result) for result in results]
     devices = sorted({result.device for result in results})
     parts = [f"Device: {', '.join(devices)}. {_versions(results)}", _counts(results), _faults(results)]
     makers: tuple[Callable[[Sequence[Result]], str], ...] = (_correct, _kernels, _layer, _versus, _tune, _step)
     parts += [make(results) for make in makers]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _briefly(result: Result) -> Result:
+    times = [of for of in result.figures.get("times", ()) if of["tokens"] == LAYER_TOKENS]
+    return replace(result, figures={**result.figures, "times": times}) if times else result
 
 
 def _versions(results: Sequence[Result]) -> str:
@@ -67,8 +79,8 @@ def _kernels(results: Sequence[Result]) -> str:
 
 
 def _layer(results: Sequence[Result]) -> str:
-    names = ("forward_ms", "forward_tflops", "backward_ms", "backward_tflops", "step_ms", "host_inclusive_ms", "graph_ms",
-             "roofline", "peak_mib", "kept_bytes_a_token", "same_again")  # fmt: skip
+    names = ("forward_ms", "forward_tflops", "backward_ms", "backward_tflops", "step_ms", "host_inclusive_ms",
+             "graph_ms", "roofline", "peak_mib", "kept_bytes_a_token", "same_again")  # fmt: skip
     rows = [
         [r.case.removeprefix("ours "), skew, *(figures.get(name, "") for name in names)]
         for r in _of(results, "layer", "ours ")

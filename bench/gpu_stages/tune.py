@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from .case import Case, Wrong
@@ -46,7 +47,9 @@ def cases(rehearse: bool) -> list[Case]:
             if kernel != "grad_bias" or model.startswith("gpt-oss"):
                 options = {"model": model, "kernel": kernel, "part": part}
                 rehearsed = model == TUNED[0] and (kernel, part) in REHEARSED
-                found.append(Case(f"{kernel} {part}, {model}", "measure", options, 60, env=COMPILED, rehearsed=rehearsed))
+                found.append(
+                    Case(f"{kernel} {part}, {model}", "measure", options, 60, env=COMPILED, rehearsed=rehearsed)
+                )
     return found
 
 
@@ -138,7 +141,9 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
     until = time.monotonic() + 50
     for goal in goals:
         timings = Timings()
-        search = OnlineSearch(device, [goal], timings, lambda goal: _prepare(setting, goal), lambda call: _bench(setting, call))  # type: ignore[arg-type]
+        search = OnlineSearch(
+            device, [goal], timings, lambda goal: _prepare(setting, goal), lambda call: _bench(setting, call)
+        )  # type: ignore[arg-type]
         search.out_of_time = lambda: time.monotonic() > until
         entries, left = search.run(triton.__version__, "", "")
         if left or not entries:
@@ -148,9 +153,10 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
         setting.report.figures(buckets=buckets)
     if not buckets:
         raise Wrong("no bucket was finished")
+    ranked = [bucket["rank_correlation"] for bucket in buckets if bucket["rank_correlation"] is not None]
     setting.report.figures(
         regret_worst=max(bucket["regret"] for bucket in buckets),
-        rank_correlation_least=min((b["rank_correlation"] for b in buckets if b["rank_correlation"] is not None), default=1.0),
+        rank_correlation_least=min(ranked, default=1.0),
         look_at=[f"{b['slots']}x{b['rows_per_slot']}" for b in buckets if b["regret"] > _SURE - 1],
     )  # fmt: skip
 
@@ -226,25 +232,35 @@ def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, f
     modelled = {}
     for config in us:
         resources = _resources(setting, device, goal, parse_config(config))
-        modelled[config] = sum(estimate(work, parse_config(config), resources, product).us for work in goal.works(device))
+        modelled[config] = sum(
+            estimate(work, parse_config(config), resources, product).us for work in goal.works(device)
+        )
     return spearman([us[config] for config in us], [modelled[config] for config in us])
 
 
 def _resources(setting: Setting, device: Any, goal: Goal, config: Config) -> Any:
-    from relibra_kernels.tuning.compile_task import Task, compile_task
+    from relibra_kernels.tuning.compile_task import Task
     from relibra_kernels.tuning.launch_model import Resources
 
     if not setting.rehearse:
         model = goal.model
         sizes = model.hidden_size, model.intermediate_size, model.form
-        found = compile_task(Task(device.name, goal.kernel, goal.part, str(config), *sizes, 0))
+        found = _compiled(Task(device.name, goal.kernel, goal.part, str(config), *sizes, 0))
         if isinstance(found, Resources):
             return found
     return Resources(0, 0, 0, device.warps_per_sm)
 
 
+@cache
+def _compiled(task: Any) -> Any:
+    from relibra_kernels.tuning.compile_task import compile_task
+
+    return compile_task(task)
+
+
 def spearman(first: Sequence[float], second: Sequence[float]) -> float:
     """Rank correlation without ties."""
+
     def ranks(values: Sequence[float]) -> list[int]:
         order = sorted(range(len(values)), key=values.__getitem__)
         return [order.index(i) for i in range(len(values))]

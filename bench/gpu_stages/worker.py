@@ -7,6 +7,7 @@ import faulthandler
 import importlib
 import json
 import os
+import subprocess
 import sys
 import traceback
 from collections.abc import Iterator
@@ -14,9 +15,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from .case import CRASHED, MISSING, NOT_COMPILED, OK, WRONG, Missing, Wrong, plain
+from .case import CRASHED, MISSING, NOT_COMPILED, OK, TIMEOUT, WRONG, Missing, Wrong, plain
 
-_COMPILER = {"CompilationError", "CompileTimeAssertionFailure", "OutOfResources", "PTXASError", "UnsupportedLanguageConstruct"}
+_COMPILER = {
+    "CompilationError",
+    "CompileTimeAssertionFailure",
+    "OutOfResources",
+    "PTXASError",
+    "UnsupportedLanguageConstruct",
+}
 _OURS = ("relibra_kernels", "gpu_stages", "torch", "triton", "numpy", "models", "peers")
 
 
@@ -48,6 +55,8 @@ def status_of(error: BaseException) -> str:
         return WRONG
     if isinstance(error, Missing):
         return MISSING
+    if isinstance(error, subprocess.TimeoutExpired):
+        return TIMEOUT
     if isinstance(error, ImportError):
         return CRASHED if (error.name or "").split(".")[0] in _OURS else MISSING
     chain, one = [], error
@@ -78,6 +87,7 @@ def main() -> None:
     if not line:  # nobody needed it
         os._exit(0)
     request = json.loads(line)
+    print(request["stage"], request["case"], flush=True)
     report.say(ready=True)
     faulthandler.dump_traceback_later(max(request["limit"] - 1, 0.5))
     if fault:

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--check", action="store_true", help="tune nothing: check the config files of --out, or shipped"
     )
     parser.add_argument(
-        "--import", type=Path, dest="results", help="tune nothing: write what `bench/gpu.py tune` measured (results.jsonl)"
+        "--import",
+        type=Path,
+        dest="results",
+        help="tune nothing: write what `bench/gpu.py tune` measured (results.jsonl)",
     )
     parser.add_argument("--sample", type=int, help="of --check: compile only so many configs")
     parser.add_argument("--seed", default="", help="of --sample: which ones")

@@ -38,7 +38,7 @@ def experts_forward(
     Raises: InputError where the module has a flag or a gate that we do not compute.
     """
     form = ExpertForm(*_flags(self))
-    # choices of another rank's experts have the id num_experts and weight 0; before 5.23 nothing says whether there are any
+    # choices of another rank's experts have the id num_experts and weight 0; before 5.23 nothing says if there are any
     if getattr(self, "_is_expert_parallel", True):
         top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
     x_TH, weights = cast_for_experts(hidden_states, expert_weights(self))

@@ -6,8 +6,8 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers")
 from hf_families import FAMILIES, experts_modules, logits_and_gradients, make_model, make_tokens
 from tolerance import assert_close
-from versions import TORCH, TRANSFORMERS
 from transformers.integrations.moe import use_experts_implementation
+from versions import TORCH, TRANSFORMERS
 
 from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.integrations.transformers import expert_form, experts_forward
