@@ -24,7 +24,7 @@ from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
-from .experts.parameters import device_of, expert_parameters, keep_experts, moe_layers
+from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, moe_layers
 from .microbatch import MicroBatch
 from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
@@ -80,7 +80,7 @@ class ExpertParallel:
         self.groups = Groups(mesh, cluster)
         self.comm = self.groups.experts
         self.layers = moe_layers(model)
-        self.num_experts = self.layers[0].experts.num_experts
+        self.num_experts = all_experts(self.layers[0].experts)
         per_rank = cluster.experts_per_rank(self.num_experts)
         self.home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
         self._forwards: ForwardContext[MicroBatch] = ForwardContext()

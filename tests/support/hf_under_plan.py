@@ -40,7 +40,8 @@ def moving_plan(loads_LMRE: np.ndarray, shift: int) -> BatchPlan:
 
 
 def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
-    logits = model(tokens, use_cache=False).logits
+    out = model(tokens, use_cache=False)
+    logits = out.logits if hasattr(out, "logits") else out.last_hidden_state  # some have no text-only head
     wanted = tokens[:, 1:].flatten() % logits.shape[-1]
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, reduction="sum") / (SEQUENCES * LENGTH)
 
@@ -67,7 +68,7 @@ def alone(family: str, **options) -> tuple[list[RoutingTrace], list[tuple[float,
     results = []
     for step, trace in enumerate(traces):
         optimizer.zero_grad()
-        with replay(model, trace):
+        with replay(model, trace, on_shift="ignore"):
             loss = loss_of(model, make_tokens(step))
             loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}

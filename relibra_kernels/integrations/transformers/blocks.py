@@ -5,13 +5,13 @@ one of ours, and its router is asked to choose what was recorded wherever the ru
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ...planner.errors import InputError, ShapeError
+from ..taken import TakenLayer
 from .answers import answer_of
 from .experts import FamilyExperts
 from .layers import MoeLayer, moe_layers
@@ -51,15 +51,7 @@ def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: 
     return out
 
 
-@dataclass(eq=False)
-class FamilyLayer:
-    """An MoE layer of a family, as the runtime sees it: the experts that are here, and the router that it replays."""
-
-    experts: FamilyExperts
-    router: FamilyRouter
-
-
-def replace_moe_blocks(model: nn.Module) -> list[FamilyLayer]:
+def replace_moe_blocks(model: nn.Module) -> list[TakenLayer]:
     """Take over the experts of every MoE layer of `model`, in place. The blocks around them stay those of the family.
 
     Nothing is copied, and parameters and state dict keep their names and order. Layers that are taken over already stay
@@ -70,6 +62,6 @@ def replace_moe_blocks(model: nn.Module) -> list[FamilyLayer]:
     taken = [getattr(layer.experts, "layer", None) or FamilyExperts(layer.experts) for layer in found]
     for index, (layer, experts) in enumerate(zip(found, taken, strict=True)):
         if isinstance(experts, FamilyExperts):
-            experts.layer = taken[index] = FamilyLayer(experts, FamilyRouter(layer))
+            experts.layer = taken[index] = TakenLayer(experts, FamilyRouter(layer))
             model.set_submodule(layer.name, experts)
     return taken

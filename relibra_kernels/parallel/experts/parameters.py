@@ -50,7 +50,7 @@ def moe_layers(model: nn.Module) -> list[ReplicatedMoE]:
     Raises: InputError where that is not so.
     """
     layers = take_over(model)
-    counts = {moe.experts.num_experts for moe in layers}
+    counts = {all_experts(moe.experts) for moe in layers}
     if len(counts) > 1 or any(moe.experts.dispatcher is not None for moe in layers):
         raise InputError(f"every MoE layer must have all of its experts, equally many; they have {sorted(counts)}")
     return layers
@@ -76,8 +76,15 @@ def tensors_to_move(experts: ReplicatedExperts, optimizer: torch.optim.Optimizer
     }
 
 
+def all_experts(experts: ReplicatedExperts) -> int:
+    """Of the layer, also where only this rank's share of them was made."""
+    return experts.all_experts or experts.num_experts
+
+
 def keep_experts(experts: ReplicatedExperts, kept: slice) -> None:
-    """Replace each parameter of all experts by one of the kept ones."""
+    """Replace each parameter of all experts by one of the kept ones, unless only these were made."""
+    if experts.all_experts is not None:
+        return
     for attribute, parameter in expert_parameters(experts):
         local = nn.Parameter(parameter.detach()[kept].clone(), requires_grad=parameter.requires_grad)
         setattr(experts, attribute, local)
