@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._dynamo
 import torch.distributed as dist
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
@@ -47,6 +48,7 @@ def cpu_in_place_of_cuda() -> None:
 
     if not hasattr(moe_utils, "te_general_gemm"):  # the name that 0.16 forgets where Transformer Engine is missing
         moe_utils.te_general_gemm = None
+    torch._dynamo.config.disable = True  # Megatron compiles small functions, which takes minutes
     OnCpu().__enter__()  # for as long as the process lives
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
