@@ -5,7 +5,6 @@ Megatron's router, its losses and its shared experts stay. A rank makes its shar
 builders of 0.19 are taken too.
 """
 
-import collections
 import copy
 import functools
 from collections.abc import Callable, Sequence
@@ -157,13 +156,13 @@ class ReplicatedMoELayer(BaseMoELayer):
 
     def _initialise(self) -> None:
         """Every expert from a seed of its own, so that experts do not depend on the number of ranks."""
-        config = self.config
+        config, home = self.config, self.experts.gate_up_proj.device
         if not config.perform_initialization:
             return
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
-            base = torch.initial_seed()
+        base = int(torch.randint(1 << 40, ()))  # Megatron seeds the ranks of an expert-parallel group alike
+        with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []), torch.no_grad():
             for slot, expert in enumerate(self.local_expert_indices):
-                torch.manual_seed(base + 1_000_003 * (self.layer_number or 0) + expert)
+                torch.manual_seed(base + expert)
                 config.init_method(self.experts.gate_up_proj[slot])
                 config.output_layer_init_method(self.experts.down_proj[slot])
 
@@ -278,8 +277,15 @@ class _Optimizers:
     """The states of several optimizers as if they were one's."""
 
     def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
-        self.param_groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-        self.state = collections.ChainMap(*(optimizer.state for optimizer in optimizers))
+        self._optimizers = optimizers
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict[Tensor, Any]:
+        return {key: value for optimizer in self._optimizers for key, value in optimizer.state.items()}
 
 
 def torch_optimizer(optimizer: Any) -> Any:
