@@ -132,7 +132,8 @@ class ReplicatedMoELayer(BaseMoELayer):
         self.router = submodules.router(config=config, pg_collection=groups, **more)
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
         sizes = (self.num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
-        self.experts = ReplicatedExperts(*sizes, form=form, dtype=config.params_dtype, device=device)
+        experts = ReplicatedExperts(*sizes, form=form, dtype=config.params_dtype, device="meta")  # draws no numbers
+        self.experts = experts.to_empty(device=device)
         self.experts.all_experts = config.num_moe_experts
         self._initialise()
         parallel = self.ep_group.size() > 1
