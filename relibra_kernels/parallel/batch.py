@@ -12,6 +12,7 @@ from ..planner import BatchPlan
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
 from .comm.groups import Groups
+from .experts.adapters import LateGradients, effective_weights
 from .experts.kept import KeptReplicas, replicas_to_keep
 from .experts.replicas import ReplicaPushes
 from .microbatch import BatchParts, MicroBatch, Record
@@ -40,7 +41,7 @@ class OpenBatch:
         self.device = layers[0].experts.gate_up_proj.device
 
         def weights_of(layer: int) -> ExpertWeights:
-            return layers[layer].experts.weights
+            return effective_weights(layers[layer].experts)
 
         each = [_expert_bytes(weights_of(layer)) for layer in range(len(layers))]
         kept = replicas_to_keep(plan, each, session.options.kept_bytes)
@@ -79,7 +80,9 @@ class OpenBatch:
         """
         self._parts.pushes.finish()
         with self._session.ledger.span("replica", self.device):
-            self._kept.give_back(self._gradients_of)
+            late = LateGradients()
+            self._kept.give_back(lambda layer: late.buffers(self._layers[layer].experts, self._gradients_of(layer)))
+            late.finish()
         spare, problem = self._session.options.spare_rows, None
         worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
         if worst > spare:

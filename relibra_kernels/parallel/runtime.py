@@ -22,6 +22,7 @@ from .comm.groups import Groups
 from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
+from .experts.adapters import find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
 from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, moe_layers
@@ -83,6 +84,7 @@ class ExpertParallel:
         self.num_experts = all_experts(self.layers[0].experts)
         per_rank = cluster.experts_per_rank(self.num_experts)
         self.home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
+        find_adapters(model, self.layers)
         self._forwards: ForwardContext[MicroBatch] = ForwardContext()
         for layer, moe in enumerate(self.layers):
             keep_experts(moe.experts, slice(self.comm.rank * per_rank, (self.comm.rank + 1) * per_rank))
@@ -212,6 +214,7 @@ class ExpertParallel:
         problem: ReLibraError | None,
         optimizer: torch.optim.Optimizer | None,
     ) -> Iterator[None]:
+        find_adapters(self.model, self.layers)  # PEFT may have wrapped the experts since
         counted = None if batch is None else self._planning.take_counted(batch)
         tensors, everywhere = self._opening.agree(
             plan,

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...nn import ReplicatedExperts, ReplicatedMoE
 from ...planner.errors import InputError
+from .adapters import keep_adapted
 from .migration import expert_tensors
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -62,18 +63,24 @@ def device_of(layers: Sequence[ReplicatedMoE]) -> torch.device:
 
 
 def expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that there are, by attribute."""
+    """The parameters that there are, by attribute, then the factors of their adapters, by name."""
     pairs = [(attribute, getattr(experts, attribute)) for attribute in EXPERT_PARAMETERS]
+    pairs += [(factor.name, factor.linear.weight) for factor in experts.adapters]
     return [(attribute, parameter) for attribute, parameter in pairs if parameter is not None]
 
 
 def tensors_to_move(experts: ReplicatedExperts, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """What moves with the experts of a layer, by name, in a fixed order."""
+    views = {factor.name: factor.by_expert for factor in experts.adapters}
     return {
-        name: tensor
+        name: views.get(attribute, _as_it_is)(tensor)
         for attribute, parameter in expert_parameters(experts)
         for name, tensor in expert_tensors(parameter, attribute, optimizer).items()
     }
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def all_experts(experts: ReplicatedExperts) -> int:
@@ -85,7 +92,11 @@ def keep_experts(experts: ReplicatedExperts, kept: slice) -> None:
     """Replace each parameter of all experts by one of the kept ones, unless only these were made."""
     if experts.all_experts is not None:
         return
-    for attribute, parameter in expert_parameters(experts):
+    keep_adapted(experts, kept)
+    for attribute in EXPERT_PARAMETERS:
+        parameter = getattr(experts, attribute)
+        if parameter is None:
+            continue
         local = nn.Parameter(parameter.detach()[kept].clone(), requires_grad=parameter.requires_grad)
         setattr(experts, attribute, local)
     experts.num_experts = kept.stop - kept.start
