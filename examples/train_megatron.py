@@ -54,32 +54,34 @@ def cpu_in_place_of_cuda() -> None:
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.fork = fork
+    tensor_parallel.random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
+    tensor_parallel.random._set_cuda_rng_state = lambda *_, **__: None
 
 
 def config_of(**options: Any) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=LAYERS,
-        hidden_size=32,
-        ffn_hidden_size=48,
-        moe_ffn_hidden_size=24,
-        num_attention_heads=4,
-        num_moe_experts=EXPERTS,
-        moe_router_topk=TOP_K,
-        moe_router_load_balancing_type="aux_loss",
-        moe_aux_loss_coeff=0.01,
-        expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
-        activation_func=torch.nn.functional.silu,
-        gated_linear_unit=True,
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=not torch.cuda.is_available(),
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        params_dtype=torch.float32,
-        **options,
-    )
+    sizes: dict[str, Any] = {
+        "num_layers": LAYERS,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "moe_ffn_hidden_size": 24,
+        "num_attention_heads": 4,
+        "num_moe_experts": EXPERTS,
+        "moe_router_topk": TOP_K,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.01,
+        "expert_model_parallel_size": parallel_state.get_expert_model_parallel_world_size(),
+        "activation_func": torch.nn.functional.silu,
+        "gated_linear_unit": True,
+        "add_bias_linear": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "params_dtype": torch.float32,
+    }
+    return TransformerConfig(**{**sizes, **options})
 
 
 def make_model(**options: Any) -> GPTModel:
@@ -149,10 +151,15 @@ class Trainer:
     def save(self, folder: Path) -> None:
         dist_checkpointing.save(self.state(), str(folder))
 
-    def load(self, folder: Path) -> None:
-        loaded = dist_checkpointing.load(self.state(), str(folder))
+    def load(self, folder: Path, *, weights_only: bool = False) -> None:
+        """Another expert-parallel size takes the weights; Megatron groups its optimizer's state by that size."""
+        state = self.state()
+        if weights_only:
+            del state["optimizer"]
+        loaded = dist_checkpointing.load(state, str(folder))
         self.model.load_state_dict(loaded["model"])
-        self.optimizer.load_state_dict(loaded["optimizer"])
+        if not weights_only:
+            self.optimizer.load_state_dict(loaded["optimizer"])
 
 
 def main() -> None:

@@ -100,7 +100,12 @@ class RecordedChoice:
         self.recorded, self._complete = (None if self.replay is None else self.replay()) or (None, False)
 
     def get_replay_topk(
-        self, scores: Tensor, topk: int, num_groups: Any = None, group_topk: Any = None, default_compute_topk: Any = None
+        self,
+        scores: Tensor,
+        topk: int,
+        num_groups: Any = None,
+        group_topk: Any = None,
+        default_compute_topk: Any = None,
     ) -> tuple[Tensor, Tensor]:
         recorded = self.recorded
         if recorded is None and self.before is not None:

@@ -1,7 +1,6 @@
 """Megatron-core on ranks of a test: `examples/train_megatron.py` trained, and what it has then."""
 
 import importlib.util
-import os
 import sys
 from pathlib import Path
 
@@ -46,13 +45,13 @@ def save(folder: str, steps: int) -> float:
     for step in range(steps):
         trainer.step(step)
     if dist.get_rank() == 0:
-        os.makedirs(folder)
+        Path(folder).mkdir(parents=True)
     dist.barrier()
     trainer.save(Path(folder))
     return trainer.step(steps)
 
 
-def resume(folder: str, steps: int) -> float:
+def resume(folder: str, steps: int, weights_only: bool = False) -> float:
     trainer = example().Trainer()
-    trainer.load(Path(folder))
+    trainer.load(Path(folder), weights_only=weights_only)
     return trainer.step(steps)

@@ -92,13 +92,13 @@ def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]
 
 
 class LateGradients:
-    """Gradients of experts' effective weights that arrive after the backwards of a batch, and go on to their factors."""
+    """Gradients of effective weights that arrive after the backwards of a batch, and go on to the factors."""
 
     def __init__(self) -> None:
         self._arrived: list[tuple[ReplicatedExperts, str, Tensor]] = []
 
     def buffers(self, experts: ReplicatedExperts, own: ExpertWeights) -> ExpertWeights:
-        """Where to add gradients `[E/R, ...]`: in those that there are, and for frozen parameters under adapters anew."""
+        """Where to add gradients `[E/R, ...]`: where the parameters' own are, and for adapted parameters anew."""
         if not experts.adapters:
             return own
         found = []

@@ -1,4 +1,4 @@
-"""Families of transformers under plans that move and copy experts, over two ranks: loss and every gradient of one process.
+"""Families of transformers under plans that move and copy experts: two ranks have the gradients of one process.
 
 A sample of them; all with RELIBRA_FAMILIES=all, which is `make test-families`.
 """
