@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test quick lint wheel release-check nightly compile-gate compile-matrix tune-offline check-configs clean
+.PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
 	$(BIN)/relibra demo
@@ -66,6 +67,22 @@ SEED ?= $(shell git rev-parse HEAD)
 
 check-configs: .venv/installed
 	$(BIN)/relibra tune --check $(if $(SAMPLE),--sample $(SAMPLE) --seed "$(SEED)")
+
+# The versions of Python, torch, Triton, numpy and transformers that are supported; one of VERSIONS takes ten minutes.
+VERSIONS ?= image pins newest
+
+test-versions: .venv/installed
+	bash tests/versions.sh $(VERSIONS)
+
+# What is measured on a GPU, and the same without one.
+gpu:
+	bash bench/gpu.sh
+
+carry: .venv/installed
+	PYTHON=$(BIN)/python bash bench/carry.sh
+
+rehearse: .venv/installed
+	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
