@@ -39,7 +39,7 @@ ROOMS = (
     Room(
         "integrations",
         "Hugging Face, Megatron, verl, slime",
-        f"{PARALLEL} nn router compiled autograd ops reference forwards {BASE} {PLANNER}",
+        f"{PARALLEL} nn router compiled autograd ops reference {BASE} alignment forwards {PLANNER}",
     ),
     Room(
         "warmup",
@@ -74,7 +74,8 @@ ROOMS = (
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),
     Room("form", "activation, bias, layout of an expert", "errors"),
-    Room("forwards", "which forward runs, and whether a record fits it", "errors", "forwards alignment"),
+    Room("alignment", "whether a record is of these tokens", "errors"),
+    Room("forwards", "which forward runs or is recomputed"),
     Room("progress", "a line that says how far it is"),
     Room("planner", "what users import of the planner", PLANNER.removeprefix("planner ")),
     Room(
@@ -90,7 +91,7 @@ ROOMS = (
         "traces, loads, plans, splits",
         "files errors",
         "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.cluster "
-        "planner.trace planner.trace_files planner.trace_report planner.trace_rules planner.trace_writer",
+        "planner.trace planner.trace_rules planner.trace_report planner.trace_files planner.trace_writer",
     ),
     Room("files", "files written whole or not at all", "errors", "planner.files planner.npz_rows"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),
