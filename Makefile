@@ -8,8 +8,18 @@ BIN := .venv/bin
 demo: .venv/installed
 	$(BIN)/relibra demo
 
+# Two processes, each with whole files, so that what a file's tests share is made once.
+TEST := $(BIN)/python -m pytest -q -p no:benchmark --numprocesses 2 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(TEST)
+
+# Under a minute: what needs no other process and no compiler.
+QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
+	test_permute.py test_replica_reduce.py test_router.py test_schedule.py tuning/test_lookup.py tuning/test_model.py)
+
+quick: .venv/installed
+	$(TEST) $(addprefix tests/,$(QUICK))
 
 lint: .venv/installed
 	$(BIN)/ruff check .

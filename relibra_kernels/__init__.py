@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
-    from .parallel import ExpertParallel
+    from .parallel import ExpertParallel, RoutedBatch
     from .planner import BatchPlan, ClusterSpec, ReLibraError, RoutingTrace, plan_batch
     from .precompile import warmup
 
@@ -25,12 +25,13 @@ __all__ = [
     "ReplicatedMoE",
     "TopKRouter",
     "ExpertParallel",
+    "RoutedBatch",
     "warmup",
 ]
 
 _FROM = {
     "nn": ("ReplicatedExperts", "ReplicatedMoE", "TopKRouter"),
-    "parallel": ("ExpertParallel",),
+    "parallel": ("ExpertParallel", "RoutedBatch"),
     "planner": ("BatchPlan", "ClusterSpec", "ReLibraError", "RoutingTrace", "plan_batch"),
     "precompile": ("warmup",),
 }

@@ -172,7 +172,7 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
             tag=torch.zeros(3, dtype=torch.int64),
             path=path,
             pushes=ReplicaPushes(network, lambda layer: experts.weights, lambda layer: None),
-            guests=SimpleNamespace(transfers=lambda layer: None),
+            kept=SimpleNamespace(transfers=lambda layer: None),
             replicas=ReplicaRoute(pushed, 0, np.zeros(slots + held, np.int32)) if held else None,
             weight_of_slot=index(slots + held) if held else None,
             next_routes=(None, None),
