@@ -3,7 +3,7 @@
     python bench/gpu.py [STAGE...] [--seconds N] [--only TEXT] [--rehearse]
 
 Stages: smoke (it runs), correct (against float64), kernels, layer and step (times), tune (configs); all of them where
-none is named. Results are appended to `results.jsonl` in the folder that $OUT names, else in gpu-results/, and everything
+none is named. Results are appended to `results.jsonl` in the folder that $OUT names, else in gpu-results/; everything
 else is packed into one archive beside it. Every case has a process and a limit of its own: what crashes, hangs or does
 not compile loses nothing but itself. Installs nothing.
 
@@ -44,9 +44,7 @@ def main() -> int:
         parser.error(f"STAGE is {unknown[0]!r}; it must be one of {', '.join(STAGES)}")
     device = "rehearsal" if args.rehearse else gpu_name()
     if not device:
-        print(
-            "there is no GPU here (neither nvidia-smi nor torch names one); --rehearse needs none", file=sys.stderr
-        )
+        print("there is no GPU here (neither nvidia-smi nor torch names one); --rehearse needs none", file=sys.stderr)
         return 2
     out = Path(os.environ.get("OUT") or "gpu-results")
     out.mkdir(parents=True, exist_ok=True)
