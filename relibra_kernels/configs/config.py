@@ -66,8 +66,8 @@ Config = GemmConfig | BlockConfig
 def parse_config(text: str) -> Config:
     """The config that `text` stands for. Raises: InputError where it stands for none.
 
-    `128x256x64w8s3` is a GemmConfig: block_m x block_n x block_k, warps, stages; `g4` at the end is a group_m other than
-    8. `2048w8` is a BlockConfig: columns, warps; `32x128w4` has 32 rows in front.
+    `128x256x64w8s3` is a GemmConfig: block_m x block_n x block_k, warps, stages; `g4` at the end is a group_m
+    other than 8. `2048w8` is a BlockConfig: columns, warps; `32x128w4` has 32 rows in front.
     """
     found = _GEMM.fullmatch(text)
     if found is not None:
