@@ -15,7 +15,7 @@ from ..errors import InputError, ShapeError
 from ..trace import RoutingTrace
 from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, OUTSIDE, VersionSpan
 from ..trace_rules import check_ids, check_num_experts, compact_dtype
-from .layers import LayersSeen
+from .layers import LayersFound, LayersSeen
 from .parts import Decode, missing_layers, parts_of
 from .placing import LastToken, Placed, placed
 
@@ -24,6 +24,13 @@ _LOG = logging.getLogger(__name__)
 Holes = Literal["refuse", "unknown"]
 HOLES: tuple[Holes, ...] = ("refuse", "unknown")
 Filler = Callable[[np.ndarray, int], np.ndarray]  # (staged ids, num_experts) -> bool [rows]
+
+
+class RecordOptions(TypedDict, total=False):
+    """How trainers' helpers read records: `moe_layer_ids` and `holes` of `SequenceOptions`."""
+
+    moe_layer_ids: Sequence[int] | None
+    holes: Holes
 
 
 class SequenceOptions(TypedDict, total=False):
@@ -102,10 +109,11 @@ def trace_of_sequences(
             raise InputError(f"{key} has {len(values)} entries, but {what} has {len(sequences)}")
     if not sequences:
         raise InputError(f"{what} is empty, but must hold at least one sequence")
-    layers, dropped, assumed = seen.moe_layers(moe_layer_ids)
+    found = seen.moe_layers(moe_layer_ids)
     if not all(sequence.certain for sequence in sequences):
-        assumed += (f"rows of {what} begin at token 0 and end where they end: give num_tokens or token_ids",)
-    trace = _assembled(sequences, names, layers, seen.top_k, experts, holes, (masks, replay_masks), dropped, assumed)
+        said = f"rows of {what} begin at token 0 and end with their sequence: give num_tokens or token_ids to check"
+        found = found._replace(assumed=(*found.assumed, said))
+    trace = _assembled(sequences, names, found, experts, holes, (masks, replay_masks))
     _log(trace)
     return trace
 
@@ -142,15 +150,13 @@ def _blank_fillers(ids: np.ndarray, filler: Filler, num_experts: int) -> None:
 def _assembled(
     sequences: list[Placed],
     names: list[str],
-    layers: list[int],
-    top_k: int,
+    found: LayersFound,
     num_experts: int,
     holes: Holes,
     masks: tuple[Sequence[Any] | None, Sequence[Any] | None],
-    dropped: tuple[int, ...],
-    assumed: tuple[str, ...],
 ) -> RoutingTrace:
     """The trace. What it is made of is freed on the way."""
+    layers = found.layers
     offsets = np.cumsum([0, *(sequence.tokens for sequence in sequences)], dtype=np.int64)
     reasons = [
         _reasons(sequence, layers, name, *(None if mask is None else mask[index] for mask in masks))
@@ -161,7 +167,7 @@ def _assembled(
             _refuse_holes(name, codes, sequence, layers)
     dtype = compact_dtype(num_experts)
     try:
-        out = np.empty((int(offsets[-1]), len(layers), top_k), dtype)
+        out = np.empty((int(offsets[-1]), len(layers), found.top_k), dtype)
     except (MemoryError, ValueError) as error:
         raise InputError(f"{offsets[-1]} tokens of {len(layers)} layers do not fit into memory: {error}") from None
     versions: list[VersionSpan] = []
@@ -174,7 +180,9 @@ def _assembled(
         check_ids(rows, num_experts, codes > KNOWN, names[index], tuple(layers))
         versions += [VersionSpan(index, *span) for span in sequence.versions]
     codes = np.concatenate(reasons) if reasons else np.zeros(0, np.uint8)
-    return RoutingTrace._of_checked(out, codes, offsets, num_experts, tuple(layers), tuple(versions), dropped, assumed)
+    return RoutingTrace._of_checked(
+        out, codes, offsets, num_experts, tuple(layers), tuple(versions), found.dropped, found.assumed
+    )
 
 
 def _reasons(sequence: Placed, layers: list[int], name: str, mask: Any, replay_mask: Any) -> np.ndarray:
