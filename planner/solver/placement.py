@@ -6,8 +6,8 @@ vectors: experts that are hot in the same micro-batches must not share a node.
 * `assign`: longest processing time. Hottest expert first, to the bin with room whose load overlaps least with it.
 * `improve`: pairwise swaps. First those that lower the sum of squares of bin loads, which is separable over bins, so
   that disjoint pairs of bins swap at once. Then, where nothing but the placement can level the nodes, those that lower
-  the sum over micro-batches of the busiest bin. Guests make the latter wrong: they level nodes for the price of what
-  all nodes together have in excess, which grows by about a sixth when only the busiest node counts.
+  the sum over micro-batches of the busiest bin. Plans with kept replicas leave the second kind out: replicas must take
+  what all nodes have above their share, and that grows by about a sixth when only the busiest node counts.
 
 With a placement to start from, swaps start there, each must be worth what it moves, and labels are matched at the end.
 
