@@ -40,6 +40,7 @@ nightly: .venv/installed
 	bash .ci/run
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
+	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
 TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
