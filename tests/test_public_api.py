@@ -23,7 +23,6 @@ OPERATIONS = ("kernels.", "reference.", "autograd", "compiled")
 MORE_THAN_EIGHT = {
     "configs.lookup config_of": "the key of a config",
     "parallel.tokens.paths PlannedPath.__init__": "",
-    "planner.formats.sequences trace_of_sequences": "",
     "router TopKRouter.__init__": "the router's settings, named as the models' configs name them",
 }
 

@@ -7,7 +7,7 @@ appear as layers of zeros. A row of zeros names expert 0 K times, so with K > 1 
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -65,14 +65,7 @@ def trace_of_sequences(
     decode: Decode = lambda payload, name: payload,
     filler: Filler | None = None,
     what: str = "routed_experts",
-    num_tokens: Sequence[int] | None = None,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    starts: Any = None,
-    masks: Sequence[Any] | None = None,
-    replay_masks: Sequence[Any] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
-    first_sequence: int = 0,
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of these sequences. A token of which a layer was not recorded is unknown.
 
@@ -81,20 +74,29 @@ def trace_of_sequences(
         last_token: which rows there are, see `placed`.
         decode: a payload to its array.
         filler: which rows the engine filled in where it had none; looked at only at the end of a sequence.
-        The rest: see `SequenceOptions`.
+        what: how messages call `recorded`.
+        options: see `SequenceOptions`.
 
-    Raises: ShapeError, FormatError, InputError; they name `what`, the sequence, and the token and layer.
+    Raises: TypeError for an option that there is not; ShapeError, FormatError, InputError, which name `what`, the
+        sequence, and the token and layer.
     """
     experts = check_num_experts(num_experts)
+    known = SequenceOptions.__annotations__
+    if not set(options) <= set(known):
+        raise TypeError(f"{min(set(options) - set(known))} is no option of a loader; they are {', '.join(known)}")
+    holes, starts = options.get("holes", "refuse"), options.get("starts")
     if holes not in HOLES:
         raise InputError(f"holes is {holes!r}, but must be one of {HOLES}")
-    lengths = lengths_of(num_tokens, token_ids)
-    if isinstance(starts, int | np.integer):
-        starts = [starts]
-    per_sequence = {"num_tokens": lengths, "starts": starts, "masks": masks, "replay_masks": replay_masks}
+    masks = options.get("masks"), options.get("replay_masks")
+    per_sequence = {
+        "num_tokens": lengths_of(options.get("num_tokens"), options.get("token_ids")),
+        "starts": [starts] if isinstance(starts, int | np.integer) else starts,
+        "masks": masks[0],
+        "replay_masks": masks[1],
+    }
     seen, sequences, names = LayersSeen(what), [], []
     for index, entry in enumerate(recorded):
-        name = f"{what} of sequence {first_sequence + index}"
+        name = f"{what} of sequence {options.get('first_sequence', 0) + index}"
         names.append(name)
         given = {key: _of(key, values, index) for key, values in per_sequence.items()}
         parts = parts_of(entry, decode, name, experts, given["starts"])
@@ -109,11 +111,11 @@ def trace_of_sequences(
             raise InputError(f"{key} has {len(values)} entries, but {what} has {len(sequences)}")
     if not sequences:
         raise InputError(f"{what} is empty, but must hold at least one sequence")
-    found = seen.moe_layers(moe_layer_ids)
+    found = seen.moe_layers(options.get("moe_layer_ids"))
     if not all(sequence.certain for sequence in sequences):
         said = f"rows of {what} begin at token 0 and end with their sequence: give num_tokens or token_ids to check"
         found = found._replace(assumed=(*found.assumed, said))
-    trace = _assembled(sequences, names, found, experts, holes, (masks, replay_masks))
+    trace = _assembled(sequences, names, found, experts, holes, masks)
     _log(trace)
     return trace
 

@@ -44,7 +44,7 @@ ROOMS = (
     Room(
         "warmup",
         "compile before the first step",
-        f"parallel nn autograd ops compiling kernels configs {BASE} errors",
+        f"parallel parallel.experts nn autograd ops compiling kernels configs {BASE} errors",
         "precompile",
     ),
     Room(
