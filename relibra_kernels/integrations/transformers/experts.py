@@ -5,7 +5,7 @@ computes, so a family that nobody listed here works too, or is refused by the na
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -24,7 +24,8 @@ from ...weights import ExpertWeights
 # torch 2.11's compiler takes no module as an argument of a function whose result it assumes to be constant.
 _COMPILES_AFTER_A_FORWARD = torch.__version__.startswith("2.11.")
 
-Flags = tuple[bool, bool, bool, str, float, float]  # of an ExpertForm, as constants that torch.compile takes
+# of an ExpertForm, as constants that torch.compile takes
+Flags = tuple[bool, bool, bool, Literal["silu", "clamped"], float, float]
 
 
 def experts_forward(
