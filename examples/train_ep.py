@@ -34,10 +34,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from relibra_kernels import ClusterSpec, ExpertParallel
+from relibra_kernels import ClusterSpec, ExpertParallel, RoutedBatch
 from relibra_kernels.integrations.transformers import replace_moe_blocks
 from relibra_kernels.nn import record_routing
-from relibra_kernels.parallel import BatchLayout
 from relibra_kernels.planner import RoutingTrace
 
 VOCABULARY = 128
@@ -126,24 +125,23 @@ def train(args: argparse.Namespace) -> list[float]:
 
     for step in range(first, args.steps):
         tokens, trace = rollouts[step]
-        layout = BatchLayout.balanced([len(sequence) for sequence in tokens], world, tokens_per_micro_batch=64)
-        mine = layout.of_rank(rank)
-        my_trace, my_micro_batches = trace.select(mine), layout.micro_batch_of_sequence[mine]
+        everyone = RoutedBatch.from_token_budget(trace, world, tokens_per_micro_batch=64)
+        batch = everyone.of_rank(rank)
         inputs = []
-        for m in range(layout.num_micro_batches):
-            sequences = layout.sequences(m, rank)
-            ids, rows = padded_input(tokens, sequences), layout.padded_rows(m, rank)
+        for m in range(batch.num_micro_batches):
+            sequences = everyone.sequences(m, rank)
+            ids, rows = padded_input(tokens, sequences), everyone.padded_rows(m, rank)
             if not len(sequences):  # a rank without sequences still runs every micro-batch
                 ids, rows = torch.zeros((1, 2), dtype=torch.int64), np.full(2, -1)
             inputs.append((ids.to(args.device), rows))
 
-        plan = ep.plan(my_trace, my_micro_batches, layout.num_micro_batches)
+        plan = ep.plan(batch)
         optimizer.zero_grad()
         total = torch.zeros((), device=args.device)
-        with ep.batch(plan, my_trace, my_micro_batches, optimizer):
+        with ep.batch(plan, batch, optimizer):
             for training in (False, True):  # log-probabilities of before, then training, under one plan
                 for m, (ids, rows) in enumerate(inputs):
-                    model.set_requires_gradient_sync(m == layout.num_micro_batches - 1)
+                    model.set_requires_gradient_sync(m == batch.num_micro_batches - 1)
                     with nullcontext() if training else torch.no_grad(), ep.micro_batch(m, rows):
                         loss = loss_sum(model, ids, rows) * world / trace.num_tokens  # gradients are averaged
                         if training:

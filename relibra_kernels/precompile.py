@@ -15,6 +15,7 @@ from . import ops
 from .autograd import moe_mlp_backward, moe_mlp_forward
 from .nn import ReplicatedExperts, ReplicatedMoE
 from .parallel import ExpertParallel
+from .parallel.experts.parameters import take_over
 from .planner.errors import InputError
 from .weights import ExpertWeights, zeros_fp32
 
@@ -29,7 +30,7 @@ def warmup(
     model: nn.Module | ExpertParallel,
     tokens: int | Iterable[int],
     *,
-    device: "Device | None" = None,
+    device: "Device | str | None" = None,
     group: dist.ProcessGroup | None = None,
     jobs: int | None = None,
 ) -> int:
@@ -39,28 +40,30 @@ def warmup(
     rows, and all ranks use them from then on; the ranks of a machine share the work through Triton's cache.
 
     Args:
-        model: holds `ReplicatedMoE` layers; of an `ExpertParallel`, what runs with replicas and without is compiled.
+        model: holds MoE layers, as for `ExpertParallel`; of an `ExpertParallel`, what runs with replicas and without is compiled.
         tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
             around that: half and twice as many are compiled for as well.
-        device: compile for this GPU (`configs.limits.device_for`), which need not be here; None: for the model's.
+        device: compile for this GPU, which need not be here: its name ("H100") or its limits; None: for the model's.
         jobs: compilers at a time; None: as many as there are cores, shared by the machine's ranks.
 
-    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given.
+    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given, or where no GPU
+    has the name.
     """
     counts = sorted({tokens} if isinstance(tokens, int) else set(tokens))
     if not counts or counts[0] < 1:
         raise InputError(f"tokens is {tokens}; it must be positive, one number or several")
     module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
     replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
-    layers = [layer for layer in module.modules() if isinstance(layer, ReplicatedMoE)]
-    if not layers:
-        raise InputError(f"model {type(module).__name__} has no ReplicatedMoE: replace its MoE blocks first")
+    layers = take_over(module)
     where = layers[0].experts.gate_up_proj.device
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
     from .compiling.precompiling import compile_for, compile_on
-    from .configs.limits import device_of
+    from .configs.limits import device_for, device_of
+    from .configs.products import product_named
 
+    if isinstance(device, str):
+        device = device_for(product_named(device))
     target = device or device_of(where)
 
     def launches() -> "list[Launch]":
@@ -96,7 +99,7 @@ def _launches(
 def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | None) -> Iterator[Callable[[], None]]:
     seen = set()
     for layer in layers:
-        key = (*_shape(layer.experts), layer.router.top_k, layer.shared_experts is not None)
+        key = (*_shape(layer.experts), layer.router.top_k, getattr(layer, "shared_experts", None) is not None)
         if key in seen:
             continue
         seen.add(key)
@@ -120,16 +123,23 @@ def _meta(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
 
 
 def _step_alone(layer: ReplicatedMoE, count: int) -> None:
-    """The layer itself, forward and backward, on tensors without memory."""
+    """The layer itself, or the experts of another framework's, forward and backward, on tensors without memory."""
+    module: nn.Module = layer if isinstance(layer, nn.Module) else layer.experts
     tensors = {}
-    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         tensors[name] = twin = _meta(tensor).requires_grad_(tensor.requires_grad)
         main_grad = getattr(tensor, "main_grad", None)
         if main_grad is not None:
             twin.main_grad = _meta(main_grad)  # type: ignore[attr-defined]
     weight = layer.experts.gate_up_proj
     x = _meta(weight, count, layer.experts.hidden_size).requires_grad_()
-    functional_call(layer, tensors, (x,)).sum().backward()
+    if module is layer:
+        functional_call(module, tensors, (x,)).sum().backward()
+        return
+    index = torch.empty(count, layer.router.top_k, dtype=torch.int64, device="meta")
+    for dtype in {weight.dtype, torch.float32}:  # of gate weights, which is the family's choice
+        gates = _meta(x, *index.shape, dtype=dtype).requires_grad_()
+        functional_call(module, tensors, (x, index, gates)).sum().backward()
 
 
 def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
@@ -137,7 +147,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
     home = experts.weights.map(_meta)
     slots = experts.num_experts + replicas
-    guest = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
+    replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
     table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
     # A received row visits one to K slots, so there are 1 to K times `count` of them.
     received = [min(count << i, count * top_k) for i in range(top_k.bit_length() + 1)]
@@ -148,10 +158,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     schedule = schedules[-1]
     x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
-    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=guest, weight_of_slot=table)
+    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
     grad = home.map(zeros_fp32)
-    into: dict[str, Any] = {"grad": grad, "replica": guest, "weight_of_slot": table}
-    into["replica_grad"] = guest.map(zeros_fp32) if guest is not None else None
+    into: dict[str, Any] = {"grad": grad, "replica": replica, "weight_of_slot": table}
+    into["replica_grad"] = replica.map(zeros_fp32) if replica is not None else None
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
@@ -161,7 +171,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         ops.unpermute(out, _meta(gates, of_rows.num_tokens, top_k), of_rows)
         for returned in (out, dx, dgates):
             ops.unpermute(returned, None, of_rows)
-    if guest is not None:
+    if replica is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)

@@ -1,7 +1,7 @@
 """Expert parallelism over `torch.distributed`: dispatch and combine, replicas, migration."""
 
-from .layout import BatchLayout
+from .routed_batch import RoutedBatch
 from .runtime import ExpertParallel
 from .session import RuntimeOptions
 
-__all__ = ["BatchLayout", "ExpertParallel", "RuntimeOptions"]
+__all__ = ["ExpertParallel", "RoutedBatch", "RuntimeOptions"]

@@ -43,18 +43,21 @@ class Opening:
         *,
         is_open: bool,
         counted: bool,
+        problem: ReLibraError | None = None,
     ) -> tuple[list[dict[str, Tensor]], bool]:
         """All ranks go on from the same, or none does. Collective.
 
         Args:
             configuration: whatever else must be the same on all ranks.
             is_open: whether a batch is open already. counted: whether this rank has the loads.
+            problem: what is wrong on this rank already.
         Returns: what moves with the experts of each layer, and whether every rank has the loads.
         Raises: PlanError, InputError.
         """
         tensors: list[dict[str, Tensor]] = []
-        problem: ReLibraError | None = None
         try:
+            if problem is not None:
+                raise problem
             if is_open:
                 raise InputError("a batch is open already: leave it before the next begins")
             check_plan(plan, self._layers, home_LE.shape[1], self._cluster, self._model_name)

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from ..nn import ReplicatedMoE
-from ..planner import BatchPlan, RoutingTrace
+from ..planner import BatchPlan
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
 from .comm.groups import Groups
-from .experts.guests import KeptGuests, kept_guests
+from .experts.kept import KeptReplicas, replicas_to_keep
 from .experts.replicas import ReplicaPushes
 from .microbatch import BatchParts, MicroBatch, Record
+from .routed_batch import RoutedBatch
 from .session import Session
 from .tokens.buffers import Buffers
 from .tokens.paths import reserve
@@ -22,7 +23,7 @@ from .tokens.tables import Tables
 
 
 class OpenBatch:
-    """Made once the experts are at their homes. Making it fetches the guests that stay: collective."""
+    """Made once the experts are at their homes. Making it fetches the kept replicas: collective."""
 
     def __init__(
         self,
@@ -30,8 +31,7 @@ class OpenBatch:
         groups: Groups,
         plan: BatchPlan,
         loads_LMRE: np.ndarray,
-        trace: RoutingTrace,
-        micro_batch_of_sequence: np.ndarray,
+        batch: RoutedBatch,
         layers: Sequence[ReplicatedMoE],
         buffers: Buffers,
     ):
@@ -43,12 +43,13 @@ class OpenBatch:
             return layers[layer].experts.weights
 
         each = [_expert_bytes(weights_of(layer)) for layer in range(len(layers))]
-        kept = kept_guests(plan, each, session.options.guest_bytes)
+        kept = replicas_to_keep(plan, each, session.options.kept_bytes)
         with session.ledger.span("replica", self.device):
-            self._guests = KeptGuests(comm, plan, weights_of, kept)
-        pushes = ReplicaPushes(groups.side, weights_of, self._guests.weights)
-        self._parts = BatchParts(session, comm, plan, pushes, self._guests, buffers, self.device)
-        self._tables = Tables(comm, plan, loads_LMRE, trace, micro_batch_of_sequence, self.device)
+            self._kept = KeptReplicas(comm, plan, weights_of, kept)
+        pushes = ReplicaPushes(groups.side, weights_of, self._kept.weights)
+        self._parts = BatchParts(session, comm, plan, pushes, self._kept, buffers, self.device)
+        self._tables = Tables(comm, plan, loads_LMRE, batch.trace, batch.micro_batch_of_sequence, self.device)
+        self._rows = batch.rows
         self._records: dict[int, list[Record]] = {}
 
     def micro_batch(self, index: int, rows: np.ndarray | None) -> MicroBatch:
@@ -60,6 +61,7 @@ class OpenBatch:
         if not isinstance(index, int | np.integer) or not 0 <= index < count:
             raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
         index = int(index)
+        rows = self._rows[index] if rows is None and self._rows is not None else rows
         parts = self._parts
         with self._session.ledger.span("tables", self.device):
             tables = self._tables.get(index)
@@ -70,14 +72,14 @@ class OpenBatch:
         return micro_batch
 
     def finish(self) -> None:
-        """Kept guests' gradients go home; routing that left what was recorded is refused. Collective.
+        """Kept replicas' gradients go home; routing that left what was recorded is refused. Collective.
 
         Raises: InputError where more tokens chose other experts than `spare_rows` has room for: their gradients are
             missing.
         """
         self._parts.pushes.finish()
         with self._session.ledger.span("replica", self.device):
-            self._guests.give_back(self._gradients_of)
+            self._kept.give_back(self._gradients_of)
         spare, problem = self._session.options.spare_rows, None
         worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
         if worst > spare:
@@ -92,7 +94,7 @@ class OpenBatch:
         self._session.is_open = False
         self._tables.close()
         self._parts.pushes.close()
-        self._guests.close()
+        self._kept.close()
 
     def stats(self) -> dict[str, Any]:
         """What the batch did, over the group. Collective. Also after the batch is closed."""
@@ -117,7 +119,7 @@ class OpenBatch:
             "unknown_tokens": int(loads[:, -2].sum()),
             "differing_tokens": int(loads[:, -1].sum()),
             "replicas": int((plan.replicas >= 0).sum()),
-            "guests_kept": int(self._guests.kept_LRS.sum()),
+            "replicas_kept": int(self._kept.kept_LRS.sum()),
             "seconds": ledger.seconds(),
             "bytes": {kind: {net: sent.get((kind, net), 0) for net in ("fast", "slow")} for kind in kinds},
         }

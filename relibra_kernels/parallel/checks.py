@@ -10,12 +10,23 @@ from ..planner.errors import InputError, PlanError
 from .experts.parameters import expert_parameters
 
 
-def check_trace(trace: RoutingTrace, layers: Sequence[ReplicatedMoE], num_experts: int) -> None:
-    """A trace of this model's routing."""
+def check_trace(
+    trace: RoutingTrace, num_layers: int, top_k: int, num_experts: int, layer_ids: Sequence[int] | None = None
+) -> None:
+    """A trace of the routing of a model with these MoE layers.
+
+    Args:
+        layer_ids: the numbers of the decoder layers that have experts, where they are known. A trace that numbers its
+            layers from 0 is taken to mean the same.
+    """
     shape = (trace.num_layers, trace.top_k, trace.num_experts)
-    expected = (len(layers), layers[0].router.top_k, num_experts)
+    expected = (num_layers, top_k, num_experts)
     if shape != expected:
         raise InputError(f"trace has (layers, top-k, experts) {shape}; the model has {expected}")
+    if layer_ids is not None and trace.moe_layer_ids not in (tuple(layer_ids), tuple(range(num_layers))):
+        raise InputError(
+            f"trace was recorded in the layers {trace.moe_layer_ids}; the model has experts in {tuple(layer_ids)}"
+        )
 
 
 def check_plan(

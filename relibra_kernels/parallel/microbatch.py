@@ -11,7 +11,7 @@ from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ShapeError
 from .comm.collectives import Comm
-from .experts.guests import KeptGuests
+from .experts.kept import KeptReplicas
 from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
 from .session import Session
 from .tokens.buffers import Buffers
@@ -32,7 +32,7 @@ class BatchParts:
     comm: Comm
     plan: BatchPlan
     pushes: ReplicaPushes
-    guests: KeptGuests
+    kept: KeptReplicas
     buffers: Buffers
     device: torch.device
     fetch_ahead: bool = True
@@ -133,7 +133,7 @@ class MicroBatch:
 
     def route(self, layer: int) -> ReplicaRoute | None:
         """The replicas of a layer on this rank; None outside of the model."""
-        parts, kept = self._parts, self._parts.guests
+        parts, kept = self._parts, self._parts.kept
         if not 0 <= layer < parts.plan.num_layers:
             return None
         if layer not in self._routes:
@@ -165,7 +165,7 @@ class MicroBatch:
             tag=self._tag(layer),
             path=path,
             pushes=parts.pushes,
-            guests=parts.guests,
+            kept=parts.kept,
             replicas=replicas,
             weight_of_slot=torch.from_numpy(replicas.weight_of_slot).to(parts.device) if replicas else None,
             next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.fetch_ahead else (None, None),

@@ -2,9 +2,9 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import contextmanager
-from typing import Any, Literal
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..nn import ReplicatedExperts
-from ..planner import BatchPlan, ClusterSpec, RoutingTrace
-from ..planner.errors import InputError
+from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace
+from ..planner.errors import InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from .agreement import Opening
 from .batch import OpenBatch
@@ -27,6 +27,7 @@ from .experts.migration import move_layers
 from .experts.parameters import device_of, expert_parameters, keep_experts, moe_layers
 from .microbatch import MicroBatch
 from .planning import Planning
+from .routed_batch import RoutedBatch, routed_batch
 from .session import ForwardContext, RuntimeOptions, Session
 from .tokens.buffers import Buffers
 
@@ -37,16 +38,16 @@ class ExpertParallel:
     Construct it on every rank, with the whole model, before the optimizer: each rank keeps its E/R experts of every
     layer (contiguous at first) as parameters, in place of all of them. Then, for every batch::
 
-        plan = ep.plan(trace, micro_batch_of_sequence, num_micro_batches)
-        with ep.batch(plan, trace, micro_batch_of_sequence, optimizer):
-            for m in range(num_micro_batches):
+        plan = ep.plan(batch)
+        with ep.batch(plan, batch, optimizer):
+            for m in range(batch.num_micro_batches):
                 with ep.micro_batch(m):
                     loss(model(inputs[m])).backward()
         ep.reduce_gradients()
         ep.clip_grad_norm_(1.0)
         optimizer.step()
 
-    where `trace` holds this rank's sequences. Losses must be normalised over all ranks: gradients are summed, unless
+    where `batch` is a `RoutedBatch`. Losses must be normalised over all ranks: gradients are summed, unless
     `reduction` is "mean".
 
     Args:
@@ -108,56 +109,110 @@ class ExpertParallel:
         return [parameter for parameter in self.model.parameters() if id(parameter) not in experts]
 
     def gather_loads(
-        self, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int
+        self,
+        batch: RoutedBatch | RoutingTrace,
+        micro_batch_of_sequence: np.ndarray | None = None,
+        num_micro_batches: int | None = None,
     ) -> np.ndarray:
-        """The load table of the expert-parallel group, int32 [L, M, R, E], from its ranks' sequences. Collective."""
-        return self._planning.gather_loads(trace, micro_batch_of_sequence, num_micro_batches)
+        """The load table of the expert-parallel group, int32 [L, M, R, E], from its ranks' sequences. Collective.
 
-    def plan(self, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int) -> BatchPlan:
+        Args: as for `plan`.
+        """
+        return self._planning.gather_loads(*self._routed(batch, micro_batch_of_sequence, num_micro_batches))
+
+    def plan(
+        self,
+        batch: RoutedBatch | RoutingTrace,
+        micro_batch_of_sequence: np.ndarray | None = None,
+        num_micro_batches: int | None = None,
+        *,
+        options: PlanOptions | None = None,
+    ) -> BatchPlan:
         """Plan a batch, starting from where the experts are now. Collective; the same plan on every rank.
 
         With several expert-parallel groups, `home` is that of all groups' loads and replicas are this group's.
+
+        Args:
+            batch: the routed batch, of the group or of this rank. In its place, for whole sequences of this rank:
+                their trace, int [sequences] `micro_batch_of_sequence`, and `num_micro_batches`.
+            options: what the plan is to achieve, and at what price; the same on every rank.
         """
         with ThreadPoolExecutor(1) as here:
-            return self.plan_later(trace, micro_batch_of_sequence, num_micro_batches, here).result()
+            routed = self._routed(batch, micro_batch_of_sequence, num_micro_batches)
+            return self._planning.plan_later(*routed, self.home, options, here).result()
 
     def plan_later(
-        self, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int, executor: Executor
+        self,
+        batch: RoutedBatch | RoutingTrace,
+        *rest: Any,
+        options: PlanOptions | None = None,
     ) -> "Future[BatchPlan]":
-        """`plan` in a thread or process of `executor`, while the last rollouts finish. Collective until it returns.
+        """`plan` in a thread or process of an executor, while the last rollouts finish. Collective until it returns.
+
+        `plan_later(batch, executor)`, or `plan_later(trace, micro_batch_of_sequence, num_micro_batches, executor)`.
 
         Every rank plans from the same loads and the placement of now, so it must run before the next batch opens.
         Processes must be spawned (`mp_context=multiprocessing.get_context("spawn")`): a fork of a rank inherits the
         locks of its threads. They need neither a process group nor a GPU.
         """
-        arguments = trace, micro_batch_of_sequence, num_micro_batches, self.home
-        return self._planning.plan_later(*arguments, executor)
+        *short, executor = rest
+        routed = self._routed(batch, *(short or (None, None)))
+        return self._planning.plan_later(*routed, self.home, options, executor)
 
-    @contextmanager
+    def _routed(
+        self, batch: Any, micro_batch_of_sequence: Any, num_micro_batches: int | None
+    ) -> tuple[RoutedBatch | None, ReLibraError | None]:
+        """What this rank has of a batch, or what is wrong with it: the others must hear of that."""
+        try:
+            here = self.comm.rank, self.comm.size
+            return routed_batch(batch, micro_batch_of_sequence, num_micro_batches, *here), None
+        except ReLibraError as error:
+            return None, error
+
+    @overload
+    def batch(
+        self, plan: BatchPlan, batch: RoutedBatch, optimizer: torch.optim.Optimizer | None, /
+    ) -> AbstractContextManager[None]: ...
+
+    @overload
     def batch(
         self,
         plan: BatchPlan,
         trace: RoutingTrace,
         micro_batch_of_sequence: np.ndarray,
         optimizer: torch.optim.Optimizer | None,
-    ) -> Iterator[None]:
-        """Run a batch under `plan`: check it, move the experts to their homes, fetch the guests that stay. Collective.
+        /,
+    ) -> AbstractContextManager[None]: ...
 
-        Leaving it returns the gradients of those guests, so `reduce_gradients` and `optimizer.step()` come after it.
+    def batch(self, plan: BatchPlan, batch: Any, *rest: Any) -> AbstractContextManager[None]:
+        """Run a batch under `plan`: check it, move the experts to their homes, fetch the kept replicas. Collective.
+
+        Leaving it returns the gradients of those replicas, so `reduce_gradients` and `optimizer.step()` come after it.
 
         Args:
-            trace: the recorded routing of this rank's sequences. A row of -1 at the end of its sequence visits no
-                expert; others are routed live.
-            micro_batch_of_sequence: int [sequences of this rank].
-            optimizer: whose state moves with the experts; None where the experts are not trained.
+            batch: the routed batch, as given to `plan`; or the trace of this rank's sequences and int [sequences]
+                `micro_batch_of_sequence`. A row of -1 at the end of its sequence visits no expert; others are routed
+                live.
+            optimizer: last; whose state moves with the experts. None where the experts are not trained.
 
         Raises: PlanError for a plan made for another model, cluster, or routing; InputError for a trace or optimizer
             that does not fit, on this rank or another, and, when the first batch opens, for weights that differ between
             ranks. Nothing has moved then. On leaving, InputError where tokens chose other experts than recorded and
             there was no room for them.
         """
-        groups = np.asarray(micro_batch_of_sequence)
-        counted = self._planning.take_counted(trace, groups, plan.num_micro_batches)
+        *short, optimizer = rest
+        groups = short[0] if short else None
+        return self._batch_context(plan, *self._routed(batch, groups, plan.num_micro_batches), optimizer)
+
+    @contextmanager
+    def _batch_context(
+        self,
+        plan: BatchPlan,
+        batch: RoutedBatch | None,
+        problem: ReLibraError | None,
+        optimizer: torch.optim.Optimizer | None,
+    ) -> Iterator[None]:
+        counted = None if batch is None else self._planning.take_counted(batch)
         tensors, everywhere = self._opening.agree(
             plan,
             optimizer,
@@ -165,19 +220,21 @@ class ExpertParallel:
             (self.options, self.reduction),
             is_open=self._batch is not None,
             counted=counted is not None,
+            problem=problem,
         )
-        loads = self._planning.loads_of(plan, trace, groups, counted if everywhere else None)
+        assert batch is not None  # else a problem was raised
+        loads = self._planning.loads_of(plan, batch, counted if everywhere else None)
         session = Session(self.options, self.comm.ledger)
         self.comm.ledger.begin_batch()
         move_layers(self.comm, tensors, self.home, plan.home, self.device)
         del tensors
-        batch = OpenBatch(session, self.groups, plan, loads, trace, groups, self.layers, self._buffers)
-        self._batch = self._last = batch
+        opened = OpenBatch(session, self.groups, plan, loads, batch, self.layers, self._buffers)
+        self._batch = self._last = opened
         try:
             yield
-            batch.finish()
+            opened.finish()
         finally:
-            batch.close()
+            opened.close()
             self._batch = None
 
     @contextmanager
@@ -190,7 +247,8 @@ class ExpertParallel:
 
         Args:
             rows: int [tokens of the model's input], which of the micro-batch's trace rows (its sequences in trace
-                order) each token is; -1 for padding, which visits no expert. None: the input is exactly those rows.
+                order) each token is; -1 for padding, which visits no expert. None: what the routed batch says, or else
+                the input is exactly those rows.
         """
         if self._batch is None:
             raise InputError("micro_batch is used outside of batch: open `with ep.batch(plan, ...)` first")

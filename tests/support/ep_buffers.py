@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
 
+from relibra_kernels.parallel import RoutedBatch
+
 
 def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, int]]:
     """(whether the layers of each pass found their memory there, bytes by name, bytes taken at most).
@@ -18,7 +20,7 @@ def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, 
     trace, groups, tokens = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     trace, groups = trace.select(mine), groups[mine]
-    plan = make_plan(case, ep, trace, groups, 0)
+    plan = make_plan(case, ep, RoutedBatch(trace, groups, case.micro_batches), 0)
     buffers, most = ep._buffers, Counter()
     take = buffers.take
 

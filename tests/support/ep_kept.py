@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
 
+from relibra_kernels.parallel import RoutedBatch
 from relibra_kernels.parallel.experts.replicas import Push
 
 
@@ -19,7 +20,7 @@ def lives_of_replicas(case: Case) -> list[int]:
     trace, groups, tokens = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     trace, groups = trace.select(mine), groups[mine]
-    plan = make_plan(case, ep, trace, groups, 0)
+    plan = make_plan(case, ep, RoutedBatch(trace, groups, case.micro_batches), 0)
     with weights_of_pushes() as stores:
         moments: list[int] = []
 
@@ -48,17 +49,17 @@ def lives_of_replicas(case: Case) -> list[int]:
     return moments
 
 
-def lives_of_guests(case: Case) -> tuple[bool, bool]:
-    """Whether the weights of guests that stay are alive in a batch, and after it."""
+def lives_of_kept_replicas(case: Case) -> tuple[bool, bool]:
+    """Whether the weights of kept replicas are alive in a batch, and after it."""
     ep, optimizer = start(case)
     trace, groups, _ = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
-    plan = make_plan(case, ep, trace.select(mine), groups[mine], 0)
+    plan = make_plan(case, ep, RoutedBatch(trace.select(mine), groups[mine], case.micro_batches), 0)
     with ep.batch(plan, trace.select(mine), groups[mine], optimizer):
-        guests = weakref.ref(ep._batch._guests.weights(0).gate_up)
-        within = guests() is not None
+        kept = weakref.ref(ep._batch._kept.weights(0).gate_up)
+        within = kept() is not None
     ep.stats()  # of the batch that is over
-    return within, guests() is not None
+    return within, kept() is not None
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_input
 
-from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.parallel import ExpertParallel, RoutedBatch
 from relibra_kernels.planner import ClusterSpec, InputError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -66,7 +66,7 @@ def train_sharded(case: Case, ep: ExpertParallel, optimizer: ShardedAdamW, steps
         trace, groups, tokens = make_batch(case, step)
         mine = np.arange(rank, trace.num_sequences, case.ranks)
         my_trace, my_groups = trace.select(mine), groups[mine]
-        plan = make_plan(case, ep, my_trace, my_groups, step)
+        plan = make_plan(case, ep, RoutedBatch(my_trace, my_groups, case.micro_batches), step)
         moved += int((plan.home != ep.home).sum())
         optimizer.zero_grad()
         with ep.batch(plan, my_trace, my_groups, optimizer):
@@ -96,7 +96,7 @@ def train_and_move(case: Case, dim: int, folder: str) -> dict[str, Any]:
     parts = [p.clone() for p in (optimizer.state[e]["exp_avg"].to_local() for e in ep.expert_parameters())]
     trace, groups, _ = make_batch(case, case.steps)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
-    plan = make_plan(case, ep, trace.select(mine), groups[mine], case.steps)
+    plan = make_plan(case, ep, RoutedBatch(trace.select(mine), groups[mine], case.micro_batches), case.steps)
     with ep.batch(plan, trace.select(mine), groups[mine], optimizer):
         pass
     now = [optimizer.state[e]["exp_avg"].to_local() for e in ep.expert_parameters()]

@@ -11,7 +11,7 @@ from torch.profiler import profile
 from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_input, not_last, start, train_steps
 
 from relibra_kernels.nn import replay_routing
-from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
+from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
 from relibra_kernels.planner import BatchPlan, ClusterSpec
 
 
@@ -46,7 +46,7 @@ def differing_routes(case: Case, count: int, spare: int) -> tuple[dict[str, np.n
     trace, groups, tokens = make_batch(case, 0)
     mine = np.arange(rank, trace.num_sequences, case.ranks)
     my_trace, my_groups = trace.select(mine), groups[mine]
-    plan = make_plan(case, ep, my_trace, my_groups, 0)
+    plan = make_plan(case, ep, RoutedBatch(my_trace, my_groups, case.micro_batches), 0)
     recorded = ep.layers[0].router.replay
 
     def chosen(ids_TK: torch.Tensor) -> torch.Tensor:

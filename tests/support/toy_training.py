@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter, replay_routing
-from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
+from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
 from relibra_kernels.planner import BatchPlan, ClusterSpec, RoutingTrace, plan_batch, static_plan
 
 QWEN = ExpertForm()
@@ -192,8 +192,15 @@ def train_steps(case: Case, ep: ExpertParallel, optimizer: torch.optim.Optimizer
     for step in steps:
         trace, groups, tokens = make_batch(case, step)
         mine = np.arange(rank, trace.num_sequences, case.ranks)
+        everyone = RoutedBatch(
+            trace,
+            groups,
+            case.micro_batches,
+            rank_of_sequence=np.arange(len(groups)) % case.ranks,
+            num_ranks=case.ranks,
+        )
         my_trace, my_groups = trace.select(mine), groups[mine]
-        plan = make_plan(case, ep, my_trace, my_groups, step)
+        plan = make_plan(case, ep, everyone, step)
         replicas += int((plan.replicas >= 0).sum())
         moved += int((plan.home != ep.home).sum())
         optimizer.zero_grad()
@@ -206,7 +213,7 @@ def train_steps(case: Case, ep: ExpertParallel, optimizer: torch.optim.Optimizer
             model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m)) for m in range(case.micro_batches)
         ]
         forward = partial(forward_once, case, ep, inputs, trace.num_tokens)
-        with ep.batch(plan, my_trace, my_groups, optimizer):
+        with ep.batch(plan, everyone, optimizer):
             with torch.no_grad():
                 before = [forward(m).item() for _ in range(case.passes_before) for m in range(case.micro_batches)]
             total = sum(forward_backward(case, forward))
@@ -280,10 +287,10 @@ def model_input(
     return torch.tensor(ids, dtype=torch.int64), np.array(rows, np.int64) if case.padding else None, counted
 
 
-def make_plan(case: Case, ep: ExpertParallel, trace: RoutingTrace, groups: np.ndarray, step: int) -> BatchPlan:
-    loads = ep.gather_loads(trace, groups, case.micro_batches)
+def make_plan(case: Case, ep: ExpertParallel, batch: RoutedBatch, step: int) -> BatchPlan:
+    loads = ep.gather_loads(batch)
     if case.plan == "planned":
-        return ep.plan(trace, groups, case.micro_batches)
+        return ep.plan(batch)
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
     plan = shuffled_plan(loads, ep.cluster, step)

@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from ...parallel.comm.collectives import Comm
-from ...parallel.experts.guests import KeptGuests
+from ...parallel.experts.kept import KeptReplicas
 from ...parallel.experts.replicas import ReplicaPushes
 from ...parallel.microbatch import BatchParts, MicroBatch
 from ...parallel.session import RuntimeOptions, Session
@@ -29,6 +29,11 @@ from ...planner.errors import InputError
 from ...planner.plan import contiguous_home
 from ...weights import ExpertWeights
 from .experts import cast_for_experts, expert_form, expert_weights
+
+try:
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+except ModuleNotFoundError:  # before 5.23: no hook for expert parallelism, all else works
+    EPImplementation, EPImplementationInterface = object, None
 
 
 @dataclasses.dataclass
@@ -93,13 +98,19 @@ class RelibraEP(EPImplementation):
         return batch.current.sites(self.layer)[0]
 
 
-EPImplementationInterface.register("relibra", RelibraEP)
+if EPImplementationInterface is not None:
+    EPImplementationInterface.register("relibra", RelibraEP)
 
 _COMMS: dict[Any, Comm] = {}  # one a process group, so that all layers count their bytes together
 _IMPLEMENTATIONS: "WeakKeyDictionary[nn.Module, RelibraEP]" = WeakKeyDictionary()
 
 
 def implementations_of(model: nn.Module) -> list[RelibraEP]:
+    if EPImplementationInterface is None:
+        raise InputError(
+            f"transformers is {transformers.__version__}, which has no hook for expert-parallel implementations; "
+            "ep_implementation 'relibra' needs 5.23 or newer. replace_moe_blocks(model) with ExpertParallel works here"
+        )
     found = [_IMPLEMENTATIONS[module] for module in model.modules() if module in _IMPLEMENTATIONS]
     if not found:
         raise InputError(
@@ -123,11 +134,11 @@ def collective_device(comm: Comm) -> torch.device:
 def shared_parts(
     comm: Comm, plan: BatchPlan, weights_of: Callable[[int], ExpertWeights], device: torch.device
 ) -> BatchParts:
-    """What layers share. FSDP gathers a layer's weights when it runs: nothing is fetched ahead, and no guest stays."""
-    guests = KeptGuests(comm, plan, weights_of, np.zeros_like(plan.kept))
-    pushes = ReplicaPushes(comm, weights_of, guests.weights)
+    """What layers share. FSDP gathers a layer's weights when it runs: nothing is fetched ahead, none is kept."""
+    kept = KeptReplicas(comm, plan, weights_of, np.zeros_like(plan.kept))
+    pushes = ReplicaPushes(comm, weights_of, kept.weights)
     session = Session(RuntimeOptions(), comm.ledger)
-    return BatchParts(session, comm, plan, pushes, guests, Buffers(), device, fetch_ahead=False)
+    return BatchParts(session, comm, plan, pushes, kept, Buffers(), device, fetch_ahead=False)
 
 
 def _live_site(
@@ -144,12 +155,12 @@ def _live_site(
     trace = RoutingTrace(ids_TLK, np.array([0, len(ids_TLK)]), num_experts, (0,))
     groups = np.zeros(1, np.int64)
     loads_RE = comm.gather_arrays(count_loads(trace, groups, 1)[0, 0], device, "the exchange of live loads")
-    guests = replicas_RS >= 0  # whatever is held is allowed: the plan was checked when the batch was opened
+    kept = replicas_RS >= 0  # whatever is held is allowed: the plan was checked when the batch was opened
     live = BatchPlan(
         home=contiguous_home(1, num_experts, comm.size),
         replicas=replicas_RS[None, None],
         quota=_at_most(replicas_RS, quota_RS, loads_RE.sum(0))[None, None],
-        kept=guests[None],
+        kept=kept[None],
         gpus_per_node=comm.gpus_per_node,
     )
     tables = Tables(comm, live, loads_RE[None, None], trace, groups, device)

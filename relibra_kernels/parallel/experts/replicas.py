@@ -52,7 +52,7 @@ def transfers(plan: BatchPlan, layer: int, replicas_RS: np.ndarray, rank: int) -
 class ReplicaRoute:
     """The replicas of one (layer, micro-batch) on one rank.
 
-    `pushed`: fetched for this micro-batch. `kept`: how many guests of this rank stay for the whole batch.
+    `pushed`: fetched for this micro-batch. `kept`: how many replicas of this rank are kept for the whole batch.
     `weight_of_slot` int32 [E/R + S]: where each slot's weights are: the home store, then what was pushed, then what is
         kept; 0 for an empty slot, which has no rows.
     """
@@ -68,7 +68,7 @@ def replica_route(
     """The replicas of `rank`; None where no rank has one, and then the layer does nothing for them.
 
     Args:
-        kept_RS: bool, which slots hold a guest that stays. kept: the transfers that brought those.
+        kept_RS: bool, which slots hold a kept replica. kept: the transfers that brought those.
     """
     if not plan.has_replicas(layer, micro_batch):
         return None
@@ -84,9 +84,9 @@ def replica_route(
 class Push:
     """Replica weights on their way to this rank, begun a layer ahead."""
 
-    def __init__(self, comm: Comm, route: ReplicaRoute, home: ExpertWeights, guests: ExpertWeights | None, where: str):
+    def __init__(self, comm: Comm, route: ReplicaRoute, home: ExpertWeights, kept: ExpertWeights | None, where: str):
         self._exchanges: list[Exchange] = []
-        self._route, self._guests = route, guests
+        self._route, self._kept = route, kept
         pushed = route.pushed
         arrivals = len(pushed.arrivals)
 
@@ -106,10 +106,10 @@ class Push:
         """[pushed + kept, ...] of every weight."""
         for exchange in self._exchanges:
             exchange.wait()
-        if self._route.kept and self._guests is not None:
+        if self._route.kept and self._kept is not None:
             arrivals = len(self._route.pushed.arrivals)
-            for store, guests in zip(self._stores.tensors(), self._guests.tensors(), strict=True):
-                store[arrivals:].copy_(guests)
+            for store, kept in zip(self._stores.tensors(), self._kept.tensors(), strict=True):
+                store[arrivals:].copy_(kept)
         return self._stores
 
 
@@ -118,17 +118,17 @@ class ReplicaPushes:
 
     Args:
         comm: a group of its own, so that weights do not stand in the way of tokens.
-        weights_of: the home weights of a layer. guests_of: those of its kept guests on this rank.
+        weights_of: the home weights of a layer. kept_of: those of its kept replicas on this rank.
     """
 
     def __init__(
         self,
         comm: Comm,
         weights_of: Callable[[int], ExpertWeights],
-        guests_of: Callable[[int], ExpertWeights | None],
+        kept_of: Callable[[int], ExpertWeights | None],
     ):
         self.comm = comm
-        self._weights_of, self._guests_of = weights_of, guests_of
+        self._weights_of, self._kept_of = weights_of, kept_of
         self._begun: dict[tuple[int, int, bool], Push] = {}
         self._held: dict[tuple[int, int], ExpertWeights] = {}
 
@@ -140,7 +140,7 @@ class ReplicaPushes:
         if backward and (layer, micro_batch) in self._held:
             return
         where = f"layer {layer}, micro-batch {micro_batch}"
-        self._begun[key] = Push(self.comm, route, self._weights_of(layer), self._guests_of(layer), where)
+        self._begun[key] = Push(self.comm, route, self._weights_of(layer), self._kept_of(layer), where)
 
     def take(
         self, layer: int, micro_batch: int, backward: bool, route: ReplicaRoute | None, hold: bool = False

@@ -18,7 +18,7 @@ from ...autograd import NO_WEIGHTS, moe_mlp_backward, moe_mlp_forward
 from ...form import ExpertForm
 from ...planner.errors import InputError
 from ...weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
-from ..experts.guests import KeptGuests
+from ..experts.kept import KeptReplicas
 from ..experts.replicas import GradientReturn, ReplicaPushes, ReplicaRoute
 from ..session import Session
 from .paths import PlannedPath
@@ -41,7 +41,7 @@ class LayerSite:
     tag: Tensor
     path: PlannedPath
     pushes: ReplicaPushes
-    guests: KeptGuests
+    kept: KeptReplicas
     replicas: ReplicaRoute | None
     weight_of_slot: Tensor | None
     next_routes: tuple[ReplicaRoute | None, ReplicaRoute | None]
@@ -52,7 +52,7 @@ class LayerSite:
 
     @property
     def keeps_replicas(self) -> bool:
-        """Whether what was pushed in forward is saved for backward; guests that stay need no second push anyway."""
+        """Whether what was pushed in forward is saved for backward; kept ones need no second push."""
         return self.session.options.keep_replicas and self.replicas is not None and self.replicas.pushed.anywhere
 
     def fetch(self, *, backward: bool, hold: bool = False) -> ExpertWeights | None:
@@ -65,12 +65,12 @@ class LayerSite:
         return mine
 
     def start_return(self, replica_grad: ExpertWeights, home_grad: ExpertWeights) -> GradientReturn | None:
-        """Gradients of pushed replicas begin their way home; those of kept guests are added up here."""
+        """Gradients of pushed replicas begin their way home; those of kept replicas are added up here."""
         assert self.replicas is not None
         pushed = self.replicas.pushed
         arrivals = len(pushed.arrivals)
-        if self.guests.transfers(self.layer) is not None:
-            self.guests.add_gradients(self.layer, replica_grad.map(lambda grad: grad[arrivals:]))
+        if self.kept.transfers(self.layer) is not None:
+            self.kept.add_gradients(self.layer, replica_grad.map(lambda grad: grad[arrivals:]))
         if not pushed.anywhere:
             return None
         phase = f"replica gradients of {self.where}"

@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from relibra_kernels.integrations import slime, verl
-from relibra_kernels.integrations.batches import even_micro_batches, plan_micro_batches
-from relibra_kernels.planner import BatchPlan, ClusterSpec, count_loads
+from relibra_kernels.integrations.batches import plan_micro_batches
+from relibra_kernels.parallel import RoutedBatch
+from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, count_loads
 from relibra_kernels.planner.errors import InputError
 
 E, K, LAYERS, R = 8, 2, 3, 2  # the first layer is dense
@@ -91,30 +92,46 @@ def test_slime(routing):
 def test_plans_are_for_what_every_rank_trains_on(routing):
     planned = verl.plan_for_update(verl_batch(routing), E, CLUSTER, micro_batch_size_per_gpu=2)
     micro_batches = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
-    assert even_micro_batches(8, 2, 2) == micro_batches
     same = slime.plan_for_train(slime_rollout(routing), E, CLUSTER, micro_batches)
     np.testing.assert_array_equal(planned.plan.replicas, same.plan.replicas)
     assert planned.plan.loads_sha256 == same.plan.loads_sha256
+    own = [[0, 1, 2, 3], [4, 5, 6, 7]], [[[0, 1], [2, 3]]] * 2  # slime's indices point into a rank's own samples
+    local = slime.plan_for_train(slime_rollout(routing), E, CLUSTER, own[1], partition_of_rank=own[0])
+    np.testing.assert_array_equal(local.loads, planned.loads)
     for rank in range(R):
-        trace, groups = planned.of_rank(rank)
+        part = planned.batch.of_rank(rank)
+        trace, groups = part.trace, part.micro_batch_of_sequence
         assert groups.tolist() == [0, 0, 1, 1]
         np.testing.assert_array_equal(count_loads(trace, groups, 2), planned.loads[:, :, rank])
-        np.testing.assert_array_equal(trace.sequence(2), planned.trace.sequence(4 * rank + 2))
+        np.testing.assert_array_equal(trace.sequence(2), planned.batch.trace.sequence(4 * rank + 2))
     assert isinstance(planned.plan, BatchPlan)
     static = planned.loads.sum(2).reshape(2, 2, R, -1).sum(-1)
     assert planned.plan.imbalance_mean(planned.loads) < (static.max(-1) / static.mean(-1)).mean()
     again = verl.plan_for_update(verl_batch(routing), E, CLUSTER, 2, previous_home=planned.plan.home)
     assert (again.plan.home != planned.plan.home).sum() == 0
 
-    uneven = plan_micro_batches(planned.trace, [[[5], []], [[0, 1, 2], [3, 4, 6, 7]]], CLUSTER)
-    trace, groups = uneven.of_rank(0)
-    assert trace.num_sequences == 1 and groups.tolist() == [0] and uneven.plan.num_micro_batches == 2
+    uneven = plan_micro_batches(planned.batch.trace, [[[5], []], [[2, 1, 0], [3, 4, 6, 7]]], CLUSTER)
+    part = uneven.batch.of_rank(0)
+    assert part.lengths.tolist() == [6] and part.micro_batch_of_sequence.tolist() == [0]
+    assert uneven.plan.num_micro_batches == 2
+    np.testing.assert_array_equal(uneven.batch.of_rank(1).trace.sequence(0), planned.batch.trace.sequence(2))
+
+
+def test_plan_options_reach_the_planner(routing):
+    """With a balance that any plan meets there is nothing to do."""
+    lenient = PlanOptions(balance=100.0)
+    for planned in (
+        verl.plan_for_update(verl_batch(routing), E, CLUSTER, 2, options=lenient),
+        slime.plan_for_train(slime_rollout(routing), E, CLUSTER, [[[0, 1, 2, 3]], [[4, 5, 6, 7]]], options=lenient),
+    ):
+        assert (planned.plan.replicas == -1).all()
+        assert (planned.plan.home == np.arange(E) // (E // R)).all()
 
 
 @pytest.mark.parametrize(
     ("micro_batches", "message"),
     [
-        ([[[0, 1, 2, 3, 4, 5, 6, 7]]], "for 1 ranks, but the cluster has 2"),
+        ([[[0, 1, 2, 3, 4, 5, 6, 7]]], "for 1 ranks; the cluster has 2"),
         ([[[0, 1], [2, 3]], [[4, 5, 6, 7]]], r"\[1, 2\] micro-batches"),
         ([[[0, 1, 2, 3]], [[4, 5, 6]]], "leave out sequence 7"),
         ([[[0, 1, 2, 3]], [[3, 4, 5, 6, 7]]], r"micro_batches\[1\]\[0\] has sequence 3"),
@@ -124,5 +141,13 @@ def test_plans_are_for_what_every_rank_trains_on(routing):
 def test_sequences_that_are_dealt_out_wrongly(routing, micro_batches, message):
     with pytest.raises(InputError, match=message):
         slime.plan_for_train(slime_rollout(routing), E, CLUSTER, micro_batches)
-    with pytest.raises(InputError, match="do not divide"):
-        even_micro_batches(8, 2, 3)
+    with pytest.raises(InputError, match="micro_batch_size_per_gpu is 3; 8 sequences must divide"):
+        RoutedBatch.from_verl(verl.trace_of_batch(verl_batch(routing), E), 2, 3)
+    with pytest.raises(InputError, match=r"micro_batch_indices_of_rank\[1\] has 4; it must lie in 0..3"):
+        slime.plan_for_train(
+            slime_rollout(routing),
+            E,
+            CLUSTER,
+            [[[0, 1, 2, 3]], [[1, 2, 3, 4]]],
+            partition_of_rank=[[0, 2, 4, 6], [1, 3, 5, 7]],
+        )

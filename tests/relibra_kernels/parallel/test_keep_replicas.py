@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ep_kept import lives_of_guests, lives_of_replicas
+from ep_kept import lives_of_kept_replicas, lives_of_replicas
 from toy_training import Case, train_parallel
 from training_checks import assert_same_bits
 
@@ -14,7 +14,7 @@ from relibra_kernels.parallel import RuntimeOptions
 from relibra_kernels.parallel.experts.replicas import ReplicaPushes, ReplicaRoute, Transfers
 from relibra_kernels.weights import ExpertWeights
 
-FETCHED = RuntimeOptions(guest_bytes=0)  # all replicas of the shuffled plan are fetched for every micro-batch
+FETCHED = RuntimeOptions(kept_bytes=0)  # all replicas of the shuffled plan are fetched for every micro-batch
 FETCH = Case(plan="shuffled", options=FETCHED)
 CASES = {
     "one micro-batch after the other": FETCH,
@@ -25,9 +25,9 @@ CASES = {
     "checkpointed": replace(FETCH, checkpoint="non-reentrant", order="after"),
     "checkpointed, reentrant, two in flight": replace(FETCH, checkpoint="reentrant", order="one_ahead"),
     "h computed again, main_grad": replace(FETCH, recompute=True, main_grad=True),
-    "guests that stay": Case(plan="shuffled"),
-    "guests that stay above replicas": Case(plan="mixed"),
-    "some guests stay": Case(plan="shuffled", layers=3, options=RuntimeOptions(guest_bytes=2 * 2 * 3 * 16 * 24 * 16)),
+    "kept replicas": Case(plan="shuffled"),
+    "kept replicas above fetched ones": Case(plan="mixed"),
+    "some are kept": Case(plan="shuffled", layers=3, options=RuntimeOptions(kept_bytes=2 * 2 * 3 * 16 * 24 * 16)),
     "rows fetched again": replace(FETCH, options=replace(FETCHED, redispatch=True, overlap=True)),
     "tokens routed live": replace(FETCH, unrecorded=0.2),
 }
@@ -68,5 +68,5 @@ def test_a_batch_that_failed_lets_go_of_its_replicas():
     assert held() is None
 
 
-def test_guests_live_as_long_as_their_batch(ranks):
-    assert ranks(2).run(lives_of_guests, Case(plan="shuffled")) == [(True, False)] * 2
+def test_kept_replicas_live_as_long_as_their_batch(ranks):
+    assert ranks(2).run(lives_of_kept_replicas, Case(plan="shuffled")) == [(True, False)] * 2

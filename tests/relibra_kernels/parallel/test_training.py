@@ -38,9 +38,9 @@ CASES = {
     "one frozen projection": Case(frozen=("gate_up_proj",), plan="shuffled", steps=2),
     "as many experts as ranks": Case(ranks=4, gpus_per_node=4, experts=4, plan="shuffled"),
     "steps with migration": Case(plan="shuffled", steps=4),
-    "guests fetched for every micro-batch": Case(plan="shuffled", options=RuntimeOptions(guest_bytes=0)),
-    "guests kept as far as there is room": Case(
-        plan="shuffled", layers=3, options=RuntimeOptions(guest_bytes=2 * 2 * 3 * 16 * 24 * 16)
+    "kept replicas fetched for every micro-batch": Case(plan="shuffled", options=RuntimeOptions(kept_bytes=0)),
+    "replicas kept as far as there is room": Case(
+        plan="shuffled", layers=3, options=RuntimeOptions(kept_bytes=2 * 2 * 3 * 16 * 24 * 16)
     ),
     "received rows fetched again": Case(plan="shuffled", options=RuntimeOptions(redispatch=True)),
     "own rows while others travel": Case(

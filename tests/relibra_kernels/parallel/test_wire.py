@@ -1,4 +1,4 @@
-"""What travels is what the cost model says: tokens, replicas, guests and migration, on emulated clusters."""
+"""What travels is what the cost model says: tokens, replicas fetched and kept, and migration, on emulated clusters."""
 
 from collections import Counter
 from dataclasses import replace
@@ -65,15 +65,15 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
 
     pairs = case.layers * case.micro_batches
     fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model, keep_replicas=keep))
-    kinds = ("replica_weights", "replica_gradients", "guest_weights", "guest_gradients", "migration")
+    kinds = ("replica_weights", "replica_gradients", "kept_weights", "kept_gradients", "migration")
     assert sum(sent[kind, net] for kind in kinds for net in ("fast", "slow")) == fast + slow
     assert sum(sent[kind, "fast"] for kind in kinds[:2]) == fast  # what is pushed stays in its node
     assert sum(sent[kind, "slow"] for kind in kinds[:2]) == 0
     assert sent["replica_weights", "fast"] == (1 if keep else 2) * outcome.pushed_in.sum() * model.expert_bytes
     assert sum(sent["migration", net] for net in ("fast", "slow")) == outcome.moved_in.sum() * model.migration_bytes
-    guests = outcome.kept_in.sum()
-    assert sent["guest_weights", "slow"] == guests * model.expert_bytes
-    assert sent["guest_gradients", "slow"] == guests * model.gradient_bytes
+    kept = outcome.kept_in.sum()
+    assert sent["kept_weights", "slow"] == kept * model.expert_bytes
+    assert sent["kept_gradients", "slow"] == kept * model.gradient_bytes
 
     rows = rows_between_ranks(case, plan, loads)
     node = np.arange(size) // case.gpus_per_node
@@ -84,15 +84,15 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
             assert sent[kind, net] == expected
 
 
-def test_guests_without_room_are_fetched_for_every_micro_batch(ranks):
+def test_kept_replicas_without_room_are_fetched_for_every_micro_batch(ranks):
     """Weights twice and gradients once a micro-batch, instead of once each."""
-    fetching = replace(CASE, options=RuntimeOptions(guest_bytes=0))
+    fetching = replace(CASE, options=RuntimeOptions(kept_bytes=0))
     kept, fetched = (ranks(4).run(count_wire, case) for case in (CASE, fetching))
-    assert kept[0]["stats"]["guests_kept"] > 0 and fetched[0]["stats"]["guests_kept"] == 0
+    assert kept[0]["stats"]["replicas_kept"] > 0 and fetched[0]["stats"]["replicas_kept"] == 0
 
     def slow(results: list[dict], kind: str) -> int:
         return sum(result["stats"]["bytes"].get(kind, {"slow": 0})["slow"] for result in results)
 
-    weights, gradients = slow(kept, "guest_weights"), slow(kept, "guest_gradients")
+    weights, gradients = slow(kept, "kept_weights"), slow(kept, "kept_gradients")
     assert slow(fetched, "replica_weights") == 2 * CASE.micro_batches * weights > 0
     assert slow(fetched, "replica_gradients") == CASE.micro_batches * gradients > 0

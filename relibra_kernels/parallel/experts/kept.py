@@ -1,4 +1,4 @@
-"""Guests that stay for a batch: another node's experts, fetched once, with a gradient buffer that goes home once.
+"""Kept replicas: fetched once a batch, with a gradient buffer that goes home once.
 
 They cross the slow network twice a batch instead of three times a micro-batch, for the memory of their weights and
 fp32 gradients. What does not fit the budget is fetched for every micro-batch like any other replica.
@@ -16,30 +16,30 @@ from ..comm.collectives import Comm
 from .replicas import GradientReturn, Transfers, transfers
 
 
-def kept_guests(plan: BatchPlan, bytes_each: Sequence[int], budget: int | None) -> np.ndarray:
-    """bool [L, R, S]: guests that stay. Layers in turn, while the fullest rank stays within its budget.
+def replicas_to_keep(plan: BatchPlan, bytes_each: Sequence[int], budget: int | None) -> np.ndarray:
+    """bool [L, R, S]: the replicas that are kept. Layers in turn, while the fullest rank stays within its budget.
 
     Args:
         bytes_each: weights and gradient of one expert of each layer.
         budget: bytes a rank over all layers; None: no limit.
     """
-    guests = plan.kept & (plan.replicas[:, 0] >= 0)
+    chosen = plan.kept & (plan.replicas[:, 0] >= 0)
     used = np.zeros(plan.num_ranks, np.int64)
     for layer, each in enumerate(bytes_each):
-        need = used + guests[layer].sum(1) * each
+        need = used + chosen[layer].sum(1) * each
         if budget is not None and need.max() > budget:
-            guests[layer] = False
+            chosen[layer] = False
         else:
             used = need
-    return guests
+    return chosen
 
 
-class KeptGuests:
-    """The kept guests of one batch on one rank. Making it fetches them: collective.
+class KeptReplicas:
+    """The kept replicas of one batch on one rank. Making it fetches them: collective.
 
     Args:
         weights_of: the home weights of a layer.
-        kept_LRS: from `kept_guests`.
+        kept_LRS: from `kept_kept`.
     """
 
     def __init__(self, comm: Comm, plan: BatchPlan, weights_of: Callable[[int], ExpertWeights], kept_LRS: np.ndarray):
@@ -54,8 +54,8 @@ class KeptGuests:
             def fetch(weight: Tensor, layer: int = layer, moved: Transfers = moved) -> Tensor:
                 slots = torch.from_numpy(moved.home_slots).to(weight.device)
                 counts = moved.push_counts, moved.pull_counts
-                phase = f"the guests of layer {layer}"
-                return comm.exchange(weight.detach().index_select(0, slots), *counts, "guest_weights", phase)
+                phase = f"the kept replicas of layer {layer}"
+                return comm.exchange(weight.detach().index_select(0, slots), *counts, "kept_weights", phase)
 
             self._weights[layer] = weights_of(layer).map(fetch)
 
@@ -82,8 +82,8 @@ class KeptGuests:
         for layer, gradients in sorted(self._gradients.items()):
             owners = gradients_of(layer)
             fp32 = owners.map(lambda owner: owner.to(torch.promote_types(owner.dtype, torch.float32)))
-            phase = f"the guests' gradients of layer {layer}"
-            back = GradientReturn(self._comm, self._transfers[layer], gradients, fp32, phase, "guest_gradients")
+            phase = f"the kept replicas' gradients of layer {layer}"
+            back = GradientReturn(self._comm, self._transfers[layer], gradients, fp32, phase, "kept_gradients")
             back.finish()
             for owner, total in zip(owners.tensors(), fp32.tensors(), strict=True):
                 if owner is not total:
