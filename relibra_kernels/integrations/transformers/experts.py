@@ -24,9 +24,8 @@ from ...weights import ExpertWeights
 # torch 2.11's compiler takes no module as an argument of a function whose result it assumes to be constant.
 _COMPILES_AFTER_A_FORWARD = torch.__version__.startswith("2.11.")
 
-Flags = tuple[
-    bool, bool, bool, Literal["silu", "clamped"], float, float
-]  # of an ExpertForm, as constants that torch.compile takes
+# Of an ExpertForm, as constants that torch.compile takes.
+Flags = tuple[bool, bool, bool, Literal["silu", "clamped"], float, float]
 
 
 def experts_forward(
