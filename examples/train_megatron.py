@@ -25,8 +25,9 @@ from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
-from relibra_kernels import RoutedBatch, RoutingTrace
+from relibra_kernels import BatchPlan, RoutedBatch, RoutingTrace
 from relibra_kernels.integrations.megatron_moe import expert_parallel, torch_optimizer, with_relibra_experts
+from relibra_kernels.planner import PlanOptions
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 8, 2, 64
 SEQUENCES, LENGTH, MICRO_BATCHES = 8, 12, 2
@@ -119,6 +120,10 @@ class Trainer:
         settings = OptimizerConfig(optimizer="adam", lr=1e-3, adam_eps=1e-4, clip_grad=0.0, bf16=False, fp16=False)
         self.optimizer = get_megatron_optimizer(settings, [self.ddp])
 
+    def plan(self, batch: RoutedBatch, step: int) -> BatchPlan:
+        """Full balance, whatever it costs: left to itself, the planner moves nothing for so small a model."""
+        return self.ep.plan(batch, options=PlanOptions(balance=1.0))
+
     def step(self, step: int) -> float:
         """One optimizer step over all sequences; the loss."""
         tokens, trace = rollouts(step)
@@ -126,7 +131,7 @@ class Trainer:
         mine = np.arange(SEQUENCES)[rank::ranks]
         groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
         batch = RoutedBatch(trace.select(mine), groups, MICRO_BATCHES)
-        plan = self.ep.plan(batch)
+        plan = self.plan(batch, step)
         self.ddp.zero_grad_buffer()
         total = torch.zeros(())
         with self.ep.batch(plan, batch, torch_optimizer(self.optimizer)):

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from hf_under_plan import moving_plan
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "train_megatron.py"
 
@@ -21,13 +22,23 @@ def example():
     return sys.modules["train_megatron"]
 
 
+def trainer_that_moves(options: dict):
+    """Under plans that move every expert in every step, and copy some."""
+
+    class Moving(example().Trainer):
+        def plan(self, batch, step):
+            return moving_plan(self.ep.gather_loads(batch), step + 1)
+
+    return Moving(**options)
+
+
 def logical(trainer, tensor_of) -> dict[str, torch.Tensor]:
     return {n: t.detach().clone() for n, t in trainer.ep.named_logical_parameters(tensor_of) if t is not None}
 
 
 def train(steps: int, options: dict) -> dict:
     """Losses, gradients of the first step, parameters after the last; experts in logical order."""
-    trainer = example().Trainer(**options)
+    trainer = trainer_that_moves(options)
     losses, gradients, moved = [], {}, False
     for step in range(steps):
         losses.append(trainer.step(step))
@@ -41,7 +52,7 @@ def train(steps: int, options: dict) -> dict:
 
 def save(folder: str, steps: int) -> float:
     """Train, write a checkpoint, and give the loss of the step after it."""
-    trainer = example().Trainer()
+    trainer = trainer_that_moves({})
     for step in range(steps):
         trainer.step(step)
     if dist.get_rank() == 0:
@@ -52,6 +63,6 @@ def save(folder: str, steps: int) -> float:
 
 
 def resume(folder: str, steps: int, weights_only: bool = False) -> float:
-    trainer = example().Trainer()
+    trainer = trainer_that_moves({})
     trainer.load(Path(folder), weights_only=weights_only)
     return trainer.step(steps)
