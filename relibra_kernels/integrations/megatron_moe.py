@@ -203,7 +203,8 @@ class ReplicatedMoELayer(BaseMoELayer):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """As Megatron's own layer: a tensor an expert, by its logical number, so that no placement shows."""
-        experts, self.experts = self.experts, None
+        experts = self.experts
+        self.experts = None  # type: ignore[assignment]  # so that the others are asked as Megatron asks them
         try:
             state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ...nn import ReplicatedExperts
 from ...planner.errors import InputError, ShapeError
 from ..taken import TakenLayer
 from .answers import answer_of
@@ -28,7 +29,7 @@ class FamilyRouter:
         self.name, self.module = layer.name, layer.router
         self.num_experts, self.top_k = layer.num_experts, layer.top_k
         self.replay: Callable[[], tuple[Tensor | None, bool] | None] | None = None
-        layer.router.forward = partial(_forward, self)  # type: ignore[method-assign]
+        layer.router.forward = partial(_forward, self)
 
 
 def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -59,9 +60,10 @@ def replace_moe_blocks(model: nn.Module) -> list[TakenLayer]:
     Raises: InputError where the model has no experts, or some that we do not compute; nothing is changed then.
     """
     found = moe_layers(model)
-    taken = [getattr(layer.experts, "layer", None) or FamilyExperts(layer.experts) for layer in found]
-    for index, (layer, experts) in enumerate(zip(found, taken, strict=True)):
-        if isinstance(experts, FamilyExperts):
-            experts.layer = taken[index] = TakenLayer(experts, FamilyRouter(layer))
+    ours = [layer.experts if isinstance(layer.experts, ReplicatedExperts) else None for layer in found]
+    made = [FamilyExperts(layer.experts) if own is None else own for layer, own in zip(found, ours, strict=True)]
+    for layer, experts in zip(found, made, strict=True):
+        if experts.layer is None:
+            experts.layer = TakenLayer(experts, FamilyRouter(layer))
             model.set_submodule(layer.name, experts)
-    return taken
+    return [experts.layer for experts in made]
