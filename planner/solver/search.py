@@ -19,11 +19,12 @@ from .placement import WORTH_MOVING, place
 from .solution import Effort, Solution, fetch_price, solve, target_load
 
 EFFORTS = {
-    "full": Effort(rounds=24, sweeps=4, slack=1 / 1024, within=0.02, again=4, near=0.002, hard=8),
+    "full": Effort(rounds=24, sweeps=4, slack=1 / 1024, within=0.02, again=4, near=0.002, hard=10),
     "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
 _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried below what memory allows
+_SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
 _NEARLY = 1.3  # max/mean of layers that may be better left alone
 _SAMPLE_LAYERS, _SAMPLE_MICRO_BATCHES = 4, 6
 
@@ -145,7 +146,7 @@ def _members(problem: Problem) -> list[Member]:
     if most < 1.5:
         family.append(Member(0.0))
     experts = problem.table_LME.shape[2]
-    if most < 1.5 and options.max_moves != 0 and experts % cluster.num_ranks == 0:
+    if most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0:
         for moved in (experts // 32, experts // 16, experts // 8, experts // 4, None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]

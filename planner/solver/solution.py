@@ -15,7 +15,7 @@ from .kept import Copies
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
 
 _NODE_ROUNDS = 8
-_HARD = 0.01  # above its target by more than this, a pair is hard
+_HARD = 0.005  # above its target by more than this, a pair is hard
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def solve(
         relaxed, _ = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
         split = whole_split(hosts, relaxed, load_FM)
         _level(hosts, split, target_LM, effort)
-    may_fetch = fetched_slots > 0 and gpus > 1
+    may_fetch = gpus > 1 and bool(dense.free(fetched_slots).any())
     best = dense.fill(hosts, split)
     if may_fetch:
         busiest = best.sum(3).max(2)
@@ -220,16 +220,19 @@ class _Dense:
         out[copies.layer, :, copies.rank, self.kept_places] = split_HM[at]
         return out
 
+    def free(self, fetched_slots: int) -> np.ndarray:
+        """int64 [L, R]: replica slots in which replicas may be fetched."""
+        used = (self.expert[:, :, self.home_slots :] >= 0).sum(2)
+        return np.minimum(self.expert.shape[2] - self.home_slots - used, fetched_slots)
+
     def slots(self, layer: np.ndarray, load_PRQ: np.ndarray, fetched_slots: int) -> Slots:
         """The slots of some pairs, for `fetch`."""
-        used = (self.expert[:, :, self.home_slots :] >= 0).sum(2)
-        free = np.minimum(self.expert.shape[2] - self.home_slots - used, fetched_slots)
         expert = self.expert[layer]
         # A home slot that is empty, where homes are uneven, is no place for a replica.
         expert[:, :, : self.home_slots] = np.where(
             expert[:, :, : self.home_slots] < 0, self.home.shape[1], expert[:, :, : self.home_slots]
         )
-        return Slots(expert, load_PRQ.copy(), free[layer], np.zeros(expert.shape, np.bool_))
+        return Slots(expert, load_PRQ.copy(), self.free(fetched_slots)[layer], np.zeros(expert.shape, np.bool_))
 
     def solution(
         self,
