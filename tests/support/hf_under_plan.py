@@ -67,7 +67,7 @@ def alone(family: str, **options) -> tuple[list[RoutingTrace], list[tuple[float,
     results = []
     for step, trace in enumerate(traces):
         optimizer.zero_grad()
-        with replay(model, trace):
+        with replay(model, trace, on_shift="ignore"):
             loss = loss_of(model, make_tokens(step))
             loss.backward()
         gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
