@@ -54,17 +54,21 @@ def target_load(table_LME: np.ndarray, ranks: int, balance: float | None, slack:
     return np.maximum(-(-total // ranks), allowed)
 
 
-def fetch_price(setting: Setting, dense_seconds: float, ranks: int, balance: float | None) -> FetchPrice:
+def fetch_price(
+    setting: Setting, dense_seconds: float, cluster: ClusterSpec, balance: float | None, slots: int
+) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
     them."""
     model, device = setting.model, setting.device
-    link = device.fast if ranks == setting.gpus_per_node else device.slow
+    link = device.fast if cluster.num_nodes == 1 else device.slow
     assignment = 3 * model.assignment_flops() / device.grouped_flops + 4 * 2 * model.hidden_size / link
     if balance is not None:
-        return FetchPrice(1.0, 1e-6, 1e-6)
+        return FetchPrice(slots, 1.0, 1e-6, 1e-6)
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
     exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
-    return FetchPrice(assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch)
+    return FetchPrice(
+        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch
+    )
 
 
 def solve(
@@ -74,7 +78,6 @@ def solve(
     copies: Copies,
     cluster: ClusterSpec,
     target_LM: np.ndarray,
-    fetched_slots: int,
     effort: Effort,
     price: FetchPrice,
 ) -> Solution:
@@ -92,7 +95,7 @@ def solve(
         relaxed, _ = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
         split = whole_split(hosts, relaxed, load_FM)
         _level(hosts, split, target_LM, effort)
-    may_fetch = gpus > 1 and bool(dense.free(fetched_slots).any())
+    may_fetch = gpus > 1 and bool(dense.free(price.slots).any())
     best = dense.fill(hosts, split)
     if may_fetch:
         busiest = best.sum(3).max(2)
@@ -101,7 +104,7 @@ def solve(
             pairs = layer, micro_batch
             target = target_LM[pairs]
             if effort.exits:
-                slots = dense.slots(layer, best[pairs], fetched_slots)
+                slots = dense.slots(layer, best[pairs], price.slots)
                 if not len(copies.layer):
                     fetch(slots, target, gpus)
                 fetch_exits(slots, target, experts, gpus, effort.exits, effort.sweeps)
@@ -109,12 +112,12 @@ def solve(
             else:
                 if len(copies.layer) and cluster.num_nodes > 1:
                     split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
-                slots = dense.slots(layer, dense.fill(hosts, split)[pairs], fetched_slots)
+                slots = dense.slots(layer, dense.fill(hosts, split)[pairs], price.slots)
                 fetch(slots, target, gpus)
                 _again(slots, target, experts, gpus, effort)
                 hard = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + _HARD))
                 if effort.hard and len(hard):  # few: from the start again, replica by replica
-                    other = dense.slots(layer[hard], best[layer[hard], micro_batch[hard]], fetched_slots)
+                    other = dense.slots(layer[hard], best[layer[hard], micro_batch[hard]], price.slots)
                     fetch_exits(other, target[hard], experts, gpus, effort.hard, effort.sweeps)
                     better = other.load.sum(2).max(1) < slots.load[hard].sum(2).max(1)
                     slots.put(hard[better], other.of_pairs(better))
