@@ -1,6 +1,6 @@
 """From homes and kept replicas to a whole solution: the exact split, and fetched replicas where they pay."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from .kept import Copies
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
 
 _NODE_ROUNDS = 8
+_FIRST_SWEEPS = 8  # of the exact split before replicas are fetched
 _HARD = 0.005  # above its target by more than this, a pair is hard
 
 
@@ -88,14 +89,16 @@ def solve(
     hosts = Hosts.of(home, copies.layer, copies.expert, copies.rank, gpus, ranks)
     load_FM = np.ascontiguousarray(table_LME.swapaxes(1, 2), np.float64).reshape(-1, micro_batches)
     dense = _Dense.of(home, copies, cluster)
+    may_fetch = gpus > 1 and bool(dense.free(price.slots).any())
     if not len(copies.layer):
         split = load_FM.astype(np.int64)
     else:
         prior = preference(hosts, _wanted(hosts, wanted_LMNE), load_FM)
         relaxed, _ = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
         split = whole_split(hosts, relaxed, load_FM)
-        _level(hosts, split, target_LM, effort)
-    may_fetch = gpus > 1 and bool(dense.free(price.slots).any())
+        # Where replicas may follow, the exact split comes after them.
+        first = replace(effort, sweeps=min(effort.sweeps, _FIRST_SWEEPS)) if may_fetch else effort
+        _level(hosts, split, target_LM, first)
     best = dense.fill(hosts, split)
     if may_fetch:
         busiest = best.sum(3).max(2)
