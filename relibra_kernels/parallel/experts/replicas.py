@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ... import ops
 from ...planner import BatchPlan
-from ...weights import ExpertWeights
+from ...weights import ExpertWeights, replica_store
 from ..comm.collectives import Comm, Exchange
 
 
@@ -91,7 +91,7 @@ class Push:
         arrivals = len(pushed.arrivals)
 
         def begin(weight: Tensor) -> Tensor:
-            store = weight.new_empty((arrivals + route.kept, *weight.shape[1:]))
+            store = replica_store(weight.detach(), arrivals + route.kept)
             if pushed.anywhere:
                 slots = torch.from_numpy(pushed.home_slots).to(weight.device)
                 leaving = weight.detach().index_select(0, slots)

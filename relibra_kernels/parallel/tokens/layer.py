@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 from ...autograd import NO_WEIGHTS, moe_mlp_backward, moe_mlp_forward
 from ...form import ExpertForm
 from ...planner.errors import InputError
-from ...weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
+from ...weights import ExpertWeights, gradient_buffers, main_grads, replica_buffers, returned_gradients
 from ..experts.kept import KeptReplicas
 from ..experts.replicas import GradientReturn, ReplicaPushes, ReplicaRoute
 from ..session import Session
@@ -140,7 +140,7 @@ class ExpertParallelMLP(torch.autograd.Function):
             added = any(main_grad is not None for main_grad in ctx.main_grads)  # else the first chunk fills new buffers
             make = gradient_buffers if added else _new_buffers
             grad = make(home, ctx.main_grads, needed)
-            replica_grad = make(replica, NO_WEIGHTS, needed) if replica else None
+            replica_grad = replica_buffers(replica, grad, zeroed=added) if replica else None
             with session.ledger.span("dispatch", dout.device):
                 chunks = site.path.dispatch((dout.contiguous(),), "backward dispatch", keep=False)
                 if x is not None:
