@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint wheel compile-gate compile-matrix tune-offline check-configs clean
+.PHONY: demo test quick lint wheel release-check nightly compile-gate compile-matrix tune-offline check-configs clean
 
 demo: .venv/installed
 	$(BIN)/relibra demo
@@ -17,6 +17,18 @@ lint: .venv/installed
 
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel --outdir dist .
+
+# The sdist, the wheel that is built from it, their metadata and types, and the API page.
+release-check: .venv/installed
+	rm -rf build dist
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python .ci/release_check.py
+
+# What takes longer than .ci/run may.
+nightly: .venv/installed
+	bash .ci/run
+	$(MAKE) compile-matrix
+	$(MAKE) check-configs
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
 TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950

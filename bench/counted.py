@@ -135,10 +135,10 @@ def gemm_flops(slots: torch.Tensor, experts: int) -> dict[str, float]:
         return torch.zeros(size, dtype=DTYPE)
 
     def gate_up(c: GemmConfig) -> int:
-        half, hidden = 2 * c.block_n, 2 * c.block_k
-        weight = zeros(experts, 2 * half, hidden)
+        intermediate_size, hidden = 2 * c.block_n, 2 * c.block_k
+        weight = zeros(experts, 2 * intermediate_size, hidden)
         kernels.grouped_gemm_swiglu(zeros(tokens, hidden), weight, schedule, form, config=c)
-        return 2 * half * hidden
+        return 2 * intermediate_size * hidden
 
     def grouped_gemm(c: GemmConfig) -> int:
         n, d = 2 * c.block_n, 2 * c.block_k
@@ -146,10 +146,14 @@ def gemm_flops(slots: torch.Tensor, experts: int) -> dict[str, float]:
         return n * d
 
     def grad_hidden(c: GemmConfig) -> int:
-        half, hidden = 2 * c.block_n, 2 * c.block_k
-        dout, h, down = zeros(tokens, hidden), zeros(used, 2 * half), zeros(experts, hidden, half)
+        intermediate_size, hidden = 2 * c.block_n, 2 * c.block_k
+        dout, h, down = (
+            zeros(tokens, hidden),
+            zeros(used, 2 * intermediate_size),
+            zeros(experts, hidden, intermediate_size),
+        )
         kernels.grad_hidden(dout, h, torch.zeros(slots.shape), down, schedule, form, config=c)
-        return half * hidden
+        return intermediate_size * hidden
 
     def grad_weight(c: GemmConfig) -> int:
         n, d = 2 * c.block_m, 2 * c.block_n

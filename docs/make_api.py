@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ MODULES = (
     ("relibra_kernels", "What most users need."),
     ("relibra_kernels.planner", "Traces, load tables, plans, the simulator. Needs numpy alone."),
     ("relibra_kernels.nn", "The layer as modules."),
+    ("relibra_kernels.parallel", "Training under a plan."),
     ("relibra_kernels.integrations.transformers", "Hugging Face transformers 5."),
     ("relibra_kernels.integrations.megatron", "Megatron-LM."),
     ("relibra_kernels.integrations.verl", "verl."),
@@ -32,32 +34,72 @@ def public_names(module: Any) -> list[str]:
 def entry(name: str, value: Any) -> list[str]:
     """Heading, signature and docstring of one name, and the public methods of a class."""
     if not callable(value):
-        return [f"### {name}", f"A `{type(value).__name__}`."]
-    lines = [
-        f"### {name}",
-        "```text",
-        f"{name}{_signature(value)}",
-        "```",
-        "```text",
-        inspect.getdoc(value) or "",
-        "```",
-    ]
+        return [f"### {name}", _what_it_holds(value)]
+    lines = [f"### {name}", _block(f"{name}{signature(value)}"), _block(inspect.getdoc(value) or "")]
     if inspect.isclass(value):
         for attribute, member in vars(value).items():
-            documented = inspect.getdoc(member)
+            if isinstance(member, classmethod | staticmethod):
+                member = getattr(value, attribute)
+            documented = getattr(member, "__doc__", None)  # its own, not what it inherits
             if attribute.startswith("_") or not documented or not (callable(member) or isinstance(member, property)):
                 continue
-            first = documented.split("\n\n")[0].replace("\n", " ")
-            lines.append(f"* `{attribute}{'' if isinstance(member, property) else _signature(member)}`: {first}")
+            first = inspect.cleandoc(documented).split("\n\n")[0].replace("\n", " ")
+            lines.append(f"* `{attribute}{'' if isinstance(member, property) else signature(member)}`: {first}")
     return lines
 
 
-def _signature(value: Any) -> str:
+def signature(value: Any) -> str:
+    """As it is written, in one line: annotations without the modules they come from, defaults as Python prints them.
+
+    Empty where Python cannot tell.
+    """
     try:
-        signature = str(inspect.signature(value)).replace("'", "")
-        return re.sub(r"<function (\S+) at 0x[0-9a-f]+>", r"\1", signature)  # an address differs from run to run
+        found = inspect.signature(value)
     except (TypeError, ValueError):
         return ""
+    parts: list[str] = []
+    last_kind = None
+    for parameter in found.parameters.values():
+        if parameter.name == "self":
+            continue
+        if parameter.kind is parameter.KEYWORD_ONLY and last_kind not in (
+            parameter.KEYWORD_ONLY,
+            parameter.VAR_POSITIONAL,
+        ):
+            parts.append("*")
+        last_kind = parameter.kind
+        stars = {parameter.VAR_POSITIONAL: "*", parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+        annotated = "" if parameter.annotation is parameter.empty else f": {_annotation(parameter.annotation)}"
+        equals = " = " if annotated else "="
+        default = "" if parameter.default is parameter.empty else f"{equals}{_default(parameter.default)}"
+        parts.append(f"{stars}{parameter.name}{annotated}{default}")
+    returned = "" if found.return_annotation is found.empty else f" -> {_annotation(found.return_annotation)}"
+    return f"({', '.join(parts)}){returned}"
+
+
+def _annotation(annotation: Any) -> str:
+    """Modules are left out, but for `torch.dtype` and its like."""
+    if typing.get_origin(annotation) is typing.Unpack:  # its repr differs between Pythons
+        return f"Unpack[{_annotation(typing.get_args(annotation)[0])}]"
+    text = annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+    text = re.sub(r"ForwardRef\('([^']*)'[^)]*\)", r"\1", text)
+    return re.sub(r"\b(?!torch\.\w+\b(?!\.))(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", text)
+
+
+def _default(default: Any) -> str:
+    if inspect.isroutine(default) or inspect.isclass(default):
+        return default.__name__
+    return re.sub(r"<factory>", "...", repr(default))
+
+
+def _what_it_holds(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"A `dict` with the keys {', '.join(f'`{key}`' for key in value)}."
+    return f"A `{type(value).__name__}`."
+
+
+def _block(text: str) -> str:
+    return f"```text\n{text}\n```"
 
 
 def render() -> str:
@@ -73,7 +115,7 @@ def render() -> str:
                 continue
             seen.add(id(value))
             parts += entry(name, value)
-    return "\n\n".join(parts).replace("\n\n```text\n\n", "\n\n```text\n").replace("\n\n```\n\n", "\n```\n\n") + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 if __name__ == "__main__":

@@ -18,7 +18,8 @@ from .options import PlanOptions
 from .plan import BatchPlan, static_plan
 from .planning import plan_batch
 from .pricing.cost import break_even, distinct_rows, price, replica_bytes
-from .pricing.hardware import DEVICES, MODELS, DeviceSpec, ModelShape, find_device, find_model
+from .pricing.devices import DEVICES, DeviceSpec, find_device
+from .pricing.models import MODELS, ModelShape, find_model
 from .pricing.outcome import Outcome, outcome_of_plan
 from .simulation.generator import generate_loads, generate_trace
 from .simulation.simulate import Result, Scenario, cheapest_plan, simulate

@@ -14,23 +14,17 @@ class ClusterSpec:
     """`num_nodes` x `gpus_per_node` ranks; rank r is on node r // gpus_per_node.
 
     replica_slots: places on a rank for another rank's experts, beside its own.
-    guest_slots:   how many of them may hold an expert of another node; None lets the planner decide.
     """
 
     num_nodes: int
     gpus_per_node: int
     replica_slots: int = 2
-    guest_slots: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("num_nodes", 1), ("gpus_per_node", 1), ("replica_slots", 0)):
             value = getattr(self, name)
             if not isinstance(value, int | np.integer) or isinstance(value, bool) or not least <= value <= MOST:
                 raise InputError(f"{name} is {value!r}, but must be an integer from {least} to {MOST}")
-        if self.guest_slots is not None and not 0 <= self.guest_slots <= self.replica_slots:
-            raise InputError(
-                f"guest_slots is {self.guest_slots}, but must be 0 to replica_slots = {self.replica_slots}"
-            )
 
     @property
     def num_ranks(self) -> int:
@@ -40,6 +34,15 @@ class ClusterSpec:
     def node_of_rank(self) -> np.ndarray:
         """int32 [R]."""
         return np.arange(self.num_ranks, dtype=np.int32) // self.gpus_per_node
+
+    def home_slots(self, num_experts: int) -> int:
+        """Home slots a rank: E / R, rounded up. An InputError where there are fewer experts than ranks."""
+        if num_experts < self.num_ranks:
+            raise InputError(
+                f"{num_experts} experts are fewer than the {self.num_ranks} ranks ({self.num_nodes} nodes x "
+                f"{self.gpus_per_node}): every rank must be home to at least one"
+            )
+        return -(-num_experts // self.num_ranks)
 
     def experts_per_rank(self, num_experts: int) -> int:
         """E / R, or an InputError where that is not a whole number."""

@@ -4,9 +4,10 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -15,6 +16,16 @@ from .errors import FormatError
 
 def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
     """Write `arrays` under exactly this name, or leave what was there: a temporary file beside it is renamed."""
+    with written_whole(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+@contextmanager
+def written_whole(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A binary file to write into, which takes the place of `path` when the block ends; where it fails, nothing does.
+
+    Raises: FormatError where `path` is no file, or its folder cannot be written.
+    """
     target = Path(path)
     if target.exists() and not target.is_file():
         raise FormatError(f"{target}: is not a file, and only a file is replaced")
@@ -24,7 +35,7 @@ def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
         raise FormatError(f"{target}: cannot be written: {error.strerror or error}") from None
     try:
         with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
+            yield file
         umask = os.umask(0)
         os.umask(umask)
         Path(name).chmod(0o666 & ~umask)

@@ -1,58 +1,63 @@
-"""What a plan is to achieve, at what price, and how hard to look for it."""
+"""What a plan is to achieve, under which caps, and what it is priced for: one object, the same everywhere."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 
 from .errors import InputError
+from .pricing.devices import DEFAULT_DEVICE, DEVICES, DeviceSpec
+from .pricing.models import DEFAULT_MODEL, MODELS, SEQUENCE_LENGTH, ModelShape
 
-
-@dataclass(frozen=True)
-class SearchEffort:
-    """How hard to try, in units of work and never of time, so that the plan is the same everywhere.
-
-    fills:      how much of a rank one guest may fill, in the order tried; layers that come out well are not tried again
-    placements: how often a layer is placed; each time with more weight on the micro-batches that came out worst
-    """
-
-    fills: tuple[float, ...]
-    placements: int
-    sweeps: int
-    rules: int
-    steps: int
-    slack: float
-    candidates: int | None
-
-
-EFFORTS = {
-    "fast": SearchEffort(fills=(0.5,), placements=1, sweeps=1, rules=1, steps=3, slack=8.0, candidates=4),
-    "full": SearchEffort(
-        fills=(0.5, 0.6, 0.4, 0.75, 0.9), placements=4, sweeps=12, rules=6, steps=8, slack=1.0, candidates=None
-    ),
-}
+EFFORTS = ("full", "fast")
+TRANSPORTS = ("one", "two", "auto")
+KEPT_SHARE = 0.1  # of the device's memory, for kept replicas where no cap is given
 
 
 @dataclass(frozen=True)
 class PlanOptions:
-    """What a plan is to achieve, and at what price.
+    """How `plan_batch` plans, as `ep.plan`, the trainers' helpers and `relibra plan` take it too.
 
-    balance:     max/mean over ranks at which a micro-batch is good enough; 1 is as even as possible
-    effort:      "full", or "fast" for one pass without second attempts
-    min_quota:   a replica is not worth its weights for fewer assignments than this
-    max_moves:   with a previous placement, at most this many experts of a layer change their rank
-    max_guests:  at most this many guests a rank over all layers
+    Attributes:
+        balance: reach this max/mean over ranks at the least cost; 1 is full balance, whatever it costs. None: whatever
+            takes the least time.
+        effort: "full", or "fast" for one attempt of each kind.
+        kept_bytes: memory of a rank for kept replicas, over all layers of the table; one takes `shape.copy_bytes`. 0:
+            none are kept. None: a tenth of the device's memory.
+        fetched_slots: at most so many of a rank's replica slots are fetched; 0: replicas are only kept. None: all.
+        max_moves: at most so many experts of a layer change their home; 0: homes stay. None: as many as pay.
+        transport: how tokens travel between nodes, which the price depends on: "one" hop, straight to the rank; "two"
+            hops, once to a node and then inside it; "auto", the cheaper of the two.
+        shape: sizes of the model that is priced. device: the machine. sequence_length: tokens of a sequence, for
+        attention.
     """
 
-    balance: float = 1.0
+    balance: float | None = None
     effort: str = "full"
-    min_quota: int = 1
+    kept_bytes: int | None = None
+    fetched_slots: int | None = None
     max_moves: int | None = None
-    max_guests: int | None = None
+    transport: str = "one"
+    shape: ModelShape = field(default_factory=lambda: MODELS[DEFAULT_MODEL])
+    device: DeviceSpec = field(default_factory=lambda: DEVICES[DEFAULT_DEVICE])
+    sequence_length: int = SEQUENCE_LENGTH
 
     def __post_init__(self) -> None:
-        if not 1 <= self.balance < 1e6:
+        if self.balance is not None and not 1 <= self.balance < 1e6:
             raise InputError(f"balance is {self.balance}, but must be at least 1: it is max/mean over ranks")
-        if self.effort not in EFFORTS:
-            raise InputError(f"effort is {self.effort!r}, but must be one of {sorted(EFFORTS)}")
-        for name, least in (("min_quota", 1), ("max_moves", 0), ("max_guests", 0)):
+        for name, known in (("effort", EFFORTS), ("transport", TRANSPORTS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name} is {getattr(self, name)!r}, but must be one of {', '.join(known)}")
+        for name, least, most in (
+            ("kept_bytes", 0, 1 << 62),
+            ("fetched_slots", 0, 1 << 32),
+            ("max_moves", 0, 1 << 32),
+            ("sequence_length", 1, 1 << 32),
+        ):
             value = getattr(self, name)
-            if value is not None and not least <= value < 1 << 32:
-                raise InputError(f"{name} is {value}, but must be an integer from {least} to 2^32 - 1")
+            if value is not None and not (math.isfinite(value) and least <= value < most and value == int(value)):
+                raise InputError(f"{name} is {value}, but must be an integer from {least} to {most - 1}")
+
+    @property
+    def kept_copies(self) -> int:
+        """Kept replicas for which a rank has memory, over all layers."""
+        cap = self.device.memory * KEPT_SHARE if self.kept_bytes is None else self.kept_bytes
+        return int(cap // self.shape.copy_bytes)

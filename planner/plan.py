@@ -11,6 +11,7 @@ from .errors import FormatError, PlanError, ReLibraError, ShapeError
 from .files import load_npz, save_npz, scalar
 from .loads import total_loads
 from .plan_rules import check_quotas, check_structure
+from .transfers import fetch_sources, kept_sources
 
 FORMAT_VERSION = 2
 _KEPT = {1: "guests", 2: "kept"}  # format_version -> what the file calls `kept`
@@ -36,7 +37,7 @@ class BatchPlan:
     loads_sha256: str = ""
     model: str = ""
     loads: InitVar[np.ndarray | None] = None
-    _order: np.ndarray = field(init=False, repr=False)  # int32 [L, R, E/R], see home_experts
+    _held: np.ndarray = field(init=False, repr=False)  # int32 [L, R, home_slots], see home_experts
 
     def __post_init__(self, loads: np.ndarray | None) -> None:
         for name, dtype, kinds in (
@@ -53,8 +54,7 @@ class BatchPlan:
             object.__setattr__(self, name, np.ascontiguousarray(value, dtype))
         object.__setattr__(self, "gpus_per_node", int(self.gpus_per_node))
         check_structure(self.home, self.replicas, self.quota, self.kept, self.gpus_per_node)
-        order = np.argsort(self.home, axis=1, kind="stable").astype(np.int32)
-        object.__setattr__(self, "_order", order.reshape(len(order), self.num_ranks, -1))
+        object.__setattr__(self, "_held", held_experts(self.home, self.num_ranks))
         if loads is not None:
             table = total_loads(loads)
             self._check_loads_shape(table)
@@ -88,12 +88,34 @@ class BatchPlan:
         return self.home.shape[1]
 
     @property
+    def home_slots(self) -> int:
+        """Home slots a rank: E / R, rounded up. Where that is not whole, some ranks leave their last one empty."""
+        return self._held.shape[2]
+
+    @property
     def experts_per_rank(self) -> int:
-        return self.num_experts // self.num_ranks
+        """`home_slots`, for callers whose experts divide over the ranks."""
+        return self.home_slots
 
     def home_experts(self, layer: int) -> np.ndarray:
-        """int32 [R, E/R]: the experts that each rank owns, ascending, which is the order of its home slots."""
-        return self._order[layer]
+        """int32 [R, home_slots]: the experts that each rank owns, ascending, which is the order of its home slots.
+
+        A rank with one expert fewer than others has -1 in its last slot.
+        """
+        return self._held[layer]
+
+    def sources(self) -> np.ndarray:
+        """int32 [L, M, R, S]: the rank that sends each fetched replica and takes its gradient; -1 for empty and kept
+        slots. It is the least busy holder on the slot's node (`transfers.fetch_sources`)."""
+        return fetch_sources(self.home, self.replicas, self.kept, self.gpus_per_node)
+
+    def kept_sources(self) -> np.ndarray:
+        """int32 [L, R, S]: the rank that sends each kept replica and takes its gradient; -1 where none is kept.
+
+        Weights cross to another node once, to the relay that hands them on (`transfers.kept_sources`). A relay adds the
+        gradients that come to it to its own before it sends that home.
+        """
+        return kept_sources(self.home, self.replicas, self.kept, self.gpus_per_node)
 
     def has_replicas(self, layer: int, micro_batch: int) -> bool:
         """Whether any replica slot is in use; where not, the replica path must cost nothing."""
@@ -185,10 +207,10 @@ def rank_loads(
     table_LME: np.ndarray, home_LE: np.ndarray, replicas_LMRS: np.ndarray, quota_LMRS: np.ndarray
 ) -> np.ndarray:
     """int64 [L, M, R]: assignments that each rank computes."""
-    layers, _, experts = table_LME.shape
-    ranks = replicas_LMRS.shape[2]
-    held = np.argsort(home_LE, axis=1, kind="stable").reshape(layers, 1, experts)
-    at_home = np.take_along_axis(table_LME, held, 2).reshape(*table_LME.shape[:2], ranks, -1).sum(-1)
+    layers, ranks = len(table_LME), replicas_LMRS.shape[2]
+    held = held_experts(home_LE, ranks)
+    at_home = np.take_along_axis(table_LME, np.maximum(held, 0).reshape(layers, 1, -1), 2)
+    at_home = at_home.reshape(layers, -1, *held.shape[1:]).sum(-1, where=held[:, None] >= 0)
     layer, micro_batch, rank, slot = np.nonzero(quota_LMRS)
     taken = quota_LMRS[layer, micro_batch, rank, slot].astype(np.int64)
     owner = home_LE[layer, replicas_LMRS[layer, micro_batch, rank, slot]]
@@ -198,8 +220,28 @@ def rank_loads(
 
 
 def contiguous_home(layers: int, experts: int, ranks: int) -> np.ndarray:
-    """int32 [L, E]: expert e on rank e // (E/R), as frameworks lay experts out."""
-    return np.tile(np.arange(experts, dtype=np.int32) // (experts // ranks), (layers, 1))
+    """int32 [L, E]: experts in order, E / R on every rank, as frameworks lay them out.
+
+    Where E does not divide over R, the first E % R ranks have one more.
+    """
+    size = experts // ranks + (np.arange(ranks) < experts % ranks)
+    return np.tile(np.repeat(np.arange(ranks, dtype=np.int32), size), (layers, 1))
+
+
+def held_experts(home_LE: np.ndarray, ranks: int) -> np.ndarray:
+    """int32 [L, R, ceil(E / R)]: the experts whose home each rank is, ascending, then -1."""
+    layers, experts = home_LE.shape
+    order = np.argsort(home_LE, axis=1, kind="stable").astype(np.int32)
+    if experts % ranks == 0:
+        return order.reshape(layers, ranks, -1)
+    out = np.full((layers, ranks, -(-experts // ranks)), -1, np.int32)
+    rank = np.take_along_axis(home_LE, order, 1)
+    owned = np.zeros((layers, ranks), np.int64)
+    np.add.at(owned, (np.arange(layers)[:, None], home_LE), 1)
+    first = np.cumsum(owned, 1) - owned
+    place = np.arange(experts) - np.take_along_axis(first, rank, 1)
+    out[np.arange(layers)[:, None], rank, place] = order
+    return out
 
 
 def loads_digest(loads: np.ndarray) -> str:
@@ -211,10 +253,10 @@ def loads_digest(loads: np.ndarray) -> str:
 
 
 def static_plan(loads: np.ndarray, cluster: ClusterSpec, model: str = "") -> BatchPlan:
-    """What training without a planner does: expert e on rank e // (E/R), no replicas."""
+    """What training without a planner does: contiguous homes, no replicas."""
     table = total_loads(loads)
     layers, micro_batches, experts = table.shape
-    cluster.experts_per_rank(experts)
+    cluster.home_slots(experts)
     slots = (cluster.num_ranks, cluster.replica_slots)
     return BatchPlan(
         home=contiguous_home(layers, experts, cluster.num_ranks),

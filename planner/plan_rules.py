@@ -6,20 +6,21 @@ from .errors import PlanError
 
 
 def check_home(home: np.ndarray, num_ranks: int) -> None:
-    """Every rank is home to exactly E/R experts of every layer."""
+    """Every rank is home to floor(E / R) or ceil(E / R) experts of every layer, and to one at least."""
     layers, experts = home.shape
-    if num_ranks < 1 or experts % num_ranks:
-        raise PlanError(f"{experts} experts do not divide over {num_ranks} ranks")
+    if not 1 <= num_ranks <= experts:
+        raise PlanError(f"{experts} experts are for 1 to {experts} ranks, but there are {num_ranks}")
     if home.size and (home.min() < 0 or home.max() >= num_ranks):
         raise PlanError(f"home names ranks {home.min()} to {home.max()}, but must be 0 to {num_ranks - 1}")
     owned = np.zeros((layers, num_ranks), np.int64)
     np.add.at(owned, (np.arange(layers)[:, None], home), 1)
-    wrong = owned != experts // num_ranks
+    low, high = experts // num_ranks, -(-experts // num_ranks)
+    wrong = (owned < low) | (owned > high)
     if wrong.any():
         layer, rank = (int(x[0]) for x in np.nonzero(wrong))
         raise PlanError(
             f"rank {rank} is home to {owned[layer, rank]} experts of layer {layer}, "
-            f"but every rank must be home to {experts // num_ranks}"
+            f"but every rank must be home to {low}{f' or {high}' if high > low else ''}"
         )
 
 

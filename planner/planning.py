@@ -8,6 +8,7 @@ from .loads import total_loads
 from .options import PlanOptions
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
+from .solver.effort import SearchOptions
 from .solver.labels import wanted_by_nodes
 from .solver.replicas import Replicas
 from .solver.search import plan_layers
@@ -30,10 +31,29 @@ def plan_batch(
     previous_home: [L, E], the placement that the batch before left the experts in
     model:         a name that the plan carries, so that it is not used for another model
     """
-    table = total_loads(loads)
     options = options or PlanOptions()
+    search = SearchOptions(
+        balance=options.balance or 1.0,
+        effort=options.effort,
+        max_moves=options.max_moves,
+        max_kept=options.kept_copies,
+        kept_slots=None if options.fetched_slots is None else max(cluster.replica_slots - options.fetched_slots, 0),
+    )
+    return search_plan(loads, cluster, search, previous_home=previous_home, model=model)
+
+
+def search_plan(
+    loads: np.ndarray,
+    cluster: ClusterSpec,
+    options: SearchOptions,
+    *,
+    previous_home: np.ndarray | None = None,
+    model: str = "",
+) -> BatchPlan:
+    """`plan_batch` with the options of the search itself."""
+    table = total_loads(loads)
     layers, micro_batches, experts = table.shape
-    cluster.experts_per_rank(experts)
+    cluster.home_slots(experts)
     if previous_home is None:
         home = contiguous_home(layers, experts, cluster.num_ranks)
     else:
@@ -41,7 +61,8 @@ def plan_batch(
         home = previous_home.astype(np.int32)
     found = Replicas.none(layers, micro_batches, cluster.num_ranks, cluster.replica_slots)
     as_is = rank_loads(table, home, found.replicas, found.quota).max(2)
-    skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance))
+    uneven = experts % cluster.num_ranks > 0  # the search knows equal counts alone
+    skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance) & ~np.bool_(uneven))
     if len(skewed):
         fixed = None if previous_home is None else home[skewed]
         wanted = wanted_by_nodes(np.asarray(loads), cluster)

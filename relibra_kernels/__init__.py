@@ -4,34 +4,47 @@ Public names are imported on first use, so that `import relibra_kernels.planner`
 """
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
+    from .parallel import ExpertParallel, RoutedBatch
+    from .planner import BatchPlan, ClusterSpec, ReLibraError, RoutingTrace, plan_batch
+    from .precompile import warmup
 
 __version__ = "0.1.0"
 
-# public name -> the module that defines it
-_PUBLIC = {
-    "BatchPlan": "planner",
-    "ClusterSpec": "planner",
-    "RoutingTrace": "planner",
-    "ReLibraError": "planner",
-    "plan_batch": "planner",
-    "ReplicatedExperts": "nn",
-    "ReplicatedMoE": "nn",
-    "TopKRouter": "nn",
-    "ExpertParallel": "parallel",
-    "RoutedBatch": "parallel",
-    "warmup": "precompile",
+__all__ = [
+    "__version__",
+    "BatchPlan",
+    "ClusterSpec",
+    "RoutingTrace",
+    "ReLibraError",
+    "plan_batch",
+    "ReplicatedExperts",
+    "ReplicatedMoE",
+    "TopKRouter",
+    "ExpertParallel",
+    "RoutedBatch",
+    "warmup",
+]
+
+_FROM = {
+    "nn": ("ReplicatedExperts", "ReplicatedMoE", "TopKRouter"),
+    "parallel": ("ExpertParallel", "RoutedBatch"),
+    "planner": ("BatchPlan", "ClusterSpec", "ReLibraError", "RoutingTrace", "plan_batch"),
+    "precompile": ("warmup",),
 }
+_MODULE_OF = {name: module for module, names in _FROM.items() for name in names}
 
-__all__ = ["__version__", *_PUBLIC]
+if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ would have every name
 
-
-def __getattr__(name: str) -> Any:
-    if name in _PUBLIC:
-        value = getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name: str) -> object:
+        if name in _MODULE_OF:
+            value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+            globals()[name] = value
+            return value
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

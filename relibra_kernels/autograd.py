@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops
 from .form import ExpertForm
+from .operands import check_computable
 from .planner.errors import ShapeError
 from .schedule import Schedule
 from .weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients, zeros_fp32
@@ -51,15 +52,15 @@ def moe_mlp_forward(
     """
     check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
     h_RJ, a_RI = _gate_up(x_TH, schedule, home, form, replica, weight_of_slot)
-    guest = replica or NO_WEIGHTS
+    replicas = replica or NO_WEIGHTS
     y_RH = ops.grouped_gemm(
         a_RI,
         home.down,
         schedule,
         transpose_weight=not form.is_transposed,
         bias=home.down_bias,
-        replica_weight=guest.down,
-        replica_bias=guest.down_bias,
+        replica_weight=replicas.down,
+        replica_bias=replicas.down_bias,
         weight_of_slot=weight_of_slot,
     )
     return ops.unpermute(y_RH.to(out_dtype or y_RH.dtype), weights_TK, schedule), h_RJ
@@ -97,7 +98,7 @@ def moe_mlp_backward(
         )
     if h_RJ is None:
         h_RJ, _ = _gate_up(x_TH, schedule, home, form, replica, weight_of_slot)
-    guest, guest_grad = replica or NO_WEIGHTS, replica_grad or NO_WEIGHTS
+    replicas, replica_grads = replica or NO_WEIGHTS, replica_grad or NO_WEIGHTS
     dh_RJ, wa_RI, dweights_TK = ops.grad_hidden(
         dout_TH,
         h_RJ,
@@ -106,8 +107,8 @@ def moe_mlp_backward(
         schedule,
         form,
         bias=home.down_bias,
-        replica_down=guest.down,
-        replica_bias=guest.down_bias,
+        replica_down=replicas.down,
+        replica_bias=replicas.down_bias,
         weight_of_slot=weight_of_slot,
     )
     into: dict[str, Any] = {"weight_of_slot": weight_of_slot, "accumulate": accumulate}
@@ -115,22 +116,22 @@ def moe_mlp_backward(
     if grad.down is not None:
         left, right = (wa_RI, dout_TH) if transposed else (dout_TH, wa_RI)
         gathered: dict[str, Any] = {"gather_left": not transposed, "gather_right": transposed}
-        ops.grad_weight(left, right, schedule, grad.down, replica_grad=guest_grad.down, **gathered, **into)
+        ops.grad_weight(left, right, schedule, grad.down, replica_grad=replica_grads.down, **gathered, **into)
     if grad.gate_up is not None:
         left, right = (x_TH, dh_RJ) if transposed else (dh_RJ, x_TH)
         gathered = {"gather_left": transposed, "gather_right": not transposed}
-        ops.grad_weight(left, right, schedule, grad.gate_up, replica_grad=guest_grad.gate_up, **gathered, **into)
+        ops.grad_weight(left, right, schedule, grad.gate_up, replica_grad=replica_grads.gate_up, **gathered, **into)
     if grad.down_bias is not None:
         bias_into: dict[str, Any] = {"weights_TK": weights_TK, "gather": True, **into}
-        ops.grad_bias(dout_TH, schedule, grad.down_bias, replica_grad=guest_grad.down_bias, **bias_into)
+        ops.grad_bias(dout_TH, schedule, grad.down_bias, replica_grad=replica_grads.down_bias, **bias_into)
     if grad.gate_up_bias is not None:
-        ops.grad_bias(dh_RJ, schedule, grad.gate_up_bias, replica_grad=guest_grad.gate_up_bias, **into)
+        ops.grad_bias(dh_RJ, schedule, grad.gate_up_bias, replica_grad=replica_grads.gate_up_bias, **into)
     dx_RH = ops.grouped_gemm(
         dh_RJ,
         home.gate_up,
         schedule,
         transpose_weight=transposed,
-        replica_weight=guest.gate_up,
+        replica_weight=replicas.gate_up,
         weight_of_slot=weight_of_slot,
     )
     return ops.permute_backward(dx_RH.to(out_dtype or dx_RH.dtype), schedule), dweights_TK
@@ -144,15 +145,15 @@ def _gate_up(
     replica: ExpertWeights | None,
     weight_of_slot: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    guest = replica or NO_WEIGHTS
+    replicas = replica or NO_WEIGHTS
     return ops.grouped_gemm_swiglu(
         x_TH,
         home.gate_up,
         schedule,
         form,
         bias=home.gate_up_bias,
-        replica_gate_up=guest.gate_up,
-        replica_bias=guest.gate_up_bias,
+        replica_gate_up=replicas.gate_up,
+        replica_bias=replicas.gate_up_bias,
         weight_of_slot=weight_of_slot,
     )
 
@@ -164,7 +165,6 @@ def moe_mlp(
     home: ExpertWeights,
     form: ExpertForm,
     *,
-    weight_of_slot: torch.Tensor | None = None,
     recompute: bool = False,
 ) -> torch.Tensor:
     """The differentiable MoE MLP of one process.
@@ -172,7 +172,7 @@ def moe_mlp(
     A parameter with a `.main_grad` (fp32) gets its gradient added there, and none through autograd.
     `recompute` saves x, indices and weights only and computes h again in backward.
     """
-    return _MoeMlp.apply(x_TH, weights_TK, *home, schedule, form, weight_of_slot, recompute)
+    return _MoeMlp.apply(x_TH, weights_TK, *home, schedule, form, recompute)
 
 
 class _MoeMlp(torch.autograd.Function):
@@ -187,12 +187,11 @@ class _MoeMlp(torch.autograd.Function):
         down_bias: torch.Tensor | None,
         schedule: Schedule,
         form: ExpertForm,
-        weight_of_slot: torch.Tensor | None,
         recompute: bool,
     ) -> torch.Tensor:
         home = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
-        out_TH, h_RJ = moe_mlp_forward(x_TH, weights_TK, schedule, home, form, weight_of_slot=weight_of_slot)
-        tables = (schedule.slot_offsets, schedule.assignment_of, schedule.position_of, weight_of_slot)
+        out_TH, h_RJ = moe_mlp_forward(x_TH, weights_TK, schedule, home, form)
+        tables = (schedule.slot_offsets, schedule.assignment_of, schedule.position_of)
         ctx.save_for_backward(x_TH, None if recompute else h_RJ, weights_TK, *home, *tables)
         ctx.form, ctx.tiles = form, schedule.tiles
         ctx.main_grads = main_grads(home)
@@ -203,7 +202,7 @@ class _MoeMlp(torch.autograd.Function):
     def backward(ctx: Any, dout_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, h_RJ, weights_TK, *saved = ctx.saved_tensors
         home = ExpertWeights(*saved[:4])
-        slot_offsets, assignment_of, position_of, weight_of_slot = saved[4:]
+        slot_offsets, assignment_of, position_of = saved[4:]
         needed = ctx.needs_input_grad[2:6]
         # One `accumulate` holds for all four: either they are added to buffers, or all are new and in their own dtype.
         accumulate = any(main_grad is not None for main_grad in ctx.main_grads)
@@ -220,11 +219,10 @@ class _MoeMlp(torch.autograd.Function):
             home,
             ctx.form,
             grad=grad,
-            weight_of_slot=weight_of_slot,
             accumulate=accumulate,
         )
         grads = returned_gradients(home, grad, ctx.main_grads, needed)
-        return dx_TH, dweights_TK.to(weights_TK.dtype), *grads, None, None, None, None
+        return dx_TH, dweights_TK.to(weights_TK.dtype), *grads, None, None, None
 
 
 def check_layer(
@@ -296,6 +294,7 @@ def check_weights(weights: ExpertWeights, x_TH: torch.Tensor, form: ExpertForm, 
     for name, tensor in weights._asdict().items():
         if tensor is None:
             continue
+        check_computable(f"the {store} {name}", tensor)
         if tensor.dtype != x_TH.dtype or tensor.device != x_TH.device:
             raise ShapeError(
                 f"the {store} {name} is {tensor.dtype} on {tensor.device} and x {x_TH.dtype} on {x_TH.device}; "

@@ -5,6 +5,18 @@ import torch
 from .planner.errors import ShapeError
 from .schedule import Schedule
 
+COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # float64 in the reference only
+
+
+def check_computable(name: str, tensor: torch.Tensor) -> None:
+    """Refuse tensors of numbers that stand for others: integers and fp8 mean something only together with their scales.
+
+    Raises: ShapeError, with the tensor's name and dtype.
+    """
+    if tensor.dtype not in COMPUTABLE:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in COMPUTABLE)
+        raise ShapeError(f"{name} is {tensor.dtype}; it must be one of {names}: no quantised weights")
+
 
 def check_rows(name: str, rows: torch.Tensor, count: int) -> None:
     """Refuse rows that are not contiguous `[count, ...]`."""
@@ -17,6 +29,7 @@ def check_rows(name: str, rows: torch.Tensor, count: int) -> None:
 def check_operands(rows: torch.Tensor, count: int, *weights: torch.Tensor | None) -> None:
     """Refuse rows that are not contiguous `[count, ...]`, and weights in another dtype or not contiguous."""
     check_rows("the rows", rows, count)
+    check_computable("the rows", rows)
     for weight in weights:
         if weight is not None and (weight.dtype != rows.dtype or not weight.is_contiguous()):
             raise ShapeError(
@@ -32,15 +45,6 @@ def check_gate_weights(weights_TK: torch.Tensor, schedule: Schedule) -> None:
         raise ShapeError(
             f"weights is {weights_TK.dtype} {tuple(weights_TK.shape)} with strides {weights_TK.stride()}; "
             f"it must be contiguous, floating and {shape}"
-        )
-
-
-def check_same_rows(y_RH: torch.Tensor, dout_TH: torch.Tensor) -> None:
-    """Refuse rows and tokens of different widths or dtypes."""
-    if y_RH.shape[1:] != dout_TH.shape[1:] or y_RH.dtype != dout_TH.dtype:
-        raise ShapeError(
-            f"y is {y_RH.dtype} {tuple(y_RH.shape)} and dout {dout_TH.dtype} {tuple(dout_TH.shape)}; "
-            "they must have the same dtype and width"
         )
 
 

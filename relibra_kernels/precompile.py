@@ -29,7 +29,7 @@ def warmup(
     model: nn.Module | ExpertParallel,
     tokens: int | Iterable[int],
     *,
-    device: "Device | None" = None,
+    device: "Device | str | None" = None,
     group: dist.ProcessGroup | None = None,
     jobs: int | None = None,
 ) -> int:
@@ -42,10 +42,11 @@ def warmup(
         model: holds `ReplicatedMoE` layers; of an `ExpertParallel`, what runs with replicas and without is compiled.
         tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
             around that: half and twice as many are compiled for as well.
-        device: compile for this GPU (`configs.limits.device_for`), which need not be here; None: for the model's.
+        device: compile for this GPU, which need not be here: its name ("H100") or its limits; None: for the model's.
         jobs: compilers at a time; None: as many as there are cores, shared by the machine's ranks.
 
-    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given.
+    Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given, or where no GPU
+    has the name.
     """
     counts = sorted({tokens} if isinstance(tokens, int) else set(tokens))
     if not counts or counts[0] < 1:
@@ -59,8 +60,11 @@ def warmup(
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
     from .compiling.precompiling import compile_for, compile_on
-    from .configs.limits import device_of
+    from .configs.limits import device_for, device_of
+    from .configs.products import product_named
 
+    if isinstance(device, str):
+        device = device_for(product_named(device))
     target = device or device_of(where)
 
     def launches() -> "list[Launch]":
@@ -137,7 +141,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
     home = experts.weights.map(_meta)
     slots = experts.num_experts + replicas
-    guest = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
+    replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
     table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
     # A received row visits one to K slots, so there are 1 to K times `count` of them.
     received = [min(count << i, count * top_k) for i in range(top_k.bit_length() + 1)]
@@ -148,10 +152,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     schedule = schedules[-1]
     x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
-    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=guest, weight_of_slot=table)
+    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
     grad = home.map(zeros_fp32)
-    into: dict[str, Any] = {"grad": grad, "replica": guest, "weight_of_slot": table}
-    into["replica_grad"] = guest.map(zeros_fp32) if guest is not None else None
+    into: dict[str, Any] = {"grad": grad, "replica": replica, "weight_of_slot": table}
+    into["replica_grad"] = replica.map(zeros_fp32) if replica is not None else None
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
@@ -161,7 +165,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         ops.unpermute(out, _meta(gates, of_rows.num_tokens, top_k), of_rows)
         for returned in (out, dx, dgates):
             ops.unpermute(returned, None, of_rows)
-    if guest is not None:
+    if replica is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)

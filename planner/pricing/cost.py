@@ -20,7 +20,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from .hardware import DeviceSpec, ModelShape
+from .devices import DeviceSpec
+from .models import ModelShape
 from .outcome import Outcome
 
 _TILE = 128  # rows of a GEMM tile: each slot computes whole tiles
@@ -62,12 +63,12 @@ def price(
     """
     ranks = outcome.pushed_in.shape[2]
     tokens = outcome.rank_load.sum(2) / model.top_k  # [L, M] over all ranks
-    dense = 3 * tokens / ranks * model.dense_flops(sequence_length) / device.flops  # backward is twice forward
+    dense = 3 * tokens / ranks * model.dense_flops(sequence_length) / device.dense_flops  # backward is twice forward
     tiles = -(-outcome.slot_load // _TILE)
-    experts = 3 * (tiles.sum(3).max(2) * _TILE) * model.assignment_flops() / device.flops
+    experts = 3 * (tiles.sum(3).max(2) * _TILE) * model.assignment_flops() / device.grouped_flops
 
     fast_rows, slow_rows = _rows(outcome, model.top_k, gpus_per_node, rows_LMRR)
-    row_bytes = 2 * model.hidden
+    row_bytes = 2 * model.hidden_size
     exchange = np.maximum(fast_rows * row_bytes / device.fast, slow_rows * row_bytes / device.slow)
 
     near = np.maximum(outcome.pushed_in, outcome.pushed_out).max(2) / device.fast
@@ -114,10 +115,10 @@ def break_even(model: ModelShape, device: DeviceSpec, tokens_per_rank: float, se
     Each assignment moved saves the busiest rank its FLOPs. The weights cost what of their way there, and of their
     gradient's way back, the dense part of a micro-batch does not hide, plus one tile that rounding may add.
     """
-    dense = tokens_per_rank * model.dense_flops(sequence_length) / device.flops
+    dense = tokens_per_rank * model.dense_flops(sequence_length) / device.dense_flops
     exposed = max(model.expert_bytes / device.fast - dense, 0.0)
     exposed += max((model.expert_bytes + model.gradient_bytes) / device.fast - 2 * dense, 0.0)
-    return 1 + int(exposed * device.flops / (3 * model.assignment_flops()))
+    return 1 + int(exposed * device.grouped_flops / (3 * model.assignment_flops()))
 
 
 def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:

@@ -9,12 +9,13 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..errors import InputError
 from ..loads import total_loads
-from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..planning import plan_batch
+from ..planning import search_plan
 from ..pricing.cost import Cost, break_even, price
-from ..pricing.hardware import DeviceSpec, ModelShape
+from ..pricing.devices import DeviceSpec
+from ..pricing.models import ModelShape
 from ..pricing.outcome import Outcome, outcome_of_plan
+from ..solver.effort import SearchOptions
 from .baselines import BASELINES
 
 OURS = "relibra"
@@ -50,7 +51,7 @@ def simulate(
     loads: np.ndarray,
     scenario: Scenario,
     policies: Sequence[str] = POLICIES,
-    options: PlanOptions | None = None,
+    options: SearchOptions | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> dict[str, Result]:
     """Every policy's result by name."""
@@ -62,7 +63,7 @@ def simulate(
     for name in policies:
         start = time.perf_counter()
         if name == OURS:
-            outcome = outcome_of_plan(cheapest_plan(table, scenario, options or PlanOptions()), table)
+            outcome = outcome_of_plan(cheapest_plan(table, scenario, options or SearchOptions()), table)
         else:
             outcome = BASELINES[name](table, scenario.cluster)
         results[name] = _result(name, outcome, scenario, time.perf_counter() - start)
@@ -71,7 +72,7 @@ def simulate(
     return results
 
 
-def cheapest_plan(table: np.ndarray, scenario: Scenario, options: PlanOptions) -> BatchPlan:
+def cheapest_plan(table: np.ndarray, scenario: Scenario, options: SearchOptions) -> BatchPlan:
     """The plan whose modelled step is shortest: how even it is worth to be depends on what hides the weights' way.
 
     First the plan that balances as far as `options` say; where that is not within half a percent of balanced routing,
@@ -83,10 +84,10 @@ def cheapest_plan(table: np.ndarray, scenario: Scenario, options: PlanOptions) -
     best: BatchPlan | None = None
     best_seconds = np.inf
     for factor in _QUOTA_FACTORS:
-        for max_guests in (options.max_guests, 0):
+        for max_kept in (options.max_kept, 0):
             quota = max(options.min_quota, least * factor)
-            tried = replace(options, min_quota=quota, max_guests=max_guests)
-            plan = plan_batch(table, scenario.cluster, model=scenario.model.name, options=tried)
+            tried = replace(options, min_quota=quota, max_kept=max_kept)
+            plan = search_plan(table, scenario.cluster, tried, model=scenario.model.name)
             seconds = _price(outcome_of_plan(plan, table), scenario).seconds
             if best is None or seconds < best_seconds:
                 best, best_seconds = plan, seconds

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ..cluster import ClusterSpec
-from ..options import EFFORTS, PlanOptions
 from ..plan import contiguous_home, rank_loads
+from .effort import EFFORTS, SearchOptions
 from .labels import bring_near, spread_guests
 from .placement import place
 from .replicas import Attempt, Replicas, find_replicas, keep_guests, target_load
@@ -46,7 +46,7 @@ def plan_layers(
     table: np.ndarray,
     cluster: ClusterSpec,
     previous: np.ndarray | None,
-    options: PlanOptions,
+    options: SearchOptions,
     wanted_LNE: np.ndarray | None,
 ) -> tuple[np.ndarray, Replicas]:
     """Placement [L, E] and replicas of layers. `wanted_LNE`: see labels.py."""
@@ -60,9 +60,9 @@ def plan_layers(
         bring_near(wanted_LNE, home, found, cluster)
     if found.guests.any() and previous is None:
         spread_guests(home, found, cluster)
-    if options.max_guests is not None and found.guests.any():
+    if options.max_kept is not None and found.guests.any():
         attempt = _attempts(options, cluster.replica_slots)[0]
-        _limit_guests(table, home, cluster, target, attempt, found, options.max_guests)
+        _limit_guests(table, home, cluster, target, attempt, found, options.max_kept)
 
     # Never worse than to leave experts where they are.
     stay = contiguous_home(layers, experts, cluster.num_ranks) if previous is None else previous
@@ -77,12 +77,12 @@ def plan_layers(
     return home, found
 
 
-def _guest_counts(cluster: ClusterSpec, options: PlanOptions) -> tuple[int, ...]:
+def _guest_counts(cluster: ClusterSpec, options: SearchOptions) -> tuple[int, ...]:
     """How many guests a rank to try, in turn, on the layers that are not good yet. A rank without a slot left for its
     own node's experts is a last resort: guests level nodes, and only replicas level the ranks inside."""
-    if cluster.num_nodes == 1 or options.max_guests == 0:
+    if cluster.num_nodes == 1 or options.max_kept == 0:
         return (0,)
-    most = min(2, cluster.replica_slots) if cluster.guest_slots is None else cluster.guest_slots
+    most = min(2, cluster.replica_slots) if options.kept_slots is None else options.kept_slots
     usual = max(min(most, cluster.replica_slots - 1, 1), 0)
     if options.effort == "fast":
         return (usual,)
@@ -90,7 +90,7 @@ def _guest_counts(cluster: ClusterSpec, options: PlanOptions) -> tuple[int, ...]
     return tuple(dict.fromkeys([usual, *more, 0]))
 
 
-def _attempts(options: PlanOptions, guests_a_rank: int) -> list[Attempt]:
+def _attempts(options: SearchOptions, guests_a_rank: int) -> list[Attempt]:
     effort = EFFORTS[options.effort]
     inside = Effort(effort.rules, effort.steps, options.min_quota)
     fills = effort.fills if guests_a_rank else effort.fills[:1]
@@ -103,7 +103,7 @@ def _search(
     cluster: ClusterSpec,
     target: np.ndarray,
     previous: np.ndarray | None,
-    options: PlanOptions,
+    options: SearchOptions,
     guests_a_rank: int,
 ) -> None:
     """Try placements with at most so many guests a rank, until a layer is good or nothing helps."""
@@ -145,16 +145,16 @@ def _limit_guests(
     target: np.ndarray,
     attempt: Attempt,
     found: Replicas,
-    max_guests: int,
+    max_kept: int,
 ) -> None:
-    """Drop guests until no rank has more than `max_guests`; layers compete for them by their gain."""
+    """Drop guests until no rank has more than `max_kept`; layers compete for them by their gain."""
     layer, rank, slot = np.nonzero(found.guests)
     order = np.lexsort((-found.gain[layer, rank, slot], rank))
     place_on_rank = np.empty(len(order), np.int64)
     first = np.flatnonzero(np.diff(rank[order], prepend=-1))
     place_on_rank[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
     keep = np.zeros_like(found.guests)
-    kept = place_on_rank < max_guests
+    kept = place_on_rank < max_kept
     keep[layer[kept], rank[kept], slot[kept]] = True
     fewer = np.flatnonzero((keep != found.guests).any((1, 2)))
     if len(fewer):

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """1 where a launch spills registers or does not fit the device."""
+    """1 where a launch spills registers, does not fit the device or is known to be compiled wrongly."""
     import torch
 
     from ..configs.limits import device_named
@@ -38,9 +38,14 @@ def run(args: argparse.Namespace) -> int:
         loads = (str(report.mma or "-")[:9], report.tma, report.async_copies)
         print(f"{name:18} {config:18} {variant:28} " + " ".join(f"{fact:>9}" for fact in (*facts, *loads)), flush=True)
         found.append({"kernel": name, "config": config, "variant": variant, **dataclasses.asdict(report)})
-        bad += report.spill_bytes > 0 or report.shared_bytes > device.shared_bytes
+        bad += report.spill_bytes > 0 or report.shared_bytes > device.shared_bytes or report.known_bug != ""
+        if report.known_bug:
+            print(report.known_bug, file=sys.stderr)
     if bad:
-        print(f"{bad} of {len(found)} launches spill registers or exceed {device.shared_bytes} bytes", file=sys.stderr)
+        print(
+            f"{bad} of {len(found)} launches spill registers, exceed {device.shared_bytes} bytes or meet a bug",
+            file=sys.stderr,
+        )
     if args.json:
         print(json.dumps(found))
     return 1 if bad else 0

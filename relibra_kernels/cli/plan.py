@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import re
 import time
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from ..planner import (
+    DEVICES,
     MODELS,
     BatchPlan,
     ClusterSpec,
@@ -20,6 +20,7 @@ from ..planner import (
     RoutingTrace,
     check_loads,
     count_loads,
+    find_device,
     find_model,
     outcome_of_plan,
     plan_batch,
@@ -27,16 +28,21 @@ from ..planner import (
 )
 from ..planner.errors import FormatError, InputError
 from ..planner.files import load_npz, npz_keys, save_npz
+from ..planner.options import EFFORTS, TRANSPORTS
+from ..planner.pricing.devices import DEFAULT_DEVICE
+from ..planner.pricing.models import DEFAULT_MODEL
 
 _FLAGS = {
     "num_nodes": "--nodes",
     "gpus_per_node": "--gpus-per-node",
     "replica_slots": "--replica-slots",
-    "guest_slots": "--guest-slots",
+    "kept_bytes": "--kept-bytes",
+    "fetched_slots": "--fetched-slots",
     "balance": "--balance",
-    "min_quota": "--min-quota",
     "max_moves": "--max-moves",
     "model": "--shape",
+    "shape": "--shape",
+    "device": "--device",
 }
 
 
@@ -46,21 +52,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, required=True, metavar="G")
     parser.add_argument("--replica-slots", type=int, required=True, metavar="S", help="replica slots a rank")
     parser.add_argument(
-        "--guest-slots", type=int, metavar="A", help="of them, at most, for other nodes' experts; default: as needed"
+        "--kept-bytes",
+        type=float,
+        metavar="BYTES",
+        help="a rank's memory for kept replicas over all layers; default: a tenth",
     )
-    parser.add_argument("--guest-bytes", type=float, metavar="BYTES", help="a rank's memory for guests over all layers")
     parser.add_argument(
-        "--balance", type=float, default=1.0, metavar="X", help="max/mean that is good enough; default 1"
+        "--fetched-slots", type=int, metavar="F", help="at most F of the S slots are fetched; default: all"
     )
-    parser.add_argument("--effort", choices=("fast", "full"), default="full", help="default full")
-    parser.add_argument("--min-quota", type=int, default=1, metavar="N", help="no replica for fewer assignments")
+    parser.add_argument(
+        "--balance", type=float, metavar="X", help="max/mean to reach at the least cost; default: the least time"
+    )
+    parser.add_argument("--effort", choices=EFFORTS, default="full", help="default full")
+    parser.add_argument(
+        "--transport", choices=TRANSPORTS, default="one", help="hops of tokens that are priced; default one"
+    )
     parser.add_argument("--previous", type=Path, metavar="PLAN.npz", help="plan of the batch before")
-    parser.add_argument("--max-moves", type=int, metavar="N", help="with --previous: experts of a layer that may move")
+    parser.add_argument("--max-moves", type=int, metavar="N", help="experts of a layer that may change their home")
     parser.add_argument("--micro-batch-sequences", type=int, metavar="B", help="for a trace: sequences a micro-batch")
     parser.add_argument("--num-experts", type=int, metavar="E", help="for a trace that does not say")
     parser.add_argument("--model", default="", help="name of the model, kept in the plan")
     parser.add_argument(
-        "--shape", default="Qwen3-235B-A22B", help=f"whose experts to count bytes for: {', '.join(MODELS)}"
+        "--shape", default=DEFAULT_MODEL, help=f"what is priced: {', '.join(MODELS)}, a config.json, or H,I,E,K"
+    )
+    parser.add_argument(
+        "--device", default=DEFAULT_DEVICE, help=f"one of {', '.join(DEVICES)}; default {DEFAULT_DEVICE}"
     )
     parser.add_argument("--save-loads", type=Path, metavar="LOADS.npz", help="also write the load table")
     parser.add_argument("--out", type=Path, required=True, metavar="PLAN.npz")
@@ -76,25 +92,21 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(f"--{name.replace('_', '-')} is {path}, which is the input")
     if None not in (args.save_loads, args.previous) and args.save_loads.resolve() == args.previous.resolve():
         raise InputError(f"--save-loads is {args.save_loads}, which is --previous: it would be overwritten")
-    if args.max_moves is not None and args.previous is None:
-        raise InputError(f"--max-moves is {args.max_moves}, but needs --previous: moves from where?")
     if args.save_loads is not None and args.save_loads.resolve() == args.out.resolve():
         raise InputError(f"--save-loads and --out are both {args.out}, but must be two files")
     with naming_flags():
-        shape = find_model(args.shape)
-    with naming_flags():
-        cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots, args.guest_slots)
-    guest_bytes = shape.expert_bytes + shape.gradient_bytes
-    if args.guest_bytes is not None and not 0 <= args.guest_bytes < math.inf:
-        raise InputError(f"--guest-bytes is {args.guest_bytes}, but must be a finite number that is not negative")
-    with naming_flags():
+        cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots)
         options = PlanOptions(
             balance=args.balance,
             effort=args.effort,
-            min_quota=args.min_quota,
+            kept_bytes=args.kept_bytes,
+            fetched_slots=args.fetched_slots,
             max_moves=args.max_moves,
-            max_guests=None if args.guest_bytes is None else int(min(args.guest_bytes // guest_bytes, 1 << 31)),
+            transport=args.transport,
+            shape=find_model(args.shape),
+            device=find_device(args.device),
         )
+    shape = options.shape
     loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
     previous = None
     if args.previous is not None:
@@ -121,11 +133,11 @@ def run(args: argparse.Namespace) -> int:
         "imbalance_worst": plan.imbalance_worst(loads),
         "plan_seconds": seconds,
         "replicas_mean": float(outcome.pushed_in.sum(2).mean()),
-        "guests_mean": float(plan.kept.sum((1, 2)).mean()),
+        "kept_mean": float(plan.kept.sum((1, 2)).mean()),
         "moves_mean": float(outcome.moved_in.sum(1).mean()),
         "bytes_fast": fast,
         "bytes_slow": slow,
-        "guest_bytes": int(plan.kept.sum((0, 2)).max() * guest_bytes),
+        "kept_bytes_worst": int(plan.kept.sum((0, 2)).max() * shape.copy_bytes),
         "shape": shape.name,
     }
     print(
@@ -137,8 +149,8 @@ def run(args: argparse.Namespace) -> int:
         f"per layer and micro-batch: {report['replicas_mean']:.1f} replicas, {fast / 1e6:.1f} MB inside nodes, ", end=""
     )
     print(f"{slow / 1e6:.1f} MB between them (experts of {shape.name})")
-    print(f"per layer: {report['guests_mean']:.1f} guests, {report['moves_mean']:.1f} experts moved; ", end="")
-    print(f"guests take up to {report['guest_bytes'] / 1e9:.2f} GB of a rank")
+    print(f"per layer: {report['kept_mean']:.1f} kept replicas, {report['moves_mean']:.1f} experts moved; ", end="")
+    print(f"kept replicas take up to {report['kept_bytes_worst'] / 1e9:.2f} GB of a rank")
     print(f"plan written to {args.out}")
     if args.json:
         print(json.dumps(report))

@@ -10,7 +10,6 @@ from ..planner import (
     DEVICES,
     MODELS,
     ClusterSpec,
-    PlanOptions,
     Result,
     Scenario,
     find_device,
@@ -19,16 +18,19 @@ from ..planner import (
 )
 from ..planner.errors import InputError
 from ..planner.simulation.simulate import POLICIES, simulate
+from ..planner.solver.effort import SearchOptions
 from ..progress import Progress
 from .plan import read_loads
 from .simulation_report import write_report
+
+_MODELS = "Qwen3-30B-A3B,GLM-4.5-Air,Qwen3-235B-A22B"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", nargs="?", type=Path, metavar="INPUT.npz", help="`loads` or a trace; default: generated"
     )
-    parser.add_argument("--models", default=",".join(MODELS), metavar="A,B", help="default: all that are known")
+    parser.add_argument("--models", default=_MODELS, metavar="A,B", help=f"of {', '.join(MODELS)}; default {_MODELS}")
     parser.add_argument("--ep", default="16,32,64", metavar="R,R", help="ranks; default 16,32,64")
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
     parser.add_argument("--replica-slots", type=int, default=2, metavar="S")
@@ -64,7 +66,9 @@ def run(args: argparse.Namespace) -> int:
     for policy in policies:
         if policy not in POLICIES:
             raise InputError(f"--policies names {policy!r}; known are {', '.join(POLICIES)}")
-    options = PlanOptions(balance=args.balance, effort=args.effort)
+    if not args.balance >= 1:
+        raise InputError(f"--balance is {args.balance}, but must be at least 1: it is max/mean over ranks")
+    options = SearchOptions(balance=args.balance, effort=args.effort)
     recorded = None
     if args.input is not None:
         recorded = read_loads(args.input, args.micro_batch_sequences, args.num_experts)

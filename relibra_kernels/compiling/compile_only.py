@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 from ..configs.limits import Device
 from ..kernels.launch import Launch
 from ..planner.errors import InputError
+from .known_bugs import known_bug
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -37,7 +38,10 @@ _MMA = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HID]MMA|v_mfma_\w+)\b")
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled launch needs: spilled bytes a thread, and how many load instructions of which kind."""
+    """What one compiled launch needs: spilled bytes a thread, and how many load instructions of which kind.
+
+    `known_bug` says which bug of Triton its program meets; empty where none is known.
+    """
 
     kernel: str
     registers: int
@@ -49,6 +53,7 @@ class Report:
     tma: int
     async_copies: int
     warps_per_sm: int
+    known_bug: str
 
 
 def compile_launch(launch: Launch, device: Device, *, instructions: bool = True) -> Report:
@@ -75,6 +80,7 @@ def compile_launch(launch: Launch, device: Device, *, instructions: bool = True)
         stages=compiled.metadata.num_stages,
         warps=warps,
         warps_per_sm=min(device.warps_per_sm // warps, by_registers, by_shared) * warps,
+        known_bug=known_bug(compiled.asm["ttir"], constants, device),
         **facts,
     )
 
@@ -96,10 +102,17 @@ def specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tu
         signature[parameter.name] = kind = _kind(given, parameter)
         if kind == "constexpr":
             constants[parameter.name] = given
-        elif kind.startswith("*") or (not parameter.do_not_specialize and given % 16 == 0):
+        elif _is_aligned(given, parameter):
             attrs[(place,)] = [["tt.divisibility", 16]]
     options = {name: launch.options[name] for name in _OPTIONS if name in launch.options}
     return signature, constants, attrs, options
+
+
+def _is_aligned(given: Any, parameter: triton.runtime.jit.KernelParam) -> bool:
+    """Whether the kernel is compiled for a multiple of 16: of a tensor's address, or of an integer."""
+    if parameter.do_not_specialize or parameter.do_not_specialize_on_alignment:
+        return False
+    return (given.data_ptr() if isinstance(given, torch.Tensor) else given) % 16 == 0
 
 
 def _kind(given: object, parameter: triton.runtime.jit.KernelParam) -> str:

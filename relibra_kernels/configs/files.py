@@ -2,7 +2,6 @@
 
 import json
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..planner.errors import FormatError
+from ..planner.files import written_whole
 from .config import ROW_KERNELS
 from .schema import first_fault
 
@@ -67,20 +67,26 @@ class Entry:
         weights are stored `[N, D]`; of grad_weight, whether the left rows are picked by index. A kernel without tensor
         cores has one width and no layout; the width of replica_reduce is the size of one expert's tensor.
         """
-        hidden, half, transposed = self.H, self.I, self.transposed
+        hidden, intermediate_size, transposed = self.H, self.I, self.transposed
         if kernel in ROW_KERNELS:
             return self._width(kernel), 0, False, self.interleaved and kernel == "swiglu"
         if kernel == "gate_up":
-            return half, hidden, not transposed, self.interleaved
+            return intermediate_size, hidden, not transposed, self.interleaved
         if kernel == "grad_hidden":
-            return half, hidden, transposed, self.interleaved
+            return intermediate_size, hidden, transposed, self.interleaved
         if kernel == "grouped_gemm":
             return (
-                (hidden, half, not transposed, False) if self.part == "down" else (hidden, 2 * half, transposed, False)
+                (hidden, intermediate_size, not transposed, False)
+                if self.part == "down"
+                else (hidden, 2 * intermediate_size, transposed, False)
             )
         if self.part == "down":
-            return (half, hidden, False, False) if transposed else (hidden, half, True, False)
-        return (hidden, 2 * half, True, False) if transposed else (2 * half, hidden, False, False)
+            return (intermediate_size, hidden, False, False) if transposed else (hidden, intermediate_size, True, False)
+        return (
+            (hidden, 2 * intermediate_size, True, False)
+            if transposed
+            else (2 * intermediate_size, hidden, False, False)
+        )
 
     def _width(self, kernel: str) -> int:
         if kernel == "permute":
@@ -151,7 +157,8 @@ def update(path: Path, device: str, kernel: str, change: Callable[[list[Entry]],
         path.parent.mkdir(parents=True, exist_ok=True)
         with _locked(path.parent):
             entries = change(load_entries(path, device, kernel))
-            _write(path, _text(device, kernel, entries))
+            with written_whole(path) as file:
+                file.write(_text(device, kernel, entries).encode())
     except OSError as error:
         raise FormatError(f"{path}: cannot be written: {error.strerror or error}") from None
 
@@ -160,8 +167,8 @@ def merged(old: list[Entry], new: list[Entry], *, whole: bool = False) -> list[E
     """Both: a new bucket replaces the old one of its shape, evidence and sizes; of two new ones the first stays.
 
     Args:
-        whole: new entries are all there is for their models: no old bucket of their shape and evidence stays that is
-            for these models alone.
+        whole: the new entries replace everything that was known about their models. An old entry of the same shape
+            and evidence is dropped if all of its models are among theirs; one that serves another model too stays.
     """
     anew: dict[tuple, dict[str, None]] = {}  # the new entries' models, then the old ones' too
     for entry in new:
@@ -233,17 +240,3 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _write(path: Path, text: str) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        umask = os.umask(0)
-        os.umask(umask)
-        Path(name).chmod(0o666 & ~umask)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -4,7 +4,7 @@ from .gate_up import grouped_gemm_swiglu
 from .grad_hidden import grad_hidden
 from .grad_weight import grad_bias, grad_weight
 from .grouped_gemm import grouped_gemm
-from .permute import permute, permute_backward, unpermute, unpermute_backward
+from .permute import permute, permute_backward, unpermute
 from .replica_reduce import pack_replicas, replica_reduce
 from .schedule import build_schedule, build_split_schedule
 from .swiglu import swiglu, swiglu_backward
@@ -24,5 +24,4 @@ __all__ = [
     "swiglu",
     "swiglu_backward",
     "unpermute",
-    "unpermute_backward",
 ]

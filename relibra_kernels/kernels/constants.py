@@ -1,5 +1,6 @@
 """From tensors and a config to a launch: the constants and grids that the GEMM kernels share."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -69,21 +70,31 @@ def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[
 
 
 def gemm_constants(
-    tensor: torch.Tensor, config: GemmConfig, *, widths: tuple[int, ...], gather: bool
+    tensor: torch.Tensor,
+    config: GemmConfig,
+    *,
+    widths: tuple[int, ...],
+    described: Sequence[torch.Tensor | None],
+    gathered_depth: int = 0,
 ) -> dict[str, Any]:
     """How operands are loaded and multiplied.
 
     Args:
         widths: row lengths of the contiguous operands; descriptors need multiples of 16 bytes.
-        gather: rows of A are picked by index.
+        described: what descriptors would be made of. A tensor that begins elsewhere than at a multiple of 16 bytes, as
+            a view may, has none: then all operands are loaded by pointers.
+        gathered_depth: length of the contraction where rows of A are picked by index, else 0.
     """
     device = target(tensor)
     aligned = all(width * tensor.element_size() % 16 == 0 for width in widths)
+    aligned = aligned and all(base.data_ptr() % 16 == 0 for base in described if base is not None)
     tma = device.tma and aligned and tensor.dtype != torch.float32
-    gathered = "gather" if tma and device.descriptor_gather else "pointer"
+    # Triton issue 10927: a descriptor gather gives wrong results on Blackwell where the last block of K is not whole
+    whole = gathered_depth % config.block_k == 0
+    gathered = "gather" if tma and device.descriptor_gather and whole else "pointer"
     return {
         "TMA": tma,
-        "A_MODE": gathered if gather else ("tma" if tma else "pointer"),
+        "A_MODE": gathered if gathered_depth else ("tma" if tma else "pointer"),
         "PRECISION": precision(tensor.dtype),
         "UPCAST": device.interpreted and tensor.dtype == torch.bfloat16,
         "XCDS": device.xcds,

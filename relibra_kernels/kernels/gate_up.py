@@ -14,7 +14,7 @@ from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
-from .launch import launch
+from .launch import TABLES, launch
 from .swiglu import activate, form_constants
 from .tiles import (
     contract,
@@ -29,7 +29,7 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home"])
+@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home"], do_not_specialize_on_alignment=TABLES)
 def _gate_up_kernel(
     x_ptr,
     home_ptr,
@@ -134,17 +134,20 @@ def grouped_gemm_swiglu(
     config: GemmConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
-    half, hidden_size = gate_up.shape[2 if form.is_transposed else 1] // 2, x_TH.shape[1]
+    intermediate_size, hidden_size = gate_up.shape[2 if form.is_transposed else 1] // 2, x_TH.shape[1]
     check_operands(x_TH, schedule.num_tokens, gate_up, replica_gate_up, bias, replica_bias)
     layout = {"layout": not form.is_transposed, "interleaved": not form.is_concatenated}
-    config = config or chosen_config("gate_up", x_TH, schedule, (half, hidden_size), **layout)
-    h_RJ, a_RI = x_TH.new_empty(schedule.num_rows, 2 * half), x_TH.new_empty(schedule.num_rows, half)
+    config = config or chosen_config("gate_up", x_TH, schedule, (intermediate_size, hidden_size), **layout)
+    h_RJ, a_RI = (
+        x_TH.new_empty(schedule.num_rows, 2 * intermediate_size),
+        x_TH.new_empty(schedule.num_rows, intermediate_size),
+    )
     tiles = row_tiles(schedule, config.block_m)
     if not schedule.num_rows:
         return h_RJ, a_RI
     launch(
         _gate_up_kernel,
-        grid_of(x_TH, len(tiles) * triton.cdiv(half, config.block_n), config),
+        grid_of(x_TH, len(tiles) * triton.cdiv(intermediate_size, config.block_n), config),
         x_TH,
         gate_up,
         replica_gate_up,
@@ -159,12 +162,18 @@ def grouped_gemm_swiglu(
         len(tiles),
         len(x_TH),
         len(gate_up),
-        I=half,
+        I=intermediate_size,
         D=hidden_size,
         TOP_K=schedule.top_k,
         ROWS_ARE_N=not form.is_transposed,
         GROUP_M=config.group_m,
         **form_constants(form),
-        **gemm_constants(x_TH, config, widths=(hidden_size, 2 * half), gather=True),
+        **gemm_constants(
+            x_TH,
+            config,
+            widths=(hidden_size, 2 * intermediate_size),
+            described=(x_TH, gate_up, replica_gate_up),
+            gathered_depth=hidden_size,
+        ),
     )
     return h_RJ, a_RI

@@ -14,7 +14,7 @@ from ..form import ExpertForm
 from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
-from .launch import launch
+from .launch import TABLES, launch
 from .swiglu import derivatives, form_constants
 from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
 
@@ -99,7 +99,9 @@ def _finish_halves(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home", "num_rows"])
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_tokens", "num_home", "num_rows"], do_not_specialize_on_alignment=TABLES
+)
 def _grad_hidden_kernel(
     dout_ptr,
     home_ptr,
@@ -176,7 +178,7 @@ def _grad_hidden_kernel(
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_home"])
+@triton.jit(do_not_specialize=["num_rows", "num_home"], do_not_specialize_on_alignment=TABLES)
 def _dweights_kernel(
     partials_ptr,
     dout_ptr,
@@ -243,14 +245,14 @@ def grad_hidden(
     config: GemmConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`(dh [rows, 2I], w*a [rows, I], dweights [T, K] in fp32)`; rows of the unused tail are undefined."""
-    half, hidden_size = h_RJ.shape[1] // 2, dout_TH.shape[1]
+    intermediate_size, hidden_size = h_RJ.shape[1] // 2, dout_TH.shape[1]
     check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
     check_operands(h_RJ, schedule.num_rows, down)
     check_gate_weights(weights_TK, schedule)
     layout = {"layout": form.is_transposed, "interleaved": not form.is_concatenated}
-    config = config or chosen_config("grad_hidden", dout_TH, schedule, (half, hidden_size), **layout)
-    num_n = triton.cdiv(half, config.block_n)
-    dh_RJ, wa_RI = torch.empty_like(h_RJ), h_RJ.new_empty(schedule.num_rows, half)
+    config = config or chosen_config("grad_hidden", dout_TH, schedule, (intermediate_size, hidden_size), **layout)
+    num_n = triton.cdiv(intermediate_size, config.block_n)
+    dh_RJ, wa_RI = torch.empty_like(h_RJ), h_RJ.new_empty(schedule.num_rows, intermediate_size)
     partials = torch.empty(num_n, schedule.num_rows, dtype=torch.float32, device=h_RJ.device)
     dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=h_RJ.device)
     tiles = row_tiles(schedule, config.block_m)
@@ -275,13 +277,19 @@ def grad_hidden(
         len(dout_TH),
         len(down),
         schedule.num_rows,
-        I=half,
+        I=intermediate_size,
         D=hidden_size,
         TOP_K=schedule.top_k,
         ROWS_ARE_N=form.is_transposed,
         GROUP_M=config.group_m,
         **form_constants(form),
-        **gemm_constants(dout_TH, config, widths=(hidden_size, half), gather=True),
+        **gemm_constants(
+            dout_TH,
+            config,
+            widths=(hidden_size, intermediate_size),
+            described=(dout_TH, down, replica_down),
+            gathered_depth=hidden_size,
+        ),
     )
     launch(
         _dweights_kernel,

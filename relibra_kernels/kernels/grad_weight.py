@@ -15,7 +15,7 @@ from ..operands import check_operands
 from ..planner.errors import ShapeError
 from ..schedule import Schedule
 from .constants import chosen_block, chosen_config, gemm_constants
-from .launch import launch
+from .launch import TABLES, launch
 from .tiles import dot, stored
 
 
@@ -89,7 +89,7 @@ def _slot_sum(
     return acc
 
 
-@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_home"])
+@triton.jit(do_not_specialize=["num_rows", "num_slots", "num_home"], do_not_specialize_on_alignment=TABLES)
 def _grad_weight_kernel(
     left_ptr,
     right_ptr,
@@ -153,7 +153,7 @@ def _grad_weight_kernel(
         tl.store(at, acc.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["num_slots", "num_home"])
+@triton.jit(do_not_specialize=["num_slots", "num_home"], do_not_specialize_on_alignment=TABLES)
 def _grad_bias_kernel(
     rows_ptr,
     weights_ptr,
@@ -231,7 +231,7 @@ def grad_weight(
     if left.dtype != right.dtype:
         raise ShapeError(f"left is {left.dtype} and right {right.dtype}; they must be the same")
     weights = len(grad) + (0 if replica_grad is None else len(replica_grad))
-    constants = gemm_constants(left, config, widths=(n, d), gather=False)
+    constants = gemm_constants(left, config, widths=(n, d), described=(left, right))
     del constants["A_MODE"], constants["XCDS"]
     constants["TMA"] = constants["TMA"] and schedule.num_rows > 0  # a descriptor describes at least one row
     launch(

@@ -13,11 +13,11 @@ from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
-from .launch import launch
+from .launch import TABLES, launch
 from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_a_rows", "num_home"])
+@triton.jit(do_not_specialize=["num_tiles", "num_a_rows", "num_home"], do_not_specialize_on_alignment=TABLES)
 def _grouped_gemm_kernel(
     a_ptr,
     home_ptr,
@@ -128,6 +128,8 @@ def grouped_gemm(
         TOP_K=schedule.top_k if gather else 0,
         ROWS_ARE_N=transpose_weight,
         GROUP_M=config.group_m,
-        **gemm_constants(a, config, widths=(n, d), gather=gather),
+        **gemm_constants(
+            a, config, widths=(n, d), described=(a, weight, replica_weight), gathered_depth=d if gather else 0
+        ),
     )
     return out

@@ -14,6 +14,13 @@ from ..configs.limits import INTERPRETER, Device, device_of
 from ..planner.errors import InputError
 
 INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
+# Small tables, which may be cut out of a larger one and begin anywhere. Triton compiles a kernel once for pointers at
+# multiples of 16 bytes and once for others, unless it is told that this does not matter: else some row counts would
+# compile in the middle of training. For `@triton.jit(do_not_specialize_on_alignment=TABLES)`.
+TABLES = [
+    "assignment_of_ptr", "cumulative_ptr", "expert_of_shard_ptr", "experts_ptr", "ids_ptr", "position_ptr",
+    "slot_offsets_ptr", "slot_ptr", "tiles_ptr", "weight_of_slot_ptr", "weights_ptr",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,16 @@ def _on_device_of(tensor: torch.Tensor) -> AbstractContextManager:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """fp32 products are exact unless the user allows tf32 as for torch's own matmuls."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    """fp32 products are exact unless the user allows tf32 as for torch's own matmuls.
+
+    torch has an older and a newer name for that setting. Reading the older one raises once the newer one was set.
+    """
+    matmul = torch.backends.cuda.matmul
+    if dtype != torch.float32:
+        return "ieee"
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and newer
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "tf32" if matmul.allow_tf32 else "ieee"
 
 
 def _scratch(size: int, alignment: int, stream: int | None) -> torch.Tensor:

@@ -1,5 +1,5 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
-"""Rows into slot order, the weighted sum back, and both backwards: one program a token, a row is read once.
+"""Rows into slot order, and the weighted sum back: one program a token, a row is read once.
 
 A program walks its token's row in blocks of BLOCK_H, so that every access is a run of 16-byte pieces; hidden sizes that
 are no multiple of it end in a masked block. Sums are in fp32 in the order of k: no atomics.
@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from ..configs.config import BlockConfig
-from ..operands import check_gate_weights, check_rows, check_same_rows
+from ..operands import check_gate_weights, check_rows
 from ..schedule import Schedule
 from .constants import block_of, chosen_block
-from .launch import launch
+from .launch import TABLES, launch
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _permute_kernel(x_ptr, position_ptr, rows_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     for first in range(0, H, BLOCK_H):
@@ -28,7 +28,7 @@ def _permute_kernel(x_ptr, position_ptr, rows_ptr, H: tl.constexpr, TOP_K: tl.co
             tl.store(rows_ptr + row * H + column, x, mask=inside & (row >= 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _unpermute_kernel(
     y_ptr, weights_ptr, position_ptr, out_ptr, H: tl.constexpr, TOP_K: tl.constexpr, BLOCK_H: tl.constexpr
 ):
@@ -44,36 +44,6 @@ def _unpermute_kernel(
                 y *= tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
             total += y
         tl.store(out_ptr + token * H + column, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _unpermute_backward_kernel(
-    dout_ptr,
-    y_ptr,
-    weights_ptr,
-    position_ptr,
-    dy_ptr,
-    dweights_ptr,
-    H: tl.constexpr,
-    TOP_K: tl.constexpr,
-    LANES: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-):
-    token = tl.program_id(0).to(tl.int64)
-    lane = tl.arange(0, LANES)
-    dweights = tl.zeros([LANES], dtype=tl.float32)
-    for first in range(0, H, BLOCK_H):
-        column = first + tl.arange(0, BLOCK_H)
-        inside = column < H
-        dout = tl.load(dout_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
-        for k in tl.static_range(TOP_K):
-            row = tl.load(position_ptr + token * TOP_K + k).to(tl.int64)
-            here = inside & (row >= 0)
-            y = tl.load(y_ptr + row * H + column, mask=here, other=0.0).to(tl.float32)
-            weight = tl.load(weights_ptr + token * TOP_K + k).to(tl.float32)
-            tl.store(dy_ptr + row * H + column, (dout * weight).to(dy_ptr.dtype.element_ty), mask=here)
-            dweights += tl.where(lane == k, tl.sum(dout * y, 0), 0.0)
-    tl.store(dweights_ptr + token * TOP_K + lane, dweights, mask=lane < TOP_K)
 
 
 def permute(x_TH: torch.Tensor, schedule: Schedule, *, config: BlockConfig | None = None) -> torch.Tensor:
@@ -103,30 +73,8 @@ def unpermute(
     return out_TH
 
 
-def unpermute_backward(
-    dout_TH: torch.Tensor,
-    y_RH: torch.Tensor,
-    weights_TK: torch.Tensor,
-    schedule: Schedule,
-    *,
-    config: BlockConfig | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
-    check_rows("dout", dout_TH, schedule.num_tokens)
-    check_rows("y", y_RH, schedule.num_rows)
-    check_same_rows(y_RH, dout_TH)
-    check_gate_weights(weights_TK, schedule)
-    dy_RH = torch.empty_like(y_RH)
-    dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=y_RH.device)
-    arguments = (dout_TH, y_RH, weights_TK, schedule.position_of, dy_RH, dweights_TK)
-    how = _constants("unpermute_backward", y_RH, schedule, config)
-    lanes = triton.next_power_of_2(schedule.top_k)
-    launch(_unpermute_backward_kernel, (len(dout_TH),), *arguments, LANES=lanes, **how)
-    return dy_RH, dweights_TK
-
-
 def _constants(part: str, rows: torch.Tensor, schedule: Schedule, config: BlockConfig | None) -> dict[str, int]:
-    """How the rows of one of the three kernels are walked."""
+    """How the rows of one of the two kernels are walked."""
     width = rows.shape[1]
     config = config or chosen_block("permute", rows, width, schedule.num_tokens, part=part)
     block, warps = block_of(config, width, rows.element_size())

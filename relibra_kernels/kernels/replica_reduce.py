@@ -9,10 +9,10 @@ from ..configs.config import BlockConfig
 from ..operands import check_shards
 from ..planner.errors import ShapeError
 from .constants import block_of, chosen_block
-from .launch import launch
+from .launch import TABLES, launch
 
 
-@triton.jit(do_not_specialize=["num_shards"])
+@triton.jit(do_not_specialize=["num_shards"], do_not_specialize_on_alignment=TABLES)
 def _replica_reduce_kernel(
     grad_ptr, shards_ptr, expert_of_shard_ptr, num_shards, SIZE: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -33,7 +33,7 @@ def _replica_reduce_kernel(
         tl.store(grad_ptr + expert * SIZE + index, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=TABLES)
 def _pack_kernel(weight_ptr, experts_ptr, out_ptr, SIZE: tl.constexpr, BLOCK: tl.constexpr):
     place = tl.program_id(1).to(tl.int64)
     expert = tl.load(experts_ptr + place).to(tl.int64)

@@ -20,7 +20,7 @@ from ..configs.config import BlockConfig, row_blocks
 from ..planner.errors import InputError
 from ..schedule import Schedule, Splits, check_slot_of_assignment, check_splits, tile_bound
 from .constants import chosen_block
-from .launch import launch, target
+from .launch import TABLES, launch, target
 
 MOST_SLOTS = 512  # a row of counts is one vector
 
@@ -34,7 +34,7 @@ def _keys(ids_ptr, block, num_assignments, NUM_KEYS: tl.constexpr, BLOCK: tl.con
     return tl.where(inside & (ids >= 0) & (ids < NUM_KEYS), ids, NUM_KEYS).to(tl.int32)
 
 
-@triton.jit(do_not_specialize=["num_assignments"])
+@triton.jit(do_not_specialize=["num_assignments"], do_not_specialize_on_alignment=TABLES)
 def _count_kernel(ids_ptr, shift_ptr, num_assignments, NUM_KEYS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
     block = tl.program_id(0)
     keys = _keys(ids_ptr, block, num_assignments, NUM_KEYS, BLOCK)
@@ -42,7 +42,7 @@ def _count_kernel(ids_ptr, shift_ptr, num_assignments, NUM_KEYS: tl.constexpr, B
     tl.store(shift_ptr + block.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
 
 
-@triton.jit(do_not_specialize=["num_blocks"])
+@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=TABLES)
 def _scan_kernel(
     shift_ptr,
     slot_offsets_ptr,
@@ -103,7 +103,7 @@ def _scan_kernel(
         tl.store(first_tile_ptr + i * (NUM_SLOTS + 1) + 1 + slots, tile_ends, mask=slots == NUM_SLOTS - 1)
 
 
-@triton.jit(do_not_specialize=["num_assignments", "num_rows"])
+@triton.jit(do_not_specialize=["num_assignments", "num_rows"], do_not_specialize_on_alignment=TABLES)
 def _scatter_kernel(
     ids_ptr,
     shift_ptr,
@@ -171,7 +171,7 @@ def _scatter_kernel(
         out = tiles_ptr + (base + tile) * 2
         tl.store(out, tl.where(is_tile, low, -1), mask=tile < bound)
         tl.store(out + 1, tl.where(is_tile, first_row, -1), mask=tile < bound)
-        base += bound
+        base += (bound + 1) // 2 * 2  # every table starts at 16 bytes
 
 
 def build_schedule(
@@ -238,8 +238,9 @@ def _build(
     bins = triton.next_power_of_2(num_keys + 1)
     num_parts = 0 if splits is None else splits.slot_EP.shape[1]
     bounds = [tile_bound(num_rows, num_slots, size) for size in block_sizes]
+    starts = [bound + bound % 2 for bound in bounds]  # of 8 bytes each: every table begins at 16 bytes
     shift, totals, slot_offsets = table(num_blocks, bins), table(num_keys), table(num_slots + 1)
-    first_tile, tiles = table(len(bounds), num_slots + 1), table(sum(bounds), 2)
+    first_tile, tiles = table(len(bounds), num_slots + 1), table(sum(starts), 2)
     assignment_of, position_of = table(num_rows), table(*ids_TK.shape)
     cumulative, slot = (splits.cumulative_EP, splits.slot_EP) if splits is not None else (None, None)
     sizes = {"NUM_KEYS": num_keys, "BINS": bins}
@@ -283,5 +284,5 @@ def _build(
         BLOCK=block,
         num_warps=warps,
     )
-    parts = tiles.split(bounds)
+    parts = [part[:bound] for part, bound in zip(tiles.split(starts), bounds, strict=True)]
     return Schedule(slot_offsets, assignment_of, position_of, dict(zip(block_sizes, parts, strict=True)))

@@ -107,9 +107,11 @@ def _launch(
     form: ExpertForm,
     config: BlockConfig | None,
 ) -> None:
-    rows, half = len(h_RJ), h_RJ.shape[1] // 2
+    rows, intermediate_size = len(h_RJ), h_RJ.shape[1] // 2
     part = "swiglu" if da_RI is None else "swiglu_backward"
-    config = config or chosen_block("swiglu", h_RJ, half, rows, interleaved=not form.is_concatenated, part=part)
-    block, warps = block_of(config, half, h_RJ.element_size())
-    how = {"I": half, "BLOCK": block, "num_warps": warps, **form_constants(form)}
-    launch(_swiglu_kernel, (rows, triton.cdiv(half, block)), h_RJ, da_RI, out, a_RI, **how)
+    config = config or chosen_block(
+        "swiglu", h_RJ, intermediate_size, rows, interleaved=not form.is_concatenated, part=part
+    )
+    block, warps = block_of(config, intermediate_size, h_RJ.element_size())
+    how = {"I": intermediate_size, "BLOCK": block, "num_warps": warps, **form_constants(form)}
+    launch(_swiglu_kernel, (rows, triton.cdiv(intermediate_size, block)), h_RJ, da_RI, out, a_RI, **how)

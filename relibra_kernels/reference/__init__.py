@@ -4,7 +4,7 @@ Every public name here has the same signature in `relibra_kernels.kernels`.
 """
 
 from .grouped_gemm import grad_bias, grad_hidden, grad_weight, grouped_gemm, grouped_gemm_swiglu
-from .permute import permute, permute_backward, unpermute, unpermute_backward
+from .permute import permute, permute_backward, unpermute
 from .replica_reduce import pack_replicas, replica_reduce
 from .schedule import build_schedule, build_split_schedule
 from .swiglu import swiglu, swiglu_backward
@@ -24,5 +24,4 @@ __all__ = [
     "swiglu",
     "swiglu_backward",
     "unpermute",
-    "unpermute_backward",
 ]

@@ -1,8 +1,8 @@
-"""Rows into slot order, the weighted sum back, and both backwards. Sums are in fp32 and stored in the input dtype."""
+"""Rows into slot order, and the weighted sum back. Sums are in fp32 and stored in the input dtype."""
 
 import torch
 
-from ..operands import check_gate_weights, check_rows, check_same_rows
+from ..operands import check_gate_weights, check_rows
 from ..schedule import Schedule
 
 CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
@@ -48,26 +48,3 @@ def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Sch
             total_TH = torch.bmm(weights, rows_TKH.to(accumulate)).squeeze(1)
         out_TH[start : start + chunk] = total_TH
     return out_TH
-
-
-def unpermute_backward(
-    dout_TH: torch.Tensor, y_RH: torch.Tensor, weights_TK: torch.Tensor, schedule: Schedule
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`dy[r] = weight(r) * dout[t]` and, in fp32, `dweights[t, k] = <dout[t], y[r]>` (0 where dropped)."""
-    check_rows("dout", dout_TH, schedule.num_tokens)
-    check_rows("y", y_RH, schedule.num_rows)
-    check_same_rows(y_RH, dout_TH)
-    check_gate_weights(weights_TK, schedule)
-    accumulate = torch.promote_types(y_RH.dtype, torch.float32)
-    dy_RH = torch.empty_like(y_RH)
-    dweights = torch.zeros(schedule.position_of.numel(), dtype=accumulate, device=y_RH.device)
-    used = int(schedule.slot_offsets[-1])
-    chunk = max(1, CHUNK_BYTES // (y_RH.shape[1] * y_RH.element_size()))
-    for start in range(0, used, chunk):
-        stop = min(start + chunk, used)
-        assignment = schedule.assignment_of[start:stop]
-        dout = dout_TH.index_select(0, assignment // schedule.top_k).to(accumulate)
-        weight = weights_TK.reshape(-1).index_select(0, assignment).to(accumulate)
-        dy_RH[start:stop] = dout * weight[:, None]
-        dweights.index_copy_(0, assignment.long(), (dout * y_RH[start:stop].to(accumulate)).sum(1))
-    return dy_RH, dweights.view(schedule.position_of.shape)

@@ -44,8 +44,8 @@ def swiglu_backward(da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm) -
 def split_gate_up(h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of the gate and up columns."""
     if form.is_concatenated:
-        half = h_RJ.shape[-1] // 2
-        return h_RJ[..., :half], h_RJ[..., half:]
+        intermediate_size = h_RJ.shape[-1] // 2
+        return h_RJ[..., :intermediate_size], h_RJ[..., intermediate_size:]
     return h_RJ[..., 0::2], h_RJ[..., 1::2]
 
 

@@ -24,7 +24,7 @@ QWEN, OSS = (2048, 768, ExpertForm()), (2880, 2880, GPT_OSS)  # hidden size, int
 # kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {
     "schedule": ("schedule",),
-    "permute": ("permute", "unpermute", "unpermute_backward"),
+    "permute": ("permute", "unpermute"),
     "gate_up": ("gate_up",),
     "swiglu": ("swiglu", "swiglu_backward"),
     "grouped_gemm": ("down", "dx"),
@@ -61,7 +61,7 @@ class Layer:
     """
 
     hidden_size: int
-    half: int
+    intermediate_size: int
     form: ExpertForm
     schedule: Schedule
     replicas: int = 0
@@ -78,10 +78,10 @@ class Layer:
 
     def _stores(self, name: str, shape: tuple[int, ...], replica: str, dtype: torch.dtype | None = None) -> dict:
         dtype, slots = dtype or self.dtype, self.schedule.num_slots
-        home, guest = slots - self.replicas, self.replicas
+        home = slots - self.replicas
         return {
             name: self.make(home, *shape, dtype=dtype),
-            replica: self.make(guest, *shape, dtype=dtype) if guest else None,
+            replica: self.make(self.replicas, *shape, dtype=dtype) if self.replicas else None,
         }
 
     def _biases(self, width: int) -> dict[str, Any]:
@@ -92,34 +92,38 @@ class Layer:
         return {"weight_of_slot": table if self.replicas else None, "config": config}
 
     def _gate_up(self, part: str, config: Config | None) -> partial:
-        weights = self._stores("gate_up", self.form.gate_up_shape(self.hidden_size, self.half), "replica_gate_up")
-        how: dict[str, Any] = {**weights, **self._biases(2 * self.half), **self._where(config)}
+        weights = self._stores(
+            "gate_up", self.form.gate_up_shape(self.hidden_size, self.intermediate_size), "replica_gate_up"
+        )
+        how: dict[str, Any] = {**weights, **self._biases(2 * self.intermediate_size), **self._where(config)}
         x = self._rows(self.schedule.num_tokens, self.hidden_size)
         return partial(kernels.grouped_gemm_swiglu, x, schedule=self.schedule, form=self.form, **how)
 
     def _grouped_gemm(self, part: str, config: Config | None) -> partial:
         down, transposed = part == "down", self.form.is_transposed
-        shape = (self.form.down_shape if down else self.form.gate_up_shape)(self.hidden_size, self.half)
+        shape = (self.form.down_shape if down else self.form.gate_up_shape)(self.hidden_size, self.intermediate_size)
         how: dict[str, Any] = {**self._stores("weight", shape, "replica_weight"), **self._where(config)}
         how |= self._biases(self.hidden_size) if down else {}
-        a = self._rows(self.schedule.num_rows, self.half if down else 2 * self.half)
+        a = self._rows(self.schedule.num_rows, self.intermediate_size if down else 2 * self.intermediate_size)
         return partial(kernels.grouped_gemm, a, schedule=self.schedule, transpose_weight=down != transposed, **how)
 
     def _grad_hidden(self, part: str, config: Config | None) -> partial:
-        weights = self._stores("down", self.form.down_shape(self.hidden_size, self.half), "replica_down")
+        weights = self._stores("down", self.form.down_shape(self.hidden_size, self.intermediate_size), "replica_down")
         how: dict[str, Any] = {**weights, **self._biases(self.hidden_size), **self._where(config)}
         dout = self._rows(self.schedule.num_tokens, self.hidden_size)
-        h = self._rows(self.schedule.num_rows, 2 * self.half)
+        h = self._rows(self.schedule.num_rows, 2 * self.intermediate_size)
         gates = self._gate_weights()
         return partial(kernels.grad_hidden, dout, h, gates, schedule=self.schedule, form=self.form, **how)
 
     def _grad_weight(self, part: str, config: Config | None) -> partial:
         of_gate_up, transposed = part == "gate_up", self.form.is_transposed
-        shape = (self.form.gate_up_shape if of_gate_up else self.form.down_shape)(self.hidden_size, self.half)
+        shape = (self.form.gate_up_shape if of_gate_up else self.form.down_shape)(
+            self.hidden_size, self.intermediate_size
+        )
         of = torch.float32 if self.accumulate else self.dtype
         how: dict[str, Any] = {**self._stores("grad", shape, "replica_grad", of), **self._where(config)}
         tokens = self._rows(self.schedule.num_tokens, self.hidden_size)
-        rows = self._rows(self.schedule.num_rows, 2 * self.half if of_gate_up else self.half)
+        rows = self._rows(self.schedule.num_rows, 2 * self.intermediate_size if of_gate_up else self.intermediate_size)
         # the weight's rows are the output columns of its product, or its contraction where it is transposed
         tokens_left = of_gate_up == transposed
         left, right = (tokens, rows) if tokens_left else (rows, tokens)
@@ -128,7 +132,7 @@ class Layer:
 
     def _grad_bias(self, part: str, config: Config | None) -> partial:
         of_gate_up = part == "gate_up"
-        width = 2 * self.half if of_gate_up else self.hidden_size
+        width = 2 * self.intermediate_size if of_gate_up else self.hidden_size
         of = torch.float32 if self.accumulate else self.dtype
         how: dict[str, Any] = {**self._stores("grad", (width,), "replica_grad", of), **self._where(config)}
         if not of_gate_up:
@@ -141,18 +145,18 @@ class Layer:
         if part == "permute":
             return partial(kernels.permute, tokens, self.schedule, config=config)
         rows, weights = self._rows(self.schedule.num_rows, self.hidden_size), self._gate_weights()
-        if part == "unpermute":
-            return partial(kernels.unpermute, rows, weights, self.schedule, config=config)
-        return partial(kernels.unpermute_backward, tokens, rows, weights, self.schedule, config=config)
+        return partial(kernels.unpermute, rows, weights, self.schedule, config=config)
 
     def _swiglu(self, part: str, config: Any) -> partial:
-        h = self._rows(self.schedule.num_rows, 2 * self.half)
+        h = self._rows(self.schedule.num_rows, 2 * self.intermediate_size)
         if part == "swiglu":
             return partial(kernels.swiglu, h, self.form, config=config)
-        return partial(kernels.swiglu_backward, self._rows(len(h), self.half), h, self.form, config=config)
+        return partial(kernels.swiglu_backward, self._rows(len(h), self.intermediate_size), h, self.form, config=config)
 
     def _replica_reduce(self, part: str, config: Any) -> partial:
-        shape = (self.form.gate_up_shape if part == "gate_up" else self.form.down_shape)(self.hidden_size, self.half)
+        shape = (self.form.gate_up_shape if part == "gate_up" else self.form.down_shape)(
+            self.hidden_size, self.intermediate_size
+        )
         experts = self.schedule.num_slots - self.replicas
         owners = torch.arange(min(REPLICAS, experts), device=self.schedule.slot_offsets.device)
         shards = self.make(len(owners), *shape, dtype=torch.float32)
@@ -172,9 +176,11 @@ def calls(kernel: str, config: Config | None, dtype: torch.dtype) -> Iterator[tu
     """(variant, call) of one kernel: layouts, biases, with and without a replica store."""
     layers = {"concatenated": QWEN, "gpt-oss": OSS}
     layers.pop({"schedule": "gpt-oss", "grad_bias": "concatenated"}.get(kernel, ""), None)  # the same again, or none
-    for name, (hidden_size, half, form) in layers.items():
+    for name, (hidden_size, intermediate_size, form) in layers.items():
         for replicas in (0, REPLICAS) if kernel in (*GEMM_KERNELS, "grad_bias") else (REPLICAS,):
-            layer = Layer(hidden_size, half, form, meta_schedule(), replicas, accumulate=replicas > 0, dtype=dtype)
+            layer = Layer(
+                hidden_size, intermediate_size, form, meta_schedule(), replicas, accumulate=replicas > 0, dtype=dtype
+            )
             for part in PARTS[kernel]:
                 of = f", {part}" if len(PARTS[kernel]) > 1 else ""
                 yield name + (", replicas" if replicas else "") + of, layer.call(kernel, part, config)
@@ -183,7 +189,7 @@ def calls(kernel: str, config: Config | None, dtype: torch.dtype) -> Iterator[tu
 
 def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """What a kernel's config is for as well."""
-    schedule, index, (hidden_size, half, _) = meta_schedule(), torch.int32, QWEN
+    schedule, index, (hidden_size, intermediate_size, _) = meta_schedule(), torch.int32, QWEN
     if kernel == "schedule":
         ids = meta(TOKENS, TOP_K, dtype=torch.int64)
         splits = Splits(meta(128, 4, dtype=index), meta(128, 4, dtype=index))
@@ -192,7 +198,7 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
         yield "permute_backward", partial(kernels.permute_backward, rows, schedule, config=config)
     elif kernel == "replica_reduce":
-        weights = meta(EXPERTS, 2 * half, hidden_size, dtype=torch.float32)
+        weights = meta(EXPERTS, 2 * intermediate_size, hidden_size, dtype=torch.float32)
         yield "pack", partial(kernels.pack_replicas, weights, meta(4, dtype=index), torch.bfloat16, config=config)
 
 

@@ -21,14 +21,14 @@ class Task:
     part: str
     config: str
     hidden_size: int
-    half: int
+    intermediate_size: int
     form: ExpertForm
     replicas: int
 
     @property
     def key(self) -> str:
         form = ",".join(str(value) for value in astuple(self.form))
-        sizes = f"{self.hidden_size}x{self.half}"
+        sizes = f"{self.hidden_size}x{self.intermediate_size}"
         return f"{self.kernel} {self.part} {self.config} {sizes} {form} replicas={self.replicas}"
 
 
@@ -38,7 +38,14 @@ Outcome = Resources | str  # what it needs, or why it could not be compiled
 @cache
 def launches_of(task: Task) -> list[Launch]:
     """The launches of a training step that depend on the config."""
-    layer = Layer(task.hidden_size, task.half, task.form, meta_schedule(), task.replicas, accumulate=task.replicas > 0)
+    layer = Layer(
+        task.hidden_size,
+        task.intermediate_size,
+        task.form,
+        meta_schedule(),
+        task.replicas,
+        accumulate=task.replicas > 0,
+    )
     found = recorded(device_named(task.target), layer.call(task.kernel, task.part, parse_config(task.config)))
     return found if task.kernel in ROW_KERNELS else found[:1]
 
@@ -57,6 +64,9 @@ def compile_task(task: Task) -> Outcome:
     except Exception as error:  # whatever a compiler may raise
         last = ([line.strip() for line in str(error).splitlines() if line.strip()] or [""])[-1]
         return f"{type(error).__name__}: {last[:200]}"  # what comes before is the kernel's source
+    bugs = [report.known_bug for report in found if report.known_bug]
+    if bugs:
+        return bugs[0]
     return Resources(
         max(report.registers for report in found),
         max(report.spill_bytes for report in found),

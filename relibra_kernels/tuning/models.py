@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from ..form import GPT_OSS, ExpertForm
 from ..planner.errors import InputError
+from ..planner.pricing.models import MODELS as SHAPES
+from ..planner.pricing.models import ModelShape, shape_of_text
 
 
 @dataclass(frozen=True)
@@ -25,17 +27,12 @@ class Model:
         return 3 * 2 * tokens * self.top_k * 3 * self.hidden_size * self.intermediate_size
 
 
-MODELS = [
-    Model("Qwen3-30B-A3B", 2048, 768, 128, 8),
-    Model("Qwen3-235B-A22B", 4096, 1536, 128, 8),
-    Model("GLM-4.5-Air", 4096, 1408, 128, 8),
-    Model("DeepSeek-V3", 7168, 2048, 256, 8),
-    Model("Moonlight-16B-A3B", 2048, 1408, 64, 6),
-    Model("OLMoE", 2048, 1024, 64, 8),
-    Model("Mixtral-8x7B", 4096, 14336, 8, 2),
-    Model("gpt-oss-120b", 2880, 2880, 128, 4, GPT_OSS),
-    Model("Kimi-K2", 7168, 2048, 384, 8),
-]
+def _of_shape(shape: ModelShape, form: ExpertForm) -> Model:
+    return Model(shape.name, shape.hidden_size, shape.intermediate_size, shape.experts, shape.top_k, form)
+
+
+_FORMS = {"gpt-oss-120b": GPT_OSS}
+MODELS = [_of_shape(shape, _FORMS.get(shape.name, ExpertForm())) for shape in SHAPES.values()]
 
 
 def model_named(name: str) -> Model:
@@ -47,10 +44,4 @@ def model_named(name: str) -> Model:
 
 def model_of_shape(text: str, form: ExpertForm) -> Model:
     """`H,I,E,K` as a model without a name of its own."""
-    try:
-        hidden_size, intermediate_size, num_experts, top_k = (int(part) for part in text.split(","))
-    except ValueError:
-        raise InputError(f"shape is {text!r}; it must be H,I,E,K: four integers with commas between them") from None
-    if min(hidden_size, intermediate_size, num_experts, top_k) < 1 or top_k > num_experts:
-        raise InputError(f"shape is {text!r}; H, I, E and K must be positive, and K at most E")
-    return Model(text, hidden_size, intermediate_size, num_experts, top_k, form)
+    return _of_shape(shape_of_text(text), form)

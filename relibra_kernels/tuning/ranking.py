@@ -1,4 +1,7 @@
-"""How long a launch would take with a config: what an offline search ranks by, and what spares a clock the hopeless."""
+"""How long a launch would take with a config.
+
+The offline search ranks configs by it. The online search asks it which configs are too slow to be worth timing.
+"""
 
 from ..configs.config import Config, GemmConfig
 from ..configs.products import Product

@@ -35,7 +35,6 @@ class _Cost(NamedTuple):
 _COSTS = {
     "permute": _Cost(ITEM, 0, 0, ITEM, 2, 2, waits=1),
     "unpermute": _Cost(0, ITEM, ITEM, 0, 2, 4, waits=2),
-    "unpermute_backward": _Cost(ITEM, ITEM, 0, ITEM, 2, 8, waits=2, sums_k=1),
     "swiglu": _Cost(2 * ITEM, 0, ITEM, 0, 24, 0, waits=1),
     "swiglu_backward": _Cost(3 * ITEM, 0, 2 * ITEM + 4, 0, 40, 0, waits=1),
     "replica_reduce": _Cost(8, 0, 4, 0, 3, 0, waits=2),

@@ -134,9 +134,11 @@ class OfflineSearch:
                 return f"{goal.kernel} {goal.part}: " + (f"{best[0][1]}, {best[0][0]:.0f} us" if best else "none yet")
         return ""
 
-    def _tasks(self, model: Model, kernel: str, part: str, config: Config, hidden_size: int, half: int) -> list[Task]:
+    def _tasks(
+        self, model: Model, kernel: str, part: str, config: Config, hidden_size: int, intermediate_size: int
+    ) -> list[Task]:
         name = str(_with_groups(kernel, config)[0])  # the order of tiles is a matter of a few integers
-        sizes = (self.product.target, kernel, part, name, hidden_size, half, model.form)
+        sizes = (self.product.target, kernel, part, name, hidden_size, intermediate_size, model.form)
         return [Task(*sizes, replicas) for replicas in REPLICAS]
 
     def _resources(self, model: Model, kernel: str, part: str, config: Config) -> Resources | None:

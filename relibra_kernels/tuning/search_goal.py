@@ -54,12 +54,12 @@ def layer_shape(model: Model, kernel: str, part: str) -> Entry:
     hidden_size = (
         0 if kernel in ("swiglu", "schedule") or (kernel, part) == ("grad_bias", "gate_up") else model.hidden_size
     )
-    half = (
+    intermediate_size = (
         0 if kernel in ("permute", "schedule") or (kernel, part) == ("grad_bias", "down") else model.intermediate_size
     )
     transposed = form.is_transposed and kernel in GEMM_KERNELS
     interleaved = not form.is_concatenated and kernel in (*GEMM_KERNELS, "swiglu")
-    shape = (part, "bf16", hidden_size, half, transposed, interleaved)
+    shape = (part, "bf16", hidden_size, intermediate_size, transposed, interleaved)
     return Entry(*shape, "compiled", "", None, "", (), (model.name,))
 
 

@@ -75,7 +75,10 @@ def test_the_migration_budget_is_kept(max_moves):
         ({"balance": 0.9}, "balance is 0.9"),
         ({"balance": float("nan")}, "balance is nan"),
         ({"effort": "some"}, "effort is 'some'"),
-        ({"min_quota": 0}, "min_quota is 0"),
+        ({"kept_bytes": -1}, "kept_bytes is -1"),
+        ({"kept_bytes": float("inf")}, "kept_bytes is inf"),
+        ({"fetched_slots": 1.5}, "fetched_slots is 1.5"),
+        ({"transport": "three"}, "transport is 'three'"),
         ({"max_moves": -1}, "max_moves is -1"),
     ],
 )

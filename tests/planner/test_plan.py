@@ -3,7 +3,16 @@
 import numpy as np
 import pytest
 
-from relibra_kernels.planner import BatchPlan, ClusterSpec, FormatError, PlanError, ShapeError, plan_batch, static_plan
+from relibra_kernels.planner import (
+    BatchPlan,
+    ClusterSpec,
+    FormatError,
+    InputError,
+    PlanError,
+    ShapeError,
+    plan_batch,
+    static_plan,
+)
 
 LOADS = np.random.default_rng(0).integers(10, 100, (2, 3, 8))
 
@@ -165,3 +174,26 @@ def test_files_of_version_1_are_read(tmp_path):
     np.savez(path, **{**arrays, "guests": kept})
     with pytest.raises(FormatError, match="has no array 'kept'"):
         BatchPlan.load(path)
+
+
+def test_uneven_homes():
+    """7 experts over 3 ranks: the first rank has one more, and every rank three home slots."""
+    loads = np.random.default_rng(1).integers(1, 50, (2, 3, 7))
+    plan = static_plan(loads, ClusterSpec(3, 1))
+    assert plan.home[0].tolist() == [0, 0, 0, 1, 1, 2, 2]
+    assert (plan.home_slots, plan.home_experts(1).tolist()) == (3, [[0, 1, 2], [3, 4, -1], [5, 6, -1]])
+    assert plan.rank_loads(loads)[1, 2].tolist() == [
+        loads[1, 2, :3].sum(),
+        loads[1, 2, 3:5].sum(),
+        loads[1, 2, 5:].sum(),
+    ]
+    moved = np.tile([2, 0, 1, 1, 0, 1, 2], (2, 1))
+    slots = np.full((2, 3, 3, 1), -1)
+    other = BatchPlan(moved, slots, slots * 0, np.zeros((2, 3, 1), bool), gpus_per_node=1, loads=loads)
+    assert other.home_experts(0).tolist() == [[1, 4, -1], [2, 3, 5], [0, 6, -1]]
+    with pytest.raises(
+        PlanError, match="rank 0 is home to 1 experts of layer 0, but every rank must be home to 2 or 3"
+    ):
+        BatchPlan(np.tile([0, 1, 1, 1, 2, 2, 2], (2, 1)), slots, slots * 0, np.zeros((2, 3, 1), bool), gpus_per_node=1)
+    with pytest.raises(InputError, match="2 experts are fewer than the 3 ranks"):
+        static_plan(loads[..., :2], ClusterSpec(3, 1))

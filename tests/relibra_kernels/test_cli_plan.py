@@ -94,7 +94,7 @@ BAD = {
     "negative": lambda path: np.savez(path, loads=-np.ones((1, 1, 8), int)),
     "not integer": lambda path: np.savez(path, loads=np.ones((1, 1, 8))),
     "shape": lambda path: np.savez(path, loads=np.ones((1, 8), int)),
-    "experts do not divide": lambda path: np.savez(path, loads=np.ones((1, 1, 10), int)),
+    "fewer experts than ranks": lambda path: np.savez(path, loads=np.ones((1, 1, 3), int)),
     "trace without micro-batches": make_trace,
     "ids out of range": lambda path: make_trace(path, num_experts=3),
     "duplicates": lambda path: make_trace(path, expert_ids=np.zeros((20, 2, 2), np.int8)),
@@ -116,7 +116,7 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, kind):
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("relibra plan: error: ")
-    assert ("input.npz" in done.stderr) or "experts do not divide" in done.stderr
+    assert ("input.npz" in done.stderr) or "3 experts are fewer than the 4 ranks" in done.stderr
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -146,9 +146,10 @@ def test_json_reports_what_balance_costs(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--balance", "0.5"], "error: --balance is 0.5"),
-        (["--guest-bytes", "-1"], "--guest-bytes is -1"),
-        (["--shape", "nope"], "--shape 'nope'"),
-        (["--guest-slots", "5"], "--guest-slots is 5"),
+        (["--kept-bytes", "-1"], "--kept-bytes is -1"),
+        (["--shape", "nope"], "--shape is 'nope'"),
+        (["--device", "nope"], "--device is 'nope'"),
+        (["--fetched-slots", "-5"], "--fetched-slots is -5"),
         (["--num-experts", "9"], "--num-experts is 9"),
     ],
 )
@@ -167,9 +168,8 @@ def test_an_output_that_cannot_be_written_is_refused_before_planning(tmp_path, l
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--guest-bytes", "inf"], "--guest-bytes is inf"),
-        (["--min-quota", str(2**70)], "--min-quota is"),
-        (["--max-moves", "4"], "--max-moves is 4, but needs --previous"),
+        (["--kept-bytes", "inf"], "--kept-bytes is inf"),
+        (["--max-moves", str(2**70)], "--max-moves is"),
         (["--previous", "before.npz", "--save-loads", "before.npz"], "which is --previous"),
         (["--save-loads", "plan.npz"], "must be two files"),
         (["--save-loads", "loads.npz"], "which is the input"),

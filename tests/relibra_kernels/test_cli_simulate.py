@@ -42,8 +42,8 @@ def test_on_recorded_loads(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "nope"], "model 'nope'"),
-        (["--device", "nope"], "device 'nope'"),
+        (["--models", "nope"], "model is 'nope'"),
+        (["--device", "nope"], "device is 'nope'"),
         (["--policies", "nope"], "--policies names 'nope'"),
         (["--ep", "12"], "--ep names '12'"),
         (["--ep", "x"], "--ep names 'x'"),

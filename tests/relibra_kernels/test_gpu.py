@@ -35,12 +35,12 @@ def test_every_routing_and_form(case, name, dtype):
 def test_a_real_size_twice_with_the_same_bits(form):
     """2048 tokens, H 2880, I 768, 16 experts and 2 replicas: production tiles, no multiple of them."""
     torch.manual_seed(0)
-    tokens, hidden, half, home, replicas = 2048, 2880, 768, 14, 2
+    tokens, hidden, intermediate_size, home, replicas = 2048, 2880, 768, 14, 2
     slots = torch.rand(tokens, 16, device="cuda").topk(4).indices
     slots[::7, 1] = -1
     table = torch.tensor([*range(14), 14, 15], dtype=torch.int32, device="cuda")
-    shapes = [form.gate_up_shape(hidden, half), form.down_shape(hidden, half)]
-    shapes += [(2 * half,), (hidden,)] if form.has_bias else []
+    shapes = [form.gate_up_shape(hidden, intermediate_size), form.down_shape(hidden, intermediate_size)]
+    shapes += [(2 * intermediate_size,), (hidden,)] if form.has_bias else []
     stores = ExpertWeights(*(torch.randn(16, *shape, device="cuda") * 0.05 for shape in shapes))
     x, dout, weights = (torch.randn(tokens, width, device="cuda") for width in (hidden, hidden, 4))
 

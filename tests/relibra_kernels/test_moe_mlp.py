@@ -200,3 +200,17 @@ def test_each_function_refuses_what_does_not_fit():
         ops.grouped_gemm(rows[1:, :I].contiguous(), home.down, schedule, transpose_weight=True)
     with pytest.raises(ShapeError, match="weights is"):
         ops.grad_hidden(p.dout, rows, p.weights[:, :1], home.down, schedule, form)
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
+@pytest.mark.parametrize("name", ["gate_up", "down", "gate_up_bias", "down_bias"])
+def test_quantised_weights_are_refused_by_name(name, dtype):
+    """Without their scales they are not the numbers that they look like."""
+    case, form = CASES[0], FORMS["bias"]
+    p = problem(case, form, torch.float32)
+    schedule = build_schedule(case.slots, case.num_slots)
+    home = p.stores._replace(**{name: getattr(p.stores, name).to(dtype)})
+    with pytest.raises(ShapeError, match=rf"the home {name} is torch\.\w+; it must be one of bfloat16"):
+        moe_mlp_forward(p.x, p.weights, schedule, home, form)

@@ -1,11 +1,11 @@
-"""Permute, the weighted sum back, and both backwards, against the definition in float64."""
+"""Permute, the weighted sum back, and the plain sum back, against the definition in float64."""
 
 import pytest
 import torch
 from routing import random_slots, routing_cases
 from tolerance import RELATIVE, assert_close
 
-from relibra_kernels.ops import build_schedule, permute, permute_backward, unpermute, unpermute_backward
+from relibra_kernels.ops import build_schedule, permute, permute_backward, unpermute
 
 CASES = routing_cases()
 H = 40
@@ -29,23 +29,15 @@ def test_both_ways(case, dtype):
     y = normal(tokens * top_k, H, dtype=dtype, seed=2)
     y[used:] = float("nan")  # nothing may read the unused tail
     out, summed = unpermute(y, weights, schedule), permute_backward(y, schedule)
-    dout = normal(tokens, H, dtype=dtype, seed=3)
-    dy, dweights = unpermute_backward(dout, y, weights, schedule)
     expected_out, expected_sum = torch.zeros(2, tokens, H, dtype=torch.float64)
-    expected_dy, expected_dweights = torch.zeros(used, H).double(), torch.zeros(tokens, top_k).double()
     for t in range(tokens):
         for k in range(top_k):
             row = int(schedule.position_of[t, k])
             if row >= 0:
                 expected_out[t] += weights[t, k].double() * y[row].double()
                 expected_sum[t] += y[row].double()
-                expected_dy[row] = weights[t, k].double() * dout[t].double()
-                expected_dweights[t, k] = dout[t].double() @ y[row].double()
     assert_close(out, expected_out, RELATIVE[dtype], "unpermute")
     assert_close(summed, expected_sum, RELATIVE[dtype], "permute_backward")
-    assert_close(dy[:used], expected_dy, RELATIVE[dtype], "dy")
-    assert dweights.dtype == torch.float32
-    assert_close(dweights, expected_dweights, 1e-5, "dweights")
 
 
 def test_permute_then_the_sum_back_multiplies_by_top_k():

@@ -1,6 +1,8 @@
 """`warmup`: a first training step after it compiles nothing, counted in compile-only form."""
 
+import importlib
 import os
+import pkgutil
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -15,8 +17,9 @@ pytest.importorskip("triton", reason="needs triton")
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
-from relibra_kernels import precompile, warmup
+from relibra_kernels import kernels, precompile, warmup
 from relibra_kernels.compiling import precompiling
 from relibra_kernels.compiling.compile_only import launch_digest
 from relibra_kernels.configs import lookup
@@ -96,7 +99,7 @@ def test_the_first_step_after_it_compiles_nothing(compiled, device, form, recomp
 def test_it_is_the_tokens_that_count(compiled):
     """Few rows a slot get other tiles than many: what was not asked for is not there."""
     model = make_layer()
-    warmup(model, 2048, device=H100)
+    warmup(model, 2048, device="H100")  # by name
     assert digests_of(H100, lambda: train(model, 2048)) <= set(compiled)
     assert not digests_of(H100, lambda: train(model, 64)) <= set(compiled)
 
@@ -119,7 +122,7 @@ def blocks_by_tokens(monkeypatch, tmp_path):
     buckets = tuple(Bucket(1, tokens, config, 1.0) for tokens, config in names.items())
     entries = [
         Entry(part, "bf16", HIDDEN, 0, False, False, "measured", "", None, "2026-11-24", buckets)
-        for part in ("permute", "unpermute", "unpermute_backward")
+        for part in ("permute", "unpermute")
     ]
     update(path_of(tmp_path, "H100", "permute"), "H100", "permute", lambda old: entries)
     lookup.forget()
@@ -183,6 +186,30 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
         for held in (0, replicas):
             needed = digests_of(H100, lambda r=received, v=visits, h=held: step(r, v, h))
             assert len(needed) >= 10 and needed <= set(compiled)
+
+
+# Kernels without a caller yet, and what will call them.
+WAITING = {
+    "_permute_kernel": "rows that grouped_gemm reads by TMA instead of gathering them",
+    "_pack_kernel": "replica weights on their way out",
+    "_swiglu_kernel": "LoRA on unmerged experts, between two plain grouped GEMMs",
+}
+
+
+def test_every_kernel_is_launched_by_a_layer_or_by_the_runtime():
+    """A kernel that nothing launches does not exist: all entry points of the package, counted."""
+    found = {}
+    for module in pkgutil.iter_modules(kernels.__path__):
+        members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))
+        found |= {n: k for n, k in members.items() if isinstance(k, JITFunction) and n.endswith("_kernel")}
+    launched = set()
+    for form in (ExpertForm(), GPT_OSS):
+        for replica_slots in (None, 2):
+            launches = precompile._launches([make_layer(form)], [64], H100, replica_slots)
+            launched |= {launch.kernel.__name__ for launch in launches}
+    assert len(found) > 10
+    assert launched | WAITING.keys() == found.keys()
+    assert not launched & WAITING.keys()
 
 
 def test_threads_that_compile_parse_in_turn(monkeypatch):

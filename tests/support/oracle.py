@@ -5,8 +5,8 @@ import torch
 
 def gated(h: torch.Tensor, *, concatenated: bool, clamped: bool, limit: float = 7.0, alpha: float = 1.702):
     """The activation of one row `[2I]`."""
-    half = h.shape[0] // 2
-    gate, up = (h[:half], h[half:]) if concatenated else (h[::2], h[1::2])
+    intermediate_size = h.shape[0] // 2
+    gate, up = (h[:intermediate_size], h[intermediate_size:]) if concatenated else (h[::2], h[1::2])
     if not clamped:
         return gate / (1 + torch.exp(-gate)) * up
     gate = torch.minimum(gate, torch.tensor(limit, dtype=h.dtype))

@@ -7,11 +7,11 @@ a MILP for the split; here from our own search, which is at least as good. So th
 import numpy as np
 
 from ...cluster import ClusterSpec
-from ...options import PlanOptions
-from ...planning import plan_batch
+from ...planning import search_plan
 from ...pricing.outcome import Outcome, outcome_of_plan
+from ...solver.effort import SearchOptions
 
 
 def relibra_paper(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
-    plan = plan_batch(table_LME, cluster, options=PlanOptions(max_guests=0))
+    plan = search_plan(table_LME, cluster, SearchOptions(max_kept=0))
     return outcome_of_plan(plan, table_LME)

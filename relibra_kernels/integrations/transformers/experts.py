@@ -14,6 +14,7 @@ from ... import ops
 from ...autograd import moe_mlp
 from ...compiled import moe_mlp_functional
 from ...form import ExpertForm
+from ...operands import check_computable
 from ...planner.errors import InputError
 from ...reference import swiglu
 from ...weights import ExpertWeights
@@ -50,6 +51,9 @@ ExpertsInterface.register("relibra", experts_forward)
 
 def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, ExpertWeights]:
     """Both contiguous in the weights' dtype, or in autocast's where that is on."""
+    for name, weight in weights._asdict().items():
+        if weight is not None:
+            check_computable(name, weight)
     device = hidden_states.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.gate_up.dtype
     return hidden_states.to(dtype).contiguous(), weights.map(lambda weight: weight.to(dtype).contiguous())

@@ -129,3 +129,12 @@ def test_a_tile_size_can_be_given():
     out = kernels.grouped_gemm(a, weight, schedule, transpose_weight=True, config=config)
     assert_close(out[2:5], a[2:5].double() @ weight[1].double().T, 1e-5)
     assert ExpertForm() == FORMS["qwen"]
+
+
+@pytest.mark.parametrize("setting", ["tf32", "ieee"])
+def test_both_of_torchs_settings_of_fp32_products(setting, monkeypatch):
+    """Once the newer setting was used, reading the older one raises."""
+    matmul = torch.backends.cuda.matmul
+    monkeypatch.setattr(matmul, "fp32_precision", setting)
+    assert launch.precision(torch.float32) == setting
+    assert launch.precision(torch.bfloat16) == "ieee"

@@ -86,3 +86,13 @@ def test_ids_out_of_range_are_dropped_or_caught(monkeypatch):
 def test_truth_values_are_no_ids():
     with pytest.raises(ShapeError, match="must be integers"):
         kernels.build_schedule(torch.tensor([[True, False]]), 4)
+
+
+@pytest.mark.parametrize("tokens", [1, 64, 65, 72, 97, 129])
+def test_every_table_of_tiles_begins_at_16_bytes(tokens):
+    """Triton compiles a kernel anew for a pointer that does not."""
+    slots = random_slots(tokens, 2, 6)
+    schedule = kernels.build_schedule(slots, 6, (64, 32, 128))
+    for block, table in schedule.tiles.items():
+        assert table.data_ptr() % 16 == 0, block
+        assert table.equal(reference.build_schedule(slots, 6, (block,)).tiles[block])

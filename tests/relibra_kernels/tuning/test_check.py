@@ -63,7 +63,7 @@ def test_kernels_without_tensor_cores_are_compiled_at_their_sizes(tmp_path):
     put(tmp_path, "H100", "schedule", "schedule", "64x1024w4", sizes=(0, 0))
     check = check_folder(tmp_path)
     assert check.configs == 3 and len(check.faults) == 1 and "schedule takes one row at a time" in check.faults[0]
-    assert {(task.kernel, task.hidden_size, task.half) for task in check.tasks} == {
+    assert {(task.kernel, task.hidden_size, task.intermediate_size) for task in check.tasks} == {
         ("permute", 2880, 0),
         ("swiglu", 0, 768),
     }
@@ -73,8 +73,8 @@ def test_kernels_without_tensor_cores_are_compiled_at_their_sizes(tmp_path):
 
 
 def test_a_sample_is_another_one_for_another_seed(tmp_path):
-    for half in range(1, 21):
-        put(tmp_path, "H100", "gate_up", "gate_up", "128x128x64w8s3", sizes=(2048, 64 * half))
+    for intermediate_size in range(1, 21):
+        put(tmp_path, "H100", "gate_up", "gate_up", "128x128x64w8s3", sizes=(2048, 64 * intermediate_size))
     first, again, other = (check_folder(tmp_path, sample=5, seed=seed).tasks for seed in ("a", "a", "b"))
     assert first == again != other and len(first) == len(other) == 5
     assert set(first) <= set(check_folder(tmp_path).tasks)

@@ -100,7 +100,7 @@ def test_a_winner_that_spills_at_its_own_sizes_is_replaced(search, tmp_path):
     winner = entries["gate_up"][0].buckets[-1].config
 
     def find(task):
-        own = (task.hidden_size, task.half) == (4096, 1408)
+        own = (task.hidden_size, task.intermediate_size) == (4096, 1408)
         return Resources(255, 64, 1, 8) if own and task.config == winner else needs(task)
 
     again = search(model, find=find)

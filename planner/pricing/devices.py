@@ -1,0 +1,66 @@
+"""The machines that plans are priced for: a GPU, its part of the two networks, and what of its rates is achieved."""
+
+from dataclasses import dataclass, replace
+
+from ..errors import InputError
+from .gpus import GPUS
+
+DEFAULT_DEVICE = "8xH100"
+
+
+@dataclass(frozen=True)
+class DeviceSpec:
+    """Achieved rates of one GPU and its share of the networks; bytes and FLOP a second, in one direction.
+
+    Attributes:
+        grouped_flops: of grouped GEMMs. dense_flops: of attention and shared experts.
+        hbm: bytes a second that a slot's weights and gradients take through memory.
+        fast, slow: inside a node, and between nodes.
+        launch_fast, launch_slow: seconds of one all-to-all beside its bytes, inside a node and across.
+        contention: part of a transfer's time that it costs where it runs beside compute; transfer_launch: seconds that
+            starting one costs.
+        layer_seconds: fixed host and device work of a layer and micro-batch.
+        memory: bytes of the device.
+    """
+
+    name: str
+    grouped_flops: float
+    dense_flops: float
+    hbm: float
+    fast: float
+    slow: float
+    launch_fast: float = 25e-6
+    launch_slow: float = 60e-6
+    contention: float = 0.1
+    transfer_launch: float = 20e-6
+    layer_seconds: float = 250e-6
+    memory: float = 80e9
+
+
+# Part of the nominal rate that is achieved. Compute: SonicMoE's figures on H100, 430-597 of 989 TFLOP/s for grouped
+# GEMMs and full layers. Networks: DeepEP V1's 153-158 of 160 GB/s on H800's NVLink and 43 of 50 on its network at
+# EP16; NCCL's usual 0.78 of NVLink on H100. Launches and contention are assumed.
+_GROUPED, _DENSE, _HBM, _FAST, _SLOW = 0.55, 0.5, 0.75, 0.78, 0.84
+_MEMORY = {"A100": 80e9, "H100": 80e9, "H200": 141e9, "B200": 180e9, "MI300X": 192e9, "MI355X": 288e9}
+
+DEVICES = {
+    f"8x{gpu.name}": DeviceSpec(
+        name=f"8x{gpu.name}",
+        grouped_flops=gpu.peak_flops * _GROUPED,
+        dense_flops=gpu.peak_flops * _DENSE,
+        hbm=gpu.dram * _HBM,
+        fast=gpu.fast_bandwidth * _FAST,
+        slow=gpu.slow_bandwidth * _SLOW,
+        memory=_MEMORY[gpu.name],
+    )
+    for gpu in GPUS.values()
+}
+DEVICES["NVL72"] = replace(DEVICES["8xB200"], name="NVL72", memory=186e9)
+
+
+def find_device(text: str) -> DeviceSpec:
+    """The machine of this name in upper or lower case; a GPU's name alone is a node of eight of them."""
+    for device in DEVICES.values():
+        if text.lower() in (device.name.lower(), device.name.lower().removeprefix("8x")):
+            return device
+    raise InputError(f"device is {text!r}, but must be one of {', '.join(DEVICES)}")

@@ -1,0 +1,188 @@
+"""The one table of MoE models, and shapes of models that are not in it: from a config.json or from four numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError, InputError
+
+SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says otherwise
+DEFAULT_MODEL = "Qwen3-235B-A22B"  # whose experts are priced where no shape is given
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Sizes of one MoE layer and of the attention beside it, from the model's published config.json.
+
+    Attributes:
+        layers: MoE layers. experts, top_k: of each.
+        hidden_size, intermediate_size: of one routed expert, which has gate, up and down projections.
+        heads, kv_heads, head_dim: attention. With multi-head latent attention head_dim is what queries and keys have
+            without the rotary part, and the next four fields are not zero (q_rank is, where queries are not
+        compressed). q_rank, kv_rank, rope_dim, value_dim: latent attention's ranks and head sizes.
+        shared_intermediate_size: of all shared experts together, which every rank runs for its own tokens.
+    """
+
+    name: str
+    layers: int
+    experts: int
+    top_k: int
+    hidden_size: int
+    intermediate_size: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    shared_intermediate_size: int = 0
+    q_rank: int = 0
+    kv_rank: int = 0
+    rope_dim: int = 0
+    value_dim: int = 0
+
+    @property
+    def expert_parameters(self) -> int:
+        """gate, up and down projection."""
+        return 3 * self.hidden_size * self.intermediate_size
+
+    @property
+    def expert_bytes(self) -> int:
+        """Weights of one expert in bf16."""
+        return 2 * self.expert_parameters
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Gradient of one expert; summed in fp32, so returned in fp32."""
+        return 4 * self.expert_parameters
+
+    @property
+    def copy_bytes(self) -> int:
+        """Memory of one kept replica: its weights and a gradient of its own, 18 * H * I bytes."""
+        return self.expert_bytes + self.gradient_bytes
+
+    @property
+    def migration_bytes(self) -> int:
+        """bf16 weights, fp32 master weights and both Adam moments of one expert."""
+        return (2 + 4 + 4 + 4) * self.expert_parameters
+
+    def assignment_flops(self) -> int:
+        """Forward, of one token in one expert: a multiply and an add per parameter."""
+        return 2 * self.expert_parameters
+
+    def dense_flops(self, sequence_length: int) -> int:
+        """Forward, of one token outside the routed experts: projections, causal attention, shared experts."""
+        value_dim = self.value_dim or self.head_dim
+        query_dim = self.head_dim + self.rope_dim
+        if self.kv_rank:
+            query = (
+                self.q_rank * (self.hidden_size + self.heads * query_dim) or self.hidden_size * self.heads * query_dim
+            )
+            key = self.hidden_size * (self.kv_rank + self.rope_dim)
+            key += self.kv_rank * self.heads * (self.head_dim + value_dim)
+        else:
+            query, key = self.hidden_size * self.heads * query_dim, 2 * self.hidden_size * self.kv_heads * self.head_dim
+        parameters = query + key + self.heads * value_dim * self.hidden_size
+        parameters += 3 * self.hidden_size * self.shared_intermediate_size
+        attention = self.heads * (query_dim + value_dim) * sequence_length  # half the sequence, two FLOPs
+        return 2 * parameters + attention
+
+
+MODELS = {
+    shape.name: shape
+    for shape in (
+        ModelShape("Qwen3-30B-A3B", 48, 128, 8, 2048, 768, 32, 4, 128),
+        ModelShape("Qwen3-235B-A22B", 94, 128, 8, 4096, 1536, 64, 4, 128),
+        ModelShape("GLM-4.5-Air", 45, 128, 8, 4096, 1408, 96, 8, 128, 1408),
+        ModelShape("DeepSeek-V3", 58, 256, 8, 7168, 2048, 128, 128, 128, 2048, 1536, 512, 64, 128),
+        ModelShape("Moonlight-16B-A3B", 26, 64, 6, 2048, 1408, 16, 16, 128, 2816, 0, 512, 64, 128),
+        ModelShape("OLMoE", 16, 64, 8, 2048, 1024, 16, 16, 128),
+        ModelShape("Mixtral-8x7B", 32, 8, 2, 4096, 14336, 32, 8, 128),
+        ModelShape("gpt-oss-120b", 36, 128, 4, 2880, 2880, 64, 8, 64),
+        ModelShape("Kimi-K2", 60, 384, 8, 7168, 2048, 64, 64, 128, 2048, 1536, 512, 64, 128),
+    )
+}
+
+
+def find_model(text: str) -> ModelShape:
+    """The shape that `text` names: one of MODELS in upper or lower case, a config.json, or `H,I,E,K`.
+
+    `H,I,E,K` gets attention of H / 128 heads of 128, with an eighth as many for keys and values.
+    """
+    for shape in MODELS.values():
+        if shape.name.lower() == text.lower():
+            return shape
+    if "," in text:
+        return shape_of_text(text)
+    if text.endswith(".json") or Path(text).is_file():
+        return _shape_of_config(Path(text))
+    raise InputError(
+        f"model is {text!r}, but must be one of {', '.join(MODELS)}, the path of a config.json, or H,I,E,K"
+    )
+
+
+def shape_of_sizes(
+    hidden_size: int, intermediate_size: int, experts: int, top_k: int, *, layers: int = 1, name: str = ""
+) -> ModelShape:
+    """A model of which only the experts are known: attention of H / 128 heads, an eighth for keys and values."""
+    heads = max(hidden_size // 128, 1)
+    name = name or f"{hidden_size},{intermediate_size},{experts},{top_k}"
+    return ModelShape(name, layers, experts, top_k, hidden_size, intermediate_size, heads, max(heads // 8, 1), 128)
+
+
+def shape_of_text(text: str) -> ModelShape:
+    """`H,I,E,K` as a model without a name of its own."""
+    try:
+        hidden_size, intermediate_size, experts, top_k = (int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"shape is {text!r}; it must be H,I,E,K: four integers with commas between them") from None
+    if min(hidden_size, intermediate_size, experts, top_k) < 1 or top_k > experts:
+        raise InputError(f"shape is {text!r}; H, I, E and K must be positive, and K at most E")
+    return shape_of_sizes(hidden_size, intermediate_size, experts, top_k)
+
+
+def _shape_of_config(path: Path) -> ModelShape:
+    """From the config.json that Hugging Face keeps beside a model's weights."""
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise FormatError(f"{path}: is not JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise FormatError(f"{path}: is JSON, but not the object that a config.json is")
+    inner = config.get("text_config")
+    config = inner if isinstance(inner, dict) else config
+
+    def size(*names: str, default: int | None = None) -> int:
+        value: Any = next((config[name] for name in names if config.get(name) is not None), default)
+        if value is None:
+            raise FormatError(f"{path}: has none of {', '.join(names)}")
+        if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+            raise FormatError(f"{path}: {names[0]} is {value!r}, but must be an integer that is not negative")
+        return value
+
+    hidden_size, heads = size("hidden_size"), size("num_attention_heads")
+    intermediate_size = size("moe_intermediate_size", "intermediate_size")
+    shared = size("shared_expert_intermediate_size", default=0)
+    shared = shared or size("n_shared_experts", "num_shared_experts", default=0) * intermediate_size
+    kv_rank = size("kv_lora_rank", default=0)
+    shape = ModelShape(
+        name=str(config.get("_name_or_path") or path.resolve().parent.name),
+        layers=size("num_hidden_layers") - size("first_k_dense_replace", default=0),
+        experts=size("num_experts", "n_routed_experts", "num_local_experts"),
+        top_k=size("num_experts_per_tok", "moe_topk"),
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        heads=heads,
+        kv_heads=size("num_key_value_heads", default=heads),
+        head_dim=size("qk_nope_head_dim") if kv_rank else size("head_dim", default=hidden_size // max(heads, 1)),
+        shared_intermediate_size=shared,
+        q_rank=size("q_lora_rank", default=0) if kv_rank else 0,
+        kv_rank=kv_rank,
+        rope_dim=size("qk_rope_head_dim") if kv_rank else 0,
+        value_dim=size("v_head_dim") if kv_rank else 0,
+    )
+    if min(shape.layers, shape.experts, shape.top_k, hidden_size, intermediate_size) < 1:
+        raise FormatError(f"{path}: a size that must be positive is not: {shape}")
+    if shape.top_k > shape.experts:
+        raise FormatError(f"{path}: chooses {shape.top_k} of {shape.experts} experts")
+    return shape
