@@ -59,7 +59,7 @@ relibra_kernels.ExpertParalel
 
 
 def test_a_users_file_is_checked(tmp_path):
-    """mypy on a file of another project. torch and numpy are left out, which says nothing about our names and is fast."""
+    """mypy on a file of another project; without torch and numpy, which say nothing about our names."""
     pytest.importorskip("mypy", reason="needs mypy")
     (tmp_path / "theirs.py").write_text(USERS_FILE)
     skipped = "".join(
@@ -117,7 +117,7 @@ def test_a_function_has_at_most_eight_parameters():
 
 
 def test_no_call_hides_its_arguments_in_a_dict():
-    """`f(**options)` where `options` is a `dict[str, Any]` built beside it: no reader and no type checker sees what f gets."""
+    """`f(**options)` with `options` a `dict[str, Any]` made beside it hides what f gets."""
     hidden = []
     for module, name, node in functions():
         dicts = {

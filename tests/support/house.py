@@ -24,7 +24,7 @@ class Room:
     files: str = ""  # module names under relibra_kernels; empty: the room's own name
 
 
-PLANNER = "planner simulation planning formats solver pricing plan errors"
+PLANNER = "planner simulation planning formats solver options pricing plan files errors"
 PARALLEL = "parallel parallel.tokens parallel.experts parallel.session parallel.comm"
 BASE = "operands schedule weights form"  # what tensors of a layer look like
 
@@ -69,25 +69,28 @@ ROOMS = (
     Room("compiling", "compile without a GPU", "kernels configs progress errors"),
     Room("kernels", "one family of Triton kernels a file", f"reference configs {BASE} errors"),
     Room("reference", "the same functions in plain torch", f"{BASE} errors"),
-    Room("configs", "what a launch asks", "pricing errors"),
+    Room("configs", "what a launch asks", "pricing files errors"),
     Room("operands", "checks of what an operation gets", "schedule errors"),
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),
     Room("form", "activation, bias, layout of an expert", "errors"),
     Room("progress", "a line that says how far it is"),
     Room("planner", "what users import of the planner", PLANNER.removeprefix("planner ")),
-    Room("simulation", "policies in modelled time", "planning pricing plan errors", "planner.simulation"),
-    Room("planning", "from loads to a plan", "solver pricing plan errors", "planner.planning"),
-    Room("formats", "one loader an engine", "plan errors", "planner.formats"),
-    Room("solver", "placement, replicas, the exact split", "pricing plan errors", "planner.solver"),
+    Room(
+        "simulation", "policies in modelled time", "planning solver options pricing plan errors", "planner.simulation"
+    ),
+    Room("planning", "from loads to a plan", "solver options pricing plan errors", "planner.planning"),
+    Room("formats", "one loader an engine", "plan files errors", "planner.formats"),
+    Room("solver", "placement, replicas, the exact split", "options pricing plan errors", "planner.solver"),
+    Room("options", "what a plan is to achieve", "pricing errors", "planner.options"),
     Room("pricing", "what a plan costs", "plan errors", "planner.pricing"),
     Room(
         "plan",
         "traces, loads, plans, splits",
-        "errors",
-        "planner.plan planner.plan_rules planner.splits planner.loads planner.trace planner.files planner.cluster "
-        "planner.options",
+        "files errors",
+        "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.trace planner.cluster",
     ),
+    Room("files", "files written whole or not at all", "errors", "planner.files"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),
 )
 
