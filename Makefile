@@ -3,12 +3,23 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: demo test quick lint wheel release-check nightly compile-gate compile-matrix tune-offline check-configs clean
+.PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
 	$(BIN)/relibra demo
 
+# Two processes, each with whole files, so that what a file's tests share is made once.
+TEST := $(BIN)/python -m pytest -q -p no:benchmark --numprocesses 2 --dist loadfile
+
 test: .venv/installed
-	$(BIN)/python -m pytest -q
+	$(TEST)
+
+# Under a minute: what needs no other process and no compiler.
+QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
+	test_permute.py test_replica_reduce.py test_router.py test_schedule.py tuning/test_lookup.py tuning/test_model.py)
+
+quick: .venv/installed
+	$(TEST) $(addprefix tests/,$(QUICK))
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -56,6 +67,22 @@ SEED ?= $(shell git rev-parse HEAD)
 
 check-configs: .venv/installed
 	$(BIN)/relibra tune --check $(if $(SAMPLE),--sample $(SAMPLE) --seed "$(SEED)")
+
+# The versions of Python, torch, Triton, numpy and transformers that are supported; one of VERSIONS takes ten minutes.
+VERSIONS ?= image pins newest
+
+test-versions: .venv/installed
+	bash tests/versions.sh $(VERSIONS)
+
+# What is measured on a GPU, and the same without one.
+gpu:
+	bash bench/gpu.sh
+
+carry: .venv/installed
+	PYTHON=$(BIN)/python bash bench/carry.sh
+
+rehearse: .venv/installed
+	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*

@@ -32,16 +32,19 @@ def main() -> None:
         make_layer(model, count, 0.5, num_experts=32, dtype=torch.bfloat16, device="cpu") for count in (32, tokens)
     )
     runs = {
-        name: run
-        for name, run in implementations(form_is_qwen=True).items()
-        if not args.built_in or name == "relibra" or name.startswith("transformers")
+        id(some): {
+            name: run
+            for name, run in implementations(some.experts).items()
+            if not args.built_in or name == "relibra" or name.startswith("transformers")
+        }
+        for some in (few, layer)
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    seconds: dict[str, list[float]] = {name: [] for name in runs[id(layer)]}
     for warms_up in (True, *[False] * args.rounds):
         some = few if warms_up else layer
-        for name, run in runs.items():
+        for name, run in runs[id(some)].items():
             start = time.perf_counter()
-            run(some.experts, some.x, some.indices, some.weights).backward(some.dout)
+            run(some.x, some.indices, some.weights).backward(some.dout)
             if not warms_up:
                 seconds[name].append(time.perf_counter() - start)
             some.clear()

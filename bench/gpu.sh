@@ -1,12 +1,17 @@
 #!/usr/bin/env bash
-# Everything that matters on a GPU, in under 8 minutes: kernels against float64, then the sweep with TFLOP/s, roofline
-# fraction and peers. Installs nothing; uses the Python that is there (torch 2.11 or newer, Triton 3.6 or newer).
+# bench/gpu.py with the Python that is there, and the wheels in carried/ (bench/carry.sh) in front of it.
 #
-#   bench/gpu.sh [RESULTS.json]          PYTHON=python3 by default
-set -euo pipefail
+#   bench/gpu.sh [STAGE...] [--seconds N]        PYTHON=python3 by default
+set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
-"$python" -c 'import torch, triton; print("torch", torch.__version__, "triton", triton.__version__, torch.cuda.get_device_name())'
-timeout 200 "$python" -m pytest -q -p no:cacheprovider tests/relibra_kernels/test_gpu.py
-timeout 270 "$python" bench/gpu_report.py --seconds 210 --json "${1:-gpu-results.json}"
+if compgen -G 'carried/*.whl' > /dev/null; then
+    site=$(mktemp -d)
+    trap 'rm -rf "$site"' EXIT
+    if "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" carried/*.whl; then
+        export PYTHONPATH=$site${PYTHONPATH:+:$PYTHONPATH}
+    else
+        echo "carried/ could not be unpacked; going on with what is installed" >&2
+    fi
+fi
+"$python" bench/gpu.py "$@"

@@ -3,21 +3,30 @@
 import os
 import tempfile
 import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, BinaryIO
 
 import numpy as np
 
-from .errors import FormatError
+from .errors import FormatError, ReLibraError
+
+Writer = Callable[[IO[bytes]], None]  # writes one .npy file
 
 
-def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray) -> None:
-    """Write `arrays` under exactly this name, or leave what was there: a temporary file beside it is renamed."""
-    with written_whole(path) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+def save_npz(path: str | os.PathLike[str], **arrays: np.ndarray | Writer) -> None:
+    """Write `arrays` under exactly this name, or leave what was there: a temporary file beside it is renamed.
+
+    The same arrays give the same bytes. An array that was never in memory at once is given as its writer.
+    """
+    with written_whole(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for key, array in arrays.items():
+            with archive.open(zipfile.ZipInfo(f"{key}.npy"), "w", force_zip64=True) as member:
+                if callable(array):
+                    array(member)
+                else:
+                    np.lib.format.write_array(member, np.asanyarray(array), allow_pickle=False)
 
 
 @contextmanager
@@ -51,8 +60,8 @@ def load_npz(
     """The named arrays of a .npz file. Whatever is wrong with the file is a FormatError that names it."""
     name = os.fspath(path)
     required = tuple(required)
+    npz_keys(name)  # says so where it is no archive at all
     try:
-        npz_keys(name)  # says so where it is no archive at all
         archive = np.load(name, allow_pickle=False)
         if not isinstance(archive, np.lib.npyio.NpzFile):
             raise FormatError(f"{name}: is not a .npz archive")
@@ -60,15 +69,17 @@ def load_npz(
             missing = [key for key in required if key not in archive.files]
             if missing:
                 raise FormatError(f"{name}: has no array {missing[0]!r}, only {sorted(archive.files)}")
-            return {key: archive[key] for key in (*required, *optional) if key in archive.files}
-    except FileNotFoundError:
-        raise FormatError(f"{name}: no such file") from None
-    except ValueError as error:
+            arrays = {key: archive[key] for key in (*required, *optional) if key in archive.files}
+    except ReLibraError:
+        raise
+    except Exception as error:  # damaged bytes make zipfile, zlib and numpy raise a dozen kinds
         if "pickle" in str(error).lower():
             raise FormatError(f"{name}: holds pickled objects, which are never loaded") from None
-        raise FormatError(f"{name}: is damaged: {error}") from None
-    except (OSError, EOFError, zipfile.BadZipFile, zlib.error, KeyError, NotImplementedError, MemoryError) as error:
         raise FormatError(f"{name}: is damaged or cannot be read: {error}") from None
+    for key, array in arrays.items():
+        if not isinstance(array, np.ndarray):  # a member that is no .npy file comes as bytes
+            raise FormatError(f"{name}: {key!r} is no array")
+    return arrays
 
 
 def npz_keys(path: str | os.PathLike[str]) -> set[str]:
@@ -80,7 +91,7 @@ def npz_keys(path: str | os.PathLike[str]) -> set[str]:
         raise FormatError(f"{os.fspath(path)}: no such file") from None
     except (IsADirectoryError, PermissionError) as error:
         raise FormatError(f"{os.fspath(path)}: cannot be read: {error.strerror}") from None
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:
         raise FormatError(f"{os.fspath(path)}: is damaged or not a .npz archive: {error}") from None
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .errors import InputError, ShapeError
-from .trace import RoutingTrace, token_chunks
+from .trace import RoutingTrace
+from .trace_rules import token_chunks
 
 
 def count_loads(
@@ -75,13 +76,16 @@ def _group_of_sequence(name: str, value: np.ndarray, trace: RoutingTrace, count:
 
 def _count(trace: RoutingTrace, group: np.ndarray, groups: int) -> np.ndarray:
     """int32 [L, groups, E]. Runs of sequences of one group are counted together, in chunks that fit the cache."""
-    layers, top_k, bins = trace.num_layers, trace.top_k, trace.num_experts + 1  # bin 0 takes the unknown rows
-    base = (np.arange(layers, dtype=np.intp) * bins + 1)[:, None]
+    layers, top_k, bins = trace.num_layers, trace.top_k, trace.num_experts
+    base = (np.arange(layers, dtype=np.intp) * bins)[:, None]
     counts = np.zeros((groups, layers * bins), np.int32)
+    unknown = trace.unknown
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-    for start, stop in zip(starts, np.append(starts, len(group))[1:], strict=True):
-        rows = trace.expert_ids[trace.offsets[start] : trace.offsets[stop]]
-        for part in token_chunks(len(rows), layers * top_k):
-            key = np.add(rows[part], base, dtype=np.intp)
+    for start, stop in zip(starts, [*starts[1:], len(group)], strict=True):
+        first, end = int(trace.offsets[start]), int(trace.offsets[stop])
+        for part in token_chunks(end - first, layers * top_k):
+            rows = slice(first + part.start, first + part.stop)
+            ids, hidden = trace.compact_ids[rows], unknown[rows]
+            key = np.add(ids[~hidden] if hidden.any() else ids, base, dtype=np.intp)
             counts[group[start]] += np.bincount(key.reshape(-1), minlength=layers * bins).astype(np.int32)
-    return np.ascontiguousarray(counts.reshape(groups, layers, bins)[:, :, 1:].swapaxes(0, 1))
+    return np.ascontiguousarray(counts.reshape(groups, layers, bins).swapaxes(0, 1))

@@ -1,182 +1,316 @@
 """RoutingTrace: which experts every token of a batch chose, as the rollout engine recorded it."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
-from .errors import FormatError, InputError, ReLibraError, ShapeError
-from .files import load_npz, save_npz, scalar
+from .errors import InputError, ShapeError
+from .trace_files import load_arrays, save_arrays
+from .trace_report import (
+    KNOWN,
+    REASONS,
+    TraceReport,
+    VersionSpan,
+    cut_versions,
+    default_reasons,
+    report_of,
+    selected_versions,
+)
+from .trace_rules import check_id_dtype, check_ids, check_num_experts, compact_dtype, id_dtype
 
-_CHUNK = 1 << 18  # assignments looked at together: a few copies of them stay in the second-level cache
 
-
-@dataclass(frozen=True, eq=False)
 class RoutingTrace:
-    """Expert ids of every token of every sequence, checked once on construction.
+    """Expert ids of every token of every sequence, checked once on construction. Never changed afterwards.
 
-    expert_ids:    int8, int16 or int32 [tokens, L, K]; a row of -1 is a token whose routing was not recorded
+    Ids take one byte for up to 256 experts and two beyond, in memory, on disk and when pickled (`compact_ids`).
+    `expert_ids`, `sequence` and `rows` give them signed, with -1 for tokens whose routing was not recorded.
+
     offsets:       int64 [sequences + 1]; sequence i is the rows offsets[i] to offsets[i + 1], all of its tokens
     num_experts:   E; ids are 0 to E - 1
     moe_layer_ids: the model's layer number of each of the L layers
+    unknown:       bool [tokens]; a token is known in every layer, or in none
+    reasons:       uint8 [tokens], why it is unknown (`trace_report.REASONS`); 0 where it is known
+    versions:      which policy generated which tokens, where the engine said so
+    report:        what the trace leaves out, and what its loader assumed
     """
 
-    expert_ids: np.ndarray
-    offsets: np.ndarray
-    num_experts: int
-    moe_layer_ids: tuple[int, ...]
+    __slots__ = ("_assumed", "_dropped", "_ids", "_layers", "_num_experts", "_offsets", "_reasons", "_versions")
 
-    def __post_init__(self) -> None:
-        ids = np.asarray(self.expert_ids)
-        if ids.ndim != 3 or ids.dtype not in (np.int8, np.int16, np.int32):
+    def __init__(
+        self,
+        expert_ids: Any,
+        offsets: Any,
+        num_experts: int,
+        moe_layer_ids: Iterable[int],
+        *,
+        unknown: Any = None,
+        versions: Iterable[VersionSpan] = (),
+        layers_dropped: Iterable[int] = (),
+    ) -> None:
+        """Check and keep.
+
+        Args:
+            expert_ids: [tokens, L, K] of any integer dtype that holds num_experts ids; not copied where it is as
+                narrow as the trace keeps it. Of signed ids, a row of -1 is an unknown token.
+            unknown: bool or uint8 (reasons) [tokens]; needed for unsigned ids with unknown tokens, whose rows may hold
+                anything.
+
+        Raises: ShapeError, InputError.
+        """
+        ids = np.asarray(expert_ids)
+        if ids.ndim != 3 or ids.dtype.kind not in "iu" or min(ids.shape[1:], default=0) < 1:
             raise ShapeError(
-                f"expert_ids is {ids.dtype} of shape {ids.shape}, but must be int8, int16 or int32 [tokens, layers, k]"
+                f"expert_ids is {ids.dtype} of shape {ids.shape}, but must be integers [tokens, layers, k] with at "
+                "least one layer and one choice a token"
             )
-        if min(ids.shape[1:]) < 1:
-            raise ShapeError(f"expert_ids has shape {ids.shape}, but needs at least one layer and one choice a token")
-        offsets = np.asarray(self.offsets)
-        if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
-            raise ShapeError(f"offsets is {offsets.dtype} {offsets.shape}, but must be integer [sequences + 1]")
-        offsets = offsets.astype(np.int64)
-        if offsets[0] != 0 or offsets[-1] != len(ids):
-            raise InputError(
-                f"offsets run from {offsets[0]} to {offsets[-1]}, but must run from 0 to the {len(ids)} tokens"
-            )
-        if (np.diff(offsets) < 0).any():
-            raise InputError(f"offsets decrease at sequence {int(np.argmax(np.diff(offsets) < 0))}")
-        experts = int(self.num_experts)
-        if not ids.shape[2] <= experts <= np.iinfo(ids.dtype).max + 1:
-            raise InputError(f"num_experts is {experts}, but must be {ids.shape[2]} (k) to what {ids.dtype} can hold")
-        layers = tuple(int(layer) for layer in self.moe_layer_ids)
+        experts = check_num_experts(num_experts)
+        if ids.shape[2] > experts:
+            raise InputError(f"num_experts is {experts}, but must be at least the {ids.shape[2]} choices of a token")
+        check_id_dtype(ids.dtype, experts, "expert_ids")
+        checked = _checked_offsets(offsets, len(ids))
+        try:
+            layers = tuple(int(layer) for layer in moe_layer_ids)
+        except (TypeError, ValueError):
+            raise InputError(f"moe_layer_ids is {moe_layer_ids!r}, but must be layer numbers") from None
         if len(layers) != ids.shape[1] or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise InputError(f"moe_layer_ids is {layers}, but must be {ids.shape[1]} increasing layer numbers")
-        _check_ids(ids, experts)
-        for name, value in (("expert_ids", ids), ("offsets", offsets), ("num_experts", experts)):
-            object.__setattr__(self, name, value)
-        object.__setattr__(self, "moe_layer_ids", layers)
+        reasons = None if unknown is None else _checked_reasons(unknown, checked)
+        found = check_ids(ids, experts, None if reasons is None else reasons > KNOWN)
+        if reasons is None:
+            reasons = default_reasons(found, checked)
+        self._ids, self._reasons, self._offsets = _compacted(ids, found, experts), reasons, checked
+        self._num_experts, self._layers = experts, layers
+        self._versions, self._dropped = tuple(versions), tuple(int(layer) for layer in layers_dropped)
+        self._assumed: tuple[str, ...] = ()
+
+    @classmethod
+    def _of_checked(
+        cls,
+        ids: np.ndarray,
+        reasons: np.ndarray,
+        offsets: np.ndarray,
+        num_experts: int,
+        layers: tuple[int, ...],
+        versions: tuple[VersionSpan, ...] = (),
+        dropped: tuple[int, ...] = (),
+        assumed: tuple[str, ...] = (),
+    ) -> "RoutingTrace":
+        """Of compact ids that were checked already, rows of ones where reasons say unknown."""
+        trace = object.__new__(cls)
+        trace._ids, trace._reasons, trace._offsets, trace._num_experts = ids, reasons, offsets, num_experts
+        trace._layers, trace._versions, trace._dropped, trace._assumed = layers, versions, dropped, assumed
+        return trace
+
+    @property
+    def compact_ids(self) -> np.ndarray:
+        """uint8 (up to 256 experts) or uint16 [tokens, L, K] as they are kept, without a copy; ones where unknown."""
+        return self._ids
+
+    @property
+    def expert_ids(self) -> np.ndarray:
+        """int8, int16 or int32 [tokens, L, K], -1 where unknown. A view, but for 129 to 256 and over 32,768 experts:
+        there it is a copy, so use `sequence`, `rows` or `compact_ids` where a part is enough."""
+        return self._signed(slice(None))
+
+    @property
+    def offsets(self) -> np.ndarray:
+        return self._offsets
+
+    @property
+    def num_experts(self) -> int:
+        return self._num_experts
+
+    @property
+    def moe_layer_ids(self) -> tuple[int, ...]:
+        return self._layers
+
+    @property
+    def reasons(self) -> np.ndarray:
+        return self._reasons
+
+    @property
+    def versions(self) -> tuple[VersionSpan, ...]:
+        return self._versions
+
+    @property
+    def report(self) -> TraceReport:
+        return report_of(self._reasons, self._offsets, self._dropped, self._assumed)
 
     @property
     def num_tokens(self) -> int:
-        return len(self.expert_ids)
+        return len(self._ids)
 
     @property
     def num_layers(self) -> int:
-        return self.expert_ids.shape[1]
+        return self._ids.shape[1]
 
     @property
     def top_k(self) -> int:
-        return self.expert_ids.shape[2]
+        return self._ids.shape[2]
 
     @property
     def num_sequences(self) -> int:
-        return len(self.offsets) - 1
+        return len(self._offsets) - 1
 
     @property
     def unknown(self) -> np.ndarray:
-        """bool [tokens]: whose routing was not recorded. Rows are all known or all unknown."""
-        return self.expert_ids[:, 0, 0] < 0
+        """bool [tokens]: whose routing is not known."""
+        return self._reasons > KNOWN
 
     @property
     def only_last_tokens_unknown(self) -> bool:
         """Whether every unknown row is the last token of its sequence, which no later token attends to."""
-        known = ~self.unknown
-        starts, ends = self.offsets[:-1], self.offsets[1:]
+        known = self._reasons == KNOWN
+        starts, ends = self._offsets[:-1], self._offsets[1:]
         known[ends[ends > starts] - 1] = True
         return bool(known.all())
 
     def sequence(self, index: int) -> np.ndarray:
-        """[n, L, K] view of one sequence's rows."""
-        if not 0 <= index < self.num_sequences:
-            raise InputError(f"sequence {index} does not exist: the trace has {self.num_sequences}")
-        return self.expert_ids[self.offsets[index] : self.offsets[index + 1]]
+        """[n, L, K] of one sequence's tokens, signed as in `expert_ids`."""
+        return self._signed(self._slice(index))
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """[n, L, K] of these rows of the trace, signed as in `expert_ids`; row -1 is padding and gives -1."""
+        rows = np.asarray(rows)
+        if not len(self._ids):
+            return np.full((len(rows), *self._ids.shape[1:]), -1, id_dtype(self._num_experts))
+        ids = self._ids[rows].astype(id_dtype(self._num_experts))
+        ids[(rows < 0) | (self._reasons[rows] > KNOWN)] = -1
+        return ids
 
     def select(self, sequence_indices: Sequence[int] | np.ndarray) -> "RoutingTrace":
-        """A trace of these sequences, in this order."""
-        parts = [self.sequence(int(index)) for index in sequence_indices]
-        chosen = object.__new__(RoutingTrace)  # rows that were checked already
-        ids = np.concatenate(parts) if parts else self.expert_ids[:0]
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        for name, value in (("expert_ids", ids), ("offsets", offsets)):
-            object.__setattr__(chosen, name, value)
-        object.__setattr__(chosen, "num_experts", self.num_experts)
-        object.__setattr__(chosen, "moe_layer_ids", self.moe_layer_ids)
-        return chosen
+        """A trace of these sequences, in this order. Nothing of the others is kept."""
+        chosen = [int(index) for index in sequence_indices]
+        parts = [self._slice(index) for index in chosen]
+        offsets = np.cumsum([0, *(part.stop - part.start for part in parts)], dtype=np.int64)
+        return self._part(
+            [self._ids[part] for part in parts],
+            [self._reasons[part] for part in parts],
+            offsets,
+            selected_versions(self._versions, chosen),
+        )
+
+    def slice_layers(self, moe_layer_ids: Iterable[int]) -> "RoutingTrace":
+        """A trace of these layers, by the model's layer numbers: a pipeline stage's. Nothing of the others is kept."""
+        layers = tuple(int(layer) for layer in moe_layer_ids)
+        missing = sorted(set(layers) - set(self._layers))
+        if missing or not layers or list(layers) != sorted(set(layers)):
+            raise InputError(f"moe_layer_ids is {list(layers)}, but must be some of {list(self._layers)} in order")
+        ids = np.ascontiguousarray(self._ids[:, [self._layers.index(layer) for layer in layers]])
+        return RoutingTrace._of_checked(
+            ids, self._reasons, self._offsets, self._num_experts, layers, self._versions, self._dropped, self._assumed
+        )
+
+    def slice_positions(self, start: int | np.ndarray = 0, stop: int | np.ndarray | None = None) -> "RoutingTrace":
+        """A trace of the tokens `start` to `stop` of every sequence, cut off where it is shorter.
+
+        Args: integers, or integers [sequences]. Nothing of the other tokens is kept.
+        """
+        lengths = np.diff(self._offsets)
+        first, end = (np.broadcast_to(lengths if x is None else np.asarray(x), lengths.shape) for x in (start, stop))
+        if first.dtype.kind not in "iu" or end.dtype.kind not in "iu" or (first < 0).any() or (end < 0).any():
+            raise InputError(f"start is {start} and stop {stop}, but must be integers that are not negative")
+        first = np.minimum(first, lengths)
+        end = np.maximum(np.minimum(end, lengths), first)
+        parts = [slice(a + i, a + j) for a, i, j in zip(self._offsets[:-1], first, end, strict=True)]
+        return self._part(
+            [self._ids[part] for part in parts],
+            [self._reasons[part] for part in parts],
+            np.concatenate([[0], np.cumsum(end - first)]).astype(np.int64),
+            cut_versions(self._versions, first, end),
+        )
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .npz file without pickles."""
-        save_npz(
+        """Write a .npz file without pickles, one or two bytes an id."""
+        save_arrays(
             path,
-            expert_ids=self.expert_ids,
-            offsets=self.offsets,
-            num_experts=np.asarray(self.num_experts, np.int64),
-            moe_layer_ids=np.asarray(self.moe_layer_ids, np.int64),
+            self._ids,
+            self._reasons,
+            self._offsets,
+            self._num_experts,
+            self._layers,
+            self._versions,
+            self._dropped,
         )
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], num_experts: int | None = None) -> "RoutingTrace":
-        """Read a .npz file. `num_experts` is for files that lack it, and must agree with files that have it."""
-        arrays = load_npz(path, ("expert_ids", "offsets"), ("num_experts", "moe_layer_ids"))
-        if "num_experts" in arrays:
-            recorded = scalar(arrays, "num_experts", path)
-            if not isinstance(recorded, np.integer):
-                raise FormatError(f"{os.fspath(path)}: num_experts is {recorded!r}, but must be an integer")
-            recorded = int(recorded)
-            if num_experts is not None and num_experts != recorded:
-                raise InputError(f"num_experts is {num_experts}, but {os.fspath(path)} was recorded with {recorded}")
-            num_experts = recorded
-        if num_experts is None:
-            raise FormatError(f"{os.fspath(path)}: does not say num_experts; give it (--num-experts)")
-        ids = arrays["expert_ids"]
-        layers = arrays.get("moe_layer_ids", np.arange(ids.shape[1] if ids.ndim > 1 else 0))
-        try:
-            return cls(ids, arrays["offsets"], num_experts, tuple(int(x) for x in np.ravel(layers)))
-        except ReLibraError as error:
-            raise type(error)(f"{os.fspath(path)}: {error}") from None
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        num_experts: int | None = None,
+        *,
+        sequences: Sequence[int] | np.ndarray | None = None,
+        layers: Iterable[int] | None = None,
+    ) -> "RoutingTrace":
+        """Read a .npz file, or a share of it: only that is ever in memory.
+
+        Args:
+            num_experts: for files that lack it; must agree with files that have it.
+            sequences: the numbers of the sequences to read, in the order wanted. None: all.
+            layers: the model's numbers of the layers to read, in order. None: all.
+        """
+        return load_arrays(cls, path, num_experts, sequences, None if layers is None else list(layers))
+
+    def _slice(self, index: int) -> slice:
+        if not 0 <= index < self.num_sequences:
+            raise InputError(f"sequence {index} does not exist: the trace has {self.num_sequences}")
+        return slice(int(self._offsets[index]), int(self._offsets[index + 1]))
+
+    def _signed(self, part: slice) -> np.ndarray:
+        ids, dtype = self._ids[part], np.dtype(id_dtype(self._num_experts))
+        if ids.itemsize == dtype.itemsize:
+            return ids.view(dtype)
+        signed = ids.astype(dtype)
+        signed[self._reasons[part] > KNOWN] = -1
+        return signed
+
+    def _part(
+        self, ids: list[np.ndarray], reasons: list[np.ndarray], offsets: np.ndarray, versions: tuple[VersionSpan, ...]
+    ) -> "RoutingTrace":
+        return RoutingTrace._of_checked(
+            np.concatenate(ids) if ids else self._ids[:0],
+            np.concatenate(reasons) if reasons else self._reasons[:0],
+            offsets,
+            self._num_experts,
+            self._layers,
+            versions,
+            self._dropped,
+            self._assumed,
+        )
 
 
-def id_dtype(num_experts: int) -> type[np.signedinteger]:
-    """The narrowest dtype of expert ids that holds -1 to num_experts - 1."""
-    return next(dtype for dtype in (np.int8, np.int16, np.int32) if num_experts - 1 <= np.iinfo(dtype).max)
+def _checked_offsets(value: Any, tokens: int) -> np.ndarray:
+    offsets = np.asarray(value)
+    if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
+        raise ShapeError(f"offsets is {offsets.dtype} {offsets.shape}, but must be integer [sequences + 1]")
+    offsets = offsets.astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != tokens:
+        raise InputError(f"offsets run from {offsets[0]} to {offsets[-1]}, but must run from 0 to the {tokens} tokens")
+    if (np.diff(offsets) < 0).any():
+        raise InputError(f"offsets decrease at sequence {int(np.argmax(np.diff(offsets) < 0))}")
+    return offsets
 
 
-def token_chunks(num_tokens: int, per_token: int) -> Iterator[slice]:
-    """Slices of whole tokens, of about _CHUNK assignments each."""
-    step = max(1, _CHUNK // per_token)
-    for start in range(0, num_tokens, step):
-        yield slice(start, min(start + step, num_tokens))
+def _checked_reasons(value: Any, offsets: np.ndarray) -> np.ndarray:
+    given = np.asarray(value)
+    if given.shape != (offsets[-1],) or given.dtype not in (np.bool_, np.uint8):
+        raise ShapeError(f"unknown is {given.dtype} {given.shape}, but must be bool or uint8 [{offsets[-1]}]")
+    if given.dtype == np.bool_:
+        return default_reasons(given, offsets)
+    if int(given.max(initial=0)) > max(REASONS):
+        raise InputError(f"unknown holds {given.max()}, but reasons are 0 to {max(REASONS)}")
+    return given
 
 
-def _check_ids(ids: np.ndarray, num_experts: int) -> None:
-    """Ids in range, no expert twice for one token, no token that is known in part."""
-    tokens, layers, top_k = ids.shape
-    for part in token_chunks(tokens, layers * top_k):
-        chunk = ids[part]
-        low, high = int(chunk.min()), int(chunk.max())
-        if low < -1 or high >= num_experts:
-            bad = (chunk < -1) | (chunk >= num_experts)
-            t, layer, k = (int(x[0]) for x in np.nonzero(bad))
-            raise InputError(
-                f"expert_ids of token {part.start + t}, layer {layer} names expert {chunk[t, layer, k]}, "
-                f"but there are {num_experts} experts (-1: not recorded)"
-            )
-        if low < 0:
-            flat = chunk.reshape(len(chunk), -1) < 0
-            unknown = flat.all(1)
-            partly = flat.any(1) & ~unknown
-            if partly.any():
-                t = part.start + int(np.argmax(partly))
-                raise InputError(f"expert_ids of token {t} are -1 in part: a token is known in every layer, or in none")
-            chunk = chunk[~unknown]
-        by_choice = np.ascontiguousarray(chunk.reshape(-1, top_k).T)  # [K, n * L]: comparisons run over long rows
-        twice = np.zeros(by_choice.shape[1], bool)
-        for k in range(1, top_k):
-            for other in range(k):
-                twice |= by_choice[k] == by_choice[other]
-        if twice.any():
-            row = int(np.argmax(twice))
-            known = np.arange(part.start, part.stop)[~unknown] if low < 0 else np.arange(part.start, part.stop)
-            raise InputError(
-                f"expert_ids of token {known[row // layers]}, layer {row % layers} are {by_choice[:, row].tolist()}: "
-                f"an expert is chosen twice (a row of zeros is padding, not routing)"
-            )
+def _compacted(ids: np.ndarray, unknown: np.ndarray, num_experts: int) -> np.ndarray:
+    dtype = np.dtype(compact_dtype(num_experts))
+    if ids.itemsize == dtype.itemsize:
+        compact = ids.view(dtype)  # of signed ids, -1 is all ones
+        wrong = ids.dtype.kind == "u" and unknown.any() and (compact[unknown] != np.iinfo(dtype).max).any()
+        if not wrong:
+            return compact
+    compact = ids.astype(dtype)
+    compact[unknown] = np.iinfo(dtype).max
+    return compact

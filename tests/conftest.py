@@ -1,8 +1,13 @@
 """Checks that hold for the whole test run."""
 
+import os
 import sys
 
 import pytest
+
+# Two tests run at a time, and ranks are processes: with more threads they would only wait for each other. Set before
+# torch is imported; the processes that tests start inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(autouse=True)

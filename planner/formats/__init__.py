@@ -2,7 +2,8 @@
 
 from .megatron import from_megatron, from_megatron_lines
 from .sglang import from_sglang, loads_from_sglang
-from .trainers import from_nemo_rl, from_prime_rl, from_slime, from_verl
+from .trainers import from_nemo_rl, from_prime_rl, from_slime
+from .verl import from_verl
 from .vllm import from_vllm
 
 __all__ = [

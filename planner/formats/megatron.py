@@ -4,15 +4,15 @@
 "num_tokens", "topk", "top_indices"} with top_indices [num_tokens][topk]. Both see every token, the last ones too.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from ..errors import FormatError, InputError, ShapeError
 from ..trace import RoutingTrace
-from .sequences import trace_of_sequences
-from .trainers import SIGNED
+from .parts import array_of
+from .sequences import Holes, trace_of_sequences
 
 
 def from_megatron(
@@ -21,18 +21,23 @@ def from_megatron(
     *,
     sequence_lengths: Sequence[int] | None = None,
     moe_layer_ids: Sequence[int] | None = None,
+    holes: Holes = "refuse",
 ) -> RoutingTrace:
     """A trace of what the routers of one rank recorded, [T, K] each, in layer order.
 
     sequence_lengths: of the sequences that the T tokens are; None: one sequence
     moe_layer_ids:    the layer number of each router; None: 0 to L - 1
+    holes:            of a token without routing (-1, or zeros with K > 1) in any layer: "refuse", or keep it "unknown"
     """
-    routers = [np.asarray(indices) for indices in recorded]
+    routers = [array_of(indices, f"recorded of router {i}") for i, indices in enumerate(recorded)]
     if not routers or any(indices.ndim != 2 or indices.shape != routers[0].shape for indices in routers):
         raise ShapeError(
             f"recorded has the shapes {[indices.shape for indices in routers][:8]}, but must be [tokens, k] a router"
         )
-    lengths = [len(routers[0])] if sequence_lengths is None else [int(n) for n in sequence_lengths]
+    try:
+        lengths = [len(routers[0])] if sequence_lengths is None else [int(n) for n in sequence_lengths]
+    except (TypeError, ValueError):
+        raise InputError(f"sequence_lengths is {sequence_lengths!r}, but must be integers") from None
     if min(lengths, default=-1) < 0 or sum(lengths) != len(routers[0]):
         raise InputError(f"sequence_lengths sum to {sum(lengths)}, but {len(routers[0])} tokens were recorded")
     ids_TLK = np.stack(routers, 1)
@@ -40,33 +45,41 @@ def from_megatron(
         np.split(ids_TLK, np.cumsum(lengths)[:-1]),
         num_experts,
         last_token="in place",
-        dtypes=(*SIGNED, np.uint8, np.uint16),
+        num_tokens=lengths,
         moe_layer_ids=range(len(routers)),
         what="recorded",
+        holes=holes,
     )
     if moe_layer_ids is None:
         return trace
-    return RoutingTrace(trace.expert_ids, trace.offsets, num_experts, tuple(moe_layer_ids))
+    return RoutingTrace(trace.compact_ids, trace.offsets, num_experts, moe_layer_ids, unknown=trace.reasons)
 
 
-def from_megatron_lines(lines: Sequence[Mapping[str, Any]], num_experts: int) -> RoutingTrace:
+def from_megatron_lines(
+    lines: Iterable[Mapping[str, Any]], num_experts: int, *, holes: Holes = "refuse"
+) -> RoutingTrace:
     """A trace of a router trace's lines: every (step, rank) is a sequence, by step, then rank."""
     parts: dict[tuple[int, int], dict[int, np.ndarray]] = {}
     for number, line in enumerate(lines, 1):
+        if not isinstance(line, Mapping):
+            raise FormatError(f"line {number} is no object")
         missing = [key for key in ("step", "layer", "rank", "num_tokens", "topk", "top_indices") if key not in line]
         if missing:
             raise FormatError(f"line {number} has no {missing[0]!r}, only {sorted(line)}")
         try:
             indices = np.asarray(line["top_indices"], dtype=np.int32).reshape(-1, int(line["topk"]))
+            step, rank, layer = (int(line[key]) for key in ("step", "rank", "layer"))
         except (ValueError, TypeError, OverflowError) as error:
-            raise FormatError(f"top_indices of line {number} are no [tokens, topk] of integers: {error}") from None
+            raise FormatError(
+                f"line {number} must have integers, and in top_indices [tokens, topk] of them: {error}"
+            ) from None
         if len(indices) != line["num_tokens"]:
             raise InputError(
                 f"line {number} has {len(indices)} tokens in top_indices, but num_tokens {line['num_tokens']}"
             )
-        layers = parts.setdefault((int(line["step"]), int(line["rank"])), {})
-        if layers.setdefault(int(line["layer"]), indices) is not indices:
-            raise InputError(f"line {number} repeats layer {line['layer']} of step {line['step']}, rank {line['rank']}")
+        layers = parts.setdefault((step, rank), {})
+        if layers.setdefault(layer, indices) is not indices:
+            raise InputError(f"line {number} repeats layer {layer} of step {step}, rank {rank}")
     if not parts:
         raise FormatError("there is no line, but there must be at least one")
     layer_ids = sorted({layer for layers in parts.values() for layer in layers})
@@ -81,4 +94,4 @@ def from_megatron_lines(lines: Sequence[Mapping[str, Any]], num_experts: int) ->
         sequences.append(np.stack([layers[layer] for layer in layer_ids], 1))
     lengths = [len(rows) for rows in sequences]
     by_router = list(np.concatenate(sequences).swapaxes(0, 1))
-    return from_megatron(by_router, num_experts, sequence_lengths=lengths, moe_layer_ids=layer_ids)
+    return from_megatron(by_router, num_experts, sequence_lengths=lengths, moe_layer_ids=layer_ids, holes=holes)

@@ -1,21 +1,29 @@
-"""From one array a sequence to a trace: what is common to the engines, and the quirks that they share.
+"""From what was recorded of each sequence to a trace: what is common to the engines, and the quirks that they share.
 
 An engine records `[rows, L, K]` for a sequence of N tokens, token after token, and never the routing of the last
 sampled token, which it did not feed: its row is left out (N - 1 rows) or filled with zeros (N rows). Dense layers
 appear as layers of zeros. A row of zeros names expert 0 K times, so with K > 1 it is no routing.
 """
 
-from collections.abc import Sequence
-from typing import Literal, TypedDict
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from ..errors import InputError, ReLibraError, ShapeError
-from ..trace import RoutingTrace, id_dtype
+from ..errors import InputError, ShapeError
+from ..trace import RoutingTrace
+from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, OUTSIDE, VersionSpan
+from ..trace_rules import check_ids, check_num_experts, compact_dtype
+from .layers import LayersSeen
+from .parts import Decode, missing_layers, parts_of
+from .placing import LastToken, Placed, placed
 
-LastToken = Literal["left out", "in place"]
+_LOG = logging.getLogger(__name__)
+
 Holes = Literal["refuse", "unknown"]
 HOLES: tuple[Holes, ...] = ("refuse", "unknown")
+Filler = Callable[[np.ndarray, int], np.ndarray]  # (staged ids, num_experts) -> bool [rows]
 
 
 class SequenceOptions(TypedDict, total=False):
@@ -24,118 +32,194 @@ class SequenceOptions(TypedDict, total=False):
     num_tokens:    N of each sequence (prompt and completion). A sequence recorded with another length is refused, since
                    routing that is shifted by one token is wrong without any other sign
     token_ids:     the same from the ids of each sequence
-    moe_layer_ids: the MoE layers among the recorded ones; None takes every layer that is not zeros throughout
-    holes:         what to do with a token inside a sequence that was not recorded: "refuse", or leave it "unknown"
+    starts:        the token at which the rows of each sequence begin, or None; a list for a sequence in parts
+    masks:         of each sequence, bool [N] or None: tokens that need no routing (False) are no holes
+    replay_masks:  of each sequence, bool [N] or None: tokens that must not be replayed (False) become unknown
+    moe_layer_ids: the MoE layers among the recorded ones; None takes all but layers of zeros at the beginning
+    holes:         what to do with a token that was not recorded: "refuse", or leave it "unknown" in all layers
+    first_sequence: what messages call the first sequence, where a batch is loaded in pieces
     """
 
     num_tokens: Sequence[int] | None
     token_ids: Sequence[Sequence[int]] | None
+    starts: Any
+    masks: Sequence[Any] | None
+    replay_masks: Sequence[Any] | None
     moe_layer_ids: Sequence[int] | None
     holes: Holes
+    first_sequence: int
 
 
 def trace_of_sequences(
-    recorded: Sequence[np.ndarray],
+    recorded: Iterable[Any],
     num_experts: int,
     *,
     last_token: LastToken,
-    dtypes: Sequence[type[np.integer]],
+    decode: Decode = lambda payload, name: payload,
+    filler: Filler | None = None,
     what: str = "routed_experts",
     num_tokens: Sequence[int] | None = None,
     token_ids: Sequence[Sequence[int]] | None = None,
+    starts: Any = None,
+    masks: Sequence[Any] | None = None,
+    replay_masks: Sequence[Any] | None = None,
     moe_layer_ids: Sequence[int] | None = None,
     holes: Holes = "refuse",
+    first_sequence: int = 0,
 ) -> RoutingTrace:
-    """A trace of these sequences, with a row of -1 for every token whose routing was not recorded.
+    """A trace of these sequences. A token of which a layer was not recorded is unknown.
 
     Args:
-        recorded: [rows, L, K] for each sequence; a row of -1 or, with K > 1, of zeros was not recorded.
-        last_token: "left out": rows = N - 1, "in place": rows = N.
-        dtypes: what the engine hands over; anything else is a mistake of the caller.
-        num_tokens, token_ids, moe_layer_ids, holes: see `SequenceOptions`.
+        recorded: of each sequence what `parts_of` takes. An iterator is read once, and kept in compact form only.
+        last_token: which rows there are, see `placed`.
+        decode: a payload to its array.
+        filler: which rows the engine filled in where it had none; looked at only at the end of a sequence.
+        The rest: see `SequenceOptions`.
 
-    Raises: ShapeError, InputError; they name `what` and the sequence.
+    Raises: ShapeError, FormatError, InputError; they name `what`, the sequence, and the token and layer.
     """
-    if not len(recorded):
-        raise InputError(f"{what} is empty, but must hold at least one sequence")
-    num_tokens = lengths_of(num_tokens, token_ids)
-    if num_tokens is not None and len(num_tokens) != len(recorded):
-        raise InputError(f"num_tokens has {len(num_tokens)} entries, but {what} has {len(recorded)}")
+    experts = check_num_experts(num_experts)
     if holes not in HOLES:
         raise InputError(f"holes is {holes!r}, but must be one of {HOLES}")
-    arrays = [np.asarray(array) for array in recorded]
-    for index, ids in enumerate(arrays):
-        _check_array(f"{what} of sequence {index}", ids, arrays[0], dtypes)
-        if num_tokens is not None:
-            _check_rows(f"{what} of sequence {index}", len(ids), num_tokens[index], last_token)
-    layers = _moe_layers(arrays, what) if moe_layer_ids is None else [int(layer) for layer in moe_layer_ids]
-    if not layers or min(layers) < 0 or max(layers) >= arrays[0].shape[1]:
-        raise InputError(f"moe_layer_ids is {layers}, but {arrays[0].shape[1]} layers were recorded")
-    extra = last_token == "left out"
-    offsets = np.cumsum([0, *(len(ids) + extra for ids in arrays)], dtype=np.int64)
-    out = np.full((offsets[-1], len(layers), arrays[0].shape[2]), -1, id_dtype(num_experts))
-    for index, ids in enumerate(arrays):
-        ids = ids[:, layers] if len(layers) < ids.shape[1] else ids
-        rows = out[offsets[index] : offsets[index] + len(ids)]
-        _fill(rows, ids, num_experts, f"{what} of sequence {index}", holes, last_is_hole=not extra)
-    try:
-        return RoutingTrace(out, offsets, num_experts, tuple(layers))
-    except ReLibraError as error:
-        raise type(error)(f"{what}: {error}") from None
+    lengths = lengths_of(num_tokens, token_ids)
+    if isinstance(starts, int | np.integer):
+        starts = [starts]
+    per_sequence = {"num_tokens": lengths, "starts": starts, "masks": masks, "replay_masks": replay_masks}
+    seen, sequences, names = LayersSeen(what), [], []
+    for index, entry in enumerate(recorded):
+        name = f"{what} of sequence {first_sequence + index}"
+        names.append(name)
+        given = {key: _of(key, values, index) for key, values in per_sequence.items()}
+        parts = parts_of(entry, decode, name, experts, given["starts"])
+        if filler is not None and parts:
+            _blank_fillers(parts[-1].ids, filler, experts)
+        sequence = placed(parts, given["num_tokens"], last_token, name)
+        for _, ids in sequence.pieces:
+            seen.add(ids, name)
+        sequences.append(sequence)
+    for key, values in per_sequence.items():
+        if values is not None and len(values) != len(sequences):
+            raise InputError(f"{key} has {len(values)} entries, but {what} has {len(sequences)}")
+    if not sequences:
+        raise InputError(f"{what} is empty, but must hold at least one sequence")
+    layers, dropped, assumed = seen.moe_layers(moe_layer_ids)
+    if not all(sequence.certain for sequence in sequences):
+        assumed += (f"rows of {what} begin at token 0 and end where they end: give num_tokens or token_ids",)
+    trace = _assembled(sequences, names, layers, seen.top_k, experts, holes, (masks, replay_masks), dropped, assumed)
+    _log(trace)
+    return trace
 
 
 def lengths_of(num_tokens: Sequence[int] | None, token_ids: Sequence[Sequence[int]] | None) -> list[int] | None:
     """N of each sequence from either; both must agree."""
-    if token_ids is None:
-        return None if num_tokens is None else [int(n) for n in num_tokens]
-    lengths = [len(ids) for ids in token_ids]
-    if num_tokens is not None and list(num_tokens) != lengths:
-        raise InputError(f"num_tokens is {list(num_tokens)[:8]}, but token_ids have the lengths {lengths[:8]}")
+    try:
+        given = None if num_tokens is None else [int(n) for n in num_tokens]
+        lengths = given if token_ids is None else [len(ids) for ids in token_ids]
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InputError(f"num_tokens and token_ids must be a length and a list for each sequence: {error}") from None
+    if given is not None and given != lengths:
+        raise InputError(f"num_tokens is {given[:8]}, but token_ids have the lengths {lengths[:8] if lengths else []}")
+    if lengths is not None and min(lengths, default=0) < 0:
+        raise InputError(f"num_tokens is {lengths[:8]}, but must not be negative")
     return lengths
 
 
-def _check_array(name: str, ids: np.ndarray, first: np.ndarray, dtypes: Sequence[type[np.integer]]) -> None:
-    if ids.ndim != 3 or ids.dtype not in dtypes or ids.shape[1:] != first.shape[1:] or 0 in ids.shape[1:]:
-        allowed = [np.dtype(dtype).name for dtype in dtypes]
-        listed = " or ".join(", ".join(allowed).rsplit(", ", 1))
-        raise ShapeError(
-            f"{name} is {ids.dtype} of shape {ids.shape}, but must be {listed} [tokens, layers, k] with the "
-            f"layers and k of the first, {first.shape[1:]}"
-        )
+def _of(key: str, values: Any, index: int) -> Any:
+    if values is None:
+        return None
+    if index >= len(values):
+        raise InputError(f"{key} has {len(values)} entries, but there are more sequences")
+    return values[index]
 
 
-def _check_rows(name: str, rows: int, tokens: int, last_token: LastToken) -> None:
-    needed = tokens - 1 if last_token == "left out" else tokens
-    if rows != needed:
-        meaning = "one for each token but the last" if last_token == "left out" else "one for each token"
-        raise InputError(f"{name} has {rows} rows, but its {tokens} tokens need {needed}: {meaning}")
+def _blank_fillers(ids: np.ndarray, filler: Filler, num_experts: int) -> None:
+    """Make the rows at the end that the engine filled in unrecorded ones, in place."""
+    filled = filler(ids, num_experts)
+    first = len(ids) - (len(ids) if filled.all() else int(np.argmin(filled[::-1])))
+    ids[first:] = np.iinfo(ids.dtype).max
 
 
-def _moe_layers(arrays: list[np.ndarray], what: str) -> list[int]:
-    """The layers that are not zeros in every sequence."""
-    used = np.logical_or.reduce([(ids > 0).any((0, 2)) for ids in arrays])
-    if arrays[0].shape[2] == 1 and not used.all() and any(map(len, arrays)):
-        raise InputError(
-            f"{what} has zeros only in layer {int(np.argmin(used))}: with one choice a token that is a dense layer, or "
-            "one whose tokens all chose expert 0; name the MoE layers (moe_layer_ids, --moe-layers)"
-        )
-    return np.flatnonzero(used).tolist() if used.any() else list(range(len(used)))
+def _assembled(
+    sequences: list[Placed],
+    names: list[str],
+    layers: list[int],
+    top_k: int,
+    num_experts: int,
+    holes: Holes,
+    masks: tuple[Sequence[Any] | None, Sequence[Any] | None],
+    dropped: tuple[int, ...],
+    assumed: tuple[str, ...],
+) -> RoutingTrace:
+    """The trace. What it is made of is freed on the way."""
+    offsets = np.cumsum([0, *(sequence.tokens for sequence in sequences)], dtype=np.int64)
+    reasons = [
+        _reasons(sequence, layers, name, *(None if mask is None else mask[index] for mask in masks))
+        for index, (sequence, name) in enumerate(zip(sequences, names, strict=True))
+    ]
+    if holes == "refuse":
+        for name, codes, sequence in zip(names, reasons, sequences, strict=True):
+            _refuse_holes(name, codes, sequence, layers)
+    dtype = compact_dtype(num_experts)
+    try:
+        out = np.empty((int(offsets[-1]), len(layers), top_k), dtype)
+    except (MemoryError, ValueError) as error:
+        raise InputError(f"{offsets[-1]} tokens of {len(layers)} layers do not fit into memory: {error}") from None
+    versions: list[VersionSpan] = []
+    for index, codes in enumerate(reasons):
+        sequence, sequences[index] = sequences[index], None  # type: ignore[call-overload]
+        rows = out[offsets[index] : offsets[index + 1]]
+        for first, ids in sequence.pieces:
+            rows[first : first + len(ids)] = ids[: len(rows) - first, layers]
+        rows[codes > KNOWN] = np.iinfo(dtype).max
+        check_ids(rows, num_experts, codes > KNOWN, names[index], tuple(layers))
+        versions += [VersionSpan(index, *span) for span in sequence.versions]
+    codes = np.concatenate(reasons) if reasons else np.zeros(0, np.uint8)
+    return RoutingTrace._of_checked(out, codes, offsets, num_experts, tuple(layers), tuple(versions), dropped, assumed)
 
 
-def _fill(rows: np.ndarray, ids: np.ndarray, num_experts: int, name: str, holes: Holes, last_is_hole: bool) -> None:
-    """Copy ids [n, L, K] into rows, which are -1, but for those that were not recorded."""
-    missing = (ids == -1).all((1, 2))
-    if ids.shape[2] > 1:
-        missing |= (ids == 0).all((1, 2))
-    inside = np.flatnonzero(missing[:-1] if last_is_hole else missing)
-    if len(inside) and holes == "refuse":
-        raise InputError(
-            f"{name} has no routing for {len(inside)} tokens, the first is token {inside[0]} (a row of "
-            f"{ids[inside[0], 0].tolist()}): padding, or the engine did not record it; with holes 'unknown' (--holes "
-            "unknown) such tokens are routed live"
-        )
-    known = ids[~missing]
-    if known.size and (known.min() < 0 or known.max() >= num_experts):
-        worst = int(known.max()) if known.max() >= num_experts else int(known.min())
-        raise InputError(f"{name} names expert {worst}, but there are {num_experts} experts")
-    rows[~missing] = known
+def _reasons(sequence: Placed, layers: list[int], name: str, mask: Any, replay_mask: Any) -> np.ndarray:
+    """uint8 [N]: why each token is unknown, 0 where it is known."""
+    codes = np.full(sequence.tokens, OUTSIDE, np.uint8)
+    for first, ids in sequence.pieces:
+        codes[first : first + len(ids)] = np.where(missing_layers(ids[:, layers]).any(1), NOT_RECORDED, KNOWN)
+    if (codes > KNOWN).all():
+        codes[:] = NO_ROUTING
+    if len(codes) and codes[-1] > KNOWN:
+        codes[-1] = LAST_TOKEN
+    if mask is not None:
+        codes[~_checked_mask("masks", mask, len(codes), name) & (codes > LAST_TOKEN)] = MASKED
+    if replay_mask is not None:
+        codes[~_checked_mask("replay_masks", replay_mask, len(codes), name) & (codes != LAST_TOKEN)] = MASKED
+    return codes
+
+
+def _checked_mask(key: str, value: Any, tokens: int, name: str) -> np.ndarray:
+    mask = np.asarray(value)
+    if mask.shape != (tokens,) or mask.dtype.kind not in "biu":
+        raise ShapeError(f"{key} of {name} is {mask.dtype} {mask.shape}, but must be bool [{tokens}], one a token")
+    return mask.astype(bool)
+
+
+def _refuse_holes(name: str, codes: np.ndarray, sequence: Placed, layers: list[int]) -> None:
+    holes = np.flatnonzero((codes > LAST_TOKEN) & (codes != MASKED))
+    if not len(holes):
+        return
+    token, where = int(holes[0]), ""
+    for first, ids in sequence.pieces:
+        if first <= token < first + len(ids):
+            missing = missing_layers(ids[token - first : token - first + 1, layers])[0]
+            where = f" in layers {[layers[i] for i in np.flatnonzero(missing)[:8]]}"
+    raise InputError(
+        f"{name} has no routing for {len(holes)} tokens, the first is token {token}{where}: padding, or the engine did "
+        "not record it; with holes 'unknown' (--holes unknown) such tokens are routed live"
+    )
+
+
+def _log(trace: RoutingTrace) -> None:
+    report = trace.report
+    lost = sum(report.unknown.values()) - int((trace.reasons == LAST_TOKEN).sum())
+    if lost or report.assumed:
+        lines = [line for line in report.lines() if not line.endswith("last token of its sequence")]
+        _LOG.warning("trace of %d tokens: %s", report.tokens, "; ".join(lines))
+    elif report.layers_dropped:
+        _LOG.info("layers left out of the trace as dense: %s", report.layers_dropped)

@@ -1,55 +1,56 @@
 """vLLM: `CompletionOutput.routed_experts`, numpy [N - 1, L, K] for each sequence of N tokens.
 
 uint8 (up to 256 experts), uint16 or (older releases) int16; prompt rows included; every hidden layer, so dense layers
-appear as zeros; ids are logical and not ordered by score; the row of the last sampled token does not exist. Older
-releases hand the prompt's rows over apart, as `RequestOutput.prompt_routed_experts`. Over HTTP an array is the base64
-of a .npy file.
+appear as zeros; ids are logical and not ordered by score; the row of the last sampled token does not exist. Rows begin
+at `SamplingParams.routed_experts_prompt_start` where that was set. Older releases hand the prompt's rows over apart, as
+`RequestOutput.prompt_routed_experts`. Over HTTP an array is the base64 of a .npy file. An aborted request has None.
 """
 
-import io
-from collections.abc import Sequence
-from typing import Unpack
+from collections.abc import Iterable, Sequence
+from typing import Any, Unpack
 
 import numpy as np
 
-from ..errors import FormatError, InputError
+from ..errors import InputError
 from ..trace import RoutingTrace
-from .encoded import decode_base64
+from .encoded import array_of_npy, decode_base64
 from .sequences import SequenceOptions, trace_of_sequences
-
-DTYPES = (np.uint8, np.uint16, np.int16)
 
 
 def from_vllm(
-    routed_experts: Sequence[np.ndarray | str],
+    routed_experts: Iterable[Any],
     num_experts: int,
     *,
-    prompt_routed_experts: Sequence[np.ndarray | str] | None = None,
+    prompt_routed_experts: Sequence[Any] | None = None,
     **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
-    """A trace of these sequences, with a -1 row for the last sampled token of each.
+    """A trace of these sequences, with the last sampled token of each unknown.
 
-    routed_experts:        [N - 1, L, K] of each sequence, or its .npy in base64
+    routed_experts:        of each sequence [N - 1, L, K] of any integer dtype that holds the ids, its .npy in base64,
+                           None where there is none, or a list of these for one that was generated in parts; also a
+                           mapping with `routed_experts` and `routed_experts_prompt_start`
     prompt_routed_experts: rows that go before them, from releases that hand them over apart
-    options:               num_tokens, token_ids, moe_layer_ids, holes, as `SequenceOptions` has them
+    options:               as `SequenceOptions` has them
     """
-    arrays = [decode_npy(array) if isinstance(array, str) else np.asarray(array) for array in routed_experts]
     if prompt_routed_experts is not None:
-        if len(prompt_routed_experts) != len(arrays):
+        completions = list(routed_experts)
+        if len(prompt_routed_experts) != len(completions):
             raise InputError(
-                f"prompt_routed_experts has {len(prompt_routed_experts)} entries, but routed_experts has {len(arrays)}"
+                f"prompt_routed_experts has {len(prompt_routed_experts)} entries, but routed_experts has "
+                f"{len(completions)}"
             )
-        prompts = [
-            decode_npy(array) if isinstance(array, str) else np.asarray(array) for array in prompt_routed_experts
-        ]
-        arrays = [np.concatenate(parts) for parts in zip(prompts, arrays, strict=True)]
-    return trace_of_sequences(arrays, num_experts, last_token="left out", dtypes=DTYPES, **options)
+        routed_experts = [_joined(pair) for pair in zip(prompt_routed_experts, completions, strict=True)]
+    return trace_of_sequences(routed_experts, num_experts, last_token="left out", decode=_decode, **options)
 
 
-def decode_npy(text: str) -> np.ndarray:
-    """The array of a .npy file in base64. Raises: FormatError."""
-    data = decode_base64(text, "routed_experts")
-    try:
-        return np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise FormatError(f"routed_experts is not the base64 of a .npy file: {error}") from None
+def _joined(pair: tuple[Any, Any]) -> Any:
+    """Prompt and completion, which were recorded in one go, as one array."""
+    parts = [_decode(part, "routed_experts") for part in pair if part is not None]
+    arrays = [np.asarray(part) for part in parts]
+    if any(array.ndim != 3 or array.shape[1:] != arrays[0].shape[1:] for array in arrays):
+        raise InputError(f"prompt and completion have the shapes {[array.shape for array in arrays]}, not [rows, L, K]")
+    return np.concatenate(arrays) if arrays else None
+
+
+def _decode(payload: Any, name: str) -> Any:
+    return array_of_npy(decode_base64(payload, name), name) if isinstance(payload, str | bytes) else payload

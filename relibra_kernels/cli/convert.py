@@ -1,8 +1,14 @@
-"""`relibra convert`: recorded routing, in the form of an engine or a trainer, to the canonical trace."""
+"""`relibra convert`: recorded routing, in the form of an engine or a trainer, to the canonical trace.
+
+Sequences are converted a few at a time and spooled to disk, so that the size of a trace is no question of memory.
+"""
 
 import argparse
+import itertools
 import json
-from collections.abc import Callable, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +17,22 @@ import numpy as np
 from ..planner import RoutingTrace, formats
 from ..planner.errors import FormatError, InputError, ReLibraError
 from ..planner.files import load_npz, save_npz
+from ..planner.formats.parts import STARTS, VERSIONS
 from ..planner.formats.reading import read_arrays, read_json, read_json_lines
 from ..planner.formats.sequences import HOLES
+from ..planner.trace_writer import TraceWriter
 
 INPUTS = {
     "vllm": "a folder of .npy arrays [N-1, L, K], one a sequence in name order, or JSON lines with `routed_experts`",
     "sglang": "JSON lines with `routed_experts`, also inside `meta_info`; needs --num-layers and --top-k",
     "sglang-statistics": "JSON with `logical_count` [L][E]; what is written is a load table, not a trace",
-    "verl": ".npz with `routed_experts` and `attention_mask` or `cu_seqlens`",
+    "verl": ".npz with `routed_experts` and `attention_mask` (`response_mask`, `replay_mask`) or `cu_seqlens`",
     "slime": "a folder of .npy arrays [N-1, L, K], one a sample in name order",
-    "prime-rl": "JSON lines with `routed_experts`: {data (base64), shape, dtype}",
+    "prime-rl": "JSON lines with `routed_experts`: {data (base64), shape, dtype, start}",
     "nemo-rl": "JSON lines with `routed_experts`: 'nrlre1:...'",
     "megatron": "JSON lines of the router trace: step, layer, rank, num_tokens, topk, top_indices",
 }
+AT_ONCE = 64  # sequences in memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-experts", type=int, required=True, metavar="E", help="routed experts of a layer")
     parser.add_argument("--out", type=Path, required=True, metavar="TRACE.npz")
     parser.add_argument(
-        "--moe-layers", type=_layer_list, metavar="I,J,...", help="MoE layers among those recorded; default: not zeros"
+        "--moe-layers",
+        type=_layer_list,
+        metavar="I,J,...",
+        help="MoE layers among those recorded; default: all but layers of zeros at the beginning",
     )
     parser.add_argument(
         "--tokens", type=Path, metavar="TOKENS.jsonl", help="one list of token ids a sequence, to check"
@@ -43,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--holes",
         choices=HOLES,
         default="refuse",
-        help="tokens inside a sequence that were not recorded; default refuse",
+        help="tokens that were not recorded in every layer: refuse (default), or keep them as unknown",
     )
     parser.add_argument("--num-layers", type=int, metavar="L", help="for sglang: all hidden layers")
     parser.add_argument("--top-k", type=int, metavar="K", help="for sglang")
@@ -51,6 +63,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    _check_arguments(args)
+    logging.getLogger("relibra_kernels").addHandler(logging.NullHandler())  # what loaders warn of is printed below
+    try:
+        if args.form == "sglang-statistics":
+            report = _save_loads(formats.loads_from_sglang(read_json(args.input), args.num_experts), args.out)
+        else:
+            report = _save_trace(_traces(args), args.out)
+    except FormatError as error:
+        named = str(error).startswith(str(args.input))
+        raise FormatError(str(error) if named else f"{args.input}: {error}") from None
+    except ReLibraError as error:
+        raise type(error)(f"{args.input}: {error}") from None
+    if args.json:
+        print(json.dumps(report))
+    return 0
+
+
+def _check_arguments(args: argparse.Namespace) -> None:
     if args.num_experts < 1:
         raise InputError(f"--num-experts is {args.num_experts}, but must be positive")
     if not args.out.parent.is_dir() or (args.out.exists() and not args.out.is_file()):
@@ -64,43 +94,137 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.form in ("megatron", "sglang-statistics") and (args.moe_layers is not None or args.tokens is not None):
         raise InputError(f"--moe-layers and --tokens do not go with --from {args.form}")
-    token_ids = None if args.tokens is None else _read_token_ids(args.tokens)
-    try:
-        result = READERS[args.form](args, token_ids)
-    except FormatError as error:
-        named = str(error).startswith(str(args.input))
-        raise FormatError(str(error) if named else f"{args.input}: {error}") from None
-    except ReLibraError as error:
-        raise type(error)(f"{args.input}: {error}") from None
-    report = _save(result, args.out)
-    if args.json:
-        print(json.dumps(report))
-    return 0
 
 
-def _save(result: RoutingTrace | np.ndarray, out: Path) -> dict[str, Any]:
-    if isinstance(result, np.ndarray):
-        save_npz(out, loads=result)
-        layers, _, experts = result.shape
-        print(f"load table of {layers} layers and {experts} experts, {result.sum()} assignments, written to {out}")
-        return {"layers": layers, "num_experts": experts, "assignments": int(result.sum())}
-    result.save(out)
-    report = {
-        "sequences": result.num_sequences,
-        "tokens": result.num_tokens,
-        "layers": result.num_layers,
-        "top_k": result.top_k,
-        "num_experts": result.num_experts,
-        "moe_layer_ids": list(result.moe_layer_ids),
-        "unknown_tokens": int(result.unknown.sum()),
-    }
+def _save_loads(loads: np.ndarray, out: Path) -> dict[str, Any]:
+    save_npz(out, loads=loads)
+    layers, _, experts = loads.shape
+    print(f"load table of {layers} layers and {experts} experts, {loads.sum()} assignments, written to {out}")
+    return {"layers": layers, "num_experts": experts, "assignments": int(loads.sum())}
+
+
+def _save_trace(traces: Iterable[RoutingTrace], out: Path) -> dict[str, Any]:
+    writer = TraceWriter(out)
+    for trace in traces:
+        if writer.first is not None and trace.unknown.all() and trace.num_layers >= writer.first.num_layers:
+            trace = trace.slice_layers(writer.first.moe_layer_ids)  # nothing here says which layers are dense
+        writer.append(trace)
+    found = writer.report
+    first = writer.first
+    assert first is not None
+    writer.close()
+    unknown = sum(found.unknown.values())
     print(
-        f"{report['sequences']} sequences, {report['tokens']} tokens ({report['unknown_tokens']} of unknown routing), "
-        f"{report['layers']} layers, top {report['top_k']} of {report['num_experts']} experts"
+        f"{writer.num_sequences} sequences, {found.tokens} tokens ({unknown} of unknown routing), "
+        f"{first.num_layers} layers, top {first.top_k} of {first.num_experts} experts"
     )
-    print(f"MoE layers: {', '.join(map(str, result.moe_layer_ids))}")
+    print(f"MoE layers: {', '.join(map(str, first.moe_layer_ids))}")
+    for line in found.lines():
+        print(line)
     print(f"trace written to {out}")
-    return report
+    return {
+        "sequences": writer.num_sequences,
+        "tokens": found.tokens,
+        "layers": first.num_layers,
+        "top_k": first.top_k,
+        "num_experts": first.num_experts,
+        "moe_layer_ids": list(first.moe_layer_ids),
+        "unknown_tokens": unknown,
+        "report": asdict(found),
+    }
+
+
+def _traces(args: argparse.Namespace) -> Iterator[RoutingTrace]:
+    """The trace of a few sequences after the other. Token ids go along where every sequence has them."""
+    common: dict[str, Any] = {"moe_layer_ids": args.moe_layers, "holes": args.holes}
+    if args.form == "megatron":
+        lines = (line for _, line in read_json_lines(args.input))
+        yield formats.from_megatron_lines(lines, args.num_experts, holes=args.holes)
+        return
+    if args.form == "verl":
+        arrays: dict[str, Any] = load_npz(
+            args.input, ("routed_experts",), ("attention_mask", "cu_seqlens", "response_mask", "replay_mask")
+        )
+        token_ids = None if args.tokens is None else list(_token_id_lists(args.tokens))
+        yield formats.from_verl(arrays.pop("routed_experts"), args.num_experts, token_ids=token_ids, **common, **arrays)
+        return
+    if args.form == "sglang":
+        common |= {"num_layers": args.num_layers, "top_k": args.top_k}
+    loaders: dict[str, Callable[..., RoutingTrace]] = {
+        "vllm": formats.from_vllm,
+        "sglang": formats.from_sglang,
+        "slime": formats.from_slime,
+        "prime-rl": formats.from_prime_rl,
+        "nemo-rl": formats.from_nemo_rl,
+    }
+    samples = _samples(args.input, args.form)
+    given = None if args.tokens is None else iter(_token_id_lists(args.tokens))
+    done = 0
+    while batch := list(itertools.islice(samples, AT_ONCE)):
+        ids: list[Any] = [sample.pop("token_ids", None) for sample in batch]
+        if given is not None:
+            ids = list(itertools.islice(given, len(batch)))
+            if len(ids) < len(batch):
+                raise InputError(f"--tokens has {done + len(ids)} sequences, but there are more")
+        token_ids = None if any(tokens is None for tokens in ids) else ids
+        options = {**common, **({} if done == 0 else {"first_sequence": done})}
+        yield loaders[args.form](
+            [_payload(sample) for sample in batch], args.num_experts, token_ids=token_ids, **options
+        )
+        done += len(batch)
+    if given is not None and next(given, None) is not None:
+        raise InputError(f"num_tokens has more entries than the {done} sequences")
+
+
+def _payload(sample: dict[str, Any]) -> Any:
+    return sample if len(sample) > 1 else sample["routed_experts"]
+
+
+def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:
+    """`routed_experts` of each sequence, with its start, version and token ids where the file says them.
+
+    An HTTP response holds its sequences in `choices`, with the prompt's ids beside them; SGLang has `meta_info`.
+    """
+    if form == "slime" or path.is_dir():
+        yield from ({"routed_experts": array} for array in read_arrays(path))
+        return
+    for number, line in read_json_lines(path):
+        choices = line.get("choices", [line]) if isinstance(line, dict) else None
+        if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
+            raise FormatError(f"{path}: line {number} is no object, or its choices are none")
+        for choice in choices:
+            meta = choice.get("meta_info", {})
+            if not isinstance(meta, dict):
+                raise FormatError(f"{path}: line {number} has a meta_info that is no object")
+            fields = {**line, **choice, **meta}
+            if "routed_experts" not in fields:
+                raise FormatError(f"{path}: line {number} has no 'routed_experts', only {sorted(fields)}")
+            sample = {key: fields[key] for key in (*STARTS, *VERSIONS) if fields.get(key) is not None}
+            sample["routed_experts"] = _joined_prompt(fields)
+            tokens = _token_ids(fields, f"{path}: line {number}")
+            yield sample if tokens is None else {**sample, "token_ids": tokens}
+
+
+def _joined_prompt(fields: dict[str, Any]) -> Any:
+    """The payload; older vLLM releases hand the prompt's rows over apart."""
+    prompt = fields.get("prompt_routed_experts")
+    return fields["routed_experts"] if prompt is None else [prompt, fields["routed_experts"]]
+
+
+def _token_ids(fields: dict[str, Any], where: str) -> list[Any] | None:
+    """`prompt_token_ids` and `token_ids` after each other, or `tokens`."""
+    keys = ("prompt_token_ids", "token_ids") if {"prompt_token_ids", "token_ids"} <= set(fields) else ("tokens",)
+    found = [fields[key] for key in keys if fields.get(key) is not None]
+    if any(not isinstance(ids, list) for ids in found):
+        raise FormatError(f"{where} has {' or '.join(keys)} that are no lists")
+    return [token for ids in found for token in ids] if found else None
+
+
+def _token_id_lists(path: Path) -> Iterator[list[int]]:
+    for number, ids in read_json_lines(path):
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise FormatError(f"{path}: entry {number} is no list of token ids")
+        yield ids
 
 
 def _layer_list(text: str) -> list[int]:
@@ -108,91 +232,3 @@ def _layer_list(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} must be layer numbers with commas between them") from None
-
-
-def _read_token_ids(path: Path) -> list[list[int]]:
-    lines = read_json_lines(path)
-    for number, ids in enumerate(lines, 1):
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
-            raise FormatError(f"{path}: entry {number} is no list of token ids")
-    return lines
-
-
-def _read_samples(path: Path) -> tuple[list[dict[str, Any]], list[list[int]] | None]:
-    """The JSON lines that hold `routed_experts`, and the token ids of every sequence where all have them.
-
-    An HTTP response holds its sequences in `choices`, with the prompt's ids beside them; SGLang has `meta_info`.
-    """
-    samples = []
-    for number, line in enumerate(read_json_lines(path), 1):
-        if not isinstance(line, dict):
-            raise FormatError(f"{path}: line {number} is no object")
-        for choice in line.get("choices", [line]):
-            sample = {**line, **choice, **choice.get("meta_info", {})}
-            if sample.get("routed_experts") is None:
-                raise FormatError(f"{path}: line {number} has no 'routed_experts', only {sorted(sample)}")
-            samples.append(sample)
-    ids = [_token_ids(sample) for sample in samples]
-    return samples, None if any(tokens is None for tokens in ids) else ids  # type: ignore[return-value]
-
-
-def _token_ids(sample: dict[str, Any]) -> list[int] | None:
-    """`prompt_token_ids` and `token_ids` after each other, or `tokens`."""
-    if "token_ids" in sample and "prompt_token_ids" in sample:
-        return [*sample["prompt_token_ids"], *sample["token_ids"]]
-    return sample.get("tokens")
-
-
-def _from_vllm(args: argparse.Namespace, token_ids: list[list[int]] | None) -> RoutingTrace:
-    if args.input.is_dir():
-        arrays: Sequence[Any] = read_arrays(args.input)
-        prompts: list[Any] | None = None
-    else:
-        samples, ids = _read_samples(args.input)
-        token_ids = token_ids or ids
-        arrays = [_text(sample["routed_experts"], args.input) for sample in samples]
-        prompts = [sample.get("prompt_routed_experts") for sample in samples]
-        if not all(prompts):
-            prompts = None
-    options = {"token_ids": token_ids, "moe_layer_ids": args.moe_layers, "holes": args.holes}
-    return formats.from_vllm(arrays, args.num_experts, prompt_routed_experts=prompts, **options)
-
-
-def _from_json_lines(load: Callable[..., RoutingTrace]) -> Callable[..., RoutingTrace]:
-    def read(args: argparse.Namespace, token_ids: list[list[int]] | None) -> RoutingTrace:
-        samples, ids = _read_samples(args.input)
-        options: dict[str, Any] = {"num_layers": args.num_layers, "top_k": args.top_k} if args.form == "sglang" else {}
-        options |= {"token_ids": token_ids or ids, "moe_layer_ids": args.moe_layers, "holes": args.holes}
-        return load([sample["routed_experts"] for sample in samples], args.num_experts, **options)
-
-    return read
-
-
-def _from_verl(args: argparse.Namespace, token_ids: list[list[int]] | None) -> RoutingTrace:
-    arrays = load_npz(args.input, ("routed_experts",), ("attention_mask", "cu_seqlens"))
-    ids = arrays.pop("routed_experts")
-    options: dict[str, Any] = {"token_ids": token_ids, "moe_layer_ids": args.moe_layers, "holes": args.holes, **arrays}
-    return formats.from_verl(ids, args.num_experts, **options)
-
-
-def _from_slime(args: argparse.Namespace, token_ids: list[list[int]] | None) -> RoutingTrace:
-    options: dict[str, Any] = {"token_ids": token_ids, "moe_layer_ids": args.moe_layers, "holes": args.holes}
-    return formats.from_slime(read_arrays(args.input), args.num_experts, **options)
-
-
-def _text(value: Any, path: Path) -> str:
-    if not isinstance(value, str):
-        raise FormatError(f"{path}: routed_experts is a {type(value).__name__}, but must be the base64 of a .npy file")
-    return value
-
-
-READERS: dict[str, Callable[[argparse.Namespace, list[list[int]] | None], RoutingTrace | np.ndarray]] = {
-    "vllm": _from_vllm,
-    "sglang": _from_json_lines(formats.from_sglang),
-    "sglang-statistics": lambda args, _: formats.loads_from_sglang(read_json(args.input), args.num_experts),
-    "verl": _from_verl,
-    "slime": _from_slime,
-    "prime-rl": _from_json_lines(formats.from_prime_rl),
-    "nemo-rl": _from_json_lines(formats.from_nemo_rl),
-    "megatron": lambda args, _: formats.from_megatron_lines(read_json_lines(args.input), args.num_experts),
-}

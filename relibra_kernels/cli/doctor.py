@@ -30,7 +30,7 @@ class Finding(NamedTuple):
 # package -> (oldest version that works, what for)
 REQUIRED = {"numpy": ("1.26", ""), "torch": ("2.11", ""), "triton": ("3.6", "the GPU kernels")}
 OPTIONAL = {
-    "transformers": ("5.23", "Hugging Face models"),
+    "transformers": ("5.17", "Hugging Face models"),
     "accelerate": ("1.0", "from_pretrained(..., distributed_config=...)"),
     "vllm": ("0.32", "rollouts with recorded routing"),
     "sglang": ("0.5", "rollouts with recorded routing"),
@@ -89,6 +89,10 @@ def versions() -> Iterator[Finding]:
             )
         else:
             yield Finding(topic, "ok", f"{package} {installed}")
+    transformers = _version("transformers")
+    if transformers is not None and (5, 17) <= _numbers(transformers) < (5, 23):
+        text = f"transformers {transformers} has no hook for expert parallelism: ep_implementation='relibra' is refused"
+        yield Finding(topic, "note", text, "pip install 'transformers>=5.23', or replace_moe_blocks and ExpertParallel")
 
 
 def devices() -> Iterator[Finding]:
@@ -207,6 +211,11 @@ def _environment_traps(gpu: bool) -> Iterator[Finding]:
             "arithmetic is wrong",
             "unset TRITON_INTERPRET; it is for tests",
         )
+    from ..configs.interpreter import interpreter_fault
+
+    if interpreter_fault():
+        used = os.environ.get("TRITON_INTERPRET") == "1"
+        yield Finding(topic, "problem" if used else "note", interpreter_fault(), "only tests without a GPU need it")
     if os.environ.get("RELIBRA_DEBUG") == "1":
         yield Finding(
             topic, "note", "RELIBRA_DEBUG=1 is set: every launch checks its ids", "unset RELIBRA_DEBUG to train"

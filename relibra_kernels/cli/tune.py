@@ -32,6 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="tune nothing: check the config files of --out, or shipped"
     )
+    parser.add_argument(
+        "--import",
+        type=Path,
+        dest="results",
+        help="tune nothing: write what `bench/gpu.py tune` measured (results.jsonl)",
+    )
     parser.add_argument("--sample", type=int, help="of --check: compile only so many configs")
     parser.add_argument("--seed", default="", help="of --sample: which ones")
 
@@ -42,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         raise InputError(f"--jobs is {args.jobs} and --budget {args.budget}; both must be positive")
     if args.check:
         return _check(args)
+    if args.results is not None:
+        return _import(args)
     if any(count < 1 for count in args.tokens):
         raise InputError(f"--tokens is {args.tokens}; they must be positive")
     models = _models(args)
@@ -165,6 +173,15 @@ def _write(out: Path, device: str, entries: dict, *, whole: bool = False) -> Non
         buckets = sum(len(entry.buckets) for entry in new)
         print(f"{path}: {len(new)} entries, {buckets} buckets, {len(configs)} different configs")
     lookup.forget()
+
+
+def _import(args: argparse.Namespace) -> int:
+    from ..configs.files import user_folder
+    from ..tuning.import_results import measured_entries
+
+    for device, entries in measured_entries(args.results).items():
+        _write(args.out or user_folder(), device, entries)
+    return 0
 
 
 def _check(args: argparse.Namespace) -> int:

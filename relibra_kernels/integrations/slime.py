@@ -12,22 +12,47 @@ import numpy as np
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_slime
 from ..planner.errors import InputError
+from ..planner.formats.sequences import Holes
+from ..planner.formats.verl import needed_tokens
 from .batches import PlannedBatch, plan_routed_batch, to_numpy
 
 
 def trace_of_rollout(
-    rollout_data: Mapping[str, Any], num_experts: int, *, moe_layer_ids: Sequence[int] | None = None
+    rollout_data: Mapping[str, Any],
+    num_experts: int,
+    *,
+    moe_layer_ids: Sequence[int] | None = None,
+    holes: Holes = "refuse",
 ) -> RoutingTrace:
-    """The trace of `rollout_data`: sequence i is sample i, checked against its tokens."""
+    """The trace of `rollout_data`: sequence i is sample i, checked against its tokens.
+
+    Args:
+        rollout_data: `tokens` and `rollout_routed_experts`, whose entry may be None for an aborted sample; with
+            `routed_experts_start_len` of each sample where rows begin later. `loss_masks` of the responses say which
+            tokens were generated: the others (tool results) need no routing.
+        holes: of a token that needs routing and has none: "refuse" the batch, or leave the token "unknown".
+    """
     missing = [key for key in ("rollout_routed_experts", "tokens") if rollout_data.get(key) is None]
     if missing:
         raise InputError(
             f"rollout_data has no {missing[0]!r}: start slime with --use-rollout-routing-replay "
             f"(it has {sorted(rollout_data)})"
         )
-    routed = [to_numpy(sample) for sample in rollout_data["rollout_routed_experts"]]
-    tokens = [to_numpy(sample).tolist() for sample in rollout_data["tokens"]]
-    return from_slime(routed, num_experts, token_ids=tokens, moe_layer_ids=moe_layer_ids)
+    routed = [None if sample is None else to_numpy(sample) for sample in rollout_data["rollout_routed_experts"]]
+    lengths = [len(sample) for sample in rollout_data["tokens"]]
+    masks = None
+    if rollout_data.get("loss_masks") is not None:
+        generated = [to_numpy(mask) for mask in rollout_data["loss_masks"]]
+        masks = [needed_tokens(mask, tokens) for mask, tokens in zip(generated, lengths, strict=True)]
+    return from_slime(
+        routed,
+        num_experts,
+        num_tokens=lengths,
+        starts=rollout_data.get("routed_experts_start_len"),
+        masks=masks,
+        moe_layer_ids=moe_layer_ids,
+        holes=holes,
+    )
 
 
 def plan_for_train(
@@ -39,6 +64,7 @@ def plan_for_train(
     partition_of_rank: Sequence[Sequence[int]] | None = None,
     moe_layer_ids: Sequence[int] | None = None,
     previous_home: np.ndarray | None = None,
+    holes: Holes = "refuse",
     options: PlanOptions | None = None,
 ) -> PlannedBatch:
     """Call it once the samples are partitioned, before the trainer's `train` starts.
@@ -48,7 +74,7 @@ def plan_for_train(
         partition_of_rank: the samples of every rank, into which those indices point. None: they are the numbers of
             samples in `rollout_data`.
     """
-    trace = trace_of_rollout(rollout_data, num_experts, moe_layer_ids=moe_layer_ids)
+    trace = trace_of_rollout(rollout_data, num_experts, moe_layer_ids=moe_layer_ids, holes=holes)
     if partition_of_rank is None:
         routed = RoutedBatch.from_micro_batches(trace, micro_batch_indices_of_rank)
     else:

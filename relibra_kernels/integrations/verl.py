@@ -1,7 +1,8 @@
 """verl: the trace in a batch, and a plan for it. See docs/trainers.md for where to call what.
 
-verl's rollout workers put `routed_experts` into the batch, int16 [bs, prompt + response, L, K] beside `input_ids` and
-`attention_mask` (or jagged tensors of all three once padding was removed). The row of the last token is zeros.
+verl's rollout workers put `routed_experts` into the batch, [bs, prompt + response, L, K] beside `input_ids` and
+`attention_mask` (or jagged tensors of all three once padding was removed). Rows without routing are zeros: the last
+token's, tool results after the last generation, and those of the samples that verl adds to fill up a batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,17 +14,24 @@ import torch
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_verl
 from ..planner.errors import InputError
+from ..planner.formats.sequences import Holes
 from .batches import PlannedBatch, plan_routed_batch, to_numpy
 
 
 def trace_of_batch(
-    batch: Mapping[str, Any], num_experts: int, *, moe_layer_ids: Sequence[int] | None = None
+    batch: Mapping[str, Any],
+    num_experts: int,
+    *,
+    moe_layer_ids: Sequence[int] | None = None,
+    holes: Holes = "refuse",
 ) -> RoutingTrace:
     """The trace of `DataProto.batch`: sequence i is row i.
 
     Args:
         batch: has `routed_experts`, and `attention_mask` where it is padded. Where `input_ids` are jagged too, their
-            lengths are checked.
+            lengths are checked. Of its masks, `response_mask` says which tokens were generated: the others (tool
+            results, padding samples) need no routing; and `replay_mask` which are replayed: the others are unknown.
+        holes: of a token that needs routing and has none: "refuse" the batch, or leave the token "unknown".
 
     Raises: InputError where there is no routing, or it is not aligned with the mask or the ids.
     """
@@ -33,14 +41,25 @@ def trace_of_batch(
             f"(it has {sorted(batch.keys())})"
         )
     routed = batch["routed_experts"]
-    if isinstance(routed, torch.Tensor) and routed.is_nested:
+    options: dict[str, Any] = {"moe_layer_ids": moe_layer_ids, "holes": holes}
+    for name in ("response_mask", "replay_mask"):
+        if batch.get(name) is not None:
+            options[name] = _rows(batch[name])
+    if _is_jagged(routed):
         ids = batch.get("input_ids")
-        nested = isinstance(ids, torch.Tensor) and ids.is_nested
-        token_ids = [row.tolist() for row in ids.unbind()] if nested else None  # type: ignore[union-attr]
-        rows = [to_numpy(row) for row in routed.unbind()]
-        return from_verl(rows, num_experts, token_ids=token_ids, moe_layer_ids=moe_layer_ids)
-    mask = to_numpy(batch["attention_mask"])
-    return from_verl(to_numpy(routed), num_experts, attention_mask=mask, moe_layer_ids=moe_layer_ids)
+        if _is_jagged(ids):
+            options["num_tokens"] = [len(row) for row in ids.unbind()]  # type: ignore[union-attr]
+        return from_verl(_rows(routed), num_experts, **options)
+    return from_verl(to_numpy(routed), num_experts, attention_mask=to_numpy(batch["attention_mask"]), **options)
+
+
+def _is_jagged(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.is_nested
+
+
+def _rows(value: Any) -> Any:
+    """A list of arrays of a jagged tensor, or the array."""
+    return [to_numpy(row) for row in value.unbind()] if _is_jagged(value) else to_numpy(value)
 
 
 def plan_for_update(
@@ -51,6 +70,7 @@ def plan_for_update(
     *,
     moe_layer_ids: Sequence[int] | None = None,
     previous_home: np.ndarray | None = None,
+    holes: Holes = "refuse",
     options: PlanOptions | None = None,
 ) -> PlannedBatch:
     """Call it in `RayPPOTrainer.fit`, after advantages and before `update_actor(batch)`; send the result along.
@@ -59,6 +79,6 @@ def plan_for_update(
     deals them out with `use_dynamic_bsz=False`. For dynamic batch sizes, give the micro-batches that verl made to
     `plan_micro_batches`.
     """
-    trace = trace_of_batch(batch, num_experts, moe_layer_ids=moe_layer_ids)
+    trace = trace_of_batch(batch, num_experts, moe_layer_ids=moe_layer_ids, holes=holes)
     routed = RoutedBatch.from_verl(trace, cluster.num_ranks, micro_batch_size_per_gpu)
     return plan_routed_batch(routed, cluster, previous_home=previous_home, options=options)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import triton
 
+from ..configs.interpreter import interpreter_fault
 from ..configs.limits import INTERPRETER, Device, device_of
 from ..planner.errors import InputError
 
@@ -54,6 +55,8 @@ def target(tensor: torch.Tensor) -> Device:
     if tensor.device.type == "cpu":
         if not INTERPRETING:
             raise InputError("the tensors are on the CPU: the kernels need a GPU, or TRITON_INTERPRET=1 from the start")
+        if interpreter_fault():
+            raise InputError(f"TRITON_INTERPRET is 1, but {interpreter_fault()}")
         return INTERPRETER
     return device_of(tensor.device)
 

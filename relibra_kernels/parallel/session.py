@@ -5,11 +5,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
-from torch import Tensor
 
+from ..forwards import OpenForwards, backward_task, forwards_now, opened
 from ..planner.errors import InputError
 from .comm.ledger import Ledger
 
@@ -78,57 +78,35 @@ class Session:
             self._lock.release()
 
 
-class ForwardContext(Generic[State]):
-    """Which micro-batch a forward belongs to, in whatever thread and however late it runs.
+class ForwardContext(OpenForwards, Generic[State]):
+    """Which micro-batch a forward of the model belongs to, in whatever thread and however late it runs."""
 
-    A forward of the model belongs to the micro-batch that is open. One that recomputes activations runs within
-    backward, where another micro-batch may be open, or none. So every tensor that autograd saves while a micro-batch is
-    open remembers it, the inputs of a checkpointed block among them; unpacking them, which is what a recomputation
-    begins with, brings the micro-batch back for the rest of that backward in that thread.
-    """
+    current: State | None = None
 
-    def __init__(self) -> None:
-        self.open: State | None = None
-        self._seen = threading.local()
+    @property
+    def open(self) -> State | None:
+        """The micro-batch that is open."""
+        return self.current
 
     @contextmanager
     def entered(self, state: State) -> Iterator[None]:
         """Within, forwards belong to `state`."""
-
-        def pack(tensor: Tensor) -> tuple[Tensor, int]:
-            # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
-            return tensor.detach() if tensor.grad_fn is not None else tensor, tensor._version
-
-        def unpack(packed: tuple[Tensor, int]) -> Tensor:
-            tensor, version = packed
-            if tensor._version != version:
-                raise RuntimeError(
-                    f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place: it is at "
-                    f"version {tensor._version}; expected version {version}"
-                )
-            self._seen.state = torch._C._current_graph_task_id(), state
-            return tensor
-
-        before, self.open = self.open, state
-        hooks: Any = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+        before, self.current = self.current, state
         try:
-            with hooks:
+            with opened(self):
                 yield
         finally:
-            self.open = before
+            self.current = before
 
     def find(self, what: str) -> State:
         """The micro-batch of the forward that runs now. `what` is what asks, for the error."""
-        task = torch._C._current_graph_task_id()
-        if task == -1:
-            if self.open is None:
-                raise InputError(f"{what} runs outside of a micro-batch: use `with ep.micro_batch(m)`")
-            return self.open
-        seen = getattr(self._seen, "state", None)
-        if seen is None or seen[0] != task:
-            raise InputError(
-                f"{what} is recomputed in a backward that does not say for which micro-batch: other saved-tensor hooks "
-                "hide the inputs of its checkpointed block"
-            )
-        state: State = seen[1]
-        return state
+        running = forwards_now()
+        state: State | None = next((state for owner, state in running or () if owner is self), None)
+        if state is not None:
+            return state
+        if backward_task() is None:
+            raise InputError(f"{what} runs outside of a micro-batch: use `with ep.micro_batch(m)`")
+        raise InputError(
+            f"{what} is recomputed in a backward that does not say for which micro-batch: other saved-tensor hooks "
+            "hide the inputs of its checkpointed block"
+        )

@@ -147,8 +147,8 @@ def test_tokens_that_were_not_recorded(engine, routing):
 @pytest.mark.parametrize("engine", LOADERS)
 def test_what_cannot_be_routing_is_refused(engine, routing):
     spoiled = [ids.copy() for ids in routing]
-    spoiled[1][3, 1] = 0  # one layer of one token: pipeline stages that were not gathered
-    with pytest.raises(InputError, match=r"token 7, layer 0 are \[0, 0\]: an expert is chosen twice"):
+    spoiled[1][3, 1] = spoiled[1][3, 1, 0] = 5
+    with pytest.raises(InputError, match=r"sequence 1 of token 3, layer 1 are \[5, 5\]: an expert is chosen twice"):
         LOADERS[engine](spoiled)
     spoiled = [ids.copy() for ids in routing]
     spoiled[0][1, 2, 0] = E
@@ -178,9 +178,9 @@ def test_many_experts_need_wider_ids(routing):
 
 def test_vllm_refuses_other_arrays(routing):
     good = routing[0].astype(np.uint8)
-    with pytest.raises(ShapeError, match="sequence 1 is int64"):
-        from_vllm([good, routing[0]], E)
-    with pytest.raises(ShapeError, match="sequence 1 is uint8 of shape"):
+    with pytest.raises(ShapeError, match="sequence 1 is float64"):
+        from_vllm([good, routing[0].astype(float)], E)
+    with pytest.raises(ShapeError, match="sequence 1 has 1 layers and 2 choices"):
         from_vllm([good, good[:, :1]], E)
     with pytest.raises(FormatError, match="not base64"):
         from_vllm(["***"], E)
@@ -223,10 +223,6 @@ def test_verl_padding_is_where_the_mask_says(routing):
         from_verl(np.roll(rows, 1, axis=1), E, attention_mask=mask)  # the last token's zeros hide it at the end
     with pytest.raises(InputError, match="row 0 has routing where attention_mask is 0"):
         from_verl(np.roll(rows, -1, axis=1), E, attention_mask=mask)
-    gap = mask.copy()
-    gap[1, 3] = 0
-    with pytest.raises(InputError, match="row 1 has a gap"):
-        from_verl(rows, E, attention_mask=gap)
     with pytest.raises(InputError, match="needs attention_mask if it is padded, or cu_seqlens"):
         from_verl(rows, E)
     with pytest.raises(InputError, match="is a list"):
@@ -264,7 +260,7 @@ def test_prime_rl_and_nemo_rl_refuse_what_does_not_fit(routing):
         ({"shape": [3, L, K]}, "12 bytes, which do not make uint8"),
         ({"shape": [-1, L, K]}, "three sizes"),
         ({"shape": [2, L]}, "three sizes"),
-        ({"dtype": "int64"}, "dtype 'int64'"),
+        ({"dtype": "float32"}, "dtype 'float32'"),
         ({"data": "***"}, "not base64"),
     ):
         with pytest.raises(FormatError, match=message):
@@ -272,7 +268,7 @@ def test_prime_rl_and_nemo_rl_refuse_what_does_not_fit(routing):
     with pytest.raises(FormatError, match="no 'dtype'"):
         from_prime_rl([{"data": b"", "shape": []}], E)
     text = base64.b64encode(sample["data"]).decode()
-    for envelope in (f"nrlre2:int8:2x{L}x{K}:{text}", f"nrlre1:float:2x{L}x{K}:{text}", "nrlre1", None):
+    for envelope in (f"nrlre2:int8:2x{L}x{K}:{text}", f"nrlre1:float:2x{L}x{K}:{text}", "nrlre1"):
         with pytest.raises(FormatError, match="sequence 0 starts with"):
             from_nemo_rl([envelope], E)
     with pytest.raises(FormatError, match="do not make int16"):
@@ -310,7 +306,7 @@ def test_megatron_lines(routing):
     np.testing.assert_array_equal(trace.sequence(2)[:, 0], (ids[:, 0] + 1) % E)
     for change, message in (
         ({"top_indices": lines[0]["top_indices"][:-1]}, "line 1 has 4 tokens"),
-        ({"top_indices": [[1], [2, 3]]}, "line 1 are no"),
+        ({"top_indices": [[1], [2, 3]]}, "line 1 must have integers"),
         ({"layer": 1}, "repeats layer 1 of step 1, rank 0"),
         ({"layer": 3}, r"step 0, rank 0 has layers \[1, 2\].*\[1, 2, 3\]"),
     ):

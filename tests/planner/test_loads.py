@@ -19,7 +19,7 @@ def make_trace(sequences=9, num_experts=16, layers=3, top_k=4, dtype=np.int8):
 
 @pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32])
 def test_load_table_counts_what_was_recorded(dtype, monkeypatch):
-    monkeypatch.setattr("relibra_kernels.planner.trace._CHUNK", 100)  # several chunks a sequence
+    monkeypatch.setattr("relibra_kernels.planner.trace_rules._CHUNK", 100)  # several chunks a sequence
     trace = make_trace(dtype=dtype)
     rng = np.random.default_rng(2)
     micro_batch, rank = rng.integers(0, 4, 9), rng.integers(0, 2, 9)

@@ -9,6 +9,9 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
+from relibra_kernels.configs.interpreter import interpreter_fault
+
+pytestmark = pytest.mark.skipif(bool(interpreter_fault()), reason=interpreter_fault())
 HERE = Path(__file__).parent / "interpreted"
 
 

@@ -1,13 +1,13 @@
-"""One rank of a training that loses a rank: `python faulty_rank.py RANK SIZE FOLDER VICTIM STEP PHASE SIGNAL`.
+"""One rank of a training that loses a rank.
 
-Every step is saved to FOLDER. The victim sends itself SIGNAL when it gets to PHASE (a collective's phase that begins
-so) in STEP. The others print the error that they stop with.
+Every step is saved. The victim sends itself a signal when it gets to a collective's phase in one step. The others print
+the error that they stop with.
 """
 
 import os
 import signal
-import sys
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -37,24 +37,39 @@ def case_of(size: int) -> Case:
     )
 
 
-def main() -> None:
-    rank, size, victim, deadly_step = (int(sys.argv[i]) for i in (1, 2, 4, 5))
-    folder, phase, sent = Path(sys.argv[3]), sys.argv[6], signal.Signals[sys.argv[7]]
+@dataclass(frozen=True)
+class Fault:
+    """Which rank is lost, when, and by which signal; `phase` is how a collective's phase begins."""
+
+    size: int
+    phase: str
+    step: int
+    signal: str
+
+    @property
+    def victim(self) -> int:
+        return self.size - 1
+
+
+def train_until_it_fails(fault: Fault, rank: int, folder: Path) -> None:
+    """The rank's process: its output goes to `folder`; exit status 3 where the group broke."""
+    for stream, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / f"{name}{rank}", os.O_CREAT | os.O_WRONLY), stream)
     torch.set_num_threads(1)
-    case, now = case_of(size), -1
-    if rank == victim:
+    case, now = case_of(fault.size), -1
+    if rank == fault.victim:
         during = Comm.during
 
         @contextmanager
         def die(self: Comm, current: str):
-            if now == deadly_step and current.startswith(phase):
-                os.kill(os.getpid(), sent)
+            if now == fault.step and current.startswith(fault.phase):
+                os.kill(os.getpid(), signal.Signals[fault.signal])
             with during(self, current):
                 yield
 
         Comm.during = die
-    timeout = timedelta(seconds=10)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=timeout)
+    store, timeout = f"file://{folder}/store", timedelta(seconds=10)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=fault.size, timeout=timeout)
     try:
         ep, optimizer = start(case)
         for now in range(STEPS):
@@ -63,7 +78,3 @@ def main() -> None:
     except CommunicationError as error:
         print(f"stopped: {error}", flush=True)
         os._exit(3)  # the group is broken: destroying it could wait for the dead rank
-
-
-if __name__ == "__main__":
-    main()

@@ -15,12 +15,18 @@ import torch.multiprocessing as mp
 PRELOADED = ["relibra_kernels.parallel", "torch.distributed.fsdp", "torch._dynamo"]
 
 
+def fork_context() -> Any:
+    """Processes that begin as copies of one that has imported what ranks need; importing takes seconds."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 class Ranks:
     """`size` processes that run the same function at the same time; daemons may not start processes themselves."""
 
     def __init__(self, size: int, daemon: bool = True):
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        context = fork_context()
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         self.broken = False  # an exchange may hang half-way: no further use

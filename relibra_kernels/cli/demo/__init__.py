@@ -80,6 +80,10 @@ def run(args: argparse.Namespace) -> int:
     summary["seconds"] = time.perf_counter() - start
     report.save_summary(summary, args.out / "summary.json")
     print(report.table(summary))
+    import torch
+
+    if torch.cuda.is_available():
+        print("\nThis ran on the CPU. `bash bench/gpu.sh` measures the kernels on the GPU here: docs/benchmarks.md.")
     print(f"\nSaved: {', '.join(sorted(str(path) for path in args.out.iterdir()))}")
     return 0
 

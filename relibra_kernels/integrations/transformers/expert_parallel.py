@@ -13,8 +13,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
-from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
 
 from ...parallel.comm.collectives import Comm
 from ...parallel.experts.kept import KeptReplicas
@@ -29,6 +29,11 @@ from ...planner.errors import InputError
 from ...planner.plan import contiguous_home
 from ...weights import ExpertWeights
 from .experts import cast_for_experts, expert_form, expert_weights
+
+try:
+    from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
+except ModuleNotFoundError:  # before 5.23: no hook for expert parallelism, all else works
+    EPImplementation, EPImplementationInterface = object, None
 
 
 @dataclasses.dataclass
@@ -93,13 +98,19 @@ class RelibraEP(EPImplementation):
         return batch.current.sites(self.layer)[0]
 
 
-EPImplementationInterface.register("relibra", RelibraEP)
+if EPImplementationInterface is not None:
+    EPImplementationInterface.register("relibra", RelibraEP)
 
 _COMMS: dict[Any, Comm] = {}  # one a process group, so that all layers count their bytes together
 _IMPLEMENTATIONS: "WeakKeyDictionary[nn.Module, RelibraEP]" = WeakKeyDictionary()
 
 
 def implementations_of(model: nn.Module) -> list[RelibraEP]:
+    if EPImplementationInterface is None:
+        raise InputError(
+            f"transformers is {transformers.__version__}, which has no hook for expert-parallel implementations; "
+            "ep_implementation 'relibra' needs 5.23 or newer. replace_moe_blocks(model) with ExpertParallel works here"
+        )
     found = [_IMPLEMENTATIONS[module] for module in model.modules() if module in _IMPLEMENTATIONS]
     if not found:
         raise InputError(

@@ -19,6 +19,9 @@ from ...planner.errors import InputError
 from ...reference import swiglu
 from ...weights import ExpertWeights
 
+# torch 2.11's compiler takes no module as an argument of a function whose result it assumes to be constant.
+_COMPILES_AFTER_A_FORWARD = torch.__version__.startswith("2.11.")
+
 Flags = tuple[bool, bool, bool, str, float, float]  # of an ExpertForm, as constants that torch.compile takes
 
 
@@ -35,7 +38,8 @@ def experts_forward(
     Raises: InputError where the module has a flag or a gate that we do not compute.
     """
     form = ExpertForm(*_flags(self))
-    if self._is_expert_parallel:  # choices of another rank's experts have the id num_experts and weight 0
+    # choices of another rank's experts have the id num_experts and weight 0; before 5.23 nothing says if there are any
+    if getattr(self, "_is_expert_parallel", True):
         top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
     x_TH, weights = cast_for_experts(hidden_states, expert_weights(self))
     weights_TK = top_k_weights.contiguous()
@@ -101,11 +105,15 @@ def _gates_alike(experts: Any, form: ExpertForm) -> bool:
     return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5)
 
 
-@torch.compiler.assume_constant_result
 def _flags(experts: Any) -> Flags:
-    """`expert_form` of this module, found out once."""
-    known = experts.__dict__.get("_relibra_flags")
-    if known is None:
-        known = dataclasses.astuple(expert_form(experts))
-        experts._relibra_flags = known
-    return known
+    """`expert_form` of this module, found out once; under torch.compile of torch 2.11, in a forward before."""
+    known = getattr(experts, "_relibra_flags", None)
+    if known is None and _COMPILES_AFTER_A_FORWARD and torch.compiler.is_compiling():
+        raise InputError(f"torch is {torch.__version__}: run the model once before it is compiled with fullgraph=True")
+    return _find_flags(experts) if known is None else known
+
+
+@torch.compiler.assume_constant_result
+def _find_flags(experts: Any) -> Flags:
+    experts._relibra_flags = dataclasses.astuple(expert_form(experts))
+    return experts._relibra_flags

@@ -1,17 +1,22 @@
-"""What the MoE layers of a Hugging Face model are, and which tokens a forward was fed."""
+"""What the MoE layers of a Hugging Face model are, whatever wraps the model or parts of it."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from ...nn import ReplicatedExperts
 from ...parallel import checks
 from ...planner import RoutingTrace
-from ...planner.errors import InputError, ShapeError
+from ...planner.errors import InputError
+
+# What PEFT, torch.compile, FSDP, DDP and checkpoint wrappers call the module that they wrap.
+_WRAPPED = ("base_layer", "_orig_mod", "_fsdp_wrapped_module", "module", "_checkpoint_wrapped_module")
+_PASSED_OVER = ("vision_moe",)  # ERNIE-VL: experts of image tokens, which no text token goes to
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,11 @@ class MoeLayer:
 
     @property
     def num_experts(self) -> int:
-        """Of the whole layer: `experts.num_experts` counts those of this rank under expert parallelism."""
+        """What the router chooses from, over all ranks; ZAYA's last choice is to skip the experts."""
+        for name in ("num_router_classes", "num_experts"):
+            count = getattr(self.router, name, None)
+            if isinstance(count, int):
+                return count
         weight: Any = self.router.weight
         return weight.shape[0]
 
@@ -34,20 +43,29 @@ class MoeLayer:
         top_k: Any = self.router.top_k
         return top_k
 
+    @property
+    def device(self) -> torch.device:
+        return next((parameter.device for parameter in self.router.parameters()), torch.device("cpu"))
+
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
     """The MoE layers of a model in order. Raises: InputError where it has none, or experts without a router."""
     modules = dict(model.named_modules())
     layers: list[MoeLayer] = []
     for name, experts in modules.items():
-        if not (
-            isinstance(experts, ReplicatedExperts) or (hasattr(experts, "has_gate") and hasattr(experts, "config"))
-        ):
+        if not isinstance(experts, ReplicatedExperts) and not {"has_gate", "config"} <= set(vars(experts)):
+            continue  # by its own attributes: wrappers pass those of the experts on
+        path = name.split(".")
+        while path[-1] in _WRAPPED:
+            path.pop()
+        block = modules[".".join(path[:-1])]
+        if len(path) > 1 and path[-2] in _PASSED_OVER:
             continue
-        block = modules[name.rpartition(".")[0]]
-        router = next((getattr(block, key) for key in ("gate", "router") if hasattr(block, key)), None)
-        if router is None or not hasattr(router, "top_k") or not hasattr(router, "weight"):
+        router = next((unwrapped(getattr(block, key)) for key in ("gate", "router") if hasattr(block, key)), None)
+        if router is None or not hasattr(router, "top_k"):
             raise InputError(f"{name} ({type(experts).__name__}) has no router as `gate` or `router` beside it")
+        if not hasattr(router, "num_experts") and getattr(router, "weight", None) is None:
+            raise InputError(f"{name} has a router ({type(router).__name__}) that does not say how many experts it has")
         numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
         layers.append(MoeLayer(name, int(numbers[-1]) if numbers else len(layers), experts, router))
     if not layers:
@@ -58,36 +76,42 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
     return layers
 
 
+def unwrapped(module: nn.Module) -> nn.Module:
+    """What is inside of wrappers around one module."""
+    while True:
+        inner = next((module._modules[key] for key in _WRAPPED if module._modules.get(key) is not None), None)
+        if inner is None:
+            return module
+        module = inner
+
+
+def model_inside(model: nn.Module) -> nn.Module:
+    """The model that `generate` and every wrapper's forward call in the end."""
+    while True:
+        inner = unwrapped(model)
+        if type(inner).__module__.split(".")[0] == "peft":
+            children = inner._modules
+            inner = next((child for key in ("base_model", "model") if (child := children.get(key)) is not None), inner)
+        if inner is model:
+            return model
+        model = inner
+
+
+@contextmanager
+def not_compiled(model: nn.Module) -> Iterator[None]:
+    """Within, what torch.compile made runs as it was written: compiled code would not see new hooks."""
+    compiled = any(
+        "_orig_mod" in module._modules or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+    if not compiled:
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
 def check_trace(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
     """Refuse a trace of another model."""
     first = layers[0]
     checks.check_trace(trace, len(layers), first.top_k, first.num_experts, [layer.layer_id for layer in layers])
-
-
-@dataclass(frozen=True)
-class Fed:
-    """The tokens of one forward of a model.
-
-    token_ids: int64 [B, S], or None where embeddings were fed
-    real:      bool [B, S]; False is padding
-    cached:    tokens in the cache before them; None without a cache
-    """
-
-    token_ids: np.ndarray | None
-    real: np.ndarray
-    cached: int | None
-
-
-def fed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fed:
-    """From the arguments of a model's forward. Waits for the device once."""
-    ids: Tensor | None = kwargs.get("input_ids", args[0] if args else None)
-    shaped = ids if ids is not None else kwargs.get("inputs_embeds")
-    if shaped is None or shaped.ndim < 2:
-        raise ShapeError("the model's forward got neither input_ids [B, S] nor inputs_embeds [B, S, H]")
-    mask: Tensor | None = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
-    real = np.ones(shaped.shape[:2], bool)
-    if mask is not None and mask.ndim == 2:  # it covers the cache too, so the tokens fed are its end
-        real = mask[:, -shaped.shape[1] :].bool().numpy(force=True)
-    cache = kwargs.get("past_key_values")
-    cached = None if cache is None else int(cache.get_seq_length())
-    return Fed(None if ids is None else ids.numpy(force=True), real, cached)

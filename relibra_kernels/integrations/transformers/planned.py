@@ -14,8 +14,11 @@ from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_
 from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
 from .expert_parallel import Batch, RelibraEP, collective_device, communication, implementations_of, shared_parts
-from .layers import Fed, check_trace, moe_layers
-from .replay import Feeder, checked_rows, fed_by_forwards, replaying_routers
+from .fed import Fed
+from .feeder import Feeder
+from .layers import check_trace, moe_layers
+from .replay import checked_rows, fed_by_forwards
+from .routers import replaying_routers
 
 _OPEN: list[Batch] = []
 

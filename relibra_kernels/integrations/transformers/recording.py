@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
-from ...planner.trace import id_dtype
-from .layers import Fed, MoeLayer, fed_tokens, moe_layers
+from ...planner.trace_rules import compact_dtype
+from .fed import Fed, cache_of, fed_tokens
+from .layers import MoeLayer, model_inside, moe_layers, not_compiled
 
 
 @dataclass
 class _Sequence:
-    """What one row of a batch was fed: token ids (None for embeddings) and int16 [n, L, K] of every forward."""
+    """What one row of a batch was fed: token ids (None for embeddings) and compact ids [n, L, K] of every forward."""
 
     sampled: bool  # a token was sampled after the last one that was fed
     token_ids: list[np.ndarray | None] = field(default_factory=list)
@@ -31,18 +32,20 @@ class RoutingRecord:
         self._layers, self._eos = layers, np.asarray(eos_token_ids, np.int64)
         self._sequences: list[_Sequence] = []
         self._open: list[_Sequence] = []  # of the batch whose cache grows
+        self._cache: Any = None  # of that batch
         self._fed: Fed | None = None
         self._chosen: list[Tensor | None] = []
 
     def trace(self, token_ids: Sequence[Sequence[int]] | None = None) -> RoutingTrace:
         """A trace of the recorded sequences: batch by batch, row by row.
 
-        A plain forward is a whole sequence a row. In `generate`, the last sampled token was never fed and gets a row
-        of -1, and what was fed after the first end-of-sequence token is left out.
+        A plain forward is a whole sequence a row, or several that are packed in one (`cu_seq_lens_q` or `position_ids`
+        say where they begin). In `generate`, the last sampled token was never fed and is unknown, and what was fed
+        after the first end-of-sequence token is left out.
 
         Args:
             token_ids: of every sequence, without padding, as `generate` returned them: they say how long sequences
-                are, and recorded routing that was not theirs is refused.
+                are, and recorded routing that was not theirs is refused. Padding behind packed sequences needs none.
 
         Raises: InputError where nothing was recorded, or the ids are not what was fed.
         """
@@ -51,7 +54,7 @@ class RoutingRecord:
         if token_ids is not None and len(token_ids) != len(self._sequences):
             raise InputError(f"token_ids has {len(token_ids)} sequences, but {len(self._sequences)} were recorded")
         num_experts = self._layers[0].num_experts
-        parts = []
+        parts, unknown = [], []
         for index, sequence in enumerate(self._sequences):
             rows = np.concatenate(sequence.expert_ids)
             known = [part for part in sequence.token_ids if part is not None]
@@ -60,11 +63,17 @@ class RoutingRecord:
                 length = self._length(sequence, ids, len(rows))
             else:
                 length = _checked_length(index, sequence, ids, len(rows), np.asarray(token_ids[index], np.int64))
-            unknown = np.full((max(0, length - len(rows)), *rows.shape[1:]), -1, rows.dtype)
-            parts.append(np.concatenate([rows[:length], unknown]))
-        offsets = np.cumsum([0, *map(len, parts)], dtype=np.int64)
-        expert_ids = np.concatenate(parts).astype(id_dtype(num_experts))
-        return RoutingTrace(expert_ids, offsets, num_experts, tuple(layer.layer_id for layer in self._layers))
+            rows = rows[:length]
+            parts += [rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)]
+            unknown += [np.zeros(len(rows), bool), np.ones(length - len(rows), bool)]
+        lengths = [len(parts[i]) + len(parts[i + 1]) for i in range(0, len(parts), 2)]
+        return RoutingTrace(
+            np.concatenate(parts),
+            np.cumsum([0, *lengths]),
+            num_experts,
+            tuple(layer.layer_id for layer in self._layers),
+            unknown=np.concatenate(unknown),
+        )
 
     def _length(self, sequence: _Sequence, ids: np.ndarray | None, fed: int) -> int:
         if not sequence.sampled:
@@ -79,31 +88,58 @@ class RoutingRecord:
     def _begin(self, fed: Fed) -> None:
         self._fed, self._chosen = fed, [None] * len(self._layers)
 
-    def _choose(self, layer: int, top_k_index: Tensor) -> None:
-        if self._fed is not None:  # else a block runs again for its backward
-            self._chosen[layer] = top_k_index.detach()
+    def _choose(self, layer: int, top_k_index: Tensor, top_k_weights: Tensor | None) -> None:
+        if self._fed is None:  # a block runs again for its backward
+            return
+        router = self._layers[layer].router
+        if hasattr(router, "num_router_classes") and top_k_weights is not None:  # ZAYA shows a skip as expert 0
+            skipped = top_k_weights == 0
+            top_k_index = top_k_index.masked_fill(skipped, router.num_router_classes - 1)  # type: ignore[operator]
+        self._chosen[layer] = top_k_index.detach()
 
-    def _end(self) -> None:
+    def _end(self, outputs: Any) -> None:
         fed, self._fed = self._fed, None
         if fed is None:
             return
         chosen = []
         for layer, top_k_index in zip(self._layers, self._chosen, strict=True):
-            if top_k_index is None:
-                raise InputError(f"{layer.name} did not run in this forward, so that its routing is not known")
+            if top_k_index is None or len(top_k_index) != fed.real.size:
+                rows = "did not run" if top_k_index is None else f"ran {len(top_k_index)} of {fed.real.size} tokens"
+                raise InputError(f"{layer.name} {rows} in this forward, so that its routing is not known")
             chosen.append(top_k_index)
-        ids_TLK = torch.stack(chosen, 1).to(torch.int16).numpy(force=True)
+        ids_TLK = torch.stack([ids.to(chosen[0].device) for ids in chosen], 1).to(torch.int32).numpy(force=True)
+        ids_TLK = ids_TLK.astype(compact_dtype(self._layers[0].num_experts))
+        if fed.packed is not None:
+            self._add_packed(fed, fed.packed, ids_TLK)
+            return
         ids_BSLK = ids_TLK.reshape(*fed.real.shape, *ids_TLK.shape[1:])
         if not fed.cached:
             self._open = [_Sequence(sampled=fed.cached is not None) for _ in fed.real]
             self._sequences += self._open
-        elif len(fed.real) != len(self._open):
+        elif fed.cache is not self._cache or len(fed.real) != len(self._open):
             raise InputError(
-                f"the cache is of {len(self._open)} sequences that were recorded, but {len(fed.real)} go on"
+                f"the cache holds {fed.cached} tokens of {len(fed.real)} sequences whose routing was not recorded: "
+                "begin recording before the first of them is fed"
             )
+        self._cache = fed.cache if fed.cache is not None else cache_of(outputs)
         for b, sequence in enumerate(self._open):
+            sequence.sampled |= bool(fed.cached)
             sequence.expert_ids.append(ids_BSLK[b, fed.real[b]])
             sequence.token_ids.append(None if fed.token_ids is None else fed.token_ids[b, fed.real[b]])
+
+    def _add_packed(self, fed: Fed, packed: tuple[int, ...], ids_TLK: np.ndarray) -> None:
+        """A sequence for each of those that one row is packed of, without padding behind them."""
+        lengths = list(packed)
+        if fed.padded_behind:
+            lengths.pop()
+        while len(lengths) > 1 and lengths[-1] == 1:  # padding whose positions are all 0
+            lengths.pop()
+        place = 0
+        for length in lengths:
+            token_ids = None if fed.token_ids is None else fed.token_ids[0, place : place + length]
+            self._sequences.append(_Sequence(False, [token_ids], [ids_TLK[place : place + length]]))
+            place += length
+        self._open, self._cache = [], None
 
 
 def _checked_length(index: int, sequence: _Sequence, fed: np.ndarray | None, rows: int, given: np.ndarray) -> int:
@@ -130,19 +166,22 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     with record_routing(model) as record:
         out = model.generate(prompts)
     trace = record.trace()
+
+    `model` may be wrapped (PEFT, DDP, FSDP, torch.compile, which runs uncompiled within).
     """
     layers = moe_layers(model)
-    record = RoutingRecord(layers, _eos_token_ids(model))
+    record, inside = RoutingRecord(layers, _eos_token_ids(model_inside(model))), model_inside(model)
     hooks = [
-        model.register_forward_pre_hook(
+        inside.register_forward_pre_hook(
             lambda _, args, kwargs: record._begin(fed_tokens(args, kwargs)), with_kwargs=True
         ),
-        model.register_forward_hook(lambda *_: record._end()),
+        inside.register_forward_hook(lambda _, args, outputs: record._end(outputs)),
     ]
 
     def choose(layer: int) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            record._choose(layer, args[1] if len(args) > 1 else kwargs["top_k_index"])
+            index = args[1] if len(args) > 1 else kwargs["top_k_index"]
+            record._choose(layer, index, args[2] if len(args) > 2 else kwargs.get("top_k_weights"))
 
         return hook
 
@@ -150,7 +189,8 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
         layer.experts.register_forward_pre_hook(choose(index), with_kwargs=True) for index, layer in enumerate(layers)
     ]
     try:
-        yield record
+        with not_compiled(model):
+            yield record
     finally:
         for hook in hooks:
             hook.remove()

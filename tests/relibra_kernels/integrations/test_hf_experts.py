@@ -7,6 +7,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 from hf_families import FAMILIES, experts_modules, logits_and_gradients, make_model, make_tokens
 from tolerance import assert_close
 from transformers.integrations.moe import use_experts_implementation
+from versions import TORCH, TRANSFORMERS
 
 from relibra_kernels.form import GPT_OSS, ExpertForm
 from relibra_kernels.integrations.transformers import expert_form, experts_forward
@@ -42,6 +43,8 @@ def test_one_graph_under_torch_compile(family):
     assert len(experts_modules(model)) == 1
     expected_logits, expected = logits_and_gradients(model, tokens)
     model.set_experts_implementation("relibra")
+    if TORCH < (2, 12):  # its compiler takes no module as an argument of what it assumes constant
+        model(tokens, use_cache=False)
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     logits, gradients = logits_and_gradients(compiled, tokens)
@@ -54,6 +57,8 @@ def test_one_graph_under_torch_compile(family):
 def test_forms_are_recognised():
     assert expert_form(experts_modules(make_model("qwen3_moe"))[0]) == ExpertForm()
     assert expert_form(experts_modules(make_model("gpt_oss"))[0]) == GPT_OSS
+    if TRANSFORMERS < (5, 23):  # its gpt-oss has no other form
+        return
     other = experts_modules(make_model("gpt_oss", swiglu_limit=2.5, swiglu_alpha=1.5))[0]
     assert (expert_form(other).limit, expert_form(other).alpha) == (2.5, 1.5)
 
@@ -83,6 +88,8 @@ def experts_like(flags: dict, act=torch.nn.SiLU):
     ],
 )
 def test_what_is_not_supported_is_named(flags, act, message):
+    if "has_post_expert_norm" in flags and TRANSFORMERS < (5, 23):
+        pytest.skip("its experts have no has_post_expert_norm")
     experts = experts_like(flags, act)
     with pytest.raises(InputError, match=message):
         experts(torch.randn(3, 8), torch.tensor([[0, 1]] * 3), torch.ones(3, 2))

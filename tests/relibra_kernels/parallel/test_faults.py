@@ -3,20 +3,16 @@
 Nothing half-written is left where a checkpoint should be, and training goes on from the last one to the bit.
 """
 
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from ep_checkpoints import load_and_train
-from faulty_rank import STEPS, case_of
+from faulty_rank import STEPS, Fault, case_of, train_until_it_fails
+from ranks import fork_context
 from toy_training import train_parallel
 
 from relibra_kernels.parallel.comm.watchdog import describe
-
-SCRIPT = Path(__file__).parents[2] / "support" / "faulty_rank.py"
 
 
 @pytest.fixture(scope="module")
@@ -37,30 +33,31 @@ def uninterrupted(ranks):
     ],
 )
 def test_the_others_stop_with_an_error(ranks, uninterrupted, tmp_path, phase, step, signal, size):
-    victim = size - 1
+    fault = Fault(size, phase, step, signal)
     start = time.monotonic()
-    arguments = [str(size), str(tmp_path), str(victim), str(step), phase, signal]
     processes = [
-        subprocess.Popen(
-            [sys.executable, SCRIPT, str(rank), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for rank in range(size)
+        fork_context().Process(target=train_until_it_fails, args=(fault, rank, tmp_path)) for rank in range(size)
     ]
     try:
-        outputs = [process.communicate(timeout=90) for process in processes[:victim]]
+        for process in processes:
+            process.start()
+        for process in processes[: fault.victim]:
+            process.join(90)
+        outcomes = [process.exitcode for process in processes[: fault.victim]]
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-    for rank in range(victim):
-        assert processes[rank].returncode == 3, outputs[rank]
+            process.join()
+    printed, errors = ([(tmp_path / f"{name}{rank}").read_text() for rank in range(size)] for name in ("out", "err"))
+    for rank in range(fault.victim):
+        assert outcomes[rank] == 3, (printed[rank], errors[rank])
         # with three ranks, a survivor may first notice in the exchange after
-        assert f"stopped: rank {rank} of {size} failed in" in outputs[rank][0]
-        assert size > 2 or f"failed in {phase}" in outputs[rank][0]
-        assert "rank died, or did not answer" in outputs[rank][0]
+        assert f"stopped: rank {rank} of {size} failed in" in printed[rank]
+        assert size > 2 or f"failed in {phase}" in printed[rank]
+        assert "rank died, or did not answer" in printed[rank]
     assert time.monotonic() - start < 80
     if signal == "SIGSTOP":
-        assert "relibra: rank 0 of 2 has waited" in outputs[0][1] and "for rank 1 (last seen in" in outputs[0][1]
+        assert "relibra: rank 0 of 2 has waited" in errors[0] and "for rank 1 (last seen in" in errors[0]
 
     saved = [s for s in range(STEPS) if (tmp_path / str(s) / "step").exists()]
     assert saved == list(range(step + (phase == "finishing")))

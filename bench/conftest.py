@@ -1,6 +1,0 @@
-"""Benchmarks import their neighbours by name, and run with `pytest bench/` alone."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))

@@ -1,0 +1,167 @@
+"""What was handed over for one sequence: nothing, one array, or parts of it (turns, resumed rollouts)."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..errors import FormatError, InputError, ShapeError
+from ..trace_rules import check_id_dtype, compact_dtype, token_chunks
+
+Decode = Callable[[Any, str], Any]  # (payload, what messages call it) -> array of ids [rows, L, K]
+
+STARTS = ("start", "routed_experts_start_len", "routed_experts_prompt_start", "prompt_start")
+VERSIONS = ("weight_version", "version")
+NO_ROWS = np.empty((0, 1, 1), np.uint8)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that were recorded in one piece.
+
+    ids:     [rows, L, K], staged (see `staged`)
+    start:   the token of the sequence that the first row is of; None: nobody said
+    version: the policy that generated them, where the engine says so
+    """
+
+    ids: np.ndarray
+    start: int | None = None
+    version: str | None = None
+
+
+def parts_of(entry: Any, decode: Decode, name: str, num_experts: int, start: Any = None) -> list[Part]:
+    """The parts of one sequence, in the order in which they were generated.
+
+    entry: None, an array, nested lists of integers or what `decode` takes; a mapping that has such a thing as
+        `routed_experts` (or is one itself) beside where it starts; or a list of these, one a part.
+    start: of the entry, or a list with one a part. Must agree with what the entry says itself.
+
+    Raises: FormatError, ShapeError, InputError, with `name` in the message.
+    """
+    if _is_list_of_parts(entry):
+        starts = [None] * len(entry) if start is None else start
+        if isinstance(starts, int | np.integer):  # where the first part begins; the others follow
+            starts = [starts, *[None] * (len(entry) - 1)]
+        if not isinstance(starts, Sequence) or len(starts) != len(entry):
+            raise InputError(f"starts of {name} is {start!r}, but must be one for each of its {len(entry)} parts")
+        return [
+            part for one, at in zip(entry, starts, strict=True) for part in parts_of(one, decode, name, num_experts, at)
+        ]
+    version = None
+    if isinstance(entry, Mapping):
+        meta = entry.get("meta_info")
+        fields = {**entry, **(meta if isinstance(meta, Mapping) else {})}
+        start = _agreed(start, fields, name)
+        version = next((str(fields[key]) for key in VERSIONS if fields.get(key) is not None), None)
+        if "routed_experts" in fields:
+            parts = parts_of(fields["routed_experts"], decode, name, num_experts, start)
+            return [Part(part.ids, part.start, part.version or version) for part in parts]
+    if entry is None:
+        return []
+    if isinstance(start, Sequence) and len(start) == 1:
+        start = start[0]
+    at = checked_start(start, name)
+    ids = array_of(decode(entry, name), name)
+    if ids.size == 0 and (ids.ndim != 3 or len(ids) == 0):
+        return [Part(NO_ROWS, at, version)]
+    return [Part(staged(ids, num_experts, name, at or 0), at, version)]
+
+
+def array_of(value: Any, name: str) -> np.ndarray:
+    """An array or tensor, or nested lists of integers, as an array. Raises: FormatError."""
+    if hasattr(value, "detach"):
+        value = value.detach().cpu().numpy()
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FormatError(f"{name} is no array of [rows, layers, k]: {error}") from None
+    if array.dtype == object or array.dtype.kind in "USVb":
+        raise FormatError(f"{name} is {str(value)[:40]!r}, but must be expert ids [rows, layers, k]")
+    return array
+
+
+def stage_dtype(num_experts: int, top_k: int) -> np.dtype:
+    """As compact as the trace's, with a row of ones free to mean that a layer of a token is missing."""
+    ambiguous = top_k == 1 and num_experts in (1 << 8, 1 << 16)
+    dtype = np.dtype(compact_dtype(num_experts))
+    return np.dtype(f"u{2 * dtype.itemsize}") if ambiguous else dtype
+
+
+def staged(ids_TLK: np.ndarray, num_experts: int, name: str, first_token: int = 0) -> np.ndarray:
+    """Compact ids [rows, L, K]; a row of a layer that was not recorded is all ones.
+
+    Not recorded: an id of -1 or (unsigned) the dtype's largest number that is no expert; with K > 1, a row of zeros.
+    Raises: ShapeError for other shapes and dtypes, InputError for an id out of range, with its token and layer.
+    """
+    if ids_TLK.ndim != 3 or 0 in ids_TLK.shape[1:]:
+        raise ShapeError(
+            f"{name} is {ids_TLK.dtype} of shape {ids_TLK.shape}, but must be integers [tokens, layers, k]"
+        )
+    check_id_dtype(ids_TLK.dtype, num_experts, name)
+    rows, layers, top_k = ids_TLK.shape
+    unsigned = ids_TLK.dtype.kind == "u"
+    sentinel = np.iinfo(ids_TLK.dtype).max if unsigned else -1
+    out = np.empty(ids_TLK.shape, stage_dtype(num_experts, top_k))
+    ones = np.iinfo(out.dtype).max
+    for part in token_chunks(rows, layers * top_k):
+        chunk = ids_TLK[part]
+        out[part] = chunk  # -1 becomes all ones
+        strange = chunk >= num_experts
+        if not unsigned:
+            strange |= chunk < 0
+        missing = np.zeros(chunk.shape[:2], bool)
+        if strange.any():
+            absent = strange & (chunk == sentinel)
+            if (strange & ~absent).any():
+                t, layer, k = (int(x[0]) for x in np.nonzero(strange & ~absent))
+                raise InputError(
+                    f"{name} names expert {chunk[t, layer, k]}, but there are {num_experts} experts "
+                    f"(token {first_token + part.start + t}, layer {layer})"
+                )
+            missing = absent.any(2)
+        if top_k > 1:
+            missing |= ~chunk.any(2)
+        out[part][missing] = ones
+    return out
+
+
+def missing_layers(staged_TLK: np.ndarray) -> np.ndarray:
+    """bool [rows, L]: which were not recorded."""
+    ones = np.iinfo(staged_TLK.dtype).max
+    missing = staged_TLK[:, :, 0] == ones
+    return missing & (staged_TLK[:, :, 1] == ones) if staged_TLK.shape[2] > 1 else missing
+
+
+def checked_start(value: Any, name: str) -> int | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+        raise InputError(f"start of {name} is {value!r}, but must be the number of a token, from 0 on")
+    return int(value)
+
+
+def _agreed(start: Any, fields: Mapping[str, Any], name: str) -> Any:
+    said = {key: checked_start(fields[key], name) for key in STARTS if fields.get(key) is not None}
+    if len(set(said.values()) | ({start} if isinstance(start, int | np.integer) else set())) > 1:
+        raise InputError(f"{name} says {said}, and starts says {start}: they must agree")
+    return next(iter(said.values()), start) if start is None else start
+
+
+def _is_list_of_parts(entry: Any) -> bool:
+    """Whether a list holds payloads, and not rows of ids."""
+    if not isinstance(entry, list | tuple):
+        return False
+    for item in entry:
+        if item is None or isinstance(item, str | bytes | Mapping):
+            return True
+        if hasattr(item, "ndim"):
+            return item.ndim == 3 or 0 in item.shape
+    return any(_depth(item) == 3 for item in entry)
+
+
+def _depth(value: Any) -> int:
+    depth = 0
+    while isinstance(value, list | tuple) and value:
+        value, depth = value[0], depth + 1
+    return depth

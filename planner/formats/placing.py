@@ -1,0 +1,107 @@
+"""Where the recorded rows of a sequence belong among its tokens: the lengths, the starts, and what is taken as given.
+
+Parts follow each other in time. One that begins before the end of those before it was generated anew from there on:
+what was recorded beyond that point is void.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from ..errors import InputError
+from .parts import Part, missing_layers
+
+LastToken = Literal["left out", "in place", "either"]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A sequence of `tokens` tokens, of which `pieces` (first token, staged ids) were recorded.
+
+    certain: a length or a start said so; otherwise the rows are taken to begin at token 0.
+    """
+
+    tokens: int
+    pieces: tuple[tuple[int, np.ndarray], ...]
+    versions: tuple[tuple[int, int, str], ...]
+    certain: bool
+
+
+def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, name: str) -> Placed:
+    """Put the parts of one sequence where they belong.
+
+    Args:
+        tokens: N, prompt and completion; None: not known, so that the rows say it.
+        last_token: whether the engine has a row for the last token, which it never fed: "left out" (N - 1 rows), "in
+            place" (N rows), or "either".
+
+    Raises: InputError where the rows do not fit the tokens.
+    """
+    if not parts:
+        if tokens is None:
+            raise InputError(f"{name} is missing, and its length is not known: give num_tokens or token_ids")
+        return Placed(tokens, (), (), True)
+    needed = (
+        None
+        if tokens is None
+        else {"left out": (max(0, tokens - 1),), "in place": (tokens,)}.get(last_token, (max(0, tokens - 1), tokens))
+    )
+    started = parts[0].start is not None
+    if needed and not any(part.start is not None for part in parts) and len(parts) > 1:
+        whole = sum(len(part.ids) for part in parts)
+        if whole not in needed and len(parts[-1].ids) in needed:
+            parts = parts[-1:]  # every turn recorded the whole sequence again
+    pieces: list[tuple[int, np.ndarray]] = []
+    spans: list[tuple[int, int, str]] = []
+    end = 0
+    for part in parts:
+        at = end if part.start is None else part.start
+        pieces = [(first, ids[: max(0, at - first)]) for first, ids in pieces]
+        spans = [(first, min(stop, at), version) for first, stop, version in spans if first < at]
+        pieces.append((at, part.ids))
+        end = at + len(part.ids)
+        if part.version is not None:
+            spans.append((at, end, part.version))
+    if tokens is None:
+        tokens = end + 1 if last_token == "left out" else end
+    else:
+        assert needed is not None
+        if end not in needed:
+            pieces, end = _fitted(pieces, end, tokens, needed, last_token, started, name)
+        started = True
+    if spans and spans[-1][1] == end:  # the last token was generated with the rows before it
+        spans[-1] = (spans[-1][0], tokens, spans[-1][2])
+    return Placed(tokens, tuple((at, ids) for at, ids in pieces if len(ids)), tuple(spans), started)
+
+
+def _fitted(
+    pieces: list[tuple[int, np.ndarray]],
+    end: int,
+    tokens: int,
+    needed: tuple[int, ...],
+    last_token: LastToken,
+    started: bool,
+    name: str,
+) -> tuple[list[tuple[int, np.ndarray]], int]:
+    """The pieces where they are cut off at the end: rows of padding too many, or rows that the caller placed.
+
+    Raises: InputError for any other number of rows.
+    """
+    at, ids = pieces[-1]
+    if end > max(needed):
+        blank = missing_layers(ids[max(0, tokens - 1 - at) :])
+        if at < tokens and blank.all():  # also the last token's own row, so that nothing can be shifted
+            return [*pieces[:-1], (at, ids[: tokens - 1 - at])], tokens - 1
+    elif started or not sum(len(rows) for _, rows in pieces):
+        return pieces, end
+    rows = sum(len(piece) for _, piece in pieces)
+    meaning = {"left out": "one for each token but the last", "in place": "one for each token"}.get(
+        last_token, "one for each token, or for each but the last"
+    )
+    where = f" from token {pieces[0][0]} on" if pieces[0][0] else ""
+    raise InputError(
+        f"{name} has {rows} rows{where}, but its {tokens} tokens need {needed[-1]}: {meaning}; rows that begin at a "
+        "later token are placed with starts"
+    )

@@ -1,0 +1,96 @@
+"""Which forward a module runs in: the one that is open, or in a backward the one whose activations are recomputed.
+
+A recomputation runs within backward, where another forward may be open, or none. So every tensor that autograd saves
+remembers the forwards that are open then, the inputs of a checkpointed block among them. A recomputation begins with
+unpacking them, which brings these forwards back for the rest of that backward in that thread.
+"""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Snapshot = tuple[tuple["OpenForwards", Any], ...]
+
+
+class OpenForwards:
+    """Who opens forwards. `current` is the state of the one that runs now; it may change while it is open."""
+
+    current: Any = None
+
+    def resumed(self) -> None:
+        """Called within a backward, before anything of a forward of this owner is recomputed; often."""
+
+
+_OPEN: list[OpenForwards] = []  # of the process: a forward may run its layers in several threads
+_SEEN = threading.local()
+
+
+@contextmanager
+def opened(owner: OpenForwards) -> Iterator[None]:
+    """Within, forwards belong to `owner.current` too; others that are open stay so."""
+
+    def pack(tensor: Tensor) -> tuple[Tensor, int, Snapshot]:
+        # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
+        kept = tensor.detach() if tensor.grad_fn is not None else tensor
+        return kept, tensor._version, tuple((one, one.current) for one in _OPEN)
+
+    def unpack(packed: tuple[Tensor, int, Snapshot]) -> Tensor:
+        tensor, version, snapshot = packed
+        if tensor._version != version:
+            raise RuntimeError(
+                f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place: it is at version "
+                f"{tensor._version}; expected version {version}"
+            )
+        task = backward_task()
+        if task is not None:
+            _see(task, snapshot)
+        return tensor
+
+    hooks: Any = torch.autograd.graph.saved_tensors_hooks(pack, unpack)
+    _OPEN.append(owner)
+    try:
+        with hooks:
+            yield
+    finally:
+        _OPEN.remove(owner)
+
+
+def backward_task() -> int | None:
+    """The number of the backward that this thread runs now; None outside of backward."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+def forwards_now() -> Snapshot | None:
+    """(owner, state) of the forwards that run now, the innermost last. None in a backward that does not say which."""
+    task = None if torch.compiler.is_compiling() else backward_task()
+    if task is None:
+        return tuple((owner, owner.current) for owner in _OPEN)
+    return _seen().get(task)
+
+
+def at_end_of_backward(call: Callable[[], Any]) -> None:
+    """Have `call()` done once the backward that runs now is over; one that fails never gets there."""
+    torch.autograd.Variable._execution_engine.queue_callback(call)
+
+
+def _see(task: int, snapshot: Snapshot) -> None:
+    """Remember the forwards until this backward is over."""
+    seen = _seen()
+    if task not in seen:
+        at_end_of_backward(lambda: seen.pop(task, None))
+    seen[task] = snapshot
+    for owner, _ in snapshot:
+        owner.resumed()
+
+
+def _seen() -> dict[int, Snapshot]:
+    """By graph task, as backwards nest; those that failed leave an entry behind that nobody asks for."""
+    if not hasattr(_SEEN, "by_task"):
+        _SEEN.by_task = {}
+    by_task: dict[int, Snapshot] = _SEEN.by_task
+    return by_task
