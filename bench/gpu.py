@@ -44,9 +44,7 @@ def main() -> int:
         parser.error(f"STAGE is {unknown[0]!r}; it must be one of {', '.join(STAGES)}")
     device = "rehearsal" if args.rehearse else gpu_name()
     if not device:
-        print(
-            "there is no GPU here (neither nvidia-smi nor torch names one); --rehearse needs none", file=sys.stderr
-        )
+        print("there is no GPU here (neither nvidia-smi nor torch names one); --rehearse needs none", file=sys.stderr)
         return 2
     out = Path(os.environ.get("OUT") or "gpu-results")
     out.mkdir(parents=True, exist_ok=True)

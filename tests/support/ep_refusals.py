@@ -70,7 +70,8 @@ def refusal(name: str) -> tuple[str, str, bool]:
             pass
 
     def forward_outside_of_micro_batch():
-        ep.model(ids)
+        with ep.batch(plan, trace, groups, optimizer):
+            ep.model(ids)
 
     def batch_inside_of_batch():
         with ep.batch(plan, trace, groups, optimizer), ep.batch(plan, trace, groups, optimizer):

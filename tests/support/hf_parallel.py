@@ -67,7 +67,7 @@ def one_process(family: str, trace: RoutingTrace | None = None) -> dict:
     with ExitStack() as stack:
         record = stack.enter_context(record_routing(model))
         if trace is not None:
-            stack.enter_context(replay(model, trace))
+            stack.enter_context(replay(model, trace, on_shift="ignore"))
         logits = model(tokens, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten(), reduction="sum")
         (loss / SEQUENCES).backward()
@@ -89,7 +89,7 @@ def run_on_rank(family: str, ranks: int, mode: str, trace: RoutingTrace | None, 
     def contexts(m):
         found = [] if mode in ("live", "replay") else [ours.micro_batch(m)]
         if mode == "replay":
-            found.append(ours.replay(model, own.select(np.flatnonzero(groups == m))))
+            found.append(ours.replay(model, own.select(np.flatnonzero(groups == m)), on_shift="ignore"))
         return found
 
     with ExitStack() as stack:

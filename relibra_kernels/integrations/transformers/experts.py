@@ -5,7 +5,7 @@ computes, so a family that nobody listed here works too, or is refused by the na
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from transformers.integrations.moe import ExpertsInterface
@@ -22,7 +22,9 @@ from ...weights import ExpertWeights
 # torch 2.11's compiler takes no module as an argument of a function whose result it assumes to be constant.
 _COMPILES_AFTER_A_FORWARD = torch.__version__.startswith("2.11.")
 
-Flags = tuple[bool, bool, bool, str, float, float]  # of an ExpertForm, as constants that torch.compile takes
+Flags = tuple[
+    bool, bool, bool, Literal["silu", "clamped"], float, float
+]  # of an ExpertForm, as constants that torch.compile takes
 
 
 def experts_forward(

@@ -15,6 +15,7 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
     "micro_batch_out_of_range",
     "micro_batch_not_an_integer",
     "batch_inside_of_batch",
+    "forward_outside_of_micro_batch",
     "other_micro_batch_on_one_rank",
     "backward_after_the_batch",
     "recomputed_under_other_hooks",
