@@ -17,9 +17,9 @@ cat <<'TEXT'
 Take carried/ along beside the checkout. bench/gpu.sh unpacks it into a folder of its own, in front of what is installed
 there; nothing is installed or changed:
 
-  OUT=results bench/gpu.sh smoke correct       # ten minutes
-  OUT=results bench/gpu.sh kernels layer step  # ten minutes
-  OUT=results bench/gpu.sh tune                # eight minutes
+  OUT=results bench/gpu.sh smoke correct --seconds 560       # where a command may take ten minutes
+  OUT=results bench/gpu.sh kernels layer step --seconds 560
+  OUT=results bench/gpu.sh tune --seconds 480
 
 Send back results/results.jsonl and results/gpu-results.tar.gz.
 TEXT

@@ -3,7 +3,7 @@
     python bench/gpu.py [STAGE...] [--seconds N] [--only TEXT] [--rehearse]
 
 Stages: smoke (it runs), correct (against float64), kernels, layer and step (times), tune (configs); all of them where
-none is named. Results are appended to `results.jsonl` in the folder that $OUT names, else in gpu-results/, and everything
+none is named. Results are appended to `results.jsonl` in the folder that $OUT names, else in gpu-results/; everything
 else is packed into one archive beside it. Every case has a process and a limit of its own: what crashes, hangs or does
 not compile loses nothing but itself. Installs nothing.
 

@@ -44,7 +44,9 @@ def entry(name: str, value: Any) -> list[str]:
             if attribute.startswith("_") or not documented or not (callable(member) or isinstance(member, property)):
                 continue
             first = inspect.cleandoc(documented).split("\n\n")[0].replace("\n", " ")
-            lines.append(f"* `{attribute}{'' if isinstance(member, property) else signature(member)}`: {first}")
+            forms = typing.get_overloads(member) or [member] if not isinstance(member, property) else []
+            calls = " or ".join(f"`{attribute}{signature(form)}`" for form in forms) or f"`{attribute}`"
+            lines.append(f"* {calls}: {first}")
     return lines
 
 

@@ -16,13 +16,13 @@ from .formats import (
 from .loads import check_loads, count_loads, load_table
 from .options import PlanOptions
 from .plan import BatchPlan, static_plan
-from .planning import plan_batch
-from .pricing.cost import break_even, distinct_rows, price, replica_bytes
+from .planning import plan_batch, replan, scaled_loads
+from .pricing.cost import Cost, Setting, distinct_rows, price, replica_bytes
 from .pricing.devices import DEVICES, DeviceSpec, find_device
 from .pricing.models import MODELS, ModelShape, find_model
 from .pricing.outcome import Outcome, outcome_of_plan
 from .simulation.generator import generate_loads, generate_trace
-from .simulation.simulate import Result, Scenario, cheapest_plan, simulate
+from .simulation.simulate import Result, Scenario, simulate
 from .splits import destinations, split_of_source, split_over_sources
 from .trace import RoutingTrace
 
@@ -32,6 +32,8 @@ __all__ = [
     "RoutingTrace",
     "PlanOptions",
     "plan_batch",
+    "replan",
+    "scaled_loads",
     "static_plan",
     "check_loads",
     "count_loads",
@@ -57,7 +59,8 @@ __all__ = [
     "Outcome",
     "outcome_of_plan",
     "price",
-    "break_even",
+    "Setting",
+    "Cost",
     "replica_bytes",
     "distinct_rows",
     "generate_loads",
@@ -65,7 +68,6 @@ __all__ = [
     "Scenario",
     "Result",
     "simulate",
-    "cheapest_plan",
     "ReLibraError",
     "InputError",
     "ShapeError",

@@ -57,7 +57,7 @@ class BatchPlan:
         object.__setattr__(self, "_held", held_experts(self.home, self.num_ranks))
         if loads is not None:
             table = total_loads(loads)
-            self._check_loads_shape(table)
+            self.check_loads(table)
             digest = loads_digest(table)
             if self.loads_sha256 and self.loads_sha256 != digest:
                 raise PlanError(
@@ -124,7 +124,7 @@ class BatchPlan:
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:
         """int64 [L, M, R]: assignments that each rank computes under the plan."""
         table = total_loads(loads)
-        self._check_loads_shape(table)
+        self.check_loads(table)
         return rank_loads(table, self.home, self.replicas, self.quota)
 
     def imbalance(self, loads: np.ndarray) -> np.ndarray:
@@ -195,7 +195,15 @@ class BatchPlan:
         except ReLibraError as error:
             raise type(error)(f"{name}: {error}") from None
 
-    def _check_loads_shape(self, table: np.ndarray) -> None:
+    def micro_batch(self, index: int) -> "BatchPlan":
+        """The plan of one micro-batch alone."""
+        part = slice(index, index + 1)
+        return BatchPlan(
+            self.home, self.replicas[:, part], self.quota[:, part], self.kept, self.gpus_per_node, model=self.model
+        )
+
+    def check_loads(self, table: np.ndarray) -> None:
+        """Refuse a table [L, M, E] of other layers, micro-batches or experts."""
         expected = (self.num_layers, self.num_micro_batches, self.num_experts)
         if table.shape != expected:
             raise ShapeError(

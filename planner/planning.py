@@ -1,17 +1,20 @@
 """plan_batch: from a load table to a complete plan."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from .cluster import ClusterSpec
-from .errors import ShapeError
-from .loads import total_loads
+from .errors import InputError, ShapeError
+from .loads import check_loads, total_loads
 from .options import PlanOptions
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
-from .solver.effort import SearchOptions
-from .solver.labels import wanted_by_nodes
-from .solver.replicas import Replicas
-from .solver.search import plan_layers
+from .pricing.cost import Setting
+from .pricing.outcome import wanted_by_nodes
+from .solver.again import split_over
+from .solver.search import Problem, plan_layers
+from .solver.solution import Solution
 
 _DISPERSION = 1.5  # variance over mean of the experts' loads up to which a micro-batch is uniform; random draws have 1
 
@@ -32,53 +35,87 @@ def plan_batch(
     model:         a name that the plan carries, so that it is not used for another model
     """
     options = options or PlanOptions()
-    search = SearchOptions(
-        balance=options.balance or 1.0,
-        effort=options.effort,
-        max_moves=options.max_moves,
-        max_kept=options.kept_copies,
-        kept_slots=None if options.fetched_slots is None else max(cluster.replica_slots - options.fetched_slots, 0),
-    )
-    return search_plan(loads, cluster, search, previous_home=previous_home, model=model)
-
-
-def search_plan(
-    loads: np.ndarray,
-    cluster: ClusterSpec,
-    options: SearchOptions,
-    *,
-    previous_home: np.ndarray | None = None,
-    model: str = "",
-) -> BatchPlan:
-    """`plan_batch` with the options of the search itself."""
     table = total_loads(loads)
     layers, micro_batches, experts = table.shape
     cluster.home_slots(experts)
+    if np.ndim(loads) == 4 and np.shape(loads)[2] != cluster.num_ranks:
+        raise ShapeError(f"loads has {np.shape(loads)[2]} source ranks, but the cluster has {cluster.num_ranks} ranks")
     if previous_home is None:
         home = contiguous_home(layers, experts, cluster.num_ranks)
     else:
         check_previous_home(previous_home, layers, experts, cluster.num_ranks)
         home = previous_home.astype(np.int32)
-    found = Replicas.none(layers, micro_batches, cluster.num_ranks, cluster.replica_slots)
+    shape = (layers, micro_batches, cluster.num_ranks, cluster.replica_slots)
+    found = Solution(
+        home, np.full(shape, -1, np.int32), np.zeros(shape, np.int32), np.zeros((shape[0], *shape[2:]), np.bool_)
+    )
     as_is = rank_loads(table, home, found.replicas, found.quota).max(2)
-    uneven = experts % cluster.num_ranks > 0  # the search knows equal counts alone
-    skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance) & ~np.bool_(uneven))
+    skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance or 1.0))
     if len(skewed):
-        fixed = None if previous_home is None else home[skewed]
-        wanted = wanted_by_nodes(np.asarray(loads), cluster)
-        home[skewed], better = plan_layers(
-            table[skewed], cluster, fixed, options, None if wanted is None else wanted[skewed]
+        wanted = wanted_by_nodes(loads, cluster.num_nodes)
+        setting = Setting(
+            replace(options.shape, experts=experts),
+            options.device,
+            cluster.gpus_per_node,
+            options.sequence_length,
+            options.transport,
         )
-        found.put(skewed, better, np.arange(len(skewed)))
+        problem = Problem(table[skewed], wanted[skewed], home[skewed], options.kept_copies, cluster, options, setting)
+        better = plan_layers(problem)
+        for name in ("home", "replicas", "quota", "kept"):
+            getattr(found, name)[skewed] = getattr(better, name)
     return BatchPlan(
-        home=home,
+        home=found.home,
         replicas=found.replicas,
         quota=found.quota,
-        kept=found.guests,
+        kept=found.kept,
         gpus_per_node=cluster.gpus_per_node,
         model=model,
         loads=table,
     )
+
+
+def replan(plan: BatchPlan, loads: np.ndarray) -> BatchPlan:
+    """The same homes and replicas with quotas for other loads: what to do where a batch turns out otherwise than
+    planned.
+
+    Quotas are split anew, exactly (`solver/exact.py`), over the hosts that the plan has in each micro-batch.
+
+    loads: [L, M, E] or [L, M, R, E], of the plan's layers and micro-batches; for one micro-batch m,
+    `plan.micro_batch(m)`
+    """
+    table = total_loads(loads)
+    plan.check_loads(table)
+    quota = split_over(plan, table, wanted_by_nodes(loads, plan.num_ranks // plan.gpus_per_node))
+    return BatchPlan(plan.home, plan.replicas, quota, plan.kept, plan.gpus_per_node, model=plan.model, loads=table)
+
+
+def scaled_loads(known: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """A load table from partly recorded batches: unknown tokens are taken to choose as the known ones beside them do.
+
+    Args:
+        known: [L, M, E] or [L, M, R, E], assignments of the recorded tokens.
+        tokens: int [M] or [M, R], all assignments a layer has there: recorded or not, top-k each.
+
+    Returns:
+        The same shape, each (micro-batch, rank) scaled to its tokens by largest remainder. Where nothing at all is
+        known, the layer's other micro-batches stand in.
+    """
+    known = check_loads(known).astype(np.int64)
+    wanted = np.asarray(tokens)
+    if wanted.shape != known.shape[1:-1] or wanted.dtype.kind not in "iu":
+        raise ShapeError(
+            f"tokens is {wanted.dtype} of shape {wanted.shape}, but must be integer of shape {known.shape[1:-1]}"
+        )
+    if (known.sum(-1) > wanted).any():
+        raise InputError("tokens has fewer assignments somewhere than were recorded there")
+    like = np.where(known.sum(-1, keepdims=True) > 0, known, known.sum(1, keepdims=True))
+    missing = wanted - known.sum(-1)
+    total = np.maximum(like.sum(-1), 1)
+    whole, rest = np.divmod(missing[..., None] * like, total[..., None])
+    left = np.where(like.sum(-1) > 0, missing - whole.sum(-1), 0)
+    order = np.argsort(np.argsort(-rest, axis=-1, kind="stable"), axis=-1, kind="stable")
+    return (known + whole + (order < left[..., None])).astype(np.int64)
 
 
 def check_previous_home(previous_home: np.ndarray, layers: int, experts: int, ranks: int) -> None:

@@ -18,7 +18,7 @@ from .trace_report import (
     report_of,
     selected_versions,
 )
-from .trace_rules import check_id_dtype, check_ids, check_num_experts, compact_dtype, id_dtype
+from .trace_rules import check_id_dtype, check_ids, check_num_experts, check_offsets, compact_dtype, id_dtype
 
 
 class RoutingTrace:
@@ -69,7 +69,7 @@ class RoutingTrace:
         if ids.shape[2] > experts:
             raise InputError(f"num_experts is {experts}, but must be at least the {ids.shape[2]} choices of a token")
         check_id_dtype(ids.dtype, experts, "expert_ids")
-        checked = _checked_offsets(offsets, len(ids))
+        checked = check_offsets(offsets, len(ids))
         try:
             layers = tuple(int(layer) for layer in moe_layer_ids)
         except (TypeError, ValueError):
@@ -279,18 +279,6 @@ class RoutingTrace:
             self._dropped,
             self._assumed,
         )
-
-
-def _checked_offsets(value: Any, tokens: int) -> np.ndarray:
-    offsets = np.asarray(value)
-    if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
-        raise ShapeError(f"offsets is {offsets.dtype} {offsets.shape}, but must be integer [sequences + 1]")
-    offsets = offsets.astype(np.int64)
-    if offsets[0] != 0 or offsets[-1] != tokens:
-        raise InputError(f"offsets run from {offsets[0]} to {offsets[-1]}, but must run from 0 to the {tokens} tokens")
-    if (np.diff(offsets) < 0).any():
-        raise InputError(f"offsets decrease at sequence {int(np.argmax(np.diff(offsets) < 0))}")
-    return offsets
 
 
 def _checked_reasons(value: Any, offsets: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from .errors import FormatError, InputError, ReLibraError
 from .files import Writer, load_npz, npz_keys, save_npz, scalar
 from .npz_rows import NpzRows, RowSpool
 from .trace_report import VersionSpan, selected_versions
-from .trace_rules import compact_dtype, id_dtype
+from .trace_rules import check_offsets, compact_dtype, id_dtype
 
 if TYPE_CHECKING:
     from .trace import RoutingTrace
@@ -127,8 +127,9 @@ def _share(
     layers: Sequence[int] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, tuple[int, ...]]:
     """Rows of some sequences and layers, read into one array of just their size."""
-    if len(ids.shape) != 3 or offsets.ndim != 1 or offsets.dtype.kind not in "iu" or offsets.max(initial=0) > len(ids):
-        raise InputError(f"expert_ids has shape {ids.shape} and offsets {offsets.shape}: they are not of one trace")
+    if len(ids.shape) != 3:
+        raise InputError(f"expert_ids has shape {ids.shape}, but must be [tokens, layers, k]")
+    offsets = check_offsets(offsets, len(ids))
     chosen = np.arange(len(offsets) - 1) if sequences is None else np.asarray(sequences, np.int64)
     if chosen.ndim != 1 or (chosen.size and not 0 <= chosen.min() <= chosen.max() < len(offsets) - 1):
         raise InputError(f"sequences are {chosen.tolist()[:8]}, but the file has 0 to {len(offsets) - 2}")
@@ -136,7 +137,7 @@ def _share(
     if not wanted or not set(wanted) <= set(moe_layer_ids) or len(moe_layer_ids) != ids.shape[1]:
         raise InputError(f"layers are {list(wanted)}, but must be some of {list(moe_layer_ids)}")
     columns = [moe_layer_ids.index(layer) for layer in wanted]
-    lengths = offsets[chosen + 1].astype(np.int64) - offsets[chosen].astype(np.int64)
+    lengths = offsets[chosen + 1] - offsets[chosen]
     places = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     out = np.empty((int(places[-1]), len(columns), ids.shape[2]), ids.dtype)
     with ids:

@@ -41,6 +41,19 @@ def check_id_dtype(dtype: np.dtype, num_experts: int, name: str) -> None:
         )
 
 
+def check_offsets(value: object, tokens: int) -> np.ndarray:
+    """`value` as int64 [sequences + 1], which rises from 0 to `tokens`. Raises: ShapeError, InputError."""
+    offsets = np.asarray(value)
+    if offsets.ndim != 1 or offsets.size < 1 or offsets.dtype.kind not in "iu":
+        raise ShapeError(f"offsets is {offsets.dtype} {offsets.shape}, but must be integer [sequences + 1]")
+    offsets = offsets.astype(np.int64)
+    if offsets[0] != 0 or offsets[-1] != tokens:
+        raise InputError(f"offsets run from {offsets[0]} to {offsets[-1]}, but must run from 0 to the {tokens} tokens")
+    if (np.diff(offsets) < 0).any():
+        raise InputError(f"offsets decrease at sequence {int(np.argmax(np.diff(offsets) < 0))}")
+    return offsets
+
+
 def token_chunks(num_tokens: int, per_token: int) -> Iterator[slice]:
     """Slices of whole tokens, of about _CHUNK assignments each."""
     step = max(1, _CHUNK // per_token)

@@ -111,21 +111,53 @@ def moe_mlp_backward(
         replica_bias=replicas.down_bias,
         weight_of_slot=weight_of_slot,
     )
-    into: dict[str, Any] = {"weight_of_slot": weight_of_slot, "accumulate": accumulate}
     transposed = form.is_transposed
     if grad.down is not None:
         left, right = (wa_RI, dout_TH) if transposed else (dout_TH, wa_RI)
-        gathered: dict[str, Any] = {"gather_left": not transposed, "gather_right": transposed}
-        ops.grad_weight(left, right, schedule, grad.down, replica_grad=replica_grads.down, **gathered, **into)
+        ops.grad_weight(
+            left,
+            right,
+            schedule,
+            grad.down,
+            replica_grad=replica_grads.down,
+            gather_left=not transposed,
+            gather_right=transposed,
+            weight_of_slot=weight_of_slot,
+            accumulate=accumulate,
+        )
     if grad.gate_up is not None:
         left, right = (x_TH, dh_RJ) if transposed else (dh_RJ, x_TH)
-        gathered = {"gather_left": transposed, "gather_right": not transposed}
-        ops.grad_weight(left, right, schedule, grad.gate_up, replica_grad=replica_grads.gate_up, **gathered, **into)
+        ops.grad_weight(
+            left,
+            right,
+            schedule,
+            grad.gate_up,
+            replica_grad=replica_grads.gate_up,
+            gather_left=transposed,
+            gather_right=not transposed,
+            weight_of_slot=weight_of_slot,
+            accumulate=accumulate,
+        )
     if grad.down_bias is not None:
-        bias_into: dict[str, Any] = {"weights_TK": weights_TK, "gather": True, **into}
-        ops.grad_bias(dout_TH, schedule, grad.down_bias, replica_grad=replica_grads.down_bias, **bias_into)
+        ops.grad_bias(
+            dout_TH,
+            schedule,
+            grad.down_bias,
+            replica_grad=replica_grads.down_bias,
+            weights_TK=weights_TK,
+            gather=True,
+            weight_of_slot=weight_of_slot,
+            accumulate=accumulate,
+        )
     if grad.gate_up_bias is not None:
-        ops.grad_bias(dh_RJ, schedule, grad.gate_up_bias, replica_grad=replica_grads.gate_up_bias, **into)
+        ops.grad_bias(
+            dh_RJ,
+            schedule,
+            grad.gate_up_bias,
+            replica_grad=replica_grads.gate_up_bias,
+            weight_of_slot=weight_of_slot,
+            accumulate=accumulate,
+        )
     dx_RH = ops.grouped_gemm(
         dh_RJ,
         home.gate_up,

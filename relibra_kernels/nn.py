@@ -1,6 +1,7 @@
 """The layer as modules: `ReplicatedExperts`, `TopKRouter` with replay, and `ReplicatedMoE` of both."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,6 +39,9 @@ class ReplicatedExperts(nn.Module):
 
     Where `dispatcher` is set, forward is `dispatcher(self, hidden_states, top_k_index, top_k_weights)`: that is how
     the expert-parallel runtime takes the layer over. `num_experts` counts the experts whose parameters are here.
+
+    `layer` is what the runtime drives where the block around the experts is another framework's: it has these
+    `experts` and a `router` whose `replay` can be set, as a `ReplicatedMoE` has.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class ReplicatedExperts(nn.Module):
         self.form = form or ExpertForm()
         self.recompute = recompute
         self.dispatcher: Dispatcher | None = None
+        self.layer: Any = None
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device))

@@ -15,6 +15,7 @@ from . import ops
 from .autograd import moe_mlp_backward, moe_mlp_forward
 from .nn import ReplicatedExperts, ReplicatedMoE
 from .parallel import ExpertParallel
+from .parallel.experts.parameters import take_over
 from .planner.errors import InputError
 from .weights import ExpertWeights, zeros_fp32
 
@@ -39,7 +40,7 @@ def warmup(
     rows, and all ranks use them from then on; the ranks of a machine share the work through Triton's cache.
 
     Args:
-        model: holds `ReplicatedMoE` layers; of an `ExpertParallel`, what runs with replicas and without is compiled.
+        model: holds MoE layers, as for `ExpertParallel`; of an `ExpertParallel`, what runs with replicas and without is compiled.
         tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
             around that: half and twice as many are compiled for as well.
         device: compile for this GPU, which need not be here: its name ("H100") or its limits; None: for the model's.
@@ -53,9 +54,7 @@ def warmup(
         raise InputError(f"tokens is {tokens}; it must be positive, one number or several")
     module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
     replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
-    layers = [layer for layer in module.modules() if isinstance(layer, ReplicatedMoE)]
-    if not layers:
-        raise InputError(f"model {type(module).__name__} has no ReplicatedMoE: replace its MoE blocks first")
+    layers = take_over(module)
     where = layers[0].experts.gate_up_proj.device
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
@@ -100,7 +99,7 @@ def _launches(
 def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | None) -> Iterator[Callable[[], None]]:
     seen = set()
     for layer in layers:
-        key = (*_shape(layer.experts), layer.router.top_k, layer.shared_experts is not None)
+        key = (*_shape(layer.experts), layer.router.top_k, getattr(layer, "shared_experts", None) is not None)
         if key in seen:
             continue
         seen.add(key)
@@ -124,16 +123,23 @@ def _meta(like: torch.Tensor, *shape: int, dtype: torch.dtype | None = None) -> 
 
 
 def _step_alone(layer: ReplicatedMoE, count: int) -> None:
-    """The layer itself, forward and backward, on tensors without memory."""
+    """The layer itself, or the experts of another framework's, forward and backward, on tensors without memory."""
+    module: nn.Module = layer if isinstance(layer, nn.Module) else layer.experts
     tensors = {}
-    for name, tensor in [*layer.named_parameters(), *layer.named_buffers()]:
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         tensors[name] = twin = _meta(tensor).requires_grad_(tensor.requires_grad)
         main_grad = getattr(tensor, "main_grad", None)
         if main_grad is not None:
             twin.main_grad = _meta(main_grad)  # type: ignore[attr-defined]
     weight = layer.experts.gate_up_proj
     x = _meta(weight, count, layer.experts.hidden_size).requires_grad_()
-    functional_call(layer, tensors, (x,)).sum().backward()
+    if module is layer:
+        functional_call(module, tensors, (x,)).sum().backward()
+        return
+    index = torch.empty(count, layer.router.top_k, dtype=torch.int64, device="meta")
+    for dtype in {weight.dtype, torch.float32}:  # of gate weights, which is the family's choice
+        gates = _meta(x, *index.shape, dtype=dtype).requires_grad_()
+        functional_call(module, tensors, (x, index, gates)).sum().backward()
 
 
 def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:

@@ -23,8 +23,8 @@ python312() {
     return 1
 }
 
-# make NAME TORCH TRITON NUMPY TRANSFORMERS: torch first and alone, then the libraries that it links to, in any version:
-# enough to import it
+# make_environment NAME TORCH TRITON NUMPY TRANSFORMERS: torch first and alone; at last the libraries that it links to, in
+# any version, which is enough to import it, and Triton, for which others may have put torch's own
 make_environment() {
     local env=$folder/$1 python pip
     [ -f "$env/made" ] && return
@@ -35,7 +35,7 @@ make_environment() {
             hypothesis scipy matplotlib tqdm rich safetensors setuptools &&
         "${pip[@]}" --no-deps nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc 'nvidia-cuda-runtime<14' nvidia-cudnn-cu13 \
             nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 \
-            nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx && touch "$env/made"
+            nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx "$3" && touch "$env/made"
 }
 
 # check NAME WHAT COMMAND...: run it, and keep its last line for the table

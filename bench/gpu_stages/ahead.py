@@ -23,7 +23,7 @@ class NoMemory:
     """A setting whose tensors have no memory."""
 
     rehearse: bool
-    device: torch.device = torch.device("meta")
+    device: torch.device
 
     def size(self, real: Any, tiny: Any) -> Any:
         return tiny if self.rehearse else real
@@ -31,7 +31,7 @@ class NoMemory:
 
 def launches_ahead(target: Device, rehearse: bool) -> list[Launch]:
     """Everything once, in the order in which it will be needed."""
-    setting: Any = NoMemory(rehearse)
+    setting: Any = NoMemory(rehearse, torch.device("meta"))
     found: list[Launch] = []
     with recording(target, found.append):
         call_all(setting)

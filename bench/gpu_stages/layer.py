@@ -66,7 +66,7 @@ def _flops(model: Model, layer: Layer) -> int:
 def ours(setting: Setting, model: str, experts: int) -> None:
     """Medians by events, what the host makes of them, a graph of the step, memory, and the same thing timed twice."""
     all_found: dict[str, dict[str, Any]] = {}
-    for name, skew in SKEWS.items():
+    for name, skew in setting.size(SKEWS, {"skewed": 1.1}).items():
         of, layer = _layer(setting, model, experts, skew)
         run, flops = layer.experts, _flops(of, layer)
         for _ in range(2):
@@ -137,7 +137,7 @@ def versus(setting: Setting, model: str, experts: int, peer: str) -> None:
     from peers import PEERS as BUILD
     from peers import Unsuitable
 
-    for name, skew in SKEWS.items():
+    for name, skew in setting.size(SKEWS, {"skewed": 1.1}).items():
         _, layer = _layer(setting, model, experts, skew)
         try:
             theirs = BUILD[peer](layer.experts)

@@ -100,7 +100,8 @@ class Process:
 
     def _tail(self) -> str:
         try:
-            return self.log.read_text(encoding="utf-8", errors="replace")[-1400:].strip()
+            text = self.log.read_text(encoding="utf-8", errors="replace")
+            return text.partition("\n")[2][-1400:].strip()  # the first line says which case it is
         except OSError:
             return ""
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .case import Case, Wrong
 from .shares import TUNED, TUNED_ROWS, TUNED_SLOTS
+from .smoke import COMPILED
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -35,8 +36,6 @@ _SURE = 1.25  # a shipped choice that is slower than the best by more than this 
 
 
 def cases(rehearse: bool) -> list[Case]:
-    from .smoke import COMPILED
-
     found = [
         Case(f"compile {i + 1} of {SLICES}", "compile_slice", {"index": i}, 150, beside=True, env=COMPILED,
              rehearsed=i == 0)

@@ -1,12 +1,21 @@
 """Which of the recorded layers are MoE layers: dense ones appear as layers of zeros."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from ..errors import InputError, ShapeError
 from .parts import missing_layers
+
+
+class LayersFound(NamedTuple):
+    """The MoE layers among the recorded ones, those that are left out, K, and what was taken for granted."""
+
+    layers: list[int]
+    dropped: tuple[int, ...]
+    top_k: int
+    assumed: tuple[str, ...] = ()
 
 
 class LayersSeen:
@@ -16,10 +25,6 @@ class LayersSeen:
         self._what = what
         self._shape: tuple[int, int] | None = None
         self._recorded = self._nonzero = np.zeros(0, bool)
-
-    @property
-    def top_k(self) -> int:
-        return 1 if self._shape is None else self._shape[1]
 
     def add(self, staged_TLK: np.ndarray, name: str) -> None:
         layers, top_k = staged_TLK.shape[1:]
@@ -36,13 +41,13 @@ class LayersSeen:
         if top_k == 1:
             self._nonzero |= ((staged_TLK[:, :, 0] > 0) & recorded).any(0)
 
-    def moe_layers(self, named: Sequence[int] | None) -> tuple[list[int], tuple[int, ...], tuple[str, ...]]:
-        """(MoE layers, layers that are left out, what was assumed). Raises: InputError."""
+    def moe_layers(self, named: Sequence[int] | None) -> LayersFound:
+        """Those that are named, or all but a prefix without routing. Raises: InputError."""
         if self._shape is None:
             raise InputError(f"{self._what} holds no routing at all, so that its layers and choices are not known")
         count, top_k = self._shape
         if named is not None:
-            return self._named(named, count)
+            return self._named(named, count, top_k)
         used = self._recorded if top_k > 1 else self._nonzero
         zeros_only = np.flatnonzero(self._recorded & ~used)
         if len(zeros_only):
@@ -51,7 +56,7 @@ class LayersSeen:
                 "or one whose tokens all chose expert 0; name the MoE layers (moe_layer_ids, --moe-layers)"
             )
         if not used.any():
-            return list(range(count)), (), (f"all {count} layers are MoE layers, as none has routing",)
+            return LayersFound(list(range(count)), (), top_k, (f"all {count} layers are MoE layers; none has routing",))
         first = int(np.argmax(used))
         lost = first + np.flatnonzero(~used[first:])
         if len(lost):
@@ -59,13 +64,13 @@ class LayersSeen:
                 f"{self._what} has no routing in the layers {lost.tolist()}, which come after MoE layers: a pipeline "
                 "stage that was not gathered, or dense layers; name the MoE layers (moe_layer_ids, --moe-layers)"
             )
-        return list(range(first, count)), tuple(range(first)), ()
+        return LayersFound(list(range(first, count)), tuple(range(first)), top_k)
 
-    def _named(self, named: Sequence[int], count: int) -> tuple[list[int], tuple[int, ...], tuple[str, ...]]:
+    def _named(self, named: Sequence[int], count: int, top_k: int) -> LayersFound:
         try:
             layers: list[Any] = [int(layer) for layer in named]
         except (TypeError, ValueError):
             raise InputError(f"moe_layer_ids is {named!r}, but must be layer numbers") from None
         if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
             raise InputError(f"moe_layer_ids is {layers}, but {count} layers were recorded")
-        return layers, tuple(layer for layer in range(count) if layer not in layers), ()
+        return LayersFound(layers, tuple(layer for layer in range(count) if layer not in layers), top_k)

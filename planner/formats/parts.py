@@ -76,8 +76,8 @@ def array_of(value: Any, name: str) -> np.ndarray:
         array = np.asarray(value)
     except (ValueError, TypeError, OverflowError) as error:
         raise FormatError(f"{name} is no array of [rows, layers, k]: {error}") from None
-    if array.dtype == object or array.dtype.kind in "USVb":
-        raise FormatError(f"{name} is {str(value)[:40]!r}, but must be expert ids [rows, layers, k]")
+    if array.dtype.kind not in "iufb":
+        raise FormatError(f"{name} is {str(value)[:40]!r}, but must be an array of numbers")
     return array
 
 

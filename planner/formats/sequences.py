@@ -7,7 +7,7 @@ appear as layers of zeros. A row of zeros names expert 0 K times, so with K > 1 
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from ..errors import InputError, ShapeError
 from ..trace import RoutingTrace
 from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, OUTSIDE, VersionSpan
 from ..trace_rules import check_ids, check_num_experts, compact_dtype
-from .layers import LayersSeen
+from .layers import LayersFound, LayersSeen
 from .parts import Decode, missing_layers, parts_of
 from .placing import LastToken, Placed, placed
 
@@ -24,6 +24,13 @@ _LOG = logging.getLogger(__name__)
 Holes = Literal["refuse", "unknown"]
 HOLES: tuple[Holes, ...] = ("refuse", "unknown")
 Filler = Callable[[np.ndarray, int], np.ndarray]  # (staged ids, num_experts) -> bool [rows]
+
+
+class RecordOptions(TypedDict, total=False):
+    """How trainers' helpers read records: `moe_layer_ids` and `holes` of `SequenceOptions`."""
+
+    moe_layer_ids: Sequence[int] | None
+    holes: Holes
 
 
 class SequenceOptions(TypedDict, total=False):
@@ -58,14 +65,7 @@ def trace_of_sequences(
     decode: Decode = lambda payload, name: payload,
     filler: Filler | None = None,
     what: str = "routed_experts",
-    num_tokens: Sequence[int] | None = None,
-    token_ids: Sequence[Sequence[int]] | None = None,
-    starts: Any = None,
-    masks: Sequence[Any] | None = None,
-    replay_masks: Sequence[Any] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
-    holes: Holes = "refuse",
-    first_sequence: int = 0,
+    **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
     """A trace of these sequences. A token of which a layer was not recorded is unknown.
 
@@ -74,20 +74,29 @@ def trace_of_sequences(
         last_token: which rows there are, see `placed`.
         decode: a payload to its array.
         filler: which rows the engine filled in where it had none; looked at only at the end of a sequence.
-        The rest: see `SequenceOptions`.
+        what: how messages call `recorded`.
+        options: see `SequenceOptions`.
 
-    Raises: ShapeError, FormatError, InputError; they name `what`, the sequence, and the token and layer.
+    Raises: TypeError for an option that there is not; ShapeError, FormatError, InputError, which name `what`, the
+        sequence, and the token and layer.
     """
     experts = check_num_experts(num_experts)
+    known = SequenceOptions.__annotations__
+    if not set(options) <= set(known):
+        raise TypeError(f"{min(set(options) - set(known))} is no option of a loader; they are {', '.join(known)}")
+    holes, starts = options.get("holes", "refuse"), options.get("starts")
     if holes not in HOLES:
         raise InputError(f"holes is {holes!r}, but must be one of {HOLES}")
-    lengths = lengths_of(num_tokens, token_ids)
-    if isinstance(starts, int | np.integer):
-        starts = [starts]
-    per_sequence = {"num_tokens": lengths, "starts": starts, "masks": masks, "replay_masks": replay_masks}
+    masks = options.get("masks"), options.get("replay_masks")
+    per_sequence = {
+        "num_tokens": lengths_of(options.get("num_tokens"), options.get("token_ids")),
+        "starts": [starts] if isinstance(starts, int | np.integer) else starts,
+        "masks": masks[0],
+        "replay_masks": masks[1],
+    }
     seen, sequences, names = LayersSeen(what), [], []
     for index, entry in enumerate(recorded):
-        name = f"{what} of sequence {first_sequence + index}"
+        name = f"{what} of sequence {options.get('first_sequence', 0) + index}"
         names.append(name)
         given = {key: _of(key, values, index) for key, values in per_sequence.items()}
         parts = parts_of(entry, decode, name, experts, given["starts"])
@@ -102,10 +111,11 @@ def trace_of_sequences(
             raise InputError(f"{key} has {len(values)} entries, but {what} has {len(sequences)}")
     if not sequences:
         raise InputError(f"{what} is empty, but must hold at least one sequence")
-    layers, dropped, assumed = seen.moe_layers(moe_layer_ids)
+    found = seen.moe_layers(options.get("moe_layer_ids"))
     if not all(sequence.certain for sequence in sequences):
-        assumed += (f"rows of {what} begin at token 0 and end where they end: give num_tokens or token_ids",)
-    trace = _assembled(sequences, names, layers, seen.top_k, experts, holes, (masks, replay_masks), dropped, assumed)
+        said = f"rows of {what} begin at token 0 and end with their sequence: give num_tokens or token_ids to check"
+        found = found._replace(assumed=(*found.assumed, said))
+    trace = _assembled(sequences, names, found, experts, holes, masks)
     _log(trace)
     return trace
 
@@ -142,15 +152,13 @@ def _blank_fillers(ids: np.ndarray, filler: Filler, num_experts: int) -> None:
 def _assembled(
     sequences: list[Placed],
     names: list[str],
-    layers: list[int],
-    top_k: int,
+    found: LayersFound,
     num_experts: int,
     holes: Holes,
     masks: tuple[Sequence[Any] | None, Sequence[Any] | None],
-    dropped: tuple[int, ...],
-    assumed: tuple[str, ...],
 ) -> RoutingTrace:
     """The trace. What it is made of is freed on the way."""
+    layers = found.layers
     offsets = np.cumsum([0, *(sequence.tokens for sequence in sequences)], dtype=np.int64)
     reasons = [
         _reasons(sequence, layers, name, *(None if mask is None else mask[index] for mask in masks))
@@ -161,7 +169,7 @@ def _assembled(
             _refuse_holes(name, codes, sequence, layers)
     dtype = compact_dtype(num_experts)
     try:
-        out = np.empty((int(offsets[-1]), len(layers), top_k), dtype)
+        out = np.empty((int(offsets[-1]), len(layers), found.top_k), dtype)
     except (MemoryError, ValueError) as error:
         raise InputError(f"{offsets[-1]} tokens of {len(layers)} layers do not fit into memory: {error}") from None
     versions: list[VersionSpan] = []
@@ -174,7 +182,9 @@ def _assembled(
         check_ids(rows, num_experts, codes > KNOWN, names[index], tuple(layers))
         versions += [VersionSpan(index, *span) for span in sequence.versions]
     codes = np.concatenate(reasons) if reasons else np.zeros(0, np.uint8)
-    return RoutingTrace._of_checked(out, codes, offsets, num_experts, tuple(layers), tuple(versions), dropped, assumed)
+    return RoutingTrace._of_checked(
+        out, codes, offsets, num_experts, tuple(layers), tuple(versions), found.dropped, found.assumed
+    )
 
 
 def _reasons(sequence: Placed, layers: list[int], name: str, mask: Any, replay_mask: Any) -> np.ndarray:

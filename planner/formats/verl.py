@@ -11,6 +11,7 @@ import numpy as np
 from ..errors import InputError, ShapeError
 from ..trace import RoutingTrace
 from .parts import array_of
+from .placing import LastToken
 from .sequences import SequenceOptions, trace_of_sequences
 
 
@@ -28,7 +29,7 @@ def from_verl(
 
     routed_experts: padded [bs, j, L, K] with `attention_mask` [bs, j], packed [1, total, L, K] or [total, L, K] with
                     `cu_seqlens` [bs + 1], or the rows [n, L, K] of each sequence (a jagged tensor's `unbind()`), None
-                    for a sample without any
+                    for a sample without any; these may lack the last token's row
     attention_mask: padding is left out wherever it is, also between prompt and answer
     response_mask:  0 for tokens of a response that were not generated (tool results, padding): they need no routing.
                     [bs, responses], or of each sequence [responses], the last tokens of the row; None: every token does
@@ -68,7 +69,8 @@ def from_verl(
     for name, value in (("masks", masks), ("replay_masks", replay)):
         if value is not None:
             options[name] = value  # type: ignore[literal-required]
-    return trace_of_sequences(sequences, num_experts, last_token="in place", **options)
+    last_token: LastToken = "either" if isinstance(routed_experts, list | tuple) else "in place"
+    return trace_of_sequences(sequences, num_experts, last_token=last_token, **options)
 
 
 def _length(ids: Any, index: int, options: Any) -> int:

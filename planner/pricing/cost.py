@@ -1,19 +1,22 @@
 """What a batch costs under a policy: a model, not a measurement. Seconds, for one optimizer step.
 
 For every (layer, micro-batch) the step takes, one after the other,
-  dense        attention and shared experts, forward and backward; the same for every policy
-  experts      the busiest rank's grouped GEMMs, rows rounded up to tiles, forward and backward
-  all-to-all   dispatch and combine, forward and backward, for the rank that gets most; a token travels to a rank once
-  replicas     weights pushed before forward and, unless they are kept, again before backward, gradients returned
-               after it: what of that outlasts the dense part behind which it is hidden
+  fixed        host and device work that nothing changes
+  dense        attention and shared experts, forward and backward
+  experts      the busiest rank's grouped GEMMs. A slot's rows are rounded up to tiles; each of its three GEMMs takes at
+               least its weights' way through memory, that of the weight gradient a read and a write of fp32
+  exchange     four all-to-alls at the busiest link, with a price for each launch. A token travels to a rank once (one
+               hop) or to a node once and then inside it (two hops)
+  fetched      fetched replicas: what their way takes longer than the dense part beside it, a part of the rest, since a
+               transfer slows the compute that hides it, and launches
 and once for the batch
-  kept         guests: weights in, gradients out, as far as this outlasts one micro-batch's dense part of that layer
-  migration    experts that change their owner, with optimizer state; hidden behind nothing
-Planning is not in the sum: as in the paper, it runs while the last rollouts finish. It is reported beside it.
+  kept         kept replicas: weights once to every node and handed on there, gradients added up in the node and sent
+               home; priced like fetched ones, hidden behind one micro-batch of the layer
+  migration    experts that change their home, with optimizer state; hidden behind nothing
+  planning     where it is not hidden behind the rollout
 
-Where tokens come from is unknown in a table without sources. Then rows are *estimated*: sources are alike, and a token
-chooses its ranks independently in proportion to their loads, so that with top-k K a rank that has the fraction f of all
-assignments gets a row of 1 - (1 - f) ** K of the tokens.
+Where tokens come from is unknown in a table without sources. Then rows are *estimated*: all ranks send alike, and a
+token chooses ranks independently, in proportion to what they compute for its node.
 """
 
 from dataclasses import dataclass, fields
@@ -28,15 +31,32 @@ _TILE = 128  # rows of a GEMM tile: each slot computes whole tiles
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What a batch is priced for.
+
+    keep_replicas: fetched replicas stay from forward to backward instead of being sent again.
+    """
+
+    model: ModelShape
+    device: DeviceSpec
+    gpus_per_node: int
+    sequence_length: int = 4096
+    transport: str = "one"
+    keep_replicas: bool = False
+
+
+@dataclass(frozen=True)
 class Cost:
     """Seconds of one optimizer step, by what they are spent on; and bytes per layer and micro-batch."""
 
+    fixed: float
     dense: float
     experts: float
-    all_to_all: float
-    replicas: float
+    exchange: float
+    fetched: float
     kept: float
     migration: float
+    planning: float
     bytes_fast: float
     bytes_slow: float
 
@@ -46,79 +66,169 @@ class Cost:
 
 
 def price(
-    outcome: Outcome,
-    model: ModelShape,
-    device: DeviceSpec,
-    gpus_per_node: int,
-    sequence_length: int,
-    rows_LMRR: np.ndarray | None = None,
-    *,
-    keep_replicas: bool = False,
+    outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None, planning_seconds: float = 0.0
 ) -> Cost:
-    """The cost of a batch.
-
-    Args:
-        rows_LMRR: distinct rows from each source rank to each rank, where the trace is known.
-        keep_replicas: replicas stay from forward to backward instead of being pushed again.
-    """
-    ranks = outcome.pushed_in.shape[2]
-    tokens = outcome.rank_load.sum(2) / model.top_k  # [L, M] over all ranks
-    dense = 3 * tokens / ranks * model.dense_flops(sequence_length) / device.dense_flops  # backward is twice forward
-    tiles = -(-outcome.slot_load // _TILE)
-    experts = 3 * (tiles.sum(3).max(2) * _TILE) * model.assignment_flops() / device.grouped_flops
-
-    fast_rows, slow_rows = _rows(outcome, model.top_k, gpus_per_node, rows_LMRR)
-    row_bytes = 2 * model.hidden_size
-    exchange = np.maximum(fast_rows * row_bytes / device.fast, slow_rows * row_bytes / device.slow)
-
-    near = np.maximum(outcome.pushed_in, outcome.pushed_out).max(2) / device.fast
-    far = np.maximum(outcome.far_in, outcome.far_out).max(2) / device.slow
-    push = np.maximum(near, far) * model.expert_bytes
-    back = np.maximum(near, far) * ((0 if keep_replicas else model.expert_bytes) + model.gradient_bytes)
-    exposed = np.maximum(push - dense / 3, 0) + np.maximum(back - dense * 2 / 3, 0)
-
-    kept = np.maximum(outcome.kept_in, outcome.kept_out).max(1) / device.slow
-    window = dense.mean(1)
-    kept_exposed = np.maximum(kept * model.expert_bytes - window / 3, 0)
-    kept_exposed += np.maximum(kept * model.gradient_bytes - window * 2 / 3, 0)
-    moved = np.maximum(outcome.moved_in.sum(0), outcome.moved_out.sum(0)).max() * model.migration_bytes / device.slow
-
-    bytes_fast, bytes_slow = replica_bytes(outcome, model, keep_replicas=keep_replicas)
+    """The cost of a batch. rows_LMRR: distinct rows from each source rank to each rank, where the trace is known."""
+    parts = seconds_by_pair(outcome, setting, rows_LMRR)
+    bytes_fast, bytes_slow = replica_bytes(outcome, setting.model, keep_replicas=setting.keep_replicas)
     return Cost(
-        dense=float(dense.sum()),
-        experts=float(experts.sum()),
-        all_to_all=float(4 * exchange.sum()),
-        replicas=float(exposed.sum()),
-        kept=float(kept_exposed.sum()),
-        migration=float(moved),
+        **{name: float(part.sum()) for name, part in parts.items()},
+        kept=float(kept_seconds(outcome, setting).sum()),
+        migration=migration_seconds(outcome, setting),
+        planning=planning_seconds,
         bytes_fast=bytes_fast,
         bytes_slow=bytes_slow,
     )
 
 
-def replica_bytes(outcome: Outcome, model: ModelShape, *, keep_replicas: bool = False) -> tuple[float, float]:
-    """Bytes per layer and micro-batch inside nodes, and between them, for replicas, guests and migration.
+def seconds_by_pair(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None) -> dict[str, np.ndarray]:
+    """[L, M] of what is spent in every layer and micro-batch: fixed, dense, experts, exchange, fetched."""
+    dense = _dense(outcome, setting)
+    return {
+        "fixed": np.where(dense > 0, setting.device.layer_seconds, 0.0),
+        "dense": dense,
+        "experts": _slot_seconds(outcome.slot_load, setting).sum(3).max(2),
+        "exchange": _exchange(outcome, setting, rows_LMRR),
+        "fetched": _fetched(outcome, setting, dense),
+    }
 
-    A replica's weights travel twice (forward, backward), or once where it is kept in between, and its gradient once; a
-    guest's once each in a batch.
+
+def kept_seconds(outcome: Outcome, setting: Setting) -> np.ndarray:
+    """[L]: kept replicas of every layer."""
+    model, device = setting.model, setting.device
+    far = np.maximum(outcome.kept_in, outcome.kept_out).max(1) / device.slow
+    near = np.maximum(outcome.kept_near_in, outcome.kept_near_out).max(1) / device.fast
+    once = np.maximum(far, near)  # of one byte a replica
+    window = _dense(outcome, setting).mean(1)
+    return _hidden(once * model.expert_bytes, window / 3, device) + _hidden(
+        once * model.gradient_bytes, window * 2 / 3, device
+    )
+
+
+def migration_seconds(outcome: Outcome, setting: Setting) -> float:
+    """Of the rank that gets or gives most experts over all layers."""
+    moves = np.maximum(outcome.moved_in.sum(0), outcome.moved_out.sum(0)).max()
+    return float(moves * setting.model.migration_bytes / setting.device.slow)
+
+
+def _dense(outcome: Outcome, setting: Setting) -> np.ndarray:
+    ranks = outcome.slot_load.shape[2]
+    tokens = outcome.slot_load.sum((2, 3)) / setting.model.top_k / ranks
+    return 3 * tokens * setting.model.dense_flops(setting.sequence_length) / setting.device.dense_flops
+
+
+def _slot_seconds(slot_load: np.ndarray, setting: Setting) -> np.ndarray:
+    """Forward, gradient of the input and of the weights, each of the grouped GEMMs of one slot."""
+    model, device = setting.model, setting.device
+    rows = -(-slot_load // _TILE) * _TILE
+    compute = rows * (model.assignment_flops() / device.grouped_flops)
+    weights, update = model.expert_bytes / device.hbm, 8 * model.expert_parameters / device.hbm
+    seconds = 2 * np.maximum(compute, weights) + np.maximum(compute, update)
+    return np.where(slot_load > 0, seconds, 0.0)
+
+
+def _hidden(transfer: np.ndarray, window: np.ndarray, device: DeviceSpec) -> np.ndarray:
+    """What a transfer beside compute costs: what outlasts it, a part of the rest, and its launch."""
+    exposed = np.maximum(transfer - window, 0)
+    return np.where(transfer > 0, exposed + device.contention * (transfer - exposed) + device.transfer_launch, 0.0)
+
+
+def _fetched(outcome: Outcome, setting: Setting, dense: np.ndarray) -> np.ndarray:
+    model, device = setting.model, setting.device
+    near = np.maximum(outcome.pushed_in, outcome.pushed_out).max(2) / device.fast
+    far = np.maximum(outcome.far_in, outcome.far_out).max(2) / device.slow
+    once = np.maximum(near, far)
+    again = 0 if setting.keep_replicas else model.expert_bytes
+    launches = np.where(once > 0, device.transfer_launch if again else 0.0, 0.0)
+    return (
+        _hidden(once * model.expert_bytes, dense / 3, device)
+        + _hidden(once * (again + model.gradient_bytes), dense * 2 / 3, device)
+        + launches
+    )
+
+
+def _exchange(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None) -> np.ndarray:
+    if setting.transport == "auto":
+        return np.minimum(*(_hops(outcome, setting, way, rows_LMRR) for way in ("one", "two")))
+    return _hops(outcome, setting, setting.transport, rows_LMRR)
+
+
+def _hops(outcome: Outcome, setting: Setting, way: str, rows_LMRR: np.ndarray | None) -> np.ndarray:
+    ranks, device = outcome.slot_load.shape[2], setting.device
+    if rows_LMRR is not None:
+        near, far = _known_rows(rows_LMRR, setting.gpus_per_node)
+    else:
+        near, far = _estimated_rows(outcome, setting, way)
+    row_bytes = 2 * setting.model.hidden_size
+    launch = device.launch_fast if ranks == setting.gpus_per_node else device.launch_slow
+    if way == "two" and ranks > setting.gpus_per_node:
+        launch += device.launch_fast
+    busy = np.maximum(near * row_bytes / device.fast, far * row_bytes / device.slow)
+    return np.where((near > 0) | (far > 0), 4 * (busy + launch), 0.0) if ranks > 1 else np.zeros(near.shape)
+
+
+def _known_rows(rows_LMRR: np.ndarray, gpus_per_node: int) -> tuple[np.ndarray, np.ndarray]:
+    """[L, M] twice: rows that the busiest rank sends or gets inside its node, and between nodes."""
+    ranks = rows_LMRR.shape[2]
+    node = np.arange(ranks) // gpus_per_node
+    same = node[:, None] == node
+    near, far = rows_LMRR * (same & ~np.eye(ranks, dtype=bool)), rows_LMRR * ~same
+    busiest = [np.maximum(part.sum(3).max(2), part.sum(2).max(2)) for part in (near, far)]
+    return busiest[0], busiest[1]
+
+
+def _estimated_rows(outcome: Outcome, setting: Setting, way: str) -> tuple[np.ndarray, np.ndarray]:
+    """The same, estimated from what ranks compute for their own node and for others."""
+    gpus, top_k = setting.gpus_per_node, setting.model.top_k
+    load = outcome.slot_load.sum(3).astype(np.float64)
+    layers, micro_batches, ranks = load.shape
+    nodes = ranks // gpus
+    total = np.maximum(load.sum(2, keepdims=True), 1.0)
+    tokens = total / top_k
+    local = load / nodes if outcome.local is None else outcome.local
+    inside = tokens / nodes * (1 - _power(1 - np.minimum(local / (total / nodes), 1.0), top_k)) * ((gpus - 1) / gpus)
+    if nodes == 1:
+        return inside.max(2), np.zeros((layers, micro_batches))
+    away = (load - local).reshape(layers, micro_batches, nodes, gpus)
+    others = total * ((nodes - 1) / nodes)
+    # What arrives: at each rank from other nodes or, with two hops, at each node once, shared by its ranks.
+    if way == "one":
+        arriving = tokens[..., None] * ((nodes - 1) / nodes) * (1 - _power(1 - away / others[..., None], top_k))
+        near = inside.max(2)
+    else:
+        there = away.sum(3)
+        once = tokens * ((nodes - 1) / nodes) * (1 - _power(1 - there / others, top_k))
+        arriving = np.broadcast_to((once / gpus)[..., None], away.shape)
+        handed = tokens[..., None] * ((nodes - 1) / nodes) * (1 - _power(1 - away / others[..., None], top_k))
+        near = (inside.reshape(away.shape) + handed * ((gpus - 1) / gpus)).max((2, 3))
+    # What leaves a node: what its tokens want and its ranks do not compute, at the rows an assignment takes on average.
+    rows_each = arriving.sum((2, 3)) / np.maximum(away.sum((2, 3)), 1e-9)
+    leaving = total[..., 0, None] / nodes - local.reshape(layers, micro_batches, nodes, gpus).sum(3)
+    return near, np.maximum(arriving.max((2, 3)), leaving.max(2) / gpus * rows_each)
+
+
+def _power(base: np.ndarray, exponent: int) -> np.ndarray:
+    """base ** exponent by multiplication, whose bits are the same on every machine."""
+    out, square = np.ones_like(base), base
+    while exponent:
+        if exponent & 1:
+            out = out * square
+        square, exponent = square * square, exponent >> 1
+    return out
+
+
+def replica_bytes(outcome: Outcome, model: ModelShape, *, keep_replicas: bool = False) -> tuple[float, float]:
+    """Bytes per layer and micro-batch inside nodes, and between them, for fetched and kept replicas and migration.
+
+    A fetched replica's weights travel twice (forward, backward), or once where it stays in between, and its gradient
+    once; a kept one's once each in a batch. Migration counts as between nodes.
     """
     trip = (1 if keep_replicas else 2) * model.expert_bytes + model.gradient_bytes
-    once = outcome.kept_in.sum() * (model.expert_bytes + model.gradient_bytes)
-    once += outcome.moved_in.sum() * model.migration_bytes
     pairs = outcome.pushed_in.shape[0] * outcome.pushed_in.shape[1]
-    return float(outcome.pushed_in.sum() * trip / pairs), float((outcome.far_in.sum() * trip + once) / pairs)
-
-
-def break_even(model: ModelShape, device: DeviceSpec, tokens_per_rank: float, sequence_length: int) -> int:
-    """Assignments below which a replica in the node costs more time than it saves.
-
-    Each assignment moved saves the busiest rank its FLOPs. The weights cost what of their way there, and of their
-    gradient's way back, the dense part of a micro-batch does not hide, plus one tile that rounding may add.
-    """
-    dense = tokens_per_rank * model.dense_flops(sequence_length) / device.dense_flops
-    exposed = max(model.expert_bytes / device.fast - dense, 0.0)
-    exposed += max((model.expert_bytes + model.gradient_bytes) / device.fast - 2 * dense, 0.0)
-    return 1 + int(exposed * device.grouped_flops / (3 * model.assignment_flops()))
+    fast = outcome.pushed_in.sum() * trip + outcome.kept_near_in.sum() * model.copy_bytes
+    slow = outcome.far_in.sum() * trip + outcome.kept_in.sum() * model.copy_bytes
+    slow += outcome.moved_in.sum() * model.migration_bytes
+    return float(fast / pairs), float(slow / pairs)
 
 
 def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:
@@ -127,22 +237,3 @@ def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:
     token, choice = np.nonzero(destination_TK >= 0)
     seen[token, destination_TK[token, choice]] = True
     return seen.sum(0)
-
-
-def _rows(
-    outcome: Outcome, top_k: int, gpus_per_node: int, rows_LMRR: np.ndarray | None
-) -> tuple[np.ndarray, np.ndarray]:
-    """[L, M] twice: rows that the worst rank sends or gets inside its node, and between nodes."""
-    ranks = outcome.rank_load.shape[2]
-    node = np.arange(ranks) // gpus_per_node
-    if rows_LMRR is not None:
-        same = node[:, None] == node
-        near = rows_LMRR * (same & ~np.eye(ranks, dtype=bool))
-        far = rows_LMRR * ~same
-        worst = [np.maximum(part.sum(3).max(2), part.sum(2).max(2)) for part in (near, far)]
-        return worst[0], worst[1]
-    load = outcome.rank_load
-    total = np.maximum(load.sum(2, keepdims=True), 1)
-    received = total / top_k * (1 - (1 - load / total) ** top_k)
-    most = np.maximum(received.max(2), received.mean(2))
-    return most * (gpus_per_node - 1) / ranks, most * (ranks - gpus_per_node) / ranks

@@ -55,6 +55,21 @@ DEVICES = {
     )
     for gpu in GPUS.values()
 }
+# Ranks on one machine's cores over gloo: the best of many runs on two busy cores of a Xeon, one thread a rank, measured.
+DEVICES["CPU"] = DeviceSpec(
+    name="CPU",
+    grouped_flops=60e9,
+    dense_flops=60e9,
+    hbm=14e9,
+    fast=0.7e9,
+    slow=0.7e9,
+    launch_fast=85e-6,
+    launch_slow=85e-6,
+    contention=1.0,
+    transfer_launch=85e-6,
+    layer_seconds=1e-3,
+    memory=8e9,
+)
 DEVICES["NVL72"] = replace(DEVICES["8xB200"], name="NVL72", memory=186e9)
 
 

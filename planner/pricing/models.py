@@ -8,7 +8,7 @@ from typing import Any
 from ..errors import FormatError, InputError
 
 SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says otherwise
-DEFAULT_MODEL = "Qwen3-235B-A22B"  # whose experts are priced where no shape is given
+DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
 
 
 @dataclass(frozen=True)

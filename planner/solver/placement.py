@@ -6,8 +6,8 @@ vectors: experts that are hot in the same micro-batches must not share a node.
 * `assign`: longest processing time. Hottest expert first, to the bin with room whose load overlaps least with it.
 * `improve`: pairwise swaps. First those that lower the sum of squares of bin loads, which is separable over bins, so
   that disjoint pairs of bins swap at once. Then, where nothing but the placement can level the nodes, those that lower
-  the sum over micro-batches of the busiest bin. Guests make the latter wrong: they level nodes for the price of what
-  all nodes together have in excess, which grows by about a sixth when only the busiest node counts.
+  the sum over micro-batches of the busiest bin. Plans with kept replicas leave the second kind out: replicas must take
+  what all nodes have above their share, and that grows by about a sixth when only the busiest node counts.
 
 With a placement to start from, swaps start there, each must be worth what it moves, and labels are matched at the end.
 
@@ -20,7 +20,7 @@ import numpy as np
 from .matching import match_labels
 
 _BITS = 15  # loads are scaled to this many bits here: products summed over experts and micro-batches stay exact
-_WORTH_MOVING = 1 / 64  # a swap away from the previous placement must lower the sum of squared excess by this part
+WORTH_MOVING = 1 / 64  # a swap away from the previous placement must lower the sum of squared excess by this part
 
 
 def place(
@@ -32,13 +32,15 @@ def place(
     max_moves: int | None = None,
     polish: bool = False,
     sweeps: int = 12,
+    worth: float = WORTH_MOVING,
 ) -> np.ndarray:
     """int32 [L, E]: the home rank of every expert. E must divide over the ranks.
 
     previous_home: [L, E], what to start from
     max_moves:     at most this many experts of a layer leave the rank of `previous_home`
-    polish:        also lower the busiest node, for plans without guests
+    polish:        also lower the busiest node, for plans that keep nothing
     sweeps:        over all pairs of bins; at 12, swaps have run out
+    worth:         a swap away from `previous_home` must lower the sum of squared excess by this part
     """
     layers, micro_batches, experts = table_LME.shape
     weight = _scaled(table_LME)  # [L, E, M]
@@ -48,7 +50,7 @@ def place(
         start = np.argsort(previous_home, axis=1, kind="stable").reshape(layers, num_nodes, -1)
         # A swap moves two experts. Half of the swaps, rounded up, may be between nodes.
         swaps = None if max_moves is None else -(-(max_moves // 2) // 2)
-        node_members = improve(weight, start, sweeps, polish=polish, max_swaps=swaps, worth=_WORTH_MOVING)
+        node_members = improve(weight, start, sweeps, polish=polish, max_swaps=swaps, worth=worth)
         node_members = _relabel(node_members, previous_home // gpus_per_node)
     inner = np.take_along_axis(weight, node_members.reshape(layers, -1, 1), 1)
     inner = inner.reshape(layers * num_nodes, experts // num_nodes, micro_batches)
@@ -60,7 +62,7 @@ def place(
             before // gpus_per_node == np.tile(np.arange(num_nodes), layers)[:, None], before % gpus_per_node, -1
         )
         swaps = None if max_moves is None else max_moves // 2 // 2 // num_nodes
-        rank_members = improve(inner, _fill_gaps(before, gpus_per_node), sweeps, max_swaps=swaps, worth=_WORTH_MOVING)
+        rank_members = improve(inner, _fill_gaps(before, gpus_per_node), sweeps, max_swaps=swaps, worth=worth)
         rank_members = _relabel(rank_members, before)
     expert = np.take_along_axis(node_members.reshape(layers * num_nodes, -1), rank_members.reshape(len(inner), -1), 1)
     home = np.empty((layers, experts), np.int32)

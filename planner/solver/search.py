@@ -1,167 +1,242 @@
-"""The search for a plan of the layers that need one: placements, guests and replicas, tried until they are good."""
+"""Which of a small family of plans takes the least time.
+
+Members differ in where homes are (as they are, or moved), in how much is kept (shares of what memory allows), and in
+whether copies of an expert are spread over nodes. Each is solved and priced on a fixed sample of layers and
+micro-batches; the cheapest is then solved for all. A layer that comes out dearer than leaving it alone is left alone.
+"""
+
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..cluster import ClusterSpec
-from ..plan import contiguous_home, rank_loads
-from .effort import EFFORTS, SearchOptions
-from .labels import bring_near, spread_guests
-from .placement import place
-from .replicas import Attempt, Replicas, find_replicas, keep_guests, target_load
-from .replication import Effort
+from ..options import PlanOptions
+from ..plan import BatchPlan, rank_loads
+from ..pricing.cost import Setting, kept_seconds, migration_seconds, seconds_by_pair
+from ..pricing.outcome import Outcome, moves, outcome_of_plan
+from .kept import Copies, choose_copies, pack, shares
+from .placement import WORTH_MOVING, place
+from .solution import Effort, Solution, fetch_price, solve, target_load
 
-_GOOD_MEAN, _GOOD_WORST = 1.5e-3, 1e-2  # a layer this close to its target, in the mean and at worst, came out well
-_FEW_NODES = 8  # up to which attempts are cheap
-_GAIN, _PATIENCE = 0.9, 5  # attempts in a row that leave more than this part of the excess, after which a search ends
-
-
-class _Best:
-    """The best plan found for every layer, and by how much its busiest ranks exceed their target, relative to it."""
-
-    def __init__(self, table_LME: np.ndarray, cluster: ClusterSpec, target_LM: np.ndarray, slack: int) -> None:
-        layers, micro_batches, experts = table_LME.shape
-        self.home = np.zeros((layers, experts), np.int32)
-        self.replicas = Replicas.none(layers, micro_batches, cluster.num_ranks, cluster.replica_slots)
-        self.excess_LM = np.full((layers, micro_batches), np.inf)
-        self._table, self._target, self._slack = table_LME, target_LM, slack
-
-    def unfinished(self) -> np.ndarray:
-        """bool [L]: layers that are not good yet."""
-        return (self.excess_LM.mean(1) > _GOOD_MEAN) | (self.excess_LM.max(1) > _GOOD_WORST)
-
-    def keep(self, layer: np.ndarray, home: np.ndarray, other: Replicas) -> np.ndarray:
-        """Take what is better for these layers; bool [layers], where it is much better."""
-        target = self._target[layer]
-        busiest = rank_loads(self._table[layer], home, other.replicas, other.quota).max(2)
-        excess = np.maximum(busiest - target - self._slack, 0) / np.maximum(target, 1)
-        before, after = _score(self.excess_LM[layer]), _score(excess)
-        chosen = np.flatnonzero(after < before)
-        self.replicas.put(layer[chosen], other, chosen)
-        self.home[layer[chosen]] = home[chosen]
-        self.excess_LM[layer[chosen]] = excess[chosen]
-        return after < _GAIN * before
+EFFORTS = {
+    "full": Effort(rounds=24, sweeps=4, slack=1 / 1024, within=0.02, again=4, near=0.002, hard=10),
+    "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
+}
+_EXACT = 1 << 20  # sweeps: as many as it takes
+_LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried below what memory allows
+_SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
+_NEARLY = 1.3  # max/mean of layers that may be better left alone
+_SAMPLE_LAYERS, _SAMPLE_MICRO_BATCHES = 4, 6
 
 
-def plan_layers(
-    table: np.ndarray,
-    cluster: ClusterSpec,
-    previous: np.ndarray | None,
-    options: SearchOptions,
-    wanted_LNE: np.ndarray | None,
-) -> tuple[np.ndarray, Replicas]:
-    """Placement [L, E] and replicas of layers. `wanted_LNE`: see labels.py."""
-    layers, _, experts = table.shape
-    target = target_load(table, cluster.num_ranks, options.balance)
-    best = _Best(table, cluster, target, options.min_quota - 1)
-    for guests_a_rank in _guest_counts(cluster, options):
-        _search(best, table, cluster, target, previous, options, guests_a_rank)
-    home, found = best.home, best.replicas
-    if wanted_LNE is not None and previous is None:
-        bring_near(wanted_LNE, home, found, cluster)
-    if found.guests.any() and previous is None:
-        spread_guests(home, found, cluster)
-    if options.max_kept is not None and found.guests.any():
-        attempt = _attempts(options, cluster.replica_slots)[0]
-        _limit_guests(table, home, cluster, target, attempt, found, options.max_kept)
+@dataclass(frozen=True)
+class Member:
+    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move, None without a limit."""
 
-    # Never worse than to leave experts where they are.
-    stay = contiguous_home(layers, experts, cluster.num_ranks) if previous is None else previous
-    ours = rank_loads(table, home, found.replicas, found.quota).max(2)
-    theirs = rank_loads(table, stay, found.replicas[..., :0], found.quota[..., :0]).max(2)
-    total = np.maximum(table.sum(2), 1)
-    worse = np.flatnonzero((ours.sum(1) > theirs.sum(1)) | ((ours / total).sum(1) > (theirs / total).sum(1)))
-    if len(worse):
-        home[worse] = stay[worse]
-        inside = find_replicas(table[worse], stay[worse], cluster, target[worse], _attempts(options, 0)[0])
-        found.put(worse, inside, np.arange(len(worse)))
-    return home, found
+    kept: float
+    spread: bool = True
+    moves: int | None = 0
 
 
-def _guest_counts(cluster: ClusterSpec, options: SearchOptions) -> tuple[int, ...]:
-    """How many guests a rank to try, in turn, on the layers that are not good yet. A rank without a slot left for its
-    own node's experts is a last resort: guests level nodes, and only replicas level the ranks inside."""
-    if cluster.num_nodes == 1 or options.max_kept == 0:
-        return (0,)
-    most = min(2, cluster.replica_slots) if options.kept_slots is None else options.kept_slots
-    usual = max(min(most, cluster.replica_slots - 1, 1), 0)
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Layers to plan. wanted_LMNE: see `pricing.outcome.wanted_by_nodes`. home: where experts are. copies: memory of a
+    rank for kept replicas over these layers."""
+
+    table_LME: np.ndarray
+    wanted_LMNE: np.ndarray
+    home: np.ndarray
+    copies: int
+    cluster: ClusterSpec
+    options: PlanOptions
+    setting: Setting
+
+    def sample(self) -> "Problem":
+        """A few layers and micro-batches of it, evenly spaced."""
+        layers = len(self.table_LME)
+        chosen = _spaced(layers, _SAMPLE_LAYERS)
+        return replace(
+            self,
+            table_LME=self.table_LME[chosen],
+            wanted_LMNE=self.wanted_LMNE[chosen],
+            home=self.home[chosen],
+            copies=self.copies * len(chosen) // layers,
+        )
+
+
+def plan_layers(problem: Problem) -> Solution:
+    """The cheapest solution of the family."""
+    effort = EFFORTS[problem.options.effort]
+    if problem.options.balance is not None:
+        effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, exits=16)
+    members = _members(problem)
+    best = members[0]
+    if len(members) > 1:
+        sample = problem.sample()
+        quick = replace(effort, again=min(effort.again, 1), hard=0)
+        costs = [_sample_seconds(sample, member, quick) for member in members]
+        best = members[int(np.argmin(costs))]
+    home, copies = _hosts(problem, best)
+    solution = _drop_idle(_solve(problem, home, copies, effort))
+    if problem.options.balance is None:
+        _leave_alone(problem, solution)
+    return solution
+
+
+def _leave_alone(problem: Problem, solution: Solution) -> None:
+    """Undo, in place, layers that would be as fast or faster with their experts where they are and no replicas.
+
+    Where weights are small beside what tokens cost, only layers that are nearly balanced as they are can be such.
+    """
+    table, ranks = problem.table_LME, problem.cluster.num_ranks
+    if _weights_are_small(problem):
+        empty = np.zeros((*table.shape[:2], ranks, 0), np.int32)
+        busiest = rank_loads(table, problem.home, empty, empty).max(2).sum(1)
+        doubtful = np.flatnonzero(busiest * ranks < _NEARLY * table.sum((1, 2)))
+        part = replace(problem, table_LME=table[doubtful], wanted_LMNE=problem.wanted_LMNE[doubtful])
+        part = replace(part, home=problem.home[doubtful])
+        if len(doubtful):
+            some = Solution(*(value[doubtful] for value in vars(solution).values()))
+            _undo(part, some)
+            for name, value in vars(some).items():
+                getattr(solution, name)[doubtful] = value
+    else:
+        _undo(problem, solution)
+
+
+def _weights_are_small(problem: Problem) -> bool:
+    """Whether a rank's experts take longer for its tokens than one replica's way between nodes."""
+    model, device = problem.setting.model, problem.setting.device
+    each = problem.table_LME.sum(2).mean() / problem.cluster.num_ranks
+    return bool(3 * each * model.assignment_flops() / device.grouped_flops > 4 * model.copy_bytes / device.slow)
+
+
+def _undo(problem: Problem, solution: Solution) -> None:
+    still = solve_nothing(problem)
+    seconds = []
+    for each in (solution, still):
+        outcome = replace(outcome_of(each, problem), **moves(each.home, problem.home, problem.cluster.num_ranks))
+        moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
+        once = kept_seconds(outcome, problem.setting)
+        once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
+        pairs = seconds_by_pair(outcome, problem.setting)
+        seconds.append(sum(part.sum(1) for part in pairs.values()) + once)
+    worse = np.flatnonzero(seconds[0] >= seconds[1])
+    for name, value in vars(still).items():
+        getattr(solution, name)[worse] = value[worse]
+
+
+def solve_nothing(problem: Problem) -> Solution:
+    """Experts where they are, and no replicas."""
+    layers, micro_batches, _ = problem.table_LME.shape
+    slots = problem.cluster.num_ranks, problem.cluster.replica_slots
+    empty = np.full((layers, micro_batches, *slots), -1, np.int32)
+    return Solution(problem.home.copy(), empty, np.zeros_like(empty), np.zeros((layers, *slots), np.bool_))
+
+
+def _members(problem: Problem) -> list[Member]:
+    """The family, dearest in memory first; of equally good members the first is taken."""
+    options, cluster = problem.options, problem.cluster
+    layers = len(problem.table_LME)
+    most = min(float(cluster.replica_slots), problem.copies / layers)
+    levels = [most, *(level for level in _LEVELS if level <= most / 2)][:2] if most > 0 else []
     if options.effort == "fast":
-        return (usual,)
-    more = range(1, most + 1) if cluster.num_nodes <= _FEW_NODES else ()
-    return tuple(dict.fromkeys([usual, *more, 0]))
+        return [Member(levels[0] if levels else 0.0, moves=0 if levels else options.max_moves)]
+    family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
+    if most < 1.5:
+        family.append(Member(0.0))
+    experts = problem.table_LME.shape[2]
+    if most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0:
+        for moved in (experts // 32, experts // 16, experts // 8, experts // 4, None):
+            limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
+            family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
+    return list(dict.fromkeys(family))
 
 
-def _attempts(options: SearchOptions, guests_a_rank: int) -> list[Attempt]:
-    effort = EFFORTS[options.effort]
-    inside = Effort(effort.rules, effort.steps, options.min_quota)
-    fills = effort.fills if guests_a_rank else effort.fills[:1]
-    return [Attempt(fill, effort.slack, effort.candidates, guests_a_rank, inside) for fill in fills]
-
-
-def _search(
-    best: _Best,
-    table: np.ndarray,
-    cluster: ClusterSpec,
-    target: np.ndarray,
-    previous: np.ndarray | None,
-    options: SearchOptions,
-    guests_a_rank: int,
-) -> None:
-    """Try placements with at most so many guests a rank, until a layer is good or nothing helps."""
-    effort = EFFORTS[options.effort]
-    emphasis = np.ones(table.shape[:2], np.int64)
-    few_nodes = cluster.num_nodes <= _FEW_NODES
-    full_patience = _PATIENCE if few_nodes else 2
-    patience = np.full(len(table), full_patience)
-    for _ in range(effort.placements if guests_a_rank and few_nodes else 1):
-        again = np.flatnonzero(best.unfinished() & (patience > 0))
-        if not len(again):
-            break
-        part = table[again]
-        placed = place(
-            part * emphasis[again, :, None],
+def _hosts(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
+    cluster = problem.cluster
+    layers = len(problem.table_LME)
+    home = problem.home
+    if member.moves != 0:
+        home = place(
+            problem.table_LME,
             cluster.num_nodes,
             cluster.gpus_per_node,
-            previous_home=None if previous is None else previous[again],
-            max_moves=options.max_moves,
-            polish=guests_a_rank == 0 and options.effort == "full",
-            sweeps=effort.sweeps,
-        )
-        for attempt in _attempts(options, guests_a_rank):
-            open_ = np.flatnonzero((best.unfinished() & (patience > 0))[again])
-            if not len(open_):
-                break
-            layer = again[open_]
-            other = find_replicas(part[open_], placed[open_], cluster, target[layer], attempt)
-            gained = best.keep(layer, placed[open_], other)
-            patience[layer] = np.where(gained, full_patience, patience[layer] - 1)
-        # Where that did not do, the next placement looks harder at the micro-batches that came out worst.
-        emphasis[best.excess_LM > _GOOD_WORST] += 1
+            previous_home=problem.home,
+            max_moves=member.moves,
+            polish=member.kept <= 0,
+            worth=WORTH_MOVING if member.moves is not None else WORTH_MOVING / 64,
+        ).astype(np.int32)
+    if member.kept <= 0:
+        return home, Copies.none()
+    share = shares(problem.table_LME, cluster.num_ranks)
+    total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
+    layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
+    copies = pack(
+        share,
+        home,
+        layer,
+        expert,
+        ranks=cluster.num_ranks,
+        gpus_per_node=cluster.gpus_per_node,
+        slots=cluster.replica_slots,
+        rank_copies=problem.copies,
+        spread=member.spread,
+    )
+    return home, copies
 
 
-def _limit_guests(
-    table: np.ndarray,
-    home: np.ndarray,
-    cluster: ClusterSpec,
-    target: np.ndarray,
-    attempt: Attempt,
-    found: Replicas,
-    max_kept: int,
-) -> None:
-    """Drop guests until no rank has more than `max_kept`; layers compete for them by their gain."""
-    layer, rank, slot = np.nonzero(found.guests)
-    order = np.lexsort((-found.gain[layer, rank, slot], rank))
-    place_on_rank = np.empty(len(order), np.int64)
-    first = np.flatnonzero(np.diff(rank[order], prepend=-1))
-    place_on_rank[order] = np.arange(len(order)) - np.repeat(first, np.diff([*first, len(order)]))
-    keep = np.zeros_like(found.guests)
-    kept = place_on_rank < max_kept
-    keep[layer[kept], rank[kept], slot[kept]] = True
-    fewer = np.flatnonzero((keep != found.guests).any((1, 2)))
-    if len(fewer):
-        old = Replicas(*(array[fewer] for array in vars(found).values()))
-        new = keep_guests(table[fewer], home[fewer], cluster, target[fewer], attempt, old, keep[fewer])
-        found.put(fewer, new, np.arange(len(fewer)))
+def _solve(problem: Problem, home: np.ndarray, copies: Copies, effort: Effort) -> Solution:
+    cluster, options, setting = problem.cluster, problem.options, problem.setting
+    target = target_load(problem.table_LME, cluster.num_ranks, options.balance, effort.slack)
+    tokens = problem.table_LME.sum(2).mean() / setting.model.top_k / cluster.num_ranks
+    dense = 3 * tokens * setting.model.dense_flops(setting.sequence_length) / setting.device.dense_flops
+    fetched = cluster.replica_slots if options.fetched_slots is None else options.fetched_slots
+    return solve(
+        problem.table_LME,
+        problem.wanted_LMNE,
+        home,
+        copies,
+        cluster,
+        target,
+        min(fetched, cluster.replica_slots),
+        effort,
+        fetch_price(setting, dense, cluster.num_ranks, options.balance),
+    )
 
 
-def _score(excess_LM: np.ndarray) -> np.ndarray:
-    return excess_LM.mean(1) + excess_LM.max(1) / 8
+def _sample_seconds(sample: Problem, member: Member, effort: Effort) -> float:
+    """Modelled seconds of the sample under a member; with a balance to reach, those that miss it come last."""
+    home, copies = _hosts(sample, member)
+    some = _spaced(sample.table_LME.shape[1], _SAMPLE_MICRO_BATCHES)
+    part = replace(sample, table_LME=sample.table_LME[:, some], wanted_LMNE=sample.wanted_LMNE[:, some])
+    solution = _solve(part, home, copies, effort)
+    outcome = outcome_of(solution, part)
+    counts = moves(home, sample.home, sample.cluster.num_ranks)
+    outcome = replace(outcome, **counts)
+    pairs = sum(part.sum() for part in seconds_by_pair(outcome, sample.setting).values())
+    once = float(kept_seconds(outcome, sample.setting).sum()) + migration_seconds(outcome, sample.setting)
+    seconds = float(pairs) + once * len(some) / sample.table_LME.shape[1]
+    if sample.options.balance is not None:
+        ratio = outcome.imbalance()
+        missed = np.nan_to_num(np.maximum(ratio - sample.options.balance, 0)).mean()
+        return float(missed) * 1e6 + seconds
+    return seconds
+
+
+def outcome_of(solution: Solution, problem: Problem) -> Outcome:
+    """What a solution costs, moves aside."""
+    plan = BatchPlan(solution.home, solution.replicas, solution.quota, solution.kept, problem.cluster.gpus_per_node)
+    return outcome_of_plan(plan, problem.table_LME)
+
+
+def _drop_idle(solution: Solution) -> Solution:
+    """Kept replicas that compute nothing in any micro-batch go."""
+    idle = solution.kept & (solution.quota.sum(1) == 0)
+    solution.kept[idle] = False
+    np.copyto(solution.replicas, -1, where=idle[:, None])
+    return solution
+
+
+def _spaced(count: int, most: int) -> np.ndarray:
+    return np.arange(min(count, most)) * count // min(count, most)

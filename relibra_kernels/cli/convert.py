@@ -19,7 +19,7 @@ from ..planner.errors import FormatError, InputError, ReLibraError
 from ..planner.files import load_npz, save_npz
 from ..planner.formats.parts import STARTS, VERSIONS
 from ..planner.formats.reading import read_arrays, read_json, read_json_lines
-from ..planner.formats.sequences import HOLES
+from ..planner.formats.sequences import HOLES, SequenceOptions
 from ..planner.trace_writer import TraceWriter
 
 INPUTS = {
@@ -31,6 +31,12 @@ INPUTS = {
     "prime-rl": "JSON lines with `routed_experts`: {data (base64), shape, dtype, start}",
     "nemo-rl": "JSON lines with `routed_experts`: 'nrlre1:...'",
     "megatron": "JSON lines of the router trace: step, layer, rank, num_tokens, topk, top_indices",
+}
+LOADERS: dict[str, Callable[..., RoutingTrace]] = {
+    "vllm": formats.from_vllm,
+    "slime": formats.from_slime,
+    "prime-rl": formats.from_prime_rl,
+    "nemo-rl": formats.from_nemo_rl,
 }
 AT_ONCE = 64  # sequences in memory
 
@@ -136,27 +142,32 @@ def _save_trace(traces: Iterable[RoutingTrace], out: Path) -> dict[str, Any]:
 
 def _traces(args: argparse.Namespace) -> Iterator[RoutingTrace]:
     """The trace of a few sequences after the other. Token ids go along where every sequence has them."""
-    common: dict[str, Any] = {"moe_layer_ids": args.moe_layers, "holes": args.holes}
     if args.form == "megatron":
         lines = (line for _, line in read_json_lines(args.input))
         yield formats.from_megatron_lines(lines, args.num_experts, holes=args.holes)
-        return
-    if args.form == "verl":
-        arrays: dict[str, Any] = load_npz(
-            args.input, ("routed_experts",), ("attention_mask", "cu_seqlens", "response_mask", "replay_mask")
-        )
-        token_ids = None if args.tokens is None else list(_token_id_lists(args.tokens))
-        yield formats.from_verl(arrays.pop("routed_experts"), args.num_experts, token_ids=token_ids, **common, **arrays)
-        return
-    if args.form == "sglang":
-        common |= {"num_layers": args.num_layers, "top_k": args.top_k}
-    loaders: dict[str, Callable[..., RoutingTrace]] = {
-        "vllm": formats.from_vllm,
-        "sglang": formats.from_sglang,
-        "slime": formats.from_slime,
-        "prime-rl": formats.from_prime_rl,
-        "nemo-rl": formats.from_nemo_rl,
-    }
+    elif args.form == "verl":
+        yield _verl_trace(args)
+    else:
+        yield from _traces_of_samples(args)
+
+
+def _verl_trace(args: argparse.Namespace) -> RoutingTrace:
+    masks = ("attention_mask", "cu_seqlens", "response_mask", "replay_mask")
+    arrays = load_npz(args.input, ("routed_experts",), masks)
+    return formats.from_verl(
+        arrays["routed_experts"],
+        args.num_experts,
+        attention_mask=arrays.get("attention_mask"),
+        cu_seqlens=arrays.get("cu_seqlens"),
+        response_mask=arrays.get("response_mask"),
+        replay_mask=arrays.get("replay_mask"),
+        token_ids=None if args.tokens is None else list(_token_id_lists(args.tokens)),
+        moe_layer_ids=args.moe_layers,
+        holes=args.holes,
+    )
+
+
+def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
     samples = _samples(args.input, args.form)
     given = None if args.tokens is None else iter(_token_id_lists(args.tokens))
     done = 0
@@ -166,18 +177,21 @@ def _traces(args: argparse.Namespace) -> Iterator[RoutingTrace]:
             ids = list(itertools.islice(given, len(batch)))
             if len(ids) < len(batch):
                 raise InputError(f"--tokens has {done + len(ids)} sequences, but there are more")
-        token_ids = None if any(tokens is None for tokens in ids) else ids
-        options = {**common, **({} if done == 0 else {"first_sequence": done})}
-        yield loaders[args.form](
-            [_payload(sample) for sample in batch], args.num_experts, token_ids=token_ids, **options
-        )
+        options: SequenceOptions = {
+            "token_ids": None if any(tokens is None for tokens in ids) else ids,
+            "moe_layer_ids": args.moe_layers,
+            "holes": args.holes,
+            "first_sequence": done,
+        }
+        payloads = [sample if len(sample) > 1 else sample["routed_experts"] for sample in batch]
+        if args.form == "sglang":
+            sizes = {"num_layers": args.num_layers, "top_k": args.top_k}
+            yield formats.from_sglang(payloads, args.num_experts, **sizes, **options)
+        else:
+            yield LOADERS[args.form](payloads, args.num_experts, **options)
         done += len(batch)
     if given is not None and next(given, None) is not None:
         raise InputError(f"num_tokens has more entries than the {done} sequences")
-
-
-def _payload(sample: dict[str, Any]) -> Any:
-    return sample if len(sample) > 1 else sample["routed_experts"]
 
 
 def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,26 @@ from ..planner import (
     MODELS,
     BatchPlan,
     ClusterSpec,
+    ModelShape,
     PlanOptions,
     RoutingTrace,
+    Setting,
     check_loads,
     count_loads,
     find_device,
     find_model,
     outcome_of_plan,
     plan_batch,
-    replica_bytes,
+    price,
 )
 from ..planner.errors import FormatError, InputError
 from ..planner.files import load_npz, npz_keys, save_npz
+from ..planner.loads import total_loads
 from ..planner.options import EFFORTS, TRANSPORTS
+from ..planner.plan import contiguous_home
 from ..planner.pricing.devices import DEFAULT_DEVICE
 from ..planner.pricing.models import DEFAULT_MODEL
+from ..planner.simulation.baselines.balanced import forced_balanced
 
 _FLAGS = {
     "num_nodes": "--nodes",
@@ -55,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--kept-bytes",
         type=float,
         metavar="BYTES",
-        help="a rank's memory for kept replicas over all layers; default: a tenth",
+        help="a rank's memory for kept replicas over all layers; default: a tenth of the GPU's",
     )
     parser.add_argument(
         "--fetched-slots", type=int, metavar="F", help="at most F of the S slots are fetched; default: all"
@@ -73,7 +79,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-experts", type=int, metavar="E", help="for a trace that does not say")
     parser.add_argument("--model", default="", help="name of the model, kept in the plan")
     parser.add_argument(
-        "--shape", default=DEFAULT_MODEL, help=f"what is priced: {', '.join(MODELS)}, a config.json, or H,I,E,K"
+        "--shape",
+        help=f"what is priced: {', '.join(MODELS)}, a config.json, or H,I,E,K; "
+        f"default {DEFAULT_MODEL}. Of a load table's model only H, I, K and attention are taken from it",
     )
     parser.add_argument(
         "--device", default=DEFAULT_DEVICE, help=f"one of {', '.join(DEVICES)}; default {DEFAULT_DEVICE}"
@@ -103,11 +111,11 @@ def run(args: argparse.Namespace) -> int:
             fetched_slots=args.fetched_slots,
             max_moves=args.max_moves,
             transport=args.transport,
-            shape=find_model(args.shape),
+            shape=find_model(args.shape or DEFAULT_MODEL),
             device=find_device(args.device),
         )
     shape = options.shape
-    loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
+    loads = read_loads(args.input, args.micro_batch_sequences, args.num_experts, shape if args.shape else None)
     previous = None
     if args.previous is not None:
         before = BatchPlan.load(args.previous, model=args.model or None)
@@ -126,51 +134,75 @@ def run(args: argparse.Namespace) -> int:
     plan.save(args.out)
     if args.save_loads is not None:
         save_npz(args.save_loads, loads=loads)
-    outcome = outcome_of_plan(plan, loads, previous)
-    fast, slow = replica_bytes(outcome, shape)
-    report: dict[str, Any] = {
-        "imbalance_mean": plan.imbalance_mean(loads),
-        "imbalance_worst": plan.imbalance_worst(loads),
-        "plan_seconds": seconds,
-        "replicas_mean": float(outcome.pushed_in.sum(2).mean()),
-        "kept_mean": float(plan.kept.sum((1, 2)).mean()),
-        "moves_mean": float(outcome.moved_in.sum(1).mean()),
-        "bytes_fast": fast,
-        "bytes_slow": slow,
-        "kept_bytes_worst": int(plan.kept.sum((0, 2)).max() * shape.copy_bytes),
-        "shape": shape.name,
-    }
+    report = report_of(plan, loads, options, previous) | {"plan_seconds": seconds, "shape": shape.name}
     print(
         f"{plan.num_layers} layers x {plan.num_micro_batches} micro-batches x {plan.num_experts} experts over "
         f"{plan.num_ranks} ranks, planned in {seconds:.2f} s"
     )
     print(f"max/mean over ranks: mean {report['imbalance_mean']:.4f}, worst {report['imbalance_worst']:.4f}")
     print(
-        f"per layer and micro-batch: {report['replicas_mean']:.1f} replicas, {fast / 1e6:.1f} MB inside nodes, ", end=""
+        f"modelled step ({shape.name}, {options.device.name}): {report['modelled_over_balanced']:.4f} of forced "
+        f"balanced routing; {report['local_share']:.1%} of the assignments stay on their node"
     )
-    print(f"{slow / 1e6:.1f} MB between them (experts of {shape.name})")
-    print(f"per layer: {report['kept_mean']:.1f} kept replicas, {report['moves_mean']:.1f} experts moved; ", end="")
-    print(f"kept replicas take up to {report['kept_bytes_worst'] / 1e9:.2f} GB of a rank")
+    print(
+        f"per layer: {report['kept_mean']:.1f} kept replicas, up to {report['kept_bytes_worst'] / 1e9:.2f} GB "
+        f"of a rank; {report['moves_mean']:.1f} experts moved"
+    )
+    print(
+        f"per layer and micro-batch: {report['replicas_mean']:.1f} fetched replicas, at most "
+        f"{report['busiest_sender_mean']:.1f} from one rank"
+    )
     print(f"plan written to {args.out}")
     if args.json:
         print(json.dumps(report))
     return 0
 
 
+def report_of(plan: BatchPlan, loads: np.ndarray, options: PlanOptions, previous: np.ndarray | None) -> dict[str, Any]:
+    """The figures of a plan. Moves are counted from `previous`, or from contiguous homes."""
+    before = contiguous_home(plan.num_layers, plan.num_experts, plan.num_ranks) if previous is None else previous
+    outcome = outcome_of_plan(plan, loads, before)
+    setting = Setting(
+        replace(options.shape, experts=plan.num_experts),
+        options.device,
+        plan.gpus_per_node,
+        options.sequence_length,
+        options.transport,
+    )
+    cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
+    cost, bound = price(outcome, setting), price(forced_balanced(total_loads(loads), cluster), setting)
+    return {
+        "imbalance_mean": plan.imbalance_mean(loads),
+        "imbalance_worst": plan.imbalance_worst(loads),
+        "modelled_over_balanced": cost.seconds / bound.seconds if bound.seconds else 1.0,
+        "replicas_mean": float(outcome.pushed_in.sum(2).mean()),
+        "busiest_sender_mean": float(outcome.pushed_out.max(2).mean()),
+        "kept_mean": float(plan.kept.sum((1, 2)).mean()),
+        "kept_bytes_worst": int(plan.kept.sum((0, 2)).max(initial=0) * options.shape.copy_bytes),
+        "moves_mean": float(outcome.moved_in.sum(1).mean()),
+        "migration_bytes": int(outcome.moved_in.sum() * options.shape.migration_bytes),
+        "local_share": 1.0 if np.isnan(outcome.local_share) else outcome.local_share,
+        "bytes_fast": cost.bytes_fast,
+        "bytes_slow": cost.bytes_slow,
+    }
+
+
 @contextmanager
-def naming_flags() -> Iterator[None]:
-    """Errors about the library's arguments name the flags that gave them."""
+def naming_flags(**others: str) -> Iterator[None]:
+    """Errors about the library's arguments name the flags that gave them; `others` says which, where it is another."""
     try:
         yield
     except InputError as error:
         text = str(error)
-        for name, flag in _FLAGS.items():
-            text = re.sub(rf"\b{name}\b", flag, text)
+        for name, flag in (_FLAGS | others).items():
+            text = re.sub(rf"(?<![-\w]){name} is", f"{flag} is", text)
         raise type(error)(text) from None
 
 
-def read_loads(path: Path, micro_batch_sequences: int | None, num_experts: int | None) -> np.ndarray:
-    """The load table in a file, or that of the trace in it."""
+def read_loads(
+    path: Path, micro_batch_sequences: int | None, num_experts: int | None, shape: ModelShape | None = None
+) -> np.ndarray:
+    """The load table in a file, or that of the trace in it. A trace must be of `shape`, where that is given."""
     keys = npz_keys(path)
     if "loads" in keys:
         if micro_batch_sequences is not None:
@@ -191,4 +223,9 @@ def read_loads(path: Path, micro_batch_sequences: int | None, num_experts: int |
     trace = RoutingTrace.load(path, num_experts)
     if trace.num_sequences == 0:
         raise FormatError(f"{path}: holds no sequences")
+    if shape is not None and (trace.num_experts, trace.top_k) != (shape.experts, shape.top_k):
+        raise InputError(
+            f"{path}: the trace chooses {trace.top_k} of {trace.num_experts} experts, but {shape.name} chooses "
+            f"{shape.top_k} of {shape.experts}"
+        )
     return count_loads(trace, np.arange(trace.num_sequences) // min(micro_batch_sequences, trace.num_sequences))

@@ -10,17 +10,19 @@ from ..planner import (
     DEVICES,
     MODELS,
     ClusterSpec,
+    PlanOptions,
     Result,
     Scenario,
     find_device,
     find_model,
-    generate_loads,
+    simulate,
 )
 from ..planner.errors import InputError
-from ..planner.simulation.simulate import POLICIES, simulate
-from ..planner.solver.effort import SearchOptions
+from ..planner.options import EFFORTS, TRANSPORTS
+from ..planner.simulation.simulate import POLICIES
+from ..planner.simulation.workloads import WORKLOADS, workload
 from ..progress import Progress
-from .plan import read_loads
+from .plan import naming_flags, read_loads
 from .simulation_report import write_report
 
 _MODELS = "Qwen3-30B-A3B,GLM-4.5-Air,Qwen3-235B-A22B"
@@ -36,8 +38,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--replica-slots", type=int, default=2, metavar="S")
     parser.add_argument("--device", default="8xH100", help=f"one of {', '.join(DEVICES)}; default 8xH100")
     parser.add_argument("--policies", default=",".join(POLICIES), metavar="A,B", help=f"of {', '.join(POLICIES)}")
-    parser.add_argument("--balance", type=float, default=1.0, metavar="X", help="for our plan; default 1")
-    parser.add_argument("--effort", choices=("fast", "full"), default="full")
+    parser.add_argument("--balance", type=float, metavar="X", help="for our plan; default: the least time")
+    parser.add_argument("--effort", choices=EFFORTS, default="full")
+    parser.add_argument(
+        "--kept-bytes",
+        type=float,
+        metavar="BYTES",
+        help="a rank's memory for kept replicas; default: a tenth of the GPU's",
+    )
+    parser.add_argument("--transport", choices=TRANSPORTS, default="one", help="hops of tokens; default one")
+    parser.add_argument(
+        "--workload", choices=WORKLOADS, default="drift", help="generated routing; default drift, see docs/simulator.md"
+    )
     parser.add_argument("--micro-batches", type=int, default=32, metavar="M", help="of generated routing; default 32")
     parser.add_argument(
         "--layers", type=int, default=16, metavar="L", help="of generated routing, a sample; default 16"
@@ -66,9 +78,6 @@ def run(args: argparse.Namespace) -> int:
     for policy in policies:
         if policy not in POLICIES:
             raise InputError(f"--policies names {policy!r}; known are {', '.join(POLICIES)}")
-    if not args.balance >= 1:
-        raise InputError(f"--balance is {args.balance}, but must be at least 1: it is max/mean over ranks")
-    options = SearchOptions(balance=args.balance, effort=args.effort)
     recorded = None
     if args.input is not None:
         recorded = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
@@ -77,12 +86,13 @@ def run(args: argparse.Namespace) -> int:
     with Progress("simulating", len(scenarios) * len(policies)) as bar:
         for scenario in scenarios:
             loads = recorded if recorded is not None else _generated(args, scenario)
-            results.append((scenario, simulate(loads, scenario, policies, options, lambda _name: bar.step())))
+            results.append((scenario, simulate(loads, scenario, policies, lambda _name: bar.step())))
     print(f"Modelled, not measured: {args.device}, sequences of {args.sequence_length} tokens, see docs/simulator.md.")
     for scenario, by_policy in results:
         layers, micro_batches = next(iter(by_policy.values())).rank_load.shape[:2]
         print(
-            f"\n{scenario.model.name}, EP {scenario.cluster.num_ranks}: {layers} layers x {micro_batches} micro-batches"
+            f"\n{scenario.options.shape.name}, EP {scenario.cluster.num_ranks}: {layers} layers x {micro_batches} "
+            "micro-batches"
         )
         print("\n".join(table(by_policy)))
     if args.html is not None:
@@ -96,16 +106,17 @@ def run(args: argparse.Namespace) -> int:
 def table(by_policy: dict[str, Result]) -> list[str]:
     """Lines of text, one a policy; throughput relative to static and to balanced where these were simulated."""
     lines = [
-        f"{'policy':18s} {'x static':>9s} {'of balanced':>11s} {'max/mean':>9s} {'worst':>7s} {'replicas':>8s} "
-        f"{'guests':>6s} {'MB fast':>8s} {'MB slow':>8s} {'step':>8s}"
+        f"{'policy':18s} {'x static':>9s} {'of balanced':>11s} {'max/mean':>9s} {'worst':>7s} {'fetched':>8s} "
+        f"{'kept':>6s} {'local':>6s} {'MB fast':>8s} {'MB slow':>8s} {'step':>8s}"
     ]
     for result in by_policy.values():
         relative = [relative_to(by_policy, name, result) for name in ("static", "balanced")]
         shown = [f"{value:.3f}" if value is not None else "-" for value in relative]
         lines.append(
             f"{result.policy:18s} {shown[0]:>9s} {shown[1]:>11s} {result.imbalance_mean:9.4f} "
-            f"{result.imbalance_worst:7.3f} {result.replicas:8.1f} {result.guests:6.1f} "
+            f"{result.imbalance_worst:7.3f} {result.fetched:8.1f} {result.kept:6.1f} {result.local_share:6.3f} "
             f"{result.cost.bytes_fast / 1e6:8.0f} {result.cost.bytes_slow / 1e6:8.0f} {result.cost.seconds:7.2f}s"
+            f"{'' if result.fits else '  beyond the cap'}"
         )
     return lines
 
@@ -116,37 +127,46 @@ def relative_to(by_policy: dict[str, Result], name: str, result: Result) -> floa
 
 
 def _scenarios(args: argparse.Namespace) -> list[Scenario]:
-    device = find_device(args.device)
-    models = [find_model(name) for name in args.models.split(",")]
     scenarios = []
-    for model in models:
+    for name in args.models.split(","):
         for text in args.ep.split(","):
             if not text.isdigit() or int(text) < 1 or int(text) % args.gpus_per_node:
                 raise InputError(f"--ep names {text!r}, but must be multiples of --gpus-per-node {args.gpus_per_node}")
-            cluster = ClusterSpec(int(text) // args.gpus_per_node, args.gpus_per_node, args.replica_slots)
-            scenarios.append(Scenario(model, cluster, device, args.sequence_length))
+            with naming_flags(model="--models", shape="--models"):
+                cluster = ClusterSpec(int(text) // args.gpus_per_node, args.gpus_per_node, args.replica_slots)
+                options = PlanOptions(
+                    balance=args.balance,
+                    effort=args.effort,
+                    kept_bytes=args.kept_bytes,
+                    transport=args.transport,
+                    shape=find_model(name),
+                    device=find_device(args.device),
+                    sequence_length=args.sequence_length,
+                )
+            scenarios.append(Scenario(cluster, options))
     return scenarios
 
 
 def _generated(args: argparse.Namespace, scenario: Scenario) -> np.ndarray:
-    model = scenario.model
-    layers = min(model.layers, args.layers)
+    """Of as many layers as are asked for, a sample of the model's."""
+    shape = scenario.options.shape
+    sizes = min(shape.layers, args.layers), args.micro_batches, shape.experts, shape.top_k
     tokens = args.tokens * scenario.cluster.num_ranks
-    return generate_loads(
-        layers, args.micro_batches, model.experts, model.top_k, tokens, max_mean=args.max_mean, seed=args.seed
-    )
+    return workload(args.workload, *sizes, tokens, max_mean=args.max_mean, seed=args.seed)
 
 
 def _row(scenario: Scenario, result: Result) -> dict[str, object]:
     return {
-        "model": scenario.model.name,
+        "model": scenario.options.shape.name,
         "ep": scenario.cluster.num_ranks,
         "policy": result.policy,
         "modelled_seconds": result.cost.seconds,
         "imbalance_mean": result.imbalance_mean,
         "imbalance_worst": result.imbalance_worst,
-        "replicas_mean": result.replicas,
-        "guests_mean": result.guests,
+        "fetched_mean": result.fetched,
+        "kept_mean": result.kept,
+        "local_share": None if np.isnan(result.local_share) else result.local_share,
+        "fits": result.fits,
         "bytes_fast": result.cost.bytes_fast,
         "bytes_slow": result.cost.bytes_slow,
     }

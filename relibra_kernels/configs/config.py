@@ -20,8 +20,14 @@ _MOST_ELEMENTS = 16384  # of a block: beyond it no device has the registers
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """Attributes: rows, columns and contraction of a tile (weight gradients: the first two are of the weight); how many
-    warps compute it; how many loads are in flight; how many row tiles go through all columns together.
+    """How a grouped GEMM is launched.
+
+    Attributes:
+        block_m, block_n: rows and columns of the tile that a program computes; of a weight gradient, of the weight.
+        block_k: how much of the contraction is multiplied in one step.
+        num_warps: warps of a program.
+        num_stages: steps whose operands are loaded ahead: the depth of the pipeline.
+        group_m: row tiles that go through all columns together, so that they share what the cache holds.
     """
 
     block_m: int
@@ -38,10 +44,12 @@ class GemmConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """Of a kernel without tensor cores.
+    """How a kernel without tensor cores is launched.
 
-    Attributes: elements of a row (of schedule: assignments) that are worked on at a time, and by how many warps; how
-    many rows at a time, which is one but for grad_bias.
+    Attributes:
+        columns: elements of a row that a program works on at a time; for the schedule kernel, assignments.
+        num_warps: warps of a program.
+        rows: rows that a program works on at a time: more than one for grad_bias only.
     """
 
     columns: int
@@ -56,8 +64,10 @@ Config = GemmConfig | BlockConfig
 
 
 def parse_config(text: str) -> Config:
-    """The config that is written so: `128x256x64w8s3`, with `g4` at the end where groups are not of 8 row tiles; or
-    `2048w8`, `32x128w4`.
+    """The config that `text` stands for. Raises: InputError where it stands for none.
+
+    `128x256x64w8s3` is a GemmConfig: block_m x block_n x block_k, warps, stages; `g4` at the end is a group_m
+    other than 8. `2048w8` is a BlockConfig: columns, warps; `32x128w4` has 32 rows in front.
     """
     found = _GEMM.fullmatch(text)
     if found is not None:

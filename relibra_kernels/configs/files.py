@@ -22,10 +22,13 @@ _PROVENANCE = ("evidence", "triton", "driver", "date")
 
 @dataclass(frozen=True)
 class Bucket:
-    """A range of routed sizes with its config: up to twice `slots`, and up to twice `rows_per_slot` on average.
+    """A config, and the sizes it is for: `slots` to twice as many, with `rows_per_slot` to twice as many rows each.
 
     Attributes:
-        us: microseconds a launch; spread: (80th - 20th percentile) / median, None where nothing was measured.
+        slots, rows_per_slot: powers of two; rows are the mean over the slots.
+        config: as `parse_config` reads it.
+        us: microseconds of one launch, measured or modelled.
+        spread: (80th - 20th percentile) / median of the measured times; None where nothing was measured.
     """
 
     slots: int

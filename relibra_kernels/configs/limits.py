@@ -23,7 +23,7 @@ class Device:
         xcds: chiplets with an L2 cache of their own; blocks are dealt to them in turn.
         tma: has tensor-memory copies; descriptor_gather: also of rows picked by index.
         programs: persistent programs to start: the GPU's number of SMs; 0 where only the architecture is known.
-        product: whose configs are looked up; empty: nobody's.
+        product: the folder whose configs are looked up, as `planner.pricing.gpus` names GPUs; empty: none.
     """
 
     name: str

@@ -45,7 +45,7 @@ class Problem(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """A config and who gave it."""
+    """A config, and where it came from, for the log: a word on the file, the environment, `warmup` or the heuristic."""
 
     config: Config
     source: str

@@ -5,14 +5,14 @@ With `--use-rollout-routing-replay`, slime's rollout data holds `rollout_routed_
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_slime
 from ..planner.errors import InputError
-from ..planner.formats.sequences import Holes
+from ..planner.formats.sequences import Holes, RecordOptions
 from ..planner.formats.verl import needed_tokens
 from .batches import PlannedBatch, plan_routed_batch, to_numpy
 
@@ -62,10 +62,9 @@ def plan_for_train(
     micro_batch_indices_of_rank: Sequence[Sequence[Sequence[int]]],
     *,
     partition_of_rank: Sequence[Sequence[int]] | None = None,
-    moe_layer_ids: Sequence[int] | None = None,
     previous_home: np.ndarray | None = None,
-    holes: Holes = "refuse",
     options: PlanOptions | None = None,
+    **record: Unpack[RecordOptions],
 ) -> PlannedBatch:
     """Call it once the samples are partitioned, before the trainer's `train` starts.
 
@@ -73,8 +72,9 @@ def plan_for_train(
         micro_batch_indices_of_rank: for every rank of the expert-parallel group, slime's `micro_batch_indices`.
         partition_of_rank: the samples of every rank, into which those indices point. None: they are the numbers of
             samples in `rollout_data`.
+        record: `moe_layer_ids` and `holes`, as for `trace_of_rollout`.
     """
-    trace = trace_of_rollout(rollout_data, num_experts, moe_layer_ids=moe_layer_ids, holes=holes)
+    trace = trace_of_rollout(rollout_data, num_experts, **record)
     if partition_of_rank is None:
         routed = RoutedBatch.from_micro_batches(trace, micro_batch_indices_of_rank)
     else:

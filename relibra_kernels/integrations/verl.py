@@ -6,7 +6,7 @@ token's, tool results after the last generation, and those of the samples that v
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ import torch
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_verl
 from ..planner.errors import InputError
-from ..planner.formats.sequences import Holes
+from ..planner.formats.sequences import Holes, RecordOptions
 from .batches import PlannedBatch, plan_routed_batch, to_numpy
 
 
@@ -41,16 +41,17 @@ def trace_of_batch(
             f"(it has {sorted(batch.keys())})"
         )
     routed = batch["routed_experts"]
-    options: dict[str, Any] = {"moe_layer_ids": moe_layer_ids, "holes": holes}
-    for name in ("response_mask", "replay_mask"):
-        if batch.get(name) is not None:
-            options[name] = _rows(batch[name])
-    if _is_jagged(routed):
-        ids = batch.get("input_ids")
-        if _is_jagged(ids):
-            options["num_tokens"] = [len(row) for row in ids.unbind()]  # type: ignore[union-attr]
-        return from_verl(_rows(routed), num_experts, **options)
-    return from_verl(to_numpy(routed), num_experts, attention_mask=to_numpy(batch["attention_mask"]), **options)
+    jagged, ids = _is_jagged(routed), batch.get("input_ids")
+    return from_verl(
+        _rows(routed),
+        num_experts,
+        attention_mask=None if jagged else to_numpy(batch["attention_mask"]),
+        response_mask=_rows(batch.get("response_mask")),
+        replay_mask=_rows(batch.get("replay_mask")),
+        num_tokens=[len(row) for row in ids.unbind()] if jagged and _is_jagged(ids) else None,  # type: ignore[union-attr]
+        moe_layer_ids=moe_layer_ids,
+        holes=holes,
+    )
 
 
 def _is_jagged(value: Any) -> bool:
@@ -59,6 +60,8 @@ def _is_jagged(value: Any) -> bool:
 
 def _rows(value: Any) -> Any:
     """A list of arrays of a jagged tensor, or the array."""
+    if value is None:
+        return None
     return [to_numpy(row) for row in value.unbind()] if _is_jagged(value) else to_numpy(value)
 
 
@@ -68,17 +71,16 @@ def plan_for_update(
     cluster: ClusterSpec,
     micro_batch_size_per_gpu: int,
     *,
-    moe_layer_ids: Sequence[int] | None = None,
     previous_home: np.ndarray | None = None,
-    holes: Holes = "refuse",
     options: PlanOptions | None = None,
+    **record: Unpack[RecordOptions],
 ) -> PlannedBatch:
     """Call it in `RayPPOTrainer.fit`, after advantages and before `update_actor(batch)`; send the result along.
 
     Data-parallel ranks get consecutive chunks of the batch, and micro-batches consecutive parts of a chunk, as verl
     deals them out with `use_dynamic_bsz=False`. For dynamic batch sizes, give the micro-batches that verl made to
-    `plan_micro_batches`.
+    `plan_micro_batches`. `moe_layer_ids` and `holes` are as for `trace_of_batch`.
     """
-    trace = trace_of_batch(batch, num_experts, moe_layer_ids=moe_layer_ids, holes=holes)
+    trace = trace_of_batch(batch, num_experts, **record)
     routed = RoutedBatch.from_verl(trace, cluster.num_ranks, micro_batch_size_per_gpu)
     return plan_routed_batch(routed, cluster, previous_home=previous_home, options=options)

@@ -1,4 +1,4 @@
-"""Every kernel launch goes through here, so that tests can count them and `tuning.compile_only` can record them."""
+"""Every kernel launch goes through here, so that tests can count them and `compiling` can record them."""
 
 import os
 from collections.abc import Callable, Iterator

@@ -1,1 +1,1 @@
-"""What the devices can do, which configs they get, and compiling without a GPU."""
+"""The offline tool: which configs a GPU gets, measured where it is here, else compiled and ranked by a model."""

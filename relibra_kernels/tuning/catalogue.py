@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from .. import kernels
-from ..configs.config import GEMM_KERNELS, Config
+from ..configs.config import GEMM_KERNELS, BlockConfig, Config, GemmConfig
 from ..configs.limits import Device
 from ..form import GPT_OSS, ExpertForm
 from ..kernels.launch import Launch, recording
@@ -76,69 +76,115 @@ class Layer:
     def _rows(self, count: int, width: int) -> torch.Tensor:
         return self.make(count, width, dtype=self.dtype)
 
-    def _stores(self, name: str, shape: tuple[int, ...], replica: str, dtype: torch.dtype | None = None) -> dict:
-        dtype, slots = dtype or self.dtype, self.schedule.num_slots
-        home = slots - self.replicas
-        return {
-            name: self.make(home, *shape, dtype=dtype),
-            replica: self.make(self.replicas, *shape, dtype=dtype) if self.replicas else None,
-        }
+    def _stores(self, *shape: int, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Tensors of `shape` for the experts at home, and for the replicas where there are any."""
+        dtype, home = dtype or self.dtype, self.schedule.num_slots - self.replicas
+        replica = self.make(self.replicas, *shape, dtype=dtype) if self.replicas else None
+        return self.make(home, *shape, dtype=dtype), replica
 
-    def _biases(self, width: int) -> dict[str, Any]:
-        return self._stores("bias", (width,), "replica_bias") if self.form.has_bias else {}
+    def _biases(self, width: int) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self._stores(width) if self.form.has_bias else (None, None)
 
-    def _where(self, config: Config | None) -> dict[str, Any]:
-        table = torch.arange(self.schedule.num_slots, dtype=torch.int32, device=self.schedule.slot_offsets.device)
-        return {"weight_of_slot": table if self.replicas else None, "config": config}
-
-    def _gate_up(self, part: str, config: Config | None) -> partial:
-        weights = self._stores(
-            "gate_up", self.form.gate_up_shape(self.hidden_size, self.intermediate_size), "replica_gate_up"
+    def _weight_of_slot(self) -> torch.Tensor | None:
+        slots = self.schedule.num_slots
+        return (
+            torch.arange(slots, dtype=torch.int32, device=self.schedule.slot_offsets.device) if self.replicas else None
         )
-        how: dict[str, Any] = {**weights, **self._biases(2 * self.intermediate_size), **self._where(config)}
-        x = self._rows(self.schedule.num_tokens, self.hidden_size)
-        return partial(kernels.grouped_gemm_swiglu, x, schedule=self.schedule, form=self.form, **how)
 
-    def _grouped_gemm(self, part: str, config: Config | None) -> partial:
-        down, transposed = part == "down", self.form.is_transposed
+    def _gate_up(self, part: str, config: GemmConfig | None) -> partial:
+        gate_up, replica = self._stores(*self.form.gate_up_shape(self.hidden_size, self.intermediate_size))
+        bias, replica_bias = self._biases(2 * self.intermediate_size)
+        return partial(
+            kernels.grouped_gemm_swiglu,
+            self._rows(self.schedule.num_tokens, self.hidden_size),
+            gate_up=gate_up,
+            schedule=self.schedule,
+            form=self.form,
+            bias=bias,
+            replica_gate_up=replica,
+            replica_bias=replica_bias,
+            weight_of_slot=self._weight_of_slot(),
+            config=config,
+        )
+
+    def _grouped_gemm(self, part: str, config: GemmConfig | None) -> partial:
+        down = part == "down"
         shape = (self.form.down_shape if down else self.form.gate_up_shape)(self.hidden_size, self.intermediate_size)
-        how: dict[str, Any] = {**self._stores("weight", shape, "replica_weight"), **self._where(config)}
-        how |= self._biases(self.hidden_size) if down else {}
-        a = self._rows(self.schedule.num_rows, self.intermediate_size if down else 2 * self.intermediate_size)
-        return partial(kernels.grouped_gemm, a, schedule=self.schedule, transpose_weight=down != transposed, **how)
-
-    def _grad_hidden(self, part: str, config: Config | None) -> partial:
-        weights = self._stores("down", self.form.down_shape(self.hidden_size, self.intermediate_size), "replica_down")
-        how: dict[str, Any] = {**weights, **self._biases(self.hidden_size), **self._where(config)}
-        dout = self._rows(self.schedule.num_tokens, self.hidden_size)
-        h = self._rows(self.schedule.num_rows, 2 * self.intermediate_size)
-        gates = self._gate_weights()
-        return partial(kernels.grad_hidden, dout, h, gates, schedule=self.schedule, form=self.form, **how)
-
-    def _grad_weight(self, part: str, config: Config | None) -> partial:
-        of_gate_up, transposed = part == "gate_up", self.form.is_transposed
-        shape = (self.form.gate_up_shape if of_gate_up else self.form.down_shape)(
-            self.hidden_size, self.intermediate_size
+        weight, replica = self._stores(*shape)
+        bias, replica_bias = self._biases(self.hidden_size) if down else (None, None)
+        return partial(
+            kernels.grouped_gemm,
+            self._rows(self.schedule.num_rows, self.intermediate_size if down else 2 * self.intermediate_size),
+            weight=weight,
+            schedule=self.schedule,
+            transpose_weight=down != self.form.is_transposed,
+            bias=bias,
+            replica_weight=replica,
+            replica_bias=replica_bias,
+            weight_of_slot=self._weight_of_slot(),
+            config=config,
         )
-        of = torch.float32 if self.accumulate else self.dtype
-        how: dict[str, Any] = {**self._stores("grad", shape, "replica_grad", of), **self._where(config)}
+
+    def _grad_hidden(self, part: str, config: GemmConfig | None) -> partial:
+        down, replica = self._stores(*self.form.down_shape(self.hidden_size, self.intermediate_size))
+        bias, replica_bias = self._biases(self.hidden_size)
+        return partial(
+            kernels.grad_hidden,
+            self._rows(self.schedule.num_tokens, self.hidden_size),
+            self._rows(self.schedule.num_rows, 2 * self.intermediate_size),
+            self._gate_weights(),
+            down=down,
+            schedule=self.schedule,
+            form=self.form,
+            bias=bias,
+            replica_down=replica,
+            replica_bias=replica_bias,
+            weight_of_slot=self._weight_of_slot(),
+            config=config,
+        )
+
+    def _grad_weight(self, part: str, config: GemmConfig | None) -> partial:
+        of_gate_up = part == "gate_up"
+        shape_of = self.form.gate_up_shape if of_gate_up else self.form.down_shape
+        grad, replica = self._gradients(*shape_of(self.hidden_size, self.intermediate_size))
         tokens = self._rows(self.schedule.num_tokens, self.hidden_size)
         rows = self._rows(self.schedule.num_rows, 2 * self.intermediate_size if of_gate_up else self.intermediate_size)
         # the weight's rows are the output columns of its product, or its contraction where it is transposed
-        tokens_left = of_gate_up == transposed
+        tokens_left = of_gate_up == self.form.is_transposed
         left, right = (tokens, rows) if tokens_left else (rows, tokens)
-        how |= {"gather_left": tokens_left, "gather_right": not tokens_left, "accumulate": self.accumulate}
-        return partial(kernels.grad_weight, left, right, self.schedule, **how)
+        return partial(
+            kernels.grad_weight,
+            left,
+            right,
+            self.schedule,
+            grad=grad,
+            replica_grad=replica,
+            gather_left=tokens_left,
+            gather_right=not tokens_left,
+            weight_of_slot=self._weight_of_slot(),
+            accumulate=self.accumulate,
+            config=config,
+        )
 
-    def _grad_bias(self, part: str, config: Config | None) -> partial:
+    def _gradients(self, *shape: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return self._stores(*shape, dtype=torch.float32 if self.accumulate else self.dtype)
+
+    def _grad_bias(self, part: str, config: BlockConfig | None) -> partial:
         of_gate_up = part == "gate_up"
         width = 2 * self.intermediate_size if of_gate_up else self.hidden_size
-        of = torch.float32 if self.accumulate else self.dtype
-        how: dict[str, Any] = {**self._stores("grad", (width,), "replica_grad", of), **self._where(config)}
-        if not of_gate_up:
-            how |= {"gather": True, "weights_TK": self._gate_weights()}
-        rows = self._rows(self.schedule.num_rows if of_gate_up else self.schedule.num_tokens, width)
-        return partial(kernels.grad_bias, rows, self.schedule, accumulate=self.accumulate, **how)
+        grad, replica = self._gradients(width)
+        return partial(
+            kernels.grad_bias,
+            self._rows(self.schedule.num_rows if of_gate_up else self.schedule.num_tokens, width),
+            self.schedule,
+            grad=grad,
+            replica_grad=replica,
+            weights_TK=None if of_gate_up else self._gate_weights(),
+            gather=not of_gate_up,
+            weight_of_slot=self._weight_of_slot(),
+            accumulate=self.accumulate,
+            config=config,
+        )
 
     def _permute(self, part: str, config: Any) -> partial:
         tokens = self._rows(self.schedule.num_tokens, self.hidden_size)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import triton
 
@@ -81,8 +80,14 @@ class _Worker:
         if self._process is None:
             root = str(Path(__file__).parents[2])
             paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-            pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._process = subprocess.Popen(WORKER, text=True, env={**os.environ, "PYTHONPATH": paths}, **pipes)
+            self._process = subprocess.Popen(
+                WORKER,
+                text=True,
+                env={**os.environ, "PYTHONPATH": paths},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         try:

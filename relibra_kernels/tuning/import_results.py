@@ -61,8 +61,14 @@ def _entry(figures: dict[str, Any]) -> tuple[str, Entry]:
     device = device_for(product_named(figures["product"]))
     shape = layer_shape(model_named(figures["model"]), kernel, part)
     buckets = tuple(_bucket(kernel, device, bucket) for bucket in figures["buckets"])
-    provenance = {"triton": figures["triton"], "driver": figures["driver"], "date": figures["date"]}
-    return device.product, replace(shape, evidence="measured", buckets=buckets, **provenance)
+    return device.product, replace(
+        shape,
+        evidence="measured",
+        buckets=buckets,
+        triton=figures["triton"],
+        driver=figures["driver"],
+        date=figures["date"],
+    )
 
 
 def _bucket(kernel: str, device: Device, figures: dict[str, Any]) -> Bucket:

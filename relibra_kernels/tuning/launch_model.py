@@ -25,7 +25,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Work:
-    """One launch: the kernel's N and D as in `store.Entry.sizes`, and the rows of every slot.
+    """One launch: the kernel's N and D as in `configs.files.Entry.sizes`, and the rows of every slot.
 
     Attributes:
         gathers: rows are picked by index, without a descriptor.

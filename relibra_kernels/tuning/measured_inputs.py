@@ -5,7 +5,6 @@ from collections.abc import Callable
 from functools import partial
 from itertools import cycle
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -66,9 +65,11 @@ class RotatingWorkload:
             made += tensor.numel() * tensor.element_size()
             return tensor
 
-        how: dict[str, Any] = {"accumulate": goal.kernel == "grad_weight", "make": make}
         schedule = schedule_of(rows * model.top_k if goal.kernel == "permute" else rows, model.top_k, device)
-        layer = Layer(model.hidden_size, model.intermediate_size, model.form, schedule, **how)
+        accumulate = goal.kernel == "grad_weight"
+        layer = Layer(
+            model.hidden_size, model.intermediate_size, model.form, schedule, accumulate=accumulate, make=make
+        )
         self.calls = [layer.call(goal.kernel, goal.part, None)]
         copies = min(2 * l2_bytes // max(made, 1) + 1, _MOST_COPIES)
         self.calls += [layer.call(goal.kernel, goal.part, None) for _ in range(copies - 1)]

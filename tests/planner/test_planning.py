@@ -10,10 +10,26 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 from skewed_loads import skewed_loads
 
-from relibra_kernels.planner import ClusterSpec, InputError, PlanError, ShapeError, plan_batch, static_plan
+from relibra_kernels.planner import (
+    MODELS,
+    ClusterSpec,
+    InputError,
+    PlanError,
+    PlanOptions,
+    Setting,
+    ShapeError,
+    outcome_of_plan,
+    plan_batch,
+    price,
+    replan,
+    scaled_loads,
+    static_plan,
+)
 
+SHAPE = MODELS["Qwen3-30B-A3B"]
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 TRACE = SHARED / "data" / "gptoss20b_routing.npz"
 
@@ -21,7 +37,7 @@ TRACE = SHARED / "data" / "gptoss20b_routing.npz"
 @st.composite
 def problems(draw):
     nodes, gpus = draw(st.sampled_from([(1, 1), (1, 4), (2, 2), (2, 4), (3, 3), (4, 1)]))
-    experts = nodes * gpus * draw(st.integers(1, 4))
+    experts = nodes * gpus * draw(st.integers(1, 4)) + draw(st.sampled_from([0, 0, 1]))
     layers, micro_batches = draw(st.integers(1, 3)), draw(st.integers(1, 4))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     top = draw(st.sampled_from([0, 1, 5, 1000, 2**20]))
@@ -35,25 +51,30 @@ def problems(draw):
 @given(problems())
 def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
     loads, cluster = problem
-    plan = plan_batch(loads, cluster)  # every rule is checked on construction
+    options = PlanOptions(
+        balance=[None, 1.0][loads.sum() % 2],
+        kept_bytes=[None, 0, 3 * SHAPE.copy_bytes][loads.max() % 3],
+        fetched_slots=[None, 1][loads.sum() // 2 % 2],
+        max_moves=[None, 0][loads.sum() // 4 % 2],
+        shape=SHAPE,
+    )
+    plan = plan_batch(loads, cluster, options=options)  # every rule is checked on construction
     np.testing.assert_array_equal(plan.rank_loads(loads).sum(2), loads.sum(2))
     static = static_plan(loads, cluster)
-    assert plan.imbalance_mean(loads) <= static.imbalance_mean(loads) + 1e-12
-    assert (plan.rank_loads(loads).max(2).sum(1) <= static.rank_loads(loads).max(2).sum(1)).all()
-    assert ((plan.quota > 0) == (plan.replicas >= 0))[~np.broadcast_to(plan.kept[:, None], plan.quota.shape)].all()
-
-
-def test_a_bad_placement_is_not_taken(monkeypatch):
-    loads = skewed_loads(3, 4, 16)
-    hottest_first = np.argsort(np.argsort(-loads.sum(1), axis=1), axis=1) // 4  # the worst there is
-    monkeypatch.setattr(
-        "relibra_kernels.planner.solver.search.place", lambda table, *_, **__: hottest_first[: len(table)]
-    )
-    plan = plan_batch(loads, ClusterSpec(1, 4, 0))
-    assert (plan.home == np.arange(16) // 4).all(1).any()
-    assert (
-        plan.rank_loads(loads).max(2).sum(1) <= static_plan(loads, ClusterSpec(1, 4)).rank_loads(loads).max(2).sum(1)
-    ).all()
+    setting = Setting(SHAPE, options.device, cluster.gpus_per_node)
+    seconds = [price(outcome_of_plan(p, loads, static.home), setting).seconds for p in (plan, static)]
+    if options.balance is None:
+        assert seconds[0] <= seconds[1] * (1 + 1e-12)
+    else:
+        assert plan.imbalance_mean(loads) <= static.imbalance_mean(loads) + 1e-12
+    fetched = (plan.replicas >= 0) & ~plan.kept[:, None]
+    assert (plan.quota[fetched] > 0).all()
+    if options.fetched_slots is not None:
+        assert fetched.sum(3).max(initial=0) <= options.fetched_slots
+    if options.kept_bytes is not None:
+        assert plan.kept.sum((0, 2)).max() * SHAPE.copy_bytes <= options.kept_bytes
+    if options.max_moves is not None:
+        assert (plan.home == static.home).all()
 
 
 @pytest.mark.parametrize(
@@ -69,15 +90,15 @@ def test_shapes_of_clusters(nodes, gpus, slots, experts):
 
 def test_one_node_is_balanced_exactly():
     loads = skewed_loads(4, 8, 32)
-    plan = plan_batch(loads, ClusterSpec(1, 8, 4))
+    plan = plan_batch(loads, ClusterSpec(1, 8, 4), options=PlanOptions(balance=1, kept_bytes=0, max_moves=0))
     per_rank = plan.rank_loads(loads)
     np.testing.assert_array_equal(per_rank.max(2), -(-loads.sum(2) // 8))
-    assert (plan.replicas >= 0).sum((2, 3)).max() <= 7
+    assert (plan.replicas >= 0).sum((2, 3)).max() <= 8
 
 
 def test_without_slots_only_the_placement_helps():
     loads = skewed_loads(4, 8, 32)
-    plan = plan_batch(loads, ClusterSpec(2, 4, 0))
+    plan = plan_batch(loads, ClusterSpec(2, 4, 0), options=PlanOptions(balance=1.0))
     assert plan.replicas.shape == (4, 8, 8, 0)
     assert plan.imbalance_mean(loads) < static_plan(loads, ClusterSpec(2, 4)).imbalance_mean(loads)
 
@@ -95,7 +116,7 @@ def test_layers_and_micro_batches_without_load():
     loads[:, 2] = 0
     plan = plan_batch(loads, ClusterSpec(1, 4))
     assert not (plan.replicas[1] >= 0).any()
-    assert not (plan.replicas[:, 2] >= 0).any()
+    assert not (plan.quota[:, 2] > 0).any()
 
 
 def test_fewer_experts_than_ranks_are_refused():
@@ -120,6 +141,8 @@ def test_bad_clusters_are_refused(values, message):
         ClusterSpec(*values)
 
 
+SIMD = " ".join(name for name, on in __cpu_features__.items() if on and name in __cpu_dispatch__)
+
 DIGEST = """
 import hashlib, sys
 import numpy as np
@@ -139,6 +162,8 @@ def test_same_bits_in_every_process_and_thread_count(tmp_path):
     digests = set()
     for threads in ("1", "3"):
         env = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads, "PYTHONHASHSEED": threads}
+        if threads == "3":  # as on a machine with less SIMD; what this one lacks is ignored with a warning
+            env["NPY_DISABLE_CPU_FEATURES"] = SIMD
         done = subprocess.run(
             [sys.executable, "-c", DIGEST, str(tmp_path / "loads.npz")], env=env, capture_output=True, text=True
         )
@@ -175,30 +200,79 @@ assert not loaded & {"torch", "triton", "scipy", "matplotlib", "transformers"}, 
     assert done.returncode == 0, done.stderr
 
 
-def test_nodes_get_the_experts_that_their_own_tokens_use():
-    """The same sums, once by source: the same balance, and fewer assignments leave their node."""
+def test_tokens_stay_on_their_node_where_the_table_says_whose_they_are():
+    """Two nodes want different experts: with sources known, more stay at home than where an equal share is assumed."""
     rng = np.random.default_rng(0)
-    nodes, gpus, experts = 4, 4, 32
+    nodes, gpus, experts = 2, 4, 32
     loads = rng.integers(1, 40, (3, 6, nodes * gpus, experts))
     favourite = rng.permuted(np.broadcast_to(np.arange(experts) % nodes, (3, experts)), axis=1)
     own = favourite[:, None, None] == (np.arange(nodes * gpus) // gpus)[:, None]  # [L, 1, R, E]
     loads += own * rng.integers(0, 900, loads.shape)
-    cluster = ClusterSpec(nodes, gpus, 2)
-    blind, near = plan_batch(loads.sum(2), cluster), plan_batch(loads, cluster)
-    assert near.imbalance_mean(loads) == blind.imbalance_mean(loads)
-
-    def leaving(plan):
-        home_node = (plan.home // gpus)[:, None, None]
-        return int(loads[np.broadcast_to(home_node != (np.arange(16) // gpus)[:, None], loads.shape)].sum())
-
-    assert leaving(near) < 0.97 * leaving(blind)
-    with pytest.raises(ShapeError, match="16 source ranks, but the cluster has 8"):
-        plan_batch(loads, ClusterSpec(2, 4, 2))
+    cluster, options = ClusterSpec(nodes, gpus, 2), PlanOptions(balance=1.0)
+    blind = plan_batch(loads.sum(2), cluster, options=options)
+    near = plan_batch(loads, cluster, options=options)
+    shares = [outcome_of_plan(plan, loads).local_share for plan in (near, blind)]
+    assert shares[0] > shares[1] > 0.5
+    with pytest.raises(ShapeError, match="8 source ranks, but the cluster has 16"):
+        plan_batch(loads, ClusterSpec(4, 4, 2))
 
 
 def test_an_expert_that_is_always_hot_is_no_chance_however_small_the_micro_batches():
     loads = np.full((2, 32, 128), 16)
     loads[:, :, 3] = 48
-    assert plan_batch(loads, ClusterSpec(8, 8, 2)).imbalance_worst(loads) < 1.05
+    assert plan_batch(loads, ClusterSpec(8, 8, 2), options=PlanOptions(balance=1.0)).imbalance_worst(loads) < 1.05
     drawn = np.random.default_rng(0).poisson(16, (2, 32, 128))
     assert not (plan_batch(drawn, ClusterSpec(8, 8, 2)).replicas >= 0).any()
+
+
+def test_quotas_are_replanned_for_other_loads():
+    """After other loads than planned, over the same hosts: as even as these hosts allow, for one micro-batch or all."""
+    loads = skewed_loads(4, 8, 64)
+    options = PlanOptions(kept_bytes=8 * SHAPE.copy_bytes, balance=1.0, shape=SHAPE)
+    plan = plan_batch(loads, ClusterSpec(4, 4, 2), options=options)
+    other = loads + skewed_loads(4, 8, 64, seed=9) // 10
+    again = replan(plan, other)
+    assert again.imbalance_mean(other) < 1.01
+    np.testing.assert_array_equal(again.replicas, plan.replicas)
+    one = replan(plan.micro_batch(3), other[:, 3:4])
+    np.testing.assert_array_equal(one.quota[:, 0], again.quota[:, 3])
+    with pytest.raises(ShapeError, match="but the plan is for"):
+        replan(plan, other[:2])
+
+
+def test_unknown_tokens_are_taken_to_choose_as_the_known_ones():
+    known = np.array([[[3, 1, 0], [0, 0, 0]]])
+    scaled = scaled_loads(known, np.array([10, 4]))
+    assert scaled.tolist() == [[[8, 2, 0], [3, 1, 0]]]
+    with pytest.raises(InputError, match="fewer assignments"):
+        scaled_loads(known, np.array([3, 0]))
+    with pytest.raises(ShapeError, match="tokens is"):
+        scaled_loads(known, np.array([3]))
+
+
+def test_homes_that_do_not_divide_are_balanced_too():
+    loads = skewed_loads(3, 6, 50)
+    plan = plan_batch(loads, ClusterSpec(2, 8, 2), options=PlanOptions(balance=1.0, shape=SHAPE))
+    assert sorted(np.bincount(plan.home[0])) == [3] * 14 + [4] * 2
+    assert plan.imbalance_mean(loads) < 1.01
+
+
+def test_nodes_of_one_gpu_are_balanced_by_kept_replicas():
+    loads = skewed_loads(3, 6, 64)
+    options = PlanOptions(balance=1.0, max_moves=0, shape=SHAPE)
+    assert plan_batch(loads, ClusterSpec(16, 1, 2), options=options).imbalance_mean(loads) < 1.01
+
+
+def test_nothing_moves_where_kept_replicas_suffice():
+    loads = skewed_loads(4, 8, 64, mean=8000)
+    plan = plan_batch(loads, ClusterSpec(2, 8, 2), options=PlanOptions(shape=SHAPE))
+    assert plan.kept.any() and (plan.home == static_plan(loads, ClusterSpec(2, 8)).home).all()
+
+
+def test_balance_costs_what_it_must():
+    loads = skewed_loads(4, 8, 64, mean=8000)
+    plans = [plan_batch(loads, ClusterSpec(2, 8, 2), options=PlanOptions(balance=x, shape=SHAPE)) for x in (1.0, 1.2)]
+    assert plans[0].imbalance_mean(loads) < 1.003
+    assert all(plan.imbalance_mean(loads) <= bound + 0.003 for plan, bound in zip(plans, (1.0, 1.2), strict=True))
+    hosts = [int((plan.replicas >= 0).sum()) for plan in plans]
+    assert hosts[1] <= hosts[0]

@@ -1,14 +1,16 @@
-"""Baselines keep every assignment; the generator keeps its word; ours comes out where it must."""
+"""Rivals keep every assignment and do what their authors say; workloads keep their word; ours comes out ahead."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from skewed_loads import skewed_loads
 
 from relibra_kernels.planner import (
-    DEVICES,
     MODELS,
     ClusterSpec,
     InputError,
+    PlanOptions,
     Scenario,
     count_loads,
     generate_loads,
@@ -19,26 +21,26 @@ from relibra_kernels.planner.simulation.baselines import BASELINES
 from relibra_kernels.planner.simulation.baselines.eplb import pack
 from relibra_kernels.planner.simulation.generator import hottest_change
 from relibra_kernels.planner.simulation.simulate import POLICIES
+from relibra_kernels.planner.simulation.workloads import WORKLOADS, workload
 
 
 @pytest.mark.parametrize("name", BASELINES)
 @pytest.mark.parametrize(("nodes", "gpus", "experts"), [(2, 4, 16), (1, 8, 32), (3, 3, 18), (4, 1, 8)])
-def test_baselines_conserve_assignments(name, nodes, gpus, experts):
+def test_rivals_conserve_assignments(name, nodes, gpus, experts):
     loads = skewed_loads(2, 3, experts)
     loads[0, 1] = 0
     outcome = BASELINES[name](loads, ClusterSpec(nodes, gpus))
     np.testing.assert_array_equal(outcome.rank_load.sum(2), loads.sum(2))
     assert outcome.slot_load.min() >= 0
-    for kind in ("pushed", "far", "kept", "moved"):
+    for kind in ("pushed", "far", "moved"):
         assert getattr(outcome, f"{kind}_in").sum() == getattr(outcome, f"{kind}_out").sum()
 
 
 def test_eplb_packs_its_regression_case():
     """The published case: two experts a GPU on 8 GPUs; copies of the hot ones, heaviest first to the lightest."""
     loads = np.array([[[600, 560, 120, 120, 20, 10, 10, 10]]])
-    outcome = BASELINES["eplb-global"](loads, ClusterSpec(1, 8, 1))
-    assert outcome.rank_load.max() == 232
-    assert outcome.slot_load.shape[-1] == 2
+    assert BASELINES["eplb-global"](loads, ClusterSpec(1, 8, 1)).rank_load.max() == 232
+    assert BASELINES["eplb-global-split"](loads, ClusterSpec(1, 8, 1)).rank_load.max() < 232
 
 
 def test_pack_gives_equal_counts():
@@ -46,22 +48,30 @@ def test_pack_gives_equal_counts():
     assert (np.sort(members.reshape(5, -1), 1) == np.arange(12)).all()
 
 
-def test_lplb_levels_what_its_edges_can():
+def test_lplb_passes_load_on_along_its_cube():
+    """The hot expert's copies reach two ranks, and those hand on their own experts to others."""
     loads = np.full((1, 1, 8), 100)
     loads[0, 0, 3] = 500
-    outcome = BASELINES["lplb"](loads, ClusterSpec(1, 8, 2))
-    # the cube gives the hot expert two hosts beside its own rank, and they pass nothing on but their own experts
-    assert outcome.rank_load.max() < 250
+    assert BASELINES["lplb"](loads, ClusterSpec(1, 8, 2)).rank_load.max() <= 200
+    loads = skewed_loads(4, 8, 64)
+    assert np.nanmean(BASELINES["lplb"](loads, ClusterSpec(1, 8, 2)).imbalance()) < 1.05
 
 
-def test_least_loaded_leaves_even_loads_alone():
+def test_llep_leaves_even_loads_alone_and_forces_the_rest():
     loads = np.full((1, 2, 16), 5000)
     loads[0, 1, 0] = 50000
-    outcome = BASELINES["least-loaded"](loads, ClusterSpec(2, 4))
+    outcome = BASELINES["llep"](loads, ClusterSpec(2, 4))
     moved = (outcome.pushed_in + outcome.far_in).sum(2)
     assert moved[0, 0] == 0
     assert moved[0, 1] > 0
-    assert outcome.imbalance()[0, 1] < 1.25
+    assert outcome.imbalance()[0, 1] < 1.05
+
+
+def test_moonep_is_exact_with_less_than_one_replica_a_rank():
+    loads = skewed_loads(3, 4, 64)
+    outcome = BASELINES["moonep"](loads, ClusterSpec(2, 8))
+    np.testing.assert_array_equal(outcome.rank_load.max(2), -(-loads.sum(2) // 16))
+    assert (outcome.pushed_in + outcome.far_in).sum(2).max() < 16 * 2
 
 
 def test_generated_loads_have_the_published_statistics():
@@ -71,6 +81,17 @@ def test_generated_loads_have_the_published_statistics():
     assert loads.max() <= 1 << 18  # at most one assignment a token
     np.testing.assert_allclose(loads.sum(2), 8 << 18, rtol=0.01)
     np.testing.assert_array_equal(loads, generate_loads(16, 32, 128, 8, 1 << 18, max_mean=7.3, change=0.18, seed=3))
+
+
+@pytest.mark.parametrize("name", WORKLOADS)
+def test_workloads_are_loads_of_so_many_tokens(name):
+    loads = workload(name, 2, 6, 64, 4, 1 << 14, max_mean=6.0, seed=1)
+    assert loads.shape == (2, 6, 64)
+    assert loads.max() <= 1 << 14
+    np.testing.assert_allclose(loads.sum(2), 4 << 14, rtol=0.05)
+    np.testing.assert_array_equal(loads, workload(name, 2, 6, 64, 4, 1 << 14, max_mean=6.0, seed=1))
+    skew = (loads.max(2) / loads.mean(2)).mean()
+    assert {"drift": 5, "zipf": 8, "max-violation": 5, "skewed": 2.5}[name] < skew < 17
 
 
 def test_generated_traces_are_traces():
@@ -87,31 +108,42 @@ def test_impossible_skew_is_refused():
         generate_loads(1, 1, 128, 8, 100, max_mean=16)
 
 
-@pytest.mark.parametrize("nodes", [2, 8])
-def test_ours_is_nearly_balanced_with_every_byte_priced(nodes):
-    model = MODELS["Qwen3-235B-A22B"]
-    loads = generate_loads(4, 16, model.experts, model.top_k, 8192 * 8 * nodes)
+@pytest.mark.parametrize(("nodes", "tokens", "copies"), [(2, 8192, 4), (8, 8192, 4), (2, 1024, 4), (2, 8192, 0)])
+def test_ours_is_ahead_of_every_rival_that_fits(nodes, tokens, copies):
+    model = MODELS["Qwen3-30B-A3B"]
+    loads = generate_loads(2, 16, model.experts, model.top_k, tokens * 8 * nodes)
+    options = PlanOptions(shape=model, kept_bytes=copies * model.copy_bytes)
     steps = []
-    scenario = Scenario(model, ClusterSpec(nodes, 8, 2), DEVICES["8xH100"])
-    results = simulate(loads, scenario, progress=steps.append)
+    results = simulate(loads, Scenario(ClusterSpec(nodes, 8, 2), options), progress=steps.append)
     assert tuple(steps) == tuple(results) == POLICIES
     seconds = {name: result.cost.seconds for name, result in results.items()}
-    assert seconds["balanced"] / seconds["relibra"] >= 0.98
-    assert all(seconds["relibra"] <= seconds[name] for name in POLICIES if name != "balanced")
-    if nodes == 8:
-        assert seconds["static"] / seconds["relibra"] >= 1.5
+    rivals = [name for name in POLICIES if name not in ("relibra", "balanced") and results[name].fits]
+    assert "llep" in rivals and ("flashlb-split" in rivals) == (copies == 4)
+    assert all(seconds["relibra"] <= seconds[name] for name in rivals)
+    if copies and tokens == 8192:
+        assert seconds["relibra"] < seconds["balanced"]
 
 
 def test_small_batches_are_not_drowned_in_weights():
     """With a few tokens a rank, weights cost more than they bring: the plan must see that."""
     model = MODELS["Qwen3-30B-A3B"]
     loads = generate_loads(2, 4, model.experts, model.top_k, 64 * 16)
-    results = simulate(loads, Scenario(model, ClusterSpec(2, 8, 2), DEVICES["8xH100"]), ["static", "relibra"])
-    assert results["relibra"].cost.seconds < results["static"].cost.seconds
-    assert results["relibra"].replicas < 5
+    scenario = Scenario(ClusterSpec(2, 8, 2), PlanOptions(shape=model))
+    results = simulate(loads, scenario, ["static", "relibra"])
+    assert results["relibra"].cost.seconds <= results["static"].cost.seconds
+    assert results["relibra"].fetched < 5
 
 
 def test_unknown_policies_are_refused():
-    scenario = Scenario(MODELS["Qwen3-30B-A3B"], ClusterSpec(1, 8), DEVICES["8xH100"])
     with pytest.raises(InputError, match="policy 'magic'"):
-        simulate(skewed_loads(1, 1, 128), scenario, ["magic"])
+        simulate(skewed_loads(1, 1, 128), Scenario(ClusterSpec(1, 8), PlanOptions()), ["magic"])
+
+
+def test_the_model_comes_near_published_figures():
+    """UltraEP reports 94.3 % of balanced, in one domain of 64 ranks; ReLibra 90-94 %. See docs/simulator.md."""
+    shape = MODELS["Qwen3-30B-A3B"]
+    loads = generate_loads(2, 8, 128, 8, 4096 * 64)
+    options = PlanOptions(shape=shape)
+    one_domain = Scenario(ClusterSpec(1, 64, 2), replace(options, kept_bytes=0))
+    results = simulate(loads, one_domain, ["ultraep", "balanced"])
+    assert 0.90 <= results["balanced"].cost.seconds / results["ultraep"].cost.seconds <= 0.99

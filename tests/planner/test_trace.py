@@ -1,11 +1,15 @@
 """RoutingTrace: what it accepts, and how it refuses the rest."""
 
 import itertools
+import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from relibra_kernels.planner import FormatError, InputError, ReLibraError, RoutingTrace
+from relibra_kernels.planner.trace_report import LAST_TOKEN
+from relibra_kernels.planner.trace_writer import TraceWriter
 
 
 def random_ids(rng, tokens, layers, top_k, num_experts, dtype=np.int8):
@@ -140,3 +144,98 @@ def test_damage_inside_an_array_is_seen(tmp_path):
     path.write_bytes(data)
     with pytest.raises(ReLibraError, match=r"bad\.npz"):
         RoutingTrace.load(path)
+
+
+@pytest.mark.parametrize(("num_experts", "width"), [(100, 1), (128, 1), (129, 1), (256, 1), (257, 2), (40_000, 2)])
+def test_an_id_takes_one_byte_up_to_256_experts_and_two_beyond(num_experts, width, tmp_path):
+    ids = np.array([[[0, num_experts - 1]], [[-1, -1]], [[num_experts - 1, 3]]], np.int64)
+    trace = RoutingTrace(ids, [0, 3], num_experts, [0])
+    trace.save(tmp_path / "t.npz")
+    with np.load(tmp_path / "t.npz") as file:
+        assert file["expert_ids"].itemsize == width
+        if num_experts in (100, 128, 257):  # other readers see -1 where it costs nothing
+            np.testing.assert_array_equal(file["expert_ids"], ids)
+    for same in (trace, RoutingTrace.load(tmp_path / "t.npz"), pickle.loads(pickle.dumps(trace))):
+        assert same.compact_ids.itemsize == width and same.unknown.tolist() == [False, True, False]
+        np.testing.assert_array_equal(same.expert_ids, ids)
+        np.testing.assert_array_equal(same.sequence(0), ids)
+        np.testing.assert_array_equal(same.rows(np.array([2, -1, 1])), [ids[2], [[-1, -1]], [[-1, -1]]])
+    signed = np.int64 if num_experts > 32_768 else np.int16
+    np.savez(tmp_path / "old.npz", expert_ids=ids.astype(signed), offsets=[0, 3], num_experts=num_experts)
+    np.testing.assert_array_equal(RoutingTrace.load(tmp_path / "old.npz").expert_ids, ids)
+
+
+def test_the_narrowest_ids_are_not_copied():
+    ids = small_trace().expert_ids.copy()
+    trace = RoutingTrace(ids, [0, 5, 5, 12], 16, range(3))
+    assert np.shares_memory(trace.compact_ids, ids) and np.shares_memory(trace.expert_ids, ids)
+
+
+def test_shares_are_those_of_the_whole(tmp_path):
+    trace = small_trace(lengths=(5, 0, 7, 3))
+    trace = RoutingTrace(trace.expert_ids, trace.offsets, 16, (1, 4, 6), layers_dropped=(0,))
+    layers = trace.slice_layers([1, 6])
+    np.testing.assert_array_equal(layers.expert_ids, trace.expert_ids[:, [0, 2]])
+    assert layers.moe_layer_ids == (1, 6) and layers.unknown.tolist() == trace.unknown.tolist()
+    part = trace.slice_positions(1, np.array([3, 3, 9, 0]))
+    assert np.diff(part.offsets).tolist() == [2, 0, 6, 0]
+    np.testing.assert_array_equal(part.sequence(2), trace.sequence(2)[1:])
+    assert part.reasons[-1] == LAST_TOKEN and not np.shares_memory(part.compact_ids, trace.compact_ids)
+    for path, write in ((tmp_path / "t.npz", trace.save), (tmp_path / "z.npz", lambda p: squeeze(trace, p))):
+        write(path)
+        for sequences, numbers in itertools.product((None, [2, 0], [3], []), (None, [4], [1, 6])):
+            share = RoutingTrace.load(path, sequences=sequences, layers=numbers)
+            expected = trace if sequences is None else trace.select(sequences)
+            expected = expected if numbers is None else expected.slice_layers(numbers)
+            np.testing.assert_array_equal(share.expert_ids, expected.expert_ids)
+            assert share.offsets.tolist() == expected.offsets.tolist() and share.moe_layer_ids == expected.moe_layer_ids
+    for call, message in (
+        (lambda: trace.slice_layers([4, 5]), r"moe_layer_ids is \[4, 5\]"),
+        (lambda: trace.slice_positions(-1), "start is -1"),
+        (lambda: RoutingTrace.load(tmp_path / "t.npz", sequences=[4]), r"t\.npz: sequences are \[4\]"),
+        (lambda: RoutingTrace.load(tmp_path / "t.npz", layers=[0]), r"t\.npz: layers are \[0\]"),
+    ):
+        with pytest.raises(InputError, match=message):
+            call()
+
+
+def squeeze(trace, path):
+    """Compressed, and in the order of columns: both are read too, the second not in parts."""
+    arrays = {"expert_ids": trace.expert_ids, "offsets": trace.offsets, "num_experts": trace.num_experts}
+    np.savez_compressed(path, **arrays, moe_layer_ids=trace.moe_layer_ids)
+
+
+def test_loading_a_share_needs_memory_for_the_share(tmp_path):
+    """A hundredth of 1,536 sequences x 32k tokens x 47 layers x top-4; a rank has an eighth of the sequences."""
+    sequences, tokens, layers = 48, 10_700, 47
+    ids = (np.arange(sequences * tokens * layers, dtype=np.int64) % 61).astype(np.int8)
+    ids = np.stack([ids, ids + 61], 1).repeat(2, 1).reshape(-1, layers, 4)
+    ids[..., 1::2] += 1
+    trace = RoutingTrace(ids, np.arange(sequences + 1) * tokens, 128, range(layers))
+    trace.save(tmp_path / "t.npz")
+    whole = trace.compact_ids.nbytes
+    assert whole > 95e6 and (tmp_path / "t.npz").stat().st_size < 1.02 * whole
+    shares = (({"sequences": range(6)}, whole / 8), ({"layers": range(6)}, whole * 6 / 47), ({}, whole))
+    for options, size in shares:
+        tracemalloc.start()
+        share = RoutingTrace.load(tmp_path / "t.npz", **options)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 1.1 * size + 32e6, (options, peak, size)
+        assert share.compact_ids.nbytes == pytest.approx(size)
+
+
+def test_a_trace_is_written_batch_after_batch(tmp_path):
+    trace = small_trace(lengths=(5, 0, 7, 3))
+    writer = TraceWriter(tmp_path / "parts.npz")
+    for part in ([0], [1, 2], [3]):
+        writer.append(trace.select(part))
+    with pytest.raises(InputError, match=r"moe_layer_ids is \(0, 1\) from sequence 4 on, but was \(0, 1, 2\) before"):
+        writer.append(trace.slice_layers([0, 1]))
+    assert writer.report == trace.report
+    writer.close()
+    trace.save(tmp_path / "whole.npz")
+    assert (tmp_path / "parts.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"parts.npz", "whole.npz"}
+    with pytest.raises(InputError, match="there is no sequence"):
+        TraceWriter(tmp_path / "none.npz").close()

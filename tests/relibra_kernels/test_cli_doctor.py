@@ -1,11 +1,14 @@
 """`relibra doctor`: it says what is there, and finds the traps that a test sets."""
 
+import importlib.metadata
 import json
 
 import pytest
 import torch
 
 from relibra_kernels.cli import doctor, main
+from relibra_kernels.configs import interpreter
+from relibra_kernels.planner.errors import InputError
 
 
 def findings(capsys):
@@ -89,3 +92,46 @@ def test_a_gpu_without_kernels_is_a_problem(capsys, monkeypatch):
     problems = [entry["text"] for entry in found if entry["level"] == "problem"]
     assert status == 1 and any("tensors on cuda: plain torch" in text for text in problems)
     assert any("C compiler" in text for text in problems)
+
+
+def with_versions(monkeypatch, **versions):
+    """`doctor` and the check of the interpreter see these packages."""
+    real = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or real(name))
+    interpreter.interpreter_fault.cache_clear()
+
+
+@pytest.fixture(autouse=True)
+def forgets_versions():
+    yield
+    interpreter.interpreter_fault.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("triton", "numpy", "fails"), [("3.6.0", "2.4.0", True), ("3.6.0", "2.3.5", False), ("3.7.1", "2.5.2", False)]
+)
+def test_an_interpreter_that_this_numpy_breaks(capsys, monkeypatch, triton, numpy, fails):
+    with_versions(monkeypatch, triton=triton, numpy=numpy)
+    status, found = findings(capsys)
+    told = [entry for entry in found if "interpreter of Triton" in entry["text"]]
+    assert status == 0 and bool(told) == fails
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    status, found = findings(capsys)
+    assert status == fails
+    if fails:
+        pytest.importorskip("triton", reason="needs triton")
+        from relibra_kernels.kernels import launch
+
+        monkeypatch.setattr(launch, "INTERPRETING", True)
+        with pytest.raises(InputError, match=rf"TRITON_INTERPRET is 1, but .*Triton {triton} fails with numpy {numpy}"):
+            launch.target(torch.zeros(1))
+
+
+def test_transformers_without_a_hook_for_expert_parallelism(capsys, monkeypatch):
+    with_versions(monkeypatch, transformers="5.17.0")
+    status, found = findings(capsys)
+    (note,) = [entry for entry in found if "no hook for expert parallelism" in entry["text"]]
+    assert status == 0 and note["level"] == "note" and "5.23" in note["fix"]
+    with_versions(monkeypatch, transformers="5.16.1")
+    status, found = findings(capsys)
+    assert status == 1 and any("5.16.1 is older than 5.17" in entry["text"] for entry in found)

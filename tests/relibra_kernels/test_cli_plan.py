@@ -128,18 +128,30 @@ def test_a_previous_plan_for_other_experts_is_refused(tmp_path, loads, capsys):
     assert "before.npz is for [layers, experts, ranks] (2, 8" in capsys.readouterr().err
 
 
-def test_json_reports_what_balance_costs(tmp_path, capsys):
+def test_json_reports_what_a_plan_costs(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    np.savez(tmp_path / "skewed.npz", loads=(np.exp(rng.normal(0, 1.5, (2, 4, 32))) * 1000).astype(np.int64))
+    np.savez(tmp_path / "skewed.npz", loads=(np.exp(rng.normal(0, 1.5, (2, 4, 32))) * 9000).astype(np.int64))
     reports = []
-    for balance in ("1.0", "1.1"):
-        arguments = ["--balance", balance, "--effort", "fast", "--shape", "GLM-4.5-Air", "--json"]
+    for more in (["--kept-bytes", "0", "--max-moves", "0"], ["--kept-bytes", "4e9", "--fetched-slots", "0"]):
+        arguments = ["--balance", "1", "--shape", "GLM-4.5-air", "--json", *more]
         assert run(tmp_path, tmp_path / "skewed.npz", *arguments) == 0
         reports.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
-    assert reports[0]["replicas_mean"] > reports[1]["replicas_mean"] > 0
-    assert reports[0]["bytes_fast"] > reports[1]["bytes_fast"]
-    assert reports[0]["bytes_slow"] >= reports[1]["bytes_slow"]
-    assert reports[0]["shape"] == "GLM-4.5-Air"
+    fetched, kept = reports
+    assert fetched["replicas_mean"] > 0 == fetched["kept_mean"] == fetched["kept_bytes_worst"] == fetched["moves_mean"]
+    assert kept["kept_mean"] > 0 == kept["replicas_mean"] == kept["busiest_sender_mean"]
+    assert 0 < kept["kept_bytes_worst"] <= 4e9
+    assert 0 < fetched["busiest_sender_mean"] <= fetched["replicas_mean"]
+    assert kept["local_share"] > fetched["local_share"] > 0
+    assert all(report["modelled_over_balanced"] > 0.5 for report in reports)
+    assert all(report["shape"] == "GLM-4.5-Air" and report["migration_bytes"] >= 0 for report in reports)
+
+
+def test_a_trace_must_be_of_the_shape_that_is_given(tmp_path, capsys):
+    make_trace(tmp_path / "trace.npz")
+    arguments = [tmp_path / "trace.npz", "--micro-batch-sequences", 2, "--shape"]
+    assert run(tmp_path, *arguments, "64,32,8,4") == 2
+    assert "chooses 2 of 8 experts, but 64,32,8,4 chooses 4 of 8" in capsys.readouterr().err
+    assert run(tmp_path, *arguments, "64,32,8,2") == 0
 
 
 @pytest.mark.parametrize(

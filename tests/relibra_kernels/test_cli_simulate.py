@@ -26,7 +26,7 @@ def test_the_report_is_one_page_without_a_network(tmp_path):
     page = tmp_path / "report.html"
     assert main(["simulate", *SMALL, "--html", str(page)]) == 0
     text = page.read_text()
-    assert text.count("<h2>") == 2
+    assert text.count("<h2>") == 3
     assert text.count("<svg") >= 8
     assert not re.search(r"(src|href)=|https?:|@import|url\(", text)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -42,8 +42,8 @@ def test_on_recorded_loads(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--models", "nope"], "model is 'nope'"),
-        (["--device", "nope"], "device is 'nope'"),
+        (["--models", "nope"], "--models is 'nope'"),
+        (["--device", "nope"], "--device is 'nope'"),
         (["--policies", "nope"], "--policies names 'nope'"),
         (["--ep", "12"], "--ep names '12'"),
         (["--ep", "x"], "--ep names 'x'"),
@@ -51,7 +51,7 @@ def test_on_recorded_loads(tmp_path, capsys):
         (["--seed", "-1"], "--seed is -1"),
         (["--html", "/nonexistent/report.html"], "--html"),
         (["missing.npz"], "missing.npz"),
-        (["--balance", "0.5"], "balance is 0.5"),
+        (["--balance", "0.5"], "--balance is 0.5"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message, capsys):

@@ -39,12 +39,12 @@ ROOMS = (
     Room(
         "integrations",
         "Hugging Face, Megatron, verl, slime",
-        f"{PARALLEL} nn router compiled autograd ops reference {BASE} {PLANNER}",
+        f"{PARALLEL} nn router compiled autograd ops reference {BASE} alignment forwards {PLANNER}",
     ),
     Room(
         "warmup",
         "compile before the first step",
-        f"parallel nn autograd ops compiling kernels configs {BASE} errors",
+        f"parallel parallel.experts nn autograd ops compiling kernels configs {BASE} errors",
         "precompile",
     ),
     Room(
@@ -58,7 +58,7 @@ ROOMS = (
         f"parallel.experts parallel.session parallel.comm nn autograd ops {BASE} planner plan errors",
     ),
     Room("parallel.experts", "an expert's way", f"parallel.comm nn ops {BASE} planner plan errors"),
-    Room("parallel.session", "options, what a forward is bound to", "parallel.comm errors"),
+    Room("parallel.session", "options, what a forward is bound to", "parallel.comm forwards errors"),
     Room("parallel.comm", "collectives, groups, watchdog", "planner errors"),
     Room("nn", "the layer as modules", f"router compiled autograd ops {BASE} errors"),
     Room("router", "top-k routers, replay and recording", "errors"),
@@ -74,6 +74,8 @@ ROOMS = (
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),
     Room("form", "activation, bias, layout of an expert", "errors"),
+    Room("alignment", "whether a record is of these tokens", "errors"),
+    Room("forwards", "which forward runs or is recomputed"),
     Room("progress", "a line that says how far it is"),
     Room("planner", "what users import of the planner", PLANNER.removeprefix("planner ")),
     Room(
@@ -88,9 +90,10 @@ ROOMS = (
         "plan",
         "traces, loads, plans, splits",
         "files errors",
-        "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.trace planner.cluster",
+        "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.cluster "
+        "planner.trace planner.trace_rules planner.trace_report planner.trace_files planner.trace_writer",
     ),
-    Room("files", "files written whole or not at all", "errors", "planner.files"),
+    Room("files", "files written whole or not at all", "errors", "planner.files planner.npz_rows"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),
 )
 

@@ -1,9 +1,9 @@
 """Rival policies, written from what their authors describe. Each takes the loads of a whole batch (an oracle, where the
-original would have to predict) and a cluster, and says what it makes of them as an Outcome. Where a rival keeps copies
-inside a node for a whole batch, those are not priced: once a batch over the fast network is nothing beside the rest.
+original would have to predict) and a cluster, and says what it makes of them as an Outcome.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -11,9 +11,10 @@ from ...cluster import ClusterSpec
 from ...pricing.outcome import Outcome
 from .balanced import forced_balanced
 from .eplb import eplb_global, eplb_hierarchical
-from .least_loaded import least_loaded
+from .flashlb import flashlb
 from .lplb import lplb
 from .relibra_paper import relibra_paper
+from .spill import llep, moonep, ultraep
 from .static import static
 
 Policy = Callable[[np.ndarray, ClusterSpec], Outcome]
@@ -21,11 +22,16 @@ Policy = Callable[[np.ndarray, ClusterSpec], Outcome]
 BASELINES: dict[str, Policy] = {
     "static": static,
     "eplb-global": eplb_global,
+    "eplb-global-split": partial(eplb_global, split=True),
     "eplb-hierarchical": eplb_hierarchical,
+    "eplb-hierarchical-split": partial(eplb_hierarchical, split=True),
+    "flashlb-split": flashlb,
     "lplb": lplb,
-    "least-loaded": least_loaded,
+    "llep": llep,
+    "ultraep": ultraep,
+    "moonep": moonep,
     "relibra-paper": relibra_paper,
     "balanced": forced_balanced,
 }
 
-__all__ = ["BASELINES", "Policy", *sorted(f.__name__ for f in BASELINES.values())]
+__all__ = ["BASELINES", "Policy"]

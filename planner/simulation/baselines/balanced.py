@@ -7,9 +7,10 @@ from ...pricing.outcome import Outcome
 
 
 def forced_balanced(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
+    """Every rank gets the same, in E / R slots, rounded up."""
     layers, micro_batches, experts = table_LME.shape
-    cluster.experts_per_rank(experts)
-    total = table_LME.sum(2, keepdims=True)
-    even = total // experts + (np.arange(experts) < total % experts)
-    # What does not divide goes to the first experts of all ranks in turn.
-    return Outcome.of(even.reshape(layers, micro_batches, -1, cluster.num_ranks).swapaxes(2, 3))
+    ranks, slots = cluster.num_ranks, cluster.home_slots(experts)
+    total = table_LME.sum(2)[:, :, None]
+    # What does not divide goes to the first slots of all ranks in turn.
+    even = total // (ranks * slots) + (np.arange(ranks * slots) < total % (ranks * slots))
+    return Outcome.of(even.reshape(layers, micro_batches, slots, ranks).swapaxes(2, 3))

@@ -1,12 +1,11 @@
-"""Megatron-LM: expert e on rank e // (E/R), nothing moves."""
+"""Megatron-LM: contiguous homes, nothing moves."""
 
 import numpy as np
 
 from ...cluster import ClusterSpec
-from ...pricing.outcome import Outcome
+from ...plan import static_plan
+from ...pricing.outcome import Outcome, outcome_of_plan
 
 
 def static(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
-    layers, micro_batches, experts = table_LME.shape
-    cluster.experts_per_rank(experts)
-    return Outcome.of(table_LME.reshape(layers, micro_batches, cluster.num_ranks, -1))
+    return outcome_of_plan(static_plan(table_LME, cluster), table_LME)

@@ -16,13 +16,13 @@ import torch.multiprocessing as mp
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ...nn import replay_routing
+from ...integrations.transformers import replay
 from ...parallel import ExpertParallel
 from ...planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch, static_plan
 from ...planner.errors import CommunicationError
 from .grpo import answer_tokens, make_inputs, sequence_losses
 from .rollout import Rollouts
-from .toy import build_model, moe_layers
+from .toy import build_model
 
 RANKS = 2
 CLUSTER = ClusterSpec(num_nodes=1, gpus_per_node=RANKS, replica_slots=2)
@@ -114,16 +114,13 @@ def train_alone(state: dict[str, Tensor], batches: list[Rollouts]) -> Reference:
     model = build_model(0)
     model.load_state_dict(state)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
-    routers = [moe.router for moe in moe_layers(model)]
     losses, gradients = [], {}
     for index, rollouts in enumerate(batches):
         optimizer.zero_grad()
         for m in range(MICRO_BATCHES):
             sequences = np.flatnonzero(micro_batch_of_sequence(rollouts.trace) == m)
             inputs = make_inputs(rollouts, sequences)
-            ids = rollouts.trace.select(sequences).expert_ids
-            padding = np.full((1, *ids.shape[1:]), -1, ids.dtype)
-            with replay_routing(routers, torch.from_numpy(np.concatenate([ids, padding])[inputs.rows])):
+            with replay(model, rollouts.trace.select(sequences), rows=inputs.rows):
                 loss = sequence_losses(model, inputs)
                 (loss.sum() / answer_tokens(rollouts)).backward()
             if index == 0:

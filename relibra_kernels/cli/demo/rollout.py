@@ -7,9 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ...nn import record_routing
 from ...planner import RoutingTrace, from_vllm
-from .toy import DIGITS, EOS, EXPERTS, make_prompts, moe_layers, right_answers
+from .toy import DIGITS, EOS, EXPERTS, make_prompts, recorded_choices, right_answers
 
 GROUP = 8  # samples of one prompt, compared with each other
 
@@ -74,10 +73,10 @@ def _generate(
     answers, log_probs, routing = [], [], []
     cache, fed = None, prompts
     for _ in range(most):
-        with record_routing([moe.router for moe in moe_layers(model)]) as recorded:
+        with recorded_choices(model) as recorded:
             out = model(fed, past_key_values=cache, use_cache=True)
         cache = out.past_key_values
-        chosen = torch.stack([calls[0] for calls in recorded], 1)  # [B * tokens, L, K]
+        chosen = torch.stack(recorded, 1)  # [B * tokens, L, K]
         routing.append(chosen.view(batch, fed.shape[1], *chosen.shape[1:]))
         distribution = out.logits[:, -1].log_softmax(-1)
         fed = torch.multinomial(distribution.exp(), 1, generator=generator)

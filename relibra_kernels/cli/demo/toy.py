@@ -4,14 +4,14 @@ A prompt is `BOS digits SEP`, the answer the digits in ascending order and EOS. 
 that is right, so it can be verified without a model.
 """
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...integrations.transformers import replace_moe_blocks
-from ...nn import ReplicatedMoE
 
 BOS, SEP, EOS, VOCABULARY = 10, 11, 12, 16  # tokens 0..9 are the digits
 DIGITS = (8, 12, 16, 20)  # prompt lengths
@@ -20,7 +20,7 @@ POPULARITY_WEIGHT = 0.3  # of the loss that makes some experts popular, against 
 
 
 def build_model(seed: int) -> nn.Module:
-    """Random weights; every MoE block is a `ReplicatedMoE`."""
+    """Random weights; the experts are taken over by our kernels."""
     from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
     torch.manual_seed(seed)
@@ -43,9 +43,17 @@ def build_model(seed: int) -> nn.Module:
     return model
 
 
-def moe_layers(model: nn.Module) -> list[ReplicatedMoE]:
-    """The model's MoE layers, in order."""
-    return [module for module in model.modules() if isinstance(module, ReplicatedMoE)]
+@contextmanager
+def recorded_choices(model: nn.Module) -> Iterator[list[Tensor]]:
+    """What the experts of every layer are asked for in the forwards within: int64 [T, K] each, layer by layer."""
+    chosen: list[Tensor] = []
+    layers = replace_moe_blocks(model)
+    hooks = [layer.experts.register_forward_pre_hook(lambda _, args: chosen.append(args[1])) for layer in layers]
+    try:
+        yield chosen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def make_prompts(random: np.random.Generator, count: int, digits: int) -> np.ndarray:
@@ -70,7 +78,8 @@ def train_on_task(model: nn.Module, steps: int, seed: int) -> Generator[None, No
     random = np.random.default_rng(seed)
     popularity = torch.softmax(-torch.arange(EXPERTS) / 16.0, 0)
     logits: list[Tensor] = []
-    hooks = [moe.router.register_forward_hook(lambda _m, _i, out: logits.append(out[0])) for moe in moe_layers(model)]
+    routers = [layer.router.module for layer in replace_moe_blocks(model)]
+    hooks = [router.register_forward_hook(lambda _m, _i, out: logits.append(out[0])) for router in routers]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
     for _ in range(steps):
         digits = int(random.choice(DIGITS))

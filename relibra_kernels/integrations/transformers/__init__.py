@@ -1,6 +1,7 @@
 """Hugging Face transformers 5: importing this registers `"relibra"` for experts and for expert parallelism.
 
-`model.set_experts_implementation("relibra")` computes the experts with our kernels, `"eager"` undoes it to the bit.
+`model.set_experts_implementation("relibra")` computes the experts with our kernels. Setting what it was before
+(`model.config._experts_implementation`) undoes that to the bit.
 `record_routing(model)` and `replay(model, trace)` work with any experts implementation.
 """
 

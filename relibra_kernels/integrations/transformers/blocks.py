@@ -1,52 +1,75 @@
-"""Swap whole MoE blocks for `ReplicatedMoE`: what `ExpertParallel` needs."""
+"""Take over the experts of a Hugging Face model, where they are: what `ExpertParallel` needs.
 
-from functools import cache
+A family keeps its block, with its router, shared experts, biases and losses. Its experts module gives its parameters to
+one of ours, and its router is asked to choose what was recorded wherever the runtime has that.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from ...nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
-from ...planner.errors import InputError
+from ...planner.errors import InputError, ShapeError
+from .answers import answer_of
+from .experts import FamilyExperts
+from .layers import MoeLayer, moe_layers
 
 
-def replace_moe_blocks(model: nn.Module) -> list[ReplicatedMoE]:
-    """Swap every Qwen3-MoE block of `model`, in place, for a `ReplicatedMoE` over the same parameters.
+class FamilyRouter:
+    """A family's own router, whose choice is answered by what the runtime has for the forward that runs.
 
-    Nothing is copied and the keys of the state dict stay. Returns the new blocks in layer order.
-    Raises: InputError where the model has no such block.
+    Where `replay` is set, every forward asks it for (recorded ids int64 `[T, K]`, whether no row is -1); rows of -1,
+    and all where it has none (None), are chosen live.
     """
-    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-    found = [(name, block) for name, block in model.named_modules() if isinstance(block, Qwen3MoeSparseMoeBlock)]
-    if not found:
+    def __init__(self, layer: MoeLayer):
+        self.name, self.module = layer.name, layer.router
+        self.num_experts, self.top_k = layer.num_experts, layer.top_k
+        self.replay: Callable[[], tuple[Tensor | None, bool] | None] | None = None
+        layer.router.forward = partial(_forward, self)  # type: ignore[method-assign]
+
+
+def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    module: Any = router.module
+    original = type(module).forward
+    recorded_TK, complete = (None if router.replay is None else router.replay()) or (None, False)
+    if recorded_TK is None:
+        return original(module, hidden_states, *args, **kwargs)
+    tokens = hidden_states.numel() // hidden_states.shape[-1]
+    if len(recorded_TK) != tokens:
+        raise ShapeError(f"the router of {router.name} got {tokens} tokens; its replay is for {len(recorded_TK)}")
+    mode = answer_of(module)(module, router.num_experts, router.top_k, recorded_TK, complete)
+    with mode:
+        out = original(module, hidden_states, *args, **kwargs)
+    if not mode.answered:
         raise InputError(
-            f"model is a {type(model).__name__} without a Qwen3MoeSparseMoeBlock; there is none to replace"
+            f"the router of {router.name} ({type(module).__name__}) does not choose {router.top_k} of "
+            f"{router.num_experts} experts with torch.topk, so that nothing can be replayed in it"
         )
-    replaced = []
-    for name, block in found:
-        moe = _replicated(block)
-        moe.train(block.training)
-        model.set_submodule(name, moe)
-        replaced.append(moe)
-    return replaced
+    return out
 
 
-@cache
-def _router_class(theirs: Any) -> type[TopKRouter]:
-    """Our router, which transformers takes for its own: it goes by the class to collect router logits."""
-    return type("TopKRouter", (TopKRouter, theirs), {})
+@dataclass(eq=False)
+class FamilyLayer:
+    """An MoE layer of a family, as the runtime sees it: the experts that are here, and the router that it replays."""
+
+    experts: FamilyExperts
+    router: FamilyRouter
 
 
-def _replicated(block: Any) -> ReplicatedMoE:
-    gate, experts = block.gate, block.experts
-    act = type(experts.act_fn).__name__
-    if act not in ("SiLU", "SiLUActivation"):
-        raise InputError(f"the experts' activation is {act}; it must be silu")
-    router = _router_class(gate.__class__)(
-        gate.hidden_dim, gate.num_experts, gate.top_k, normalize=gate.norm_topk_prob, device="meta"
-    )
-    router.weight = gate.weight
-    router._forward_hooks.update(gate._forward_hooks)  # transformers installs its collectors once, at the first forward
-    ours = ReplicatedExperts(experts.num_experts, experts.hidden_dim, experts.intermediate_dim, device="meta")
-    ours.gate_up_proj, ours.down_proj = experts.gate_up_proj, experts.down_proj
-    return ReplicatedMoE(router, ours)
+def replace_moe_blocks(model: nn.Module) -> list[FamilyLayer]:
+    """Take over the experts of every MoE layer of `model`, in place. The blocks around them stay those of the family.
+
+    Nothing is copied, and parameters and state dict keep their names and order. Layers that are taken over already stay
+    so. Returns the layers in order.
+    Raises: InputError where the model has no experts, or some that we do not compute; nothing is changed then.
+    """
+    found = moe_layers(model)
+    taken = [getattr(layer.experts, "layer", None) or FamilyExperts(layer.experts) for layer in found]
+    for index, (layer, experts) in enumerate(zip(found, taken, strict=True)):
+        if isinstance(experts, FamilyExperts):
+            experts.layer = taken[index] = FamilyLayer(experts, FamilyRouter(layer))
+            model.set_submodule(layer.name, experts)
+    return taken

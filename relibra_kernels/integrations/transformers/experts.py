@@ -8,12 +8,14 @@ import dataclasses
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers.integrations.moe import ExpertsInterface
 
 from ... import ops
 from ...autograd import moe_mlp
 from ...compiled import moe_mlp_functional
 from ...form import ExpertForm
+from ...nn import ReplicatedExperts
 from ...operands import check_computable
 from ...planner.errors import InputError
 from ...reference import swiglu
@@ -22,9 +24,8 @@ from ...weights import ExpertWeights
 # torch 2.11's compiler takes no module as an argument of a function whose result it assumes to be constant.
 _COMPILES_AFTER_A_FORWARD = torch.__version__.startswith("2.11.")
 
-Flags = tuple[
-    bool, bool, bool, Literal["silu", "clamped"], float, float
-]  # of an ExpertForm, as constants that torch.compile takes
+# Of an ExpertForm, as constants that torch.compile takes.
+Flags = tuple[bool, bool, bool, Literal["silu", "clamped"], float, float]
 
 
 def experts_forward(
@@ -43,16 +44,58 @@ def experts_forward(
     # choices of another rank's experts have the id num_experts and weight 0; before 5.23 nothing says if there are any
     if getattr(self, "_is_expert_parallel", True):
         top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
-    x_TH, weights = cast_for_experts(hidden_states, expert_weights(self))
-    weights_TK = top_k_weights.contiguous()
-    if torch.compiler.is_compiling():
-        out_TH = moe_mlp_functional(x_TH, weights_TK, top_k_index, weights, form)
-    else:
-        out_TH = moe_mlp(x_TH, weights_TK, ops.build_schedule(top_k_index, self.num_experts), weights, form)
-    return out_TH.to(hidden_states.dtype)
+    return _compute(hidden_states, top_k_index, top_k_weights, expert_weights(self), form)
 
 
 ExpertsInterface.register("relibra", experts_forward)
+
+
+def _compute(
+    hidden_states: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    weights: ExpertWeights,
+    form: ExpertForm,
+    recompute: bool = False,
+) -> torch.Tensor:
+    x_TH, weights = cast_for_experts(hidden_states, weights)
+    weights_TK = weights_TK.contiguous()
+    if torch.compiler.is_compiling():
+        out_TH = moe_mlp_functional(x_TH, weights_TK, index_TK, weights, form, recompute=recompute)
+    else:
+        schedule = ops.build_schedule(index_TK, len(weights.down))
+        out_TH = moe_mlp(x_TH, weights_TK, schedule, weights, form, recompute=recompute)
+    return out_TH.to(hidden_states.dtype)
+
+
+class FamilyExperts(ReplicatedExperts):
+    """The experts of one layer of a family, with its parameters under their names and in their order.
+
+    Forward is as `experts_forward`; with a `dispatcher`, in the weights' dtype also under autocast.
+
+    Args:
+        experts: an experts module of transformers; its parameters are shared with it.
+    Raises: InputError where the module has a flag or a gate that we do not compute.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        form, weights = expert_form(experts), expert_weights(experts)
+        num_experts, *of_down = weights.down.shape
+        hidden_size, intermediate_size = of_down[::-1] if form.is_transposed else of_down
+        super().__init__(num_experts, hidden_size, intermediate_size, form=form, device="meta")
+        for name, parameter in experts._parameters.items():
+            del self._parameters[name]
+            self.register_parameter(name, parameter)
+        self.train(experts.training)
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        if self.dispatcher is None:
+            return _compute(hidden_states, top_k_index, top_k_weights, self.weights, self.form, self.recompute)
+        x_TH = hidden_states.to(self.weights.down.dtype)
+        out_TH: torch.Tensor = super().forward(x_TH, top_k_index, top_k_weights)
+        return out_TH.to(hidden_states.dtype)
 
 
 def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, ExpertWeights]:

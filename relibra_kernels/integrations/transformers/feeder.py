@@ -98,7 +98,7 @@ class Feeder(OpenForwards):
             start = sum(own)
             fill = None if fed.token_ids is None else np.unique(fed.token_ids[0, start:])
             return not tail or fill is None or len(fill) == 1
-        multiple = math.gcd(*packed)
+        multiple = math.gcd(*own)
         return multiple > 1 and all(0 <= n - length < multiple for n, length in zip(own, self._lengths, strict=True))
 
     def _continued(self, fed: Fed) -> np.ndarray:

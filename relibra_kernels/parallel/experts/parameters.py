@@ -1,5 +1,6 @@
 """The MoE layers of a model, their expert parameters on one rank, and the tensors that go with those."""
 
+import importlib
 from collections.abc import Sequence
 
 import torch
@@ -12,14 +13,43 @@ from .migration import expert_tensors
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
 
 
+# What takes over the MoE layers of another framework's models: by the package that their classes are from.
+ADAPTERS = {"transformers": "relibra_kernels.integrations.transformers.blocks"}
+
+
+def take_over(model: nn.Module) -> list[ReplicatedMoE]:
+    """The MoE layers of a model, in order. Those of another framework are taken over where they were not.
+
+    Raises: InputError where it has none.
+    """
+    layers = _layers_of(model)
+    packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
+    for package in () if layers else sorted(packages & ADAPTERS.keys()):
+        importlib.import_module(ADAPTERS[package]).replace_moe_blocks(model)
+        layers = _layers_of(model)
+    if not layers:
+        raise InputError(
+            f"model {type(model).__name__} has no ReplicatedMoE, and no experts of {' or '.join(ADAPTERS)} to take over"
+        )
+    return layers
+
+
+def _layers_of(model: nn.Module) -> list[ReplicatedMoE]:
+    layers: list[ReplicatedMoE] = []
+    for module in model.modules():
+        if isinstance(module, ReplicatedMoE):
+            layers.append(module)
+        elif isinstance(module, ReplicatedExperts) and module.layer is not None:
+            layers.append(module.layer)
+    return layers
+
+
 def moe_layers(model: nn.Module) -> list[ReplicatedMoE]:
-    """All of a model, in order, each still with all of its experts, equally many.
+    """All of a model, as `take_over` finds them, each still with all of its experts, equally many.
 
     Raises: InputError where that is not so.
     """
-    layers = [module for module in model.modules() if isinstance(module, ReplicatedMoE)]
-    if not layers:
-        raise InputError(f"model {type(model).__name__} has no ReplicatedMoE: replace its MoE blocks first")
+    layers = take_over(model)
     counts = {moe.experts.num_experts for moe in layers}
     if len(counts) > 1 or any(moe.experts.dispatcher is not None for moe in layers):
         raise InputError(f"every MoE layer must have all of its experts, equally many; they have {sorted(counts)}")

@@ -129,3 +129,21 @@ def test_nothing_of_the_framework_is_replaced():
     for name in ("Qwen3MoeExperts", "Qwen3MoeTopKRouter", "Qwen3MoeSparseMoeBlock"):
         assert getattr(modeling_qwen3_moe, name).__module__ == modeling_qwen3_moe.__name__
         assert "relibra" not in getattr(modeling_qwen3_moe, name).forward.__module__
+
+
+def test_a_version_without_a_hook_for_expert_parallelism_is_refused_by_name(monkeypatch):
+    """transformers before 5.23: all else works there."""
+    from relibra_kernels.integrations.transformers import communication, expert_parallel
+
+    monkeypatch.setattr(expert_parallel, "EPImplementationInterface", None)
+    with pytest.raises(InputError, match=r"transformers is 5\..* needs 5\.23 or newer"):
+        communication(make_model("qwen3_moe"))
+
+
+def test_the_compiler_of_torch_2_11_is_told_what_to_do(monkeypatch):
+    from relibra_kernels.integrations.transformers import experts as module
+
+    monkeypatch.setattr(module, "_COMPILES_AFTER_A_FORWARD", True)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    with pytest.raises(InputError, match="run the model once before it is compiled"):
+        module._flags(experts_modules(make_model("qwen3_moe"))[0])

@@ -264,9 +264,9 @@ def test_what_does_not_fit_is_refused():
     model, trace = make_model("qwen3_moe"), random_trace("qwen3_moe", [11] * 3)
     ids, offsets = trace.expert_ids, trace.offsets
     for wrong, message in (
-        (RoutingTrace(ids[:, :1], offsets, E, (0,)), r"\(1, 2, 8\), but the model has \(2, 2, 8\)"),
+        (RoutingTrace(ids[:, :1], offsets, E, (0,)), r"\(1, 2, 8\); the model has \(2, 2, 8\)"),
         (RoutingTrace(ids, offsets, 16, (0, 2)), r"\(2, 2, 16\)"),
-        (RoutingTrace(ids, offsets, E, (1, 2)), r"layers \(1, 2\), but the model has experts in \(0, 2\)"),
+        (RoutingTrace(ids, offsets, E, (1, 2)), r"layers \(1, 2\); the model has experts in \(0, 2\)"),
     ):
         with pytest.raises(InputError, match=message), replay(model, wrong):
             pass

@@ -243,3 +243,76 @@ def test_real_dispatchers_compute_the_layer_under_a_plan(core):
             total += dispatcher.combine_postprocess(dispatcher.token_combine(out))[:, 0]
         expected = torch.einsum("tk,th,tkhj->tj", probs_TE.gather(1, ids), hidden, weights[ids])
         torch.testing.assert_close(total, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_targets_of_a_share_of_the_tokens():
+    trace, groups, rank, _, _ = make_batch(last_unknown=True)
+    part = of_rank(trace, groups, rank, 0, 0)
+    every = torch.stack(megatron.replay_targets(part), 1)
+    seen = []
+    for share in range(2):
+        rows = megatron.rows_of_context_parallel(part, share, 2)
+        with pytest.raises(InputError, match=r"0 times; every recorded row is fed once \(whole=False"):
+            megatron.replay_targets(part, rows=rows)
+        got = torch.stack(megatron.replay_targets(part, rows=rows, whole=False), 1)
+        known = (rows >= 0) & ~part.unknown[rows]
+        assert got[known].equal(every[rows[known]])
+        seen += rows[rows >= 0].tolist()
+    assert sorted(seen) == list(range(part.num_tokens))
+    with pytest.raises(InputError, match="row 1 2 times"):
+        megatron.replay_targets(part, rows=np.array([0, 1, 1]), whole=False)
+
+
+def with_a_hole(trace):
+    ids = trace.expert_ids.copy()
+    ids[1] = -1
+    return RoutingTrace(ids, trace.offsets, trace.num_experts, trace.moe_layer_ids)
+
+
+def test_holes_are_refused_or_left_to_be_routed_live():
+    trace = with_a_hole(make_batch(last_unknown=True)[0])
+    with pytest.raises(InputError, match="holes='live'"):
+        megatron.replay_targets(trace)
+    live = torch.stack(megatron.replay_targets(trace, holes="live"), 1)
+    assert (live[1] == -1).all() and (live < 0).all(2).all(1).sum() == 1
+
+
+@needs_megatron
+def test_rows_without_routing_choose_for_themselves_and_are_recomputed_alike(core):
+    from megatron.core.transformer.moe.router_replay import RouterReplayAction
+
+    trace = with_a_hole(make_batch(last_unknown=True)[0])
+    routers, hidden = make_routers(core), torch.randn(trace.num_tokens, 16)
+    live = [routed(router, hidden)[1] for router in routers]
+    with megatron.replaying(megatron.replay_targets(trace, holes="live")):
+        maps = [routed(router, hidden)[1] for router in routers]
+    replayed = torch.stack(megatron.replay_targets(trace, holes="live"), 1)
+    for layer, routing_map in enumerate(maps):
+        assert routing_map[1].equal(live[layer][1])
+        assert (routing_map.nonzero()[:, 1].reshape(-1, K)[0] == replayed[0, layer].sort().values).all()
+    core.RouterReplay.set_global_router_replay_action(RouterReplayAction.REPLAY_BACKWARD)
+    assert all(routed(router, hidden)[1].equal(m) for router, m in zip(routers, maps, strict=True))
+    core.RouterReplay.clear_global_router_replay_action()
+
+
+@needs_megatron
+def test_only_the_models_routers_replay_and_own_entries_go(core):
+    trace = make_batch()[0]
+    model, other = torch.nn.ModuleList(make_routers(core)), make_routers(core)
+    targets, hidden = megatron.replay_targets(trace), torch.randn(trace.num_tokens, 16)
+    live = routed(other[0], hidden)[1]
+    with pytest.raises(InputError, match=r"has 4 with RouterReplay; name the model"), megatron.replaying(targets):
+        pass
+    kept = torch.zeros(1, K, dtype=torch.int64)
+    model[0].router_replay.replay_backward_list.append(kept)
+    with torch.no_grad(), megatron.replaying(targets, [model[:1], model[1:]]):
+        assert routed(other[0], hidden)[1].equal(live)
+        with pytest.raises(ZeroDivisionError), megatron.replaying(targets, model):
+            raise ZeroDivisionError
+        chosen = routed(model[0], hidden)[1].nonzero()[:, 1].reshape(-1, K)
+        assert chosen.equal(targets[0].sort(1).values)
+    assert [one is kept for one in model[0].router_replay.replay_backward_list] == [True]
+    assert not model[1].router_replay.replay_backward_list and model[0].router_replay.target_topk_idx is None
+    with megatron.replaying(targets, model):
+        pass
+    assert model[1].router_replay.replay_backward_list == [targets[1]]

@@ -1,0 +1,90 @@
+"""Few fetched replicas: each leads out of a set of ranks that cannot get rid of what it has.
+
+Where a pair of layer and micro-batch stays above its target, the exact split says why: from some ranks no path leads to
+a rank with room. A replica helps if it opens one: an expert that these ranks compute much of, fetched by a rank outside
+with a free slot, from a holder on that rank's node. One a node is added at a time, no more than the excess asks for;
+then the split is made level again, over the new replicas too.
+"""
+
+import numpy as np
+
+from .exact import FAR, PairFlow
+from .fetched import Slots
+
+
+def flow_of_slots(slots: Slots, experts: int) -> tuple[PairFlow, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """The exact split's view of these slots, and where its hosts are in them (pair, rank, slot)."""
+    pairs, ranks, _ = slots.expert.shape
+    pair, rank, place = np.nonzero((slots.expert >= 0) & (slots.expert < experts))
+    key = pair * experts + slots.expert[pair, rank, place]
+    several = np.bincount(key, minlength=pairs * experts)[key] > 1
+    order = np.flatnonzero(several)[np.argsort(key[several], kind="stable")]
+    at = pair[order], rank[order], place[order]
+    load = slots.load.sum(2).reshape(-1)
+    return PairFlow(key[order], at[0] * ranks + at[1], slots.load[at], load, experts, ranks), at
+
+
+def level_slots(slots: Slots, target_P: np.ndarray, experts: int, sweeps: int) -> PairFlow:
+    """Exact splits, in place, over all that the slots hold; the flow they end with."""
+    flow, at = flow_of_slots(slots, experts)
+    if len(flow.expert):
+        flow.level(target_P, sweeps)
+        slots.load[at] = flow.split
+    return flow
+
+
+def fetch_exits(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, rounds: int, sweeps: int) -> None:
+    """Add fetched replicas, in place, until the targets are met or nothing leads on."""
+    open_ = np.arange(len(target_P))
+    for turn in range(rounds + 1):
+        open_ = open_[slots.load[open_].sum(2).max(1) > target_P[open_]]
+        if not len(open_):
+            return
+        part, target = slots.of_pairs(open_), target_P[open_]
+        flow = level_slots(part, target, experts, sweeps)
+        helped = np.zeros(0, np.int64)
+        if turn < rounds:
+            at, expert, rank = _exits(part, flow, target, gpus_per_node)
+            new = (part.expert[at, rank] < 0).argmax(1)
+            part.expert[at, rank, new], part.fetched[at, rank, new] = expert, True
+            part.free[at, rank] -= 1
+            helped = np.unique(at)
+        slots.put(open_, part)
+        open_ = open_[helped]
+
+
+def _exits(
+    slots: Slots, flow: PairFlow, target_P: np.ndarray, gpus_per_node: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pair, expert and rank of the replicas to add: one a node and pair at most."""
+    pairs, ranks, _ = slots.expert.shape
+    experts, nodes = flow.experts, ranks // gpus_per_node
+    target = np.repeat(target_P, ranks)
+    steps, _ = flow.distances(flow.load < target, np.ones(len(flow.load), np.bool_))
+    stuck = (steps >= FAR).reshape(pairs, ranks)
+    over = np.maximum(flow.load - target, 0).reshape(pairs, ranks)
+    excess = np.where(stuck, over, 0).sum(1)
+    pair, rank, place = np.nonzero((slots.expert >= 0) & (slots.expert < experts))
+    expert = slots.expert[pair, rank, place]
+    load = np.where(stuck[pair, rank], slots.load[pair, rank, place], 0).astype(np.float64)
+    inside = np.bincount(pair * experts + expert, weights=load, minlength=pairs * experts).reshape(pairs, 1, experts)
+    held = ~slots.fetched[pair, rank, place]
+    on_node = np.zeros((pairs, nodes, experts), np.bool_)
+    on_node[pair[held], rank[held] // gpus_per_node, expert[held]] = True
+
+    room = np.maximum(target - flow.load, 0).reshape(pairs, ranks)
+    room = np.where(stuck | (slots.free <= 0), -1, room).reshape(pairs, nodes, gpus_per_node)
+    local = room.argmax(2)
+    open_ = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0] >= 0
+    to = local + np.arange(nodes) * gpus_per_node
+    score = np.where(on_node & open_[:, :, None], inside, 0.0)
+    rows, columns = np.arange(pairs)[:, None, None], np.arange(nodes)[None, :, None]
+    here = slots.expert[np.arange(pairs)[:, None], to]  # [P, N, Q]: what the rank with room has already
+    score[rows, columns, np.where((here >= 0) & (here < experts), here, 0)] = 0.0
+    best = score.argmax(2)
+    gain = np.take_along_axis(score, best[:, :, None], 2)[:, :, 0]
+    order = np.argsort(-gain, axis=1, kind="stable")
+    ranked = np.take_along_axis(gain, order, 1)
+    at, position = np.nonzero((np.cumsum(ranked, 1) - ranked < excess[:, None]) & (ranked > 0))
+    node = order[at, position]
+    return at, best[at, node], to[at, node]

@@ -1,0 +1,84 @@
+"""Fetched replicas: what kept ones leave over, micro-batch by micro-batch, inside nodes.
+
+In every node the busiest rank hands on an expert, to a rank with room that has a free slot and lacks the expert: those
+with which most assignments move, as many as fill that rank or take the donor to the limit. A rank that is filled needs
+no second donor, so G ranks need at most G - 1 replicas as long as experts are large enough. No node need be better
+than the fullest node of its micro-batch: the limit is that node's mean, where it is above the target.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class FetchPrice:
+    """What a fetched replica costs and saves. assignment: seconds of one on the busiest rank; replica: of one more from
+    the busiest sender; any: of fetching at all."""
+
+    assignment: float
+    replica: float
+    any: float
+
+
+@dataclass(eq=False)
+class Slots:
+    """P pairs of layer and micro-batch, with what every slot of their ranks holds and computes; changed in place.
+
+    expert: int64 [P, R, Q], -1 in empty ones. load: int64 [P, R, Q]. free: int64 [P, R], slots that may be filled.
+    fetched: bool [P, R, Q].
+    """
+
+    expert: np.ndarray
+    load: np.ndarray
+    free: np.ndarray
+    fetched: np.ndarray
+
+    def of_pairs(self, pairs: np.ndarray) -> "Slots":
+        return Slots(*(array[pairs] for array in vars(self).values()))
+
+    def put(self, pairs: np.ndarray, other: "Slots") -> None:
+        for name, array in vars(other).items():
+            getattr(self, name)[pairs] = array
+
+
+def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
+    """Fetch towards the targets; int64 [P], the most replicas that one rank sends."""
+    pairs, ranks, places = slots.expert.shape
+    nodes = ranks // gpus_per_node
+    of_node = slots.load.sum(2).reshape(pairs, nodes, gpus_per_node).sum(2)
+    limit = np.maximum(target_P, (-(-of_node // gpus_per_node)).max(1))
+    expert, load, fetched = (
+        array.reshape(pairs * nodes, gpus_per_node, places) for array in (slots.expert, slots.load, slots.fetched)
+    )
+    free, limit = slots.free.reshape(-1, gpus_per_node), np.repeat(limit, nodes)
+    total = load.sum(2)
+    sent = np.zeros((pairs * nodes, gpus_per_node), np.int64)
+    stuck = np.zeros(total.shape, np.bool_)  # ranks that cannot hand on anything
+    row = np.flatnonzero((total > limit[:, None]).any(1))
+    while len(row):
+        at = np.arange(len(row))
+        top = limit[row]
+        donor = np.where(stuck[row], -1, total[row]).argmax(1)
+        excess = total[row, donor] - top
+        what = np.where(fetched[row, donor], -1, expert[row, donor])  # [B, Q]
+        holds = (expert[row][:, None] == what[:, :, None, None]).any(3)  # [B, Q, G]
+        room = np.where(free[row] > 0, top[:, None] - total[row], 0)[:, None]
+        amount = np.where(holds, 0, np.minimum(room, np.minimum(load[row, donor], excess[:, None])[:, :, None]))
+        amount[what < 0] = 0
+        choice = amount.reshape(len(row), -1).argmax(1)
+        place, host = np.divmod(choice, gpus_per_node)
+        amount = amount[at, place, host]
+        go = amount > 0
+        stuck[row[~go], donor[~go]] = True
+        to = row[go]
+        donor, place, host, amount, what = donor[go], place[go], host[go], amount[go], what[at, place][go]
+        new = (expert[to, host] < 0).argmax(1)
+        expert[to, host, new], load[to, host, new], fetched[to, host, new] = what, amount, True
+        load[to, donor, place] -= amount
+        total[to, donor] -= amount
+        total[to, host] += amount
+        free[to, host] -= 1
+        sent[to, donor] += 1
+        row = row[((total[row] > limit[row, None]) & ~stuck[row]).any(1)]
+    return sent.reshape(pairs, ranks).max(1)

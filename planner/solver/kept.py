@@ -1,0 +1,120 @@
+"""Kept replicas: which experts get one for the batch, and on which ranks.
+
+How many: again and again, the expert whose share, in the worst micro-batch for it, is the largest gets one more host.
+All layers compete for the memory: a copy is worth the share that it halves, thirds, ... , in units of a rank's mean
+load. Where: largest shares first, to the rank whose load over the micro-batches overlaps least with the expert's.
+Loads are vectors over micro-batches, since experts that are hot in turn may live together and those hot at once may
+not.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+_SCALE = 1 << 14  # of a rank's mean load. Whole numbers below 2^53 throughout, so that sums are exact in any order
+_MOST = 1 << 19
+
+
+@dataclass(frozen=True, eq=False)
+class Copies:
+    """C kept replicas, one (layer, expert, rank) each. int64 [C]."""
+
+    layer: np.ndarray
+    expert: np.ndarray
+    rank: np.ndarray
+
+    @staticmethod
+    def none() -> "Copies":
+        return Copies(*(np.zeros(0, np.int64),) * 3)
+
+    def where(self, chosen: np.ndarray) -> "Copies":
+        return Copies(self.layer[chosen], self.expert[chosen], self.rank[chosen])
+
+
+def shares(load_LME: np.ndarray, ranks: int) -> np.ndarray:
+    """float64 [L, E, M] of whole numbers: loads, in 1/16384 of a rank's mean load in that micro-batch."""
+    total = np.maximum(load_LME.sum(2, keepdims=True), 1)
+    scaled = np.floor(load_LME.astype(np.float64) * (ranks * _SCALE) / total + 0.5)
+    return np.ascontiguousarray(np.minimum(scaled, _MOST).swapaxes(1, 2))
+
+
+def choose_copies(share_LEM: np.ndarray, total: int, per_layer: int, most_hosts: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [C] twice: layer and expert of the copies that help most, at most `total`, and `per_layer` of a layer."""
+    layers, experts, _ = share_LEM.shape
+    hosts = np.ones((layers, experts), np.int64)
+    peak = share_LEM.max(2)
+    rows = np.arange(layers)
+    chosen, worth = [], []
+    for _ in range(min(per_layer, total)):
+        value = np.where(hosts < most_hosts, peak / hosts, -1.0)
+        expert = value.argmax(1)
+        chosen.append(expert)
+        worth.append(value[rows, expert])
+        hosts[rows, expert] += 1
+    if not chosen:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64)
+    expert, value = np.stack(chosen, 1), np.stack(worth, 1)
+    best = np.argsort(-value.reshape(-1), kind="stable")[:total]
+    best = np.sort(best[value.reshape(-1)[best] > 0])
+    return best // expert.shape[1], expert.reshape(-1)[best]
+
+
+def pack(
+    share_LEM: np.ndarray,
+    home_LE: np.ndarray,
+    layer: np.ndarray,
+    expert: np.ndarray,
+    *,
+    ranks: int,
+    gpus_per_node: int,
+    slots: int,
+    rank_copies: int,
+    spread: bool,
+) -> Copies:
+    """Ranks for the copies (layer, expert), at most `slots` a rank and layer and `rank_copies` over all layers.
+
+    `spread` puts copies of an expert on nodes that have none of it yet, as far as there is room there.
+    """
+    layers, experts, micro_batches = share_LEM.shape
+    count = np.ones((layers, experts), np.int64)
+    np.add.at(count, (layer, expert), 1)
+    share = np.floor(share_LEM / count[:, :, None])
+    load = np.zeros((layers, ranks, micro_batches))
+    np.add.at(load, (np.arange(layers)[:, None], home_LE), share)
+    nodes = ranks // gpus_per_node
+    holds = np.zeros((layers, experts, ranks), np.bool_)
+    holds[np.arange(layers)[:, None], np.arange(experts), home_LE] = True
+    on_node = np.zeros((layers, experts, nodes), np.int64)
+    on_node[np.arange(layers)[:, None], np.arange(experts), home_LE // gpus_per_node] = 1
+    free = np.full((layers, ranks), min(slots, rank_copies), np.int64)
+    left = np.full(ranks, rank_copies, np.int64)
+    weight = (share * share).sum(2)
+    order = np.lexsort((expert, -weight[layer, expert], layer))
+    layer, expert = layer[order], expert[order]
+    turn = np.arange(len(layer)) - np.searchsorted(layer, layer)
+    rank = np.full(len(layer), -1)
+    for now in range(int(turn.max(initial=-1)) + 1):
+        waiting = np.flatnonzero(turn == now)
+        while len(waiting):
+            at, e = layer[waiting], expert[waiting]
+            cost = np.matmul(load[at], share[at, e][:, :, None])[:, :, 0]
+            if spread:  # a node with fewer copies of it always comes first
+                cost += np.repeat(on_node[at, e], gpus_per_node, axis=1) * 2.0**52
+            cost[(free[at] <= 0) | (left <= 0) | holds[at, e]] = np.inf
+            best = cost.argmin(1)
+            open_ = cost[np.arange(len(at)), best] < np.inf
+            waiting, at, e, best = waiting[open_], at[open_], e[open_], best[open_]
+            place = np.zeros(len(best), np.int64)  # of the layers that want the same rank, as many as it has room for
+            by_rank = np.argsort(best, kind="stable")
+            place[by_rank] = np.arange(len(best)) - np.searchsorted(best[by_rank], best[by_rank])
+            seated = place < left[best]
+            index, at, e, best = waiting[seated], at[seated], e[seated], best[seated]
+            rank[index] = best
+            load[at, best] += share[at, e]
+            holds[at, e, best] = True
+            on_node[at, e, best // gpus_per_node] += 1
+            free[at, best] -= 1
+            np.subtract.at(left, best, 1)
+            waiting = waiting[~seated]
+    kept = rank >= 0
+    return Copies(layer[kept], expert[kept], rank[kept])

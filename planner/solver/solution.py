@@ -1,0 +1,269 @@
+"""From homes and kept replicas to a whole solution: the exact split, and fetched replicas where they pay."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..cluster import ClusterSpec
+from ..plan import held_experts
+from ..pricing.cost import Setting
+from .exact import PairFlow
+from .exits import fetch_exits, level_slots
+from .fetched import FetchPrice, Slots, fetch
+from .hosts import Hosts
+from .kept import Copies
+from .relaxed import level_nodes, preference, relaxed_split, whole_split
+
+_NODE_ROUNDS = 8
+_HARD = 0.005  # above its target by more than this, a pair is hard
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How hard a split is worked on. rounds: of the relaxed split. sweeps: of the exact one.
+
+    slack: how far above the mean, as a part of it, a rank may be where full balance is not asked for. within: pairs
+    that the relaxed split leaves further above than this are not split exactly; None: all are. exits: rounds of adding
+    few fetched replicas by the exact split; 0: more of them, found faster.
+    """
+
+    rounds: int
+    sweeps: int
+    slack: float
+    within: float | None
+    exits: int = 0
+    again: int = 0
+    near: float = 0.0
+    hard: int = 0
+
+
+@dataclass(eq=False)
+class Solution:
+    """home: int32 [L, E]. replicas, quota: int32 [L, M, R, S]. kept: bool [L, R, S]."""
+
+    home: np.ndarray
+    replicas: np.ndarray
+    quota: np.ndarray
+    kept: np.ndarray
+
+
+def target_load(table_LME: np.ndarray, ranks: int, balance: float | None, slack: float) -> np.ndarray:
+    """int64 [L, M]: what a rank should carry at most."""
+    total = table_LME.sum(2)
+    allowed = np.floor(total * (1 + slack if balance is None else balance) / ranks).astype(np.int64)
+    return np.maximum(-(-total // ranks), allowed)
+
+
+def fetch_price(setting: Setting, dense_seconds: float, ranks: int, balance: float | None) -> FetchPrice:
+    """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
+    them."""
+    model, device = setting.model, setting.device
+    link = device.fast if ranks == setting.gpus_per_node else device.slow
+    assignment = 3 * model.assignment_flops() / device.grouped_flops + 4 * 2 * model.hidden_size / link
+    if balance is not None:
+        return FetchPrice(1.0, 1e-6, 1e-6)
+    trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
+    exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
+    return FetchPrice(assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch)
+
+
+def solve(
+    table_LME: np.ndarray,
+    wanted_LMNE: np.ndarray,
+    home: np.ndarray,
+    copies: Copies,
+    cluster: ClusterSpec,
+    target_LM: np.ndarray,
+    fetched_slots: int,
+    effort: Effort,
+    price: FetchPrice,
+) -> Solution:
+    """Split the loads over homes and kept replicas, and fetch what pays. wanted_LMNE: as
+    `pricing.outcome.wanted_by_nodes` has it."""
+    _, micro_batches, experts = table_LME.shape
+    ranks, gpus = cluster.num_ranks, cluster.gpus_per_node
+    hosts = Hosts.of(home, copies.layer, copies.expert, copies.rank, gpus, ranks)
+    load_FM = np.ascontiguousarray(table_LME.swapaxes(1, 2), np.float64).reshape(-1, micro_batches)
+    dense = _Dense.of(home, copies, cluster)
+    if not len(copies.layer):
+        split = load_FM.astype(np.int64)
+    else:
+        prior = preference(hosts, _wanted(hosts, wanted_LMNE), load_FM)
+        relaxed, _ = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
+        split = whole_split(hosts, relaxed, load_FM)
+        _level(hosts, split, target_LM, effort)
+    may_fetch = gpus > 1 and bool(dense.free(fetched_slots).any())
+    best = dense.fill(hosts, split)
+    if may_fetch:
+        busiest = best.sum(3).max(2)
+        layer, micro_batch = np.nonzero(busiest > target_LM)
+        if len(layer):
+            pairs = layer, micro_batch
+            target = target_LM[pairs]
+            if effort.exits:
+                slots = dense.slots(layer, best[pairs], fetched_slots)
+                if not len(copies.layer):
+                    fetch(slots, target, gpus)
+                fetch_exits(slots, target, experts, gpus, effort.exits, effort.sweeps)
+                fetch(slots, target, gpus)
+            else:
+                if len(copies.layer) and cluster.num_nodes > 1:
+                    split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
+                slots = dense.slots(layer, dense.fill(hosts, split)[pairs], fetched_slots)
+                fetch(slots, target, gpus)
+                _again(slots, target, experts, gpus, effort)
+                hard = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + _HARD))
+                if effort.hard and len(hard):  # few: from the start again, replica by replica
+                    other = dense.slots(layer[hard], best[layer[hard], micro_batch[hard]], fetched_slots)
+                    fetch_exits(other, target[hard], experts, gpus, effort.hard, effort.sweeps)
+                    better = other.load.sum(2).max(1) < slots.load[hard].sum(2).max(1)
+                    slots.put(hard[better], other.of_pairs(better))
+            sent = _most_sent(slots, gpus)
+            after = slots.load.sum(2).max(1)
+            gain = (busiest[layer, micro_batch] - after) * price.assignment
+            pays = gain > np.where(sent > 0, price.any + price.replica * sent, 0.0)
+            best[layer[pays], micro_batch[pays]] = slots.load[pays]
+            return dense.solution(best, (layer[pays], micro_batch[pays], slots.expert[pays], slots.fetched[pays]))
+    return dense.solution(best, None)
+
+
+def _level(hosts: Hosts, split: np.ndarray, target_LM: np.ndarray, effort: Effort) -> None:
+    """Exact splits, in place, of the pairs in which a rank is above the target."""
+    layers, ranks, micro_batches = hosts.layers, hosts.ranks, split.shape[1]
+    at_rank = hosts.of_rank(split).reshape(layers, ranks, micro_batches)
+    busiest = at_rank.max(1)
+    over = busiest > target_LM
+    if effort.within is not None:  # a split that is far from level will not be after a few sweeps either
+        over &= busiest <= target_LM * (1 + effort.within)
+    layer, micro_batch = np.nonzero(over)
+    if not len(layer) or not effort.sweeps:
+        return
+    which, pair = _hosts_of_layers(hosts, layer)
+    several = hosts.count[hosts.expert[which]] > 1
+    which, pair = which[several], pair[several]
+    flow = PairFlow(
+        hosts.expert[which] % hosts.experts + pair * hosts.experts,
+        hosts.rank[which] % ranks + pair * ranks,
+        split[which, micro_batch[pair]],
+        at_rank[layer, :, micro_batch].reshape(-1),
+        hosts.experts,
+        ranks,
+    )
+    flow.level(target_LM[layer, micro_batch], effort.sweeps)
+    split[which, micro_batch[pair]] = flow.split
+
+
+def _again(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, effort: Effort) -> None:
+    """Split over what is there now and fetch once more, as long as a rank is well above its target."""
+    for _ in range(effort.again):
+        over = np.flatnonzero(slots.load.sum(2).max(1) > target_P * (1 + effort.near))
+        if not len(over):
+            return
+        part = slots.of_pairs(over)
+        level_slots(part, target_P[over], experts, effort.sweeps)
+        fetch(part, target_P[over], gpus_per_node)
+        slots.put(over, part)
+
+
+def _most_sent(slots: Slots, gpus_per_node: int) -> np.ndarray:
+    """int64 [P]: replicas that the busiest sender of each pair sends, an estimate: fetched ones of a node, over what
+    its ranks can share."""
+    of_node = (slots.fetched & (slots.load > 0)).sum(2).reshape(len(slots.expert), -1, gpus_per_node).sum(2)
+    return -(-of_node.max(1) // 2)
+
+
+@dataclass(frozen=True, eq=False)
+class _Dense:
+    """Slots of all ranks: home slots, then replica slots, of which kept replicas take the first.
+
+    expert: int64 [L, R, Q], -1 in empty ones. places: int64 [L, E] and [C], the slot of each home and of each kept
+    replica.
+    """
+
+    home: np.ndarray
+    copies: Copies
+    expert: np.ndarray
+    home_places: np.ndarray
+    kept_places: np.ndarray
+    home_slots: int
+
+    @staticmethod
+    def of(home: np.ndarray, copies: Copies, cluster: ClusterSpec) -> "_Dense":
+        ranks = cluster.num_ranks
+        held = held_experts(home, ranks)
+        layers, _, home_slots = held.shape
+        expert = np.full((layers, ranks, home_slots + cluster.replica_slots), -1, np.int64)
+        expert[:, :, :home_slots] = held
+        layer, rank, slot = np.nonzero(held >= 0)
+        home_places = np.empty(home.shape, np.int64)
+        home_places[layer, held[layer, rank, slot]] = slot
+        key = copies.layer * ranks + copies.rank
+        order = np.argsort(key, kind="stable")
+        kept_places = np.empty(len(key), np.int64)
+        kept_places[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order]) + home_slots
+        expert[copies.layer, copies.rank, kept_places] = copies.expert
+        return _Dense(home, copies, expert, home_places, kept_places, home_slots)
+
+    def fill(self, hosts: Hosts, split_HM: np.ndarray) -> np.ndarray:
+        """int64 [L, M, R, Q]: a split, by slot."""
+        layers, ranks, places = self.expert.shape
+        out = np.zeros((layers, split_HM.shape[1], ranks, places), np.int64)
+        width = layers * ranks
+        key = hosts.expert * width + hosts.rank
+        every = np.arange(self.home.size)
+        layer = every // self.home.shape[1]
+        at = np.searchsorted(key, every * width + layer * ranks + self.home.reshape(-1))
+        out[layer, :, self.home.reshape(-1), self.home_places.reshape(-1)] = split_HM[at]
+        copies = self.copies
+        whose = copies.layer * self.home.shape[1] + copies.expert
+        at = np.searchsorted(key, whose * width + copies.layer * ranks + copies.rank)
+        out[copies.layer, :, copies.rank, self.kept_places] = split_HM[at]
+        return out
+
+    def free(self, fetched_slots: int) -> np.ndarray:
+        """int64 [L, R]: replica slots in which replicas may be fetched."""
+        used = (self.expert[:, :, self.home_slots :] >= 0).sum(2)
+        return np.minimum(self.expert.shape[2] - self.home_slots - used, fetched_slots)
+
+    def slots(self, layer: np.ndarray, load_PRQ: np.ndarray, fetched_slots: int) -> Slots:
+        """The slots of some pairs, for `fetch`."""
+        expert = self.expert[layer]
+        # A home slot that is empty, where homes are uneven, is no place for a replica.
+        expert[:, :, : self.home_slots] = np.where(
+            expert[:, :, : self.home_slots] < 0, self.home.shape[1], expert[:, :, : self.home_slots]
+        )
+        return Slots(expert, load_PRQ.copy(), self.free(fetched_slots)[layer], np.zeros(expert.shape, np.bool_))
+
+    def solution(
+        self,
+        load_LMRQ: np.ndarray,
+        fetched: tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray] | None,
+    ) -> Solution:
+        """As a plan has it. fetched: layer, micro-batch, experts and which are fetched, of pairs that fetch."""
+        quota = load_LMRQ[..., self.home_slots :].astype(np.int32)
+        replicas = np.broadcast_to(self.expert[:, None, :, self.home_slots :], quota.shape).astype(np.int32)
+        kept = self.expert[:, :, self.home_slots :] >= 0
+        if fetched is not None:
+            layer, micro_batch, expert, new = fetched
+            part = slice(self.home_slots, None)
+            replicas[layer, micro_batch] = np.where(
+                new[..., part] & (quota[layer, micro_batch] > 0), expert[..., part], replicas[layer, micro_batch]
+            )
+        return Solution(self.home, replicas, quota, kept)
+
+
+def _wanted(hosts: Hosts, wanted_LMNE: np.ndarray) -> np.ndarray:
+    """[V, M]: what the tokens of each node that hosts an expert want of it."""
+    start = hosts.first_of_node
+    layer, expert = hosts.expert[start] // hosts.experts, hosts.expert[start] % hosts.experts
+    node = hosts.rank[start] % hosts.ranks // hosts.gpus_per_node if wanted_LMNE.shape[2] > 1 else 0
+    return wanted_LMNE[layer, :, node, expert].astype(np.float64)
+
+
+def _hosts_of_layers(hosts: Hosts, layer: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Every host of each of these layers, in turn, and which of them it is for."""
+    bounds = np.append(hosts.first[:: hosts.experts], len(hosts.expert))
+    size = np.diff(bounds)[layer]
+    pair = np.repeat(np.arange(len(layer)), size)
+    start = np.repeat(bounds[layer] - np.cumsum(size) + size, size)
+    return start + np.arange(len(pair)), pair

@@ -1,0 +1,123 @@
+"""The parts of the solver: the exact split against linear programs, kept replicas against their caps, fetched ones."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from skewed_loads import skewed_loads
+
+from relibra_kernels.planner.plan import contiguous_home
+from relibra_kernels.planner.solver.exact import PairFlow
+from relibra_kernels.planner.solver.fetched import Slots, fetch
+from relibra_kernels.planner.solver.hosts import Hosts
+from relibra_kernels.planner.solver.kept import choose_copies, pack, shares
+from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
+
+
+def lowest_busiest(load_E, hosts, ranks):
+    """The optimum of the linear program, by HiGHS. hosts: the ranks of every expert."""
+    linprog = pytest.importorskip("scipy.optimize", reason="scipy is the oracle").linprog
+    pairs = [(e, r) for e, of_expert in enumerate(hosts) for r in of_expert]
+    a_eq = np.array([[float(p[0] == e) for p in pairs] + [0.0] for e in range(len(hosts))])
+    a_ub = np.array([[float(p[1] == r) for p in pairs] + [-1.0] for r in range(ranks)])
+    cost = np.zeros(len(pairs) + 1)
+    cost[-1] = 1
+    return linprog(cost, a_ub, np.zeros(ranks), a_eq, load_E).fun
+
+
+def random_flow(rng, pairs, experts, ranks):
+    """Pairs with hosts at random, all at the first host; the flow, and the loads and hosts of every pair."""
+    table = np.floor(np.exp(rng.normal(0, 1.5, (pairs, experts))) * rng.choice([3, 100, 5000])).astype(np.int64)
+    hosts = [
+        [np.sort(rng.permutation(ranks)[: rng.choice([1, 1, 2, 3])]) for _ in range(experts)] for _ in range(pairs)
+    ]
+    load = np.zeros((pairs, ranks), np.int64)
+    expert, rank, split = [], [], []
+    for p in range(pairs):
+        for e, of_expert in enumerate(hosts[p]):
+            load[p, of_expert[0]] += table[p, e]
+            if len(of_expert) > 1:
+                expert += [p * experts + e] * len(of_expert)
+                rank += (p * ranks + of_expert).tolist()
+                split += [table[p, e], *[0] * (len(of_expert) - 1)]
+    arrays = (np.array(x, np.int64) for x in (expert, rank, split))
+    return PairFlow(*arrays, load.reshape(-1), experts, ranks), table, hosts
+
+
+def test_the_split_is_exact():
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        ranks, experts = int(rng.integers(3, 8)), int(rng.integers(4, 16))
+        flow, table, hosts = random_flow(rng, 12, experts, ranks)
+        before = np.bincount(flow.expert, weights=flow.split)
+        limit = flow.level(-(-table.sum(1) // ranks))
+        optimum = [lowest_busiest(*each, ranks) for each in zip(table, hosts, strict=True)]
+        np.testing.assert_array_equal(limit, np.ceil(np.array(optimum) - 1e-6))
+        assert (flow.busiest() <= limit).all()
+        assert flow.split.min() >= 0
+        np.testing.assert_array_equal(np.bincount(flow.expert, weights=flow.split), before)
+
+
+def hosts_of(table, ranks, gpus, slots, spread=True, copies=None):
+    layers, _, experts = table.shape
+    home = contiguous_home(layers, experts, ranks)
+    share = shares(table, ranks)
+    total = slots * ranks * layers if copies is None else copies * ranks
+    layer, expert = choose_copies(share, total, slots * ranks, ranks)
+    limits = {"slots": slots, "rank_copies": slots * layers if copies is None else copies}
+    kept = pack(share, home, layer, expert, ranks=ranks, gpus_per_node=gpus, spread=spread, **limits)
+    return kept, Hosts.of(home, kept.layer, kept.expert, kept.rank, gpus, ranks), home
+
+
+def test_the_relaxed_split_levels_what_can_be():
+    table = skewed_loads(4, 8, 64, mean=4000)
+    _, hosts, _ = hosts_of(table, 16, 4, 2)
+    load = table.swapaxes(1, 2).reshape(-1, 8).astype(float)
+    wanted = (load / 4)[hosts.expert[hosts.first_of_node]]
+    split, at_rank = relaxed_split(hosts, load, preference(hosts, wanted, load), 60, 1e-3)
+    np.testing.assert_allclose(np.add.reduceat(split, hosts.first, axis=0), load, rtol=1e-9)
+    mean = np.repeat(table.sum(2).T[None] / 16, 1, axis=0)[0].T
+    assert (at_rank.reshape(4, 16, 8).max(1) / mean).mean() < 1.01
+    whole = whole_split(hosts, split, load)
+    assert np.abs(whole - split).max() <= 1
+    np.testing.assert_array_equal(np.add.reduceat(whole, hosts.first, axis=0), load.astype(int))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(8, 4, 1, None), (16, 4, 2, 3), (6, 1, 2, 1), (12, 3, 3, 0)]))
+def test_kept_replicas_obey_their_caps(seed, shape):
+    ranks, gpus, slots, copies = shape
+    table = skewed_loads(3, 4, ranks * 3, seed=seed)
+    kept, _, home = hosts_of(table, ranks, gpus, slots, copies=copies)
+    place = np.zeros((3, ranks), int)
+    np.add.at(place, (kept.layer, kept.rank), 1)
+    assert place.max() <= slots
+    assert place.sum(0).max() <= (slots * 3 if copies is None else copies)
+    assert len({*zip(kept.layer, kept.expert, kept.rank, strict=True)}) == len(kept.layer)
+    assert (home[kept.layer, kept.expert] != kept.rank).all()
+
+
+def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
+    """Expert 0 is hot in one micro-batch only, yet needs hosts as one that is always hot does."""
+    table = np.full((1, 4, 16), 10)
+    table[0, 2, 0], table[0, :, 5] = 700, 60
+    _, expert = choose_copies(shares(table, 8), 4, 4, 8)
+    assert sorted(expert)[:3] == [0, 0, 0]
+    kept, _, _ = hosts_of(np.where(np.arange(16) == 3, 900, table), 8, 2, 1)
+    assert {1, 2, 3} <= set((kept.rank[kept.expert == 3] // 2).tolist())
+
+
+def test_layers_compete_for_memory():
+    table = np.concatenate([skewed_loads(1, 4, 32, sigma=0.1), skewed_loads(1, 4, 32, sigma=1.5)])
+    layer, _ = choose_copies(shares(table, 8), 8, 16, 8)
+    assert (layer == 1).sum() == 8
+
+
+def test_fetching_fills_a_node_exactly():
+    load = np.array([[[90, 60], [20, 10], [10, 5], [3, 2]]])
+    expert = np.concatenate([np.arange(8).reshape(1, 4, 2), np.full((1, 4, 2), -1)], 2)
+    slots = Slots(expert, np.concatenate([load, load * 0], 2), np.full((1, 4), 2), np.zeros((1, 4, 4), bool))
+    sent = fetch(slots, np.array([50]), 4)
+    assert slots.load.sum(2).tolist() == [[50, 50, 50, 50]]
+    assert sent.tolist() == [3]
+    assert slots.fetched.sum() == 3

@@ -1,0 +1,346 @@
+"""A replay is bound to its forward: late backward, checkpointing, several in flight, wrappers, layouts, shifts, and the
+families whose routers are unlike the others."""
+
+import copy
+import logging
+import pickle
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+pytest.importorskip("transformers", reason="needs transformers")
+from hf_families import make_model, make_tokens
+from hf_rare_families import RARE, make_rare
+from tolerance import assert_close
+
+from relibra_kernels.integrations.megatron import rows_of_context_parallel
+from relibra_kernels.integrations.transformers import record_routing, replay
+from relibra_kernels.integrations.transformers.fed import fed_tokens
+from relibra_kernels.integrations.transformers.layers import moe_layers
+from relibra_kernels.planner import RoutingTrace
+from relibra_kernels.planner.errors import InputError, ShapeError
+
+E, K = 8, 2
+LAYERS = (0, 2)
+
+
+def other_trace(lengths, seed=0, layers=LAYERS, experts=E, top_k=K):
+    """Routing that the model would hardly choose."""
+    ids = np.random.default_rng(seed).random((sum(lengths), len(layers), experts)).argsort(-1)[..., :top_k]
+    return RoutingTrace(ids.astype(np.int8), np.cumsum([0, *lengths]), experts, layers)
+
+
+def gradients(model):
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def loss_of(model, tokens):
+    return model(tokens, labels=tokens, use_cache=False).loss
+
+
+def forward(model, tokens, seed):
+    with replay(model, other_trace([11] * 3, seed), token_ids=tokens.tolist()):
+        return loss_of(model, tokens)
+
+
+@pytest.fixture(params=["plain", "reentrant", "not reentrant"])
+def checkpointed(request):
+    """(model, a model that keeps everything)"""
+    model = make_model("qwen3_moe").train()
+    expected = copy.deepcopy(model)
+    if request.param != "plain":
+        model.gradient_checkpointing_enable({"use_reentrant": request.param == "reentrant"})
+    return model, expected
+
+
+def test_backward_after_the_block_and_out_of_order(checkpointed):
+    model, plain = checkpointed
+    a, b = make_tokens(seed=1), make_tokens(seed=2)
+    alone = []
+    for tokens, seed in ((a, 5), (b, 6)):
+        with replay(plain, other_trace([11] * 3, seed), token_ids=tokens.tolist()):
+            loss_of(plain, tokens).backward()
+        alone.append(gradients(plain))
+    losses = forward(model, a, 5), forward(model, b, 6)
+    live = loss_of(model, a)
+    for index in (1, 0):
+        losses[index].backward()
+        for name, gradient in gradients(model).items():
+            assert_close(gradient, alone[index][name], 1e-5, name)
+    live.backward()
+    assert not any("forward" in vars(module) for module in model.modules())
+    pickle.dumps(model.model.layers[0].mlp.gate)
+
+
+def test_in_one_backward_each_forward_has_its_own(checkpointed):
+    model, plain = checkpointed
+    a, b = make_tokens(seed=1), make_tokens(seed=2)
+    (forward(plain, a, 5) + 2 * forward(plain, b, 6)).backward()
+    expected = gradients(plain)
+    (forward(model, a, 5) + 2 * forward(model, b, 6)).backward()
+    for name, gradient in gradients(model).items():
+        assert_close(gradient, expected[name], 1e-5, name)
+
+
+def test_two_models_one_in_the_other(checkpointed):
+    model, plain = checkpointed
+    critic = make_model("mixtral").train()
+    critic.gradient_checkpointing_enable({"use_reentrant": False})
+    tokens, results = make_tokens(), []
+    for policy in (plain, model):
+        with replay(policy, other_trace([11] * 3, 5), token_ids=tokens.tolist()):
+            first = loss_of(policy, tokens)
+            with replay(critic, other_trace([11] * 3, 6, (0, 1, 2)), token_ids=tokens.tolist()):
+                second = loss_of(critic, tokens)
+        (first + second).backward()
+        results.append((gradients(policy), gradients(critic)))
+    for got, expected in zip(results[1], results[0], strict=True):
+        for name, gradient in got.items():
+            assert_close(gradient, expected[name], 1e-5, name)
+
+
+def test_what_hides_the_forward_is_an_error_and_leaves_nothing_behind():
+    model, tokens = make_model("qwen3_moe").train(), make_tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with replay(model, other_trace([11] * 3), token_ids=tokens.tolist()):
+        with torch.autograd.graph.save_on_cpu():
+            loss = loss_of(model, tokens)
+        with pytest.raises(InputError, match="does not say for which forward"):
+            loss.backward()
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_a_backward_that_failed_leaves_no_router_replaced():
+    model, tokens = make_model("qwen3_moe").train(), make_tokens()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    loss = forward(model, tokens, 5)
+    handle = model.model.layers[0].mlp.gate.weight.register_hook(lambda grad: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loss.backward()
+    handle.remove()
+    expected = loss_of(copy.deepcopy(make_model("qwen3_moe")), tokens)
+    assert_close(loss_of(model, tokens).detach(), expected.detach(), 1e-6)  # live again
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+# ------------------------------------------------------------------------------------------------ shifts
+def recorded(model, tokens):
+    with torch.no_grad(), record_routing(model) as record:
+        model(tokens, use_cache=False)
+    return record.trace(tokens.tolist())
+
+
+def shifted(trace, tokens=0, layers=0):
+    ids = np.roll(np.roll(trace.expert_ids, tokens, 0), layers, 1)
+    return RoutingTrace(ids, trace.offsets, trace.num_experts, trace.moe_layer_ids)
+
+
+def test_a_shift_is_noticed(caplog):
+    model, tokens = make_model("mixtral").eval(), make_tokens(4, 15)
+    trace = recorded(model, tokens)
+    with replay(model, trace) as aligned:
+        model(tokens, use_cache=False)
+    assert aligned.share == 1.0
+    other = recorded(make_model("olmoe").eval(), tokens)
+    wrong = {"a token": shifted(trace, tokens=1), "a layer": shifted(trace, layers=1), "another model": other}
+    for name, record in wrong.items():
+        with pytest.raises(InputError, match=r"agrees .* on \d+% of the top-k sets"), replay(model, record):
+            model(tokens, use_cache=False)
+        caplog.clear()
+        with replay(model, record, token_ids=tokens.tolist()) as alignment:  # ids are checked: only a warning
+            model(tokens, use_cache=False)
+        assert alignment.share < 0.5 and "shifted by a token or a layer" in caplog.text, name
+        caplog.clear()
+        with replay(model, record, on_shift="ignore") as ignored:
+            model(tokens, use_cache=False)
+        assert ignored.share is None and not caplog.text
+    ids = trace.expert_ids.copy()
+    ids[::5] = shifted(trace, tokens=1).expert_ids[::5]  # a fifth of another policy
+    with caplog.at_level(logging.WARNING), replay(model, RoutingTrace(ids, trace.offsets, E, LAYERS_3)) as partly:
+        model(tokens, use_cache=False)
+    assert 0.5 < partly.share < 0.9 and "older policy" in caplog.text
+    with pytest.raises(InputError, match="on_shift is 'never'"), replay(model, trace, on_shift="never"):
+        pass
+
+
+LAYERS_3 = (0, 1, 2)
+
+
+# ------------------------------------------------------------------------------------------------ layouts
+def packed(lengths, tail=0, multiple=1, seed=0):
+    """(input_ids [1, S], position_ids, cu_seq_lens, token ids of each)"""
+    sequences = [make_tokens(1, n, seed=seed + n)[0] for n in lengths]
+    ids, positions, bounds = [], [], [0]
+    for one in sequences:
+        fill = -len(one) % multiple
+        ids += [one, torch.zeros(fill, dtype=torch.int64)]
+        positions.append(torch.arange(len(one) + fill))
+        bounds.append(bounds[-1] + len(one) + fill)
+    ids.append(torch.zeros(tail, dtype=torch.int64))
+    positions.append(torch.zeros(tail, dtype=torch.int64))
+    return torch.cat(ids)[None], torch.cat(positions)[None], torch.tensor(bounds), [s.tolist() for s in sequences]
+
+
+@pytest.mark.parametrize(("tail", "multiple"), [(0, 1), (5, 1), (0, 4), (4, 8)])
+@pytest.mark.parametrize("told_by", ["positions", "offsets"])
+def test_packed_rows_with_tails_record_and_replay(told_by, tail, multiple):
+    model, lengths = make_model("qwen3_moe").eval(), [5, 9, 7]
+    ids, positions, bounds, token_ids = packed(lengths, tail, multiple)
+    options = {"position_ids": positions, "use_cache": False}
+    if told_by == "offsets":
+        options["cu_seq_lens_q"] = bounds
+    trace = other_trace(lengths)
+    with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=token_ids):
+        model(ids, **options)
+    if multiple == 1:
+        np.testing.assert_array_equal(record.trace(token_ids).expert_ids, trace.expert_ids)
+    else:  # without their lengths, padding behind a sequence looks like more of it
+        starts = bounds.tolist()
+        rows = record.trace()
+        for index, length in enumerate(lengths):
+            np.testing.assert_array_equal(rows.sequence(index)[:length], trace.sequence(index))
+        assert rows.num_sequences == len(starts) - 1
+    longer = other_trace([5, 9 + multiple, 7])  # one more would be padding to the multiple
+    with pytest.raises(InputError, match="feed them whole"), replay(model, longer, on_shift="ignore"):
+        model(ids, **options)
+
+
+def test_shares_of_context_parallelism():
+    model, lengths = make_model("qwen3_moe").eval(), [6, 9]
+    trace = other_trace(lengths)
+    for zigzag, size in ((True, 2), (False, 3)):
+        seen = []
+        for rank in range(size):
+            rows = rows_of_context_parallel(trace, rank, size, zigzag=zigzag)
+            with torch.no_grad(), record_routing(model) as record, replay(model, trace, rows=rows, on_shift="ignore"):
+                model(make_tokens(1, len(rows)), use_cache=False)
+            np.testing.assert_array_equal(record.trace().expert_ids[rows >= 0], trace.expert_ids[rows[rows >= 0]])
+            seen += rows[rows >= 0].tolist()
+        assert sorted(seen) == list(range(15))
+    assert rows_of_context_parallel(trace, 0, 2).tolist() == [0, 1, -1, -1, 6, 7, 8, -1, -1, -1]
+
+
+def fed(mask, cached=0, length=4, batch=2):
+    cache = SimpleNamespace(get_seq_length=lambda: cached)
+    ids = torch.ones(batch, length, dtype=torch.int64)
+    return fed_tokens((), {"input_ids": ids, "attention_mask": mask, "cache": cache}).real
+
+
+def test_masks_of_every_form_say_the_same():
+    real = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]]).bool()
+    causal = torch.ones(4, 4).tril().bool()
+    pairs = causal & real[:, None, None, :] & real[:, None, :, None]
+    opened = pairs.clone()
+    opened[0, 0, :2] = True  # transformers opens rows that would see nothing
+    static = torch.zeros(2, 1, 4, 9, dtype=torch.bool)
+    static[..., :4] = pairs
+    additive = torch.where(static, 0.0, torch.finfo(torch.float32).min)
+    sliding = pairs & ~torch.ones(4, 4).tril(-2).bool()
+    for mask in (real.long(), real, pairs, opened, static, additive, sliding, pairs[:, 0],
+                 {"full_attention": static, "sliding_attention": sliding}, {"sliding_attention": sliding}):  # fmt: skip
+        np.testing.assert_array_equal(fed(mask), real)
+    assert fed(None).all() and fed({"full_attention": None}).all() and fed(object()).all()
+    step = torch.zeros(2, 1, 1, 9, dtype=torch.bool)
+    step[..., 2:6] = True
+    for mask in (step, torch.ones(2, 6), torch.ones(2, 9)):
+        assert fed(mask, cached=5, length=1).all()
+    with pytest.raises(ShapeError, match="attention_mask has shape"):
+        fed(torch.ones(2, 3))
+
+
+# ------------------------------------------------------------------------------------------------ wrappers
+class Passing(nn.Module):
+    """Like the wrappers of PEFT, DDP, FSDP and checkpointing: it calls what it wraps and passes its attributes on."""
+
+    def __init__(self, inner, name):
+        super().__init__()
+        self._inner_name = name
+        setattr(self, name, inner)
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__(super().__getattr__("_inner_name")), name)
+
+    def forward(self, *args, **kwargs):
+        return self._modules[self._inner_name](*args, **kwargs)
+
+
+def wrapped(kind):
+    model = make_model("qwen3_moe").eval()
+    match kind:
+        case "experts twice":
+            for layer in LAYERS:
+                mlp = model.model.layers[layer].mlp
+                mlp.experts = Passing(Passing(mlp.experts, "base_layer"), "base_layer")
+        case "blocks and routers":
+            for layer in LAYERS:
+                mlp = model.model.layers[layer].mlp
+                mlp.gate = Passing(mlp.gate, "_checkpoint_wrapped_module")
+                model.model.layers[layer] = Passing(model.model.layers[layer], "_fsdp_wrapped_module")
+        case "whole":
+            model = Passing(Passing(model, "_fsdp_wrapped_module"), "module")
+        case "compiled":
+            model = torch.compile(model, backend="eager")
+        case "compiled in place":
+            model.compile(backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("kind", ["experts twice", "blocks and routers", "whole", "compiled", "compiled in place"])
+def test_wrappers_of_every_kind(kind):
+    model, tokens, trace = wrapped(kind), make_tokens(), other_trace([11] * 3)
+    if kind.startswith("compiled"):
+        model(tokens, use_cache=False)  # what was compiled before must not be what runs
+    assert [layer.layer_id for layer in moe_layers(model)] == list(LAYERS)
+    with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=tokens.tolist()):
+        model(tokens, use_cache=False)
+        model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    found = record.trace()
+    assert np.diff(found.offsets).tolist() == [11] * 3 + [14] * 3
+    np.testing.assert_array_equal(found.select(range(3)).expert_ids, trace.expert_ids)
+    for sequence in range(3):
+        np.testing.assert_array_equal(found.sequence(3 + sequence)[:11], trace.sequence(sequence))
+
+
+def test_a_cache_that_was_not_recorded_is_refused():
+    model, tokens = make_model("qwen3_moe").eval(), make_tokens()
+    with torch.no_grad():
+        out = model(tokens[:, :5])
+        name = "past_key_values" if "past_key_values" in out else "cache"
+        with record_routing(model) as record, pytest.raises(InputError, match="5 tokens of 3 sequences whose routing"):
+            model(tokens[:, 5:], **{name: out[name]})
+        with record_routing(model) as record:
+            out = model(tokens[:, :5])
+            model(tokens[:, 5:], **{name: out[name]})
+    assert np.diff(record.trace(tokens.tolist()).offsets).tolist() == [11] * 3
+
+
+# ------------------------------------------------------------------------------------------------ families
+@pytest.mark.parametrize("family", RARE)
+def test_rare_families_record_and_replay(family):
+    *_, layers, top_k, choices = RARE[family]
+    model, tokens = make_rare(family), make_tokens(2, 9)
+    with torch.no_grad(), record_routing(model) as record:
+        expected = model(input_ids=tokens, use_cache=False)[0]
+    trace = record.trace(tokens.tolist())
+    assert (trace.top_k, trace.num_experts) == (top_k, choices)
+    assert trace.moe_layer_ids == (layers or trace.moe_layer_ids)
+    with torch.no_grad(), replay(model, trace) as alignment:
+        assert_close(model(input_ids=tokens, use_cache=False)[0], expected, 1e-6)
+    assert alignment.share == 1.0
+    other = other_trace([9, 9], 3, trace.moe_layer_ids, choices, top_k)
+    for training in (False, True):
+        model.train(training)
+        with record_routing(model) as record, replay(model, other, on_shift="ignore"):
+            model(input_ids=tokens, use_cache=False)[0].float().square().sum().backward()
+        np.testing.assert_array_equal(record.trace().expert_ids, other.expert_ids)
+        assert all(any(p.grad is not None and p.grad.any() for p in layer.router.parameters())
+                   for layer in moe_layers(model))  # fmt: skip
+        model.zero_grad()

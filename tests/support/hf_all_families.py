@@ -1,0 +1,124 @@
+"""A tiny model of every MoE family of transformers: its own config class, with every size cut down."""
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY = 64
+_SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "moe_intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "num_experts": 8,
+    "n_routed_experts": 8,
+    "moe_num_experts": 8,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 8,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "shared_expert_intermediate_size": 24,
+    "shared_intermediate_size": 24,
+    "index_n_heads": 2,
+    "index_head_dim": 16,
+    "index_topk": 8,
+    "pad_token_id": 0,
+    "eos_token_id": 1,
+    "bos_token_id": 2,
+}
+_LATENT = {"num_key_value_heads": 4}  # DeepSeek's attention
+# family -> (model class, options beyond the sizes)
+FAMILIES: dict[str, tuple[str, dict]] = {
+    "afmoe": ("AfmoeForCausalLM", {"num_dense_layers": 1}),
+    "aria": ("AriaTextForCausalLM", {}),
+    "axk1": ("AXK1ForCausalLM", _LATENT),
+    "axk2": ("AXK2ForCausalLM", _LATENT),
+    "bailing_hybrid": ("BailingHybridForCausalLM", {}),
+    "beam": ("BeamForCausalLM", {}),
+    "cohere2_moe": ("Cohere2MoeForCausalLM", {}),
+    "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", {}),
+    "deepseek_v2": ("DeepseekV2ForCausalLM", {**_LATENT, "topk_method": "group_limited_greedy"}),
+    "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT),
+    "deepseek_v32": ("DeepseekV32ForCausalLM", _LATENT),
+    "dots1": ("Dots1ForCausalLM", {}),
+    "dots3_note": ("Dots3NoteForCausalLM", {}),
+    "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {}),
+    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeForConditionalGeneration", {}),
+    "exaone_moe": ("ExaoneMoeForCausalLM", {}),
+    "flex_olmo": ("FlexOlmoForCausalLM", {}),
+    "flint": ("FlintForCausalLM", {}),
+    "glm4_moe": ("Glm4MoeForCausalLM", {}),
+    "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _LATENT),
+    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", {}),
+    "glm_moe_dsa": ("GlmMoeDsaForCausalLM", _LATENT),
+    "gpt_oss": ("GptOssForCausalLM", {}),
+    "granitemoe": ("GraniteMoeForCausalLM", {}),
+    "granitemoe_swa": ("GraniteMoeSWAForCausalLM", {}),
+    "granitemoehybrid": ("GraniteMoeHybridForCausalLM", {"mamba_n_heads": 8, "mamba_d_head": 8}),
+    "granitemoeshared": ("GraniteMoeSharedForCausalLM", {}),
+    "hunyuan_v1_moe": ("HunYuanMoEV1ForCausalLM", {}),
+    "hy_v3": ("HYV3ForCausalLM", {}),
+    "inkling": ("InklingForCausalLM", {}),
+    "jamba": ("JambaForCausalLM", {}),
+    "kimi_linear": ("KimiLinearForCausalLM", _LATENT),
+    "kolibri1": ("Kolibri1ForCausalLM", {}),
+    "laguna": ("LagunaForCausalLM", {}),
+    "lfm2_moe": ("Lfm2MoeForCausalLM", {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1}),
+    "mellum": ("MellumForCausalLM", {}),
+    "mimo_v2_flash": ("MiMoV2FlashForCausalLM", {}),
+    "minimax": ("MiniMaxForCausalLM", {}),
+    "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
+    "minimax_m3_vl": ("MiniMaxM3VLForCausalLM", {}),
+    "mistral4": ("Mistral4ForCausalLM", _LATENT),
+    "mistral_large4": ("MistralLarge4ForConditionalGeneration", {}),
+    "mixtral": ("MixtralForCausalLM", {}),
+    "olmoe": ("OlmoeForCausalLM", {}),
+    "openai_privacy_filter": ("OpenAIPrivacyFilterForTokenClassification", {}),
+    "phimoe": ("PhimoeForCausalLM", {}),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", {}),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", {}),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", {}),
+    "qwen3_next": ("Qwen3NextForCausalLM", {}),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerForConditionalGeneration", {}),
+    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {}),
+    "qwen4_exp": ("Qwen4ExpForCausalLM", {}),
+    "solar_open": ("SolarOpenForCausalLM", {}),
+    "unlimited_ocr": ("UnlimitedOcrForConditionalGeneration", {}),
+    "zaya": ("ZayaForCausalLM", {"num_experts_per_tok": 1}),
+}
+
+
+def tiny_config(kind: type, **options):
+    """A config of this class with every size that it has cut down, also in the configs within it."""
+    whole = kind()
+    within = {name: tiny_config(type(getattr(whole, name))) for name in getattr(kind, "sub_configs", {})}
+    if "text_config" in within:
+        within["text_config"] = tiny_config(type(whole.text_config), **options)
+        options = {}
+    known = set(dir(whole)) | set(vars(whole))
+    sizes = {name: value for name, value in _SIZES.items() if name in known}
+    return kind(**{**sizes, **within, **options})
+
+
+def tiny_model(family: str, **more) -> nn.Module:
+    """Random weights large enough that routing differs between tokens."""
+    name, options = FAMILIES[family]
+    kind = getattr(transformers, name)
+    how = {"experts_implementation": "eager", "attn_implementation": "eager"}
+    torch.manual_seed(0)
+    return kind._from_config(tiny_config(kind.config_class, **{**options, **more}), **how)

@@ -1,0 +1,121 @@
+"""A Hugging Face family trained by ranks under plans that move and copy experts, against one process that replays."""
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hf_all_families import VOCABULARY, tiny_model
+from torch import Tensor, nn
+
+from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutingTrace
+from relibra_kernels.planner import count_loads
+
+SEQUENCES, LENGTH, MICRO_BATCHES, STEPS = 8, 7, 2, 2
+
+
+def make_tokens(step: int) -> Tensor:
+    return torch.randint(3, VOCABULARY, (SEQUENCES, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def random_trace(num_layers: int, layer_ids: tuple[int, ...], num_experts: int, top_k: int, step: int) -> RoutingTrace:
+    """Routing that the model would not choose, skewed; every sequence's last token unknown."""
+    random = np.random.default_rng(step)
+    scores = random.random((SEQUENCES * LENGTH, num_layers, num_experts)) * (1 + np.arange(num_experts)[::-1])
+    ids = scores.argsort(-1)[..., ::-1][..., :top_k].astype(np.int16)
+    ids[LENGTH - 1 :: LENGTH] = -1
+    return RoutingTrace(ids, np.arange(SEQUENCES + 1) * LENGTH, num_experts, layer_ids)
+
+
+def moving_plan(loads_LMRE: np.ndarray, shift: int) -> BatchPlan:
+    """Every expert `shift` ranks on from its first home; every rank copies its busiest foreign expert for half of it."""
+    layers, micro_batches, ranks, experts = loads_LMRE.shape
+    home = np.tile((np.arange(experts) // (experts // ranks) + shift) % ranks, (layers, 1)).astype(np.int32)
+    home[:, [0, -1]] = home[:, [-1, 0]]
+    replicas = np.full((layers, micro_batches, ranks, 1), -1, np.int32)
+    quota = np.zeros_like(replicas)
+    for layer, m, rank in np.ndindex(layers, micro_batches, ranks):
+        load = np.where(home[layer] != rank, loads_LMRE[layer, m].sum(0), -1)
+        replicas[layer, m, rank, 0], quota[layer, m, rank, 0] = load.argmax(), load.max() // 2
+    kept = np.zeros((layers, ranks, 1), bool)
+    return BatchPlan(home, replicas, quota, kept, ranks, loads=loads_LMRE)
+
+
+def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
+    logits = model(tokens, use_cache=False).logits
+    wanted = tokens[:, 1:].flatten() % logits.shape[-1]
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, reduction="sum") / (SEQUENCES * LENGTH)
+
+
+def prepared(family: str, **options) -> nn.Module:
+    model = tiny_model(family, **options).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.rpartition(".")[0].endswith("experts") or name.endswith(("gate.weight", "router.weight")):
+                parameter.normal_(std=0.2)
+    return model
+
+
+def alone(family: str, **options) -> tuple[list[RoutingTrace], list[tuple[float, dict[str, Tensor]]]]:
+    """The traces of all steps, and loss and gradients of each, by transformers' own experts and our replay."""
+    from relibra_kernels.integrations.transformers import replay
+    from relibra_kernels.integrations.transformers.layers import moe_layers
+
+    model = prepared(family, **options)
+    layers = moe_layers(model)
+    shape = (len(layers), tuple(layer.layer_id for layer in layers), layers[0].num_experts, layers[0].top_k)
+    traces = [random_trace(*shape, step) for step in range(STEPS)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    results = []
+    for step, trace in enumerate(traces):
+        optimizer.zero_grad()
+        with replay(model, trace):
+            loss = loss_of(model, make_tokens(step))
+            loss.backward()
+        gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.item(), gradients))
+        optimizer.step()
+    return traces, results
+
+
+def together(family: str, traces: list[RoutingTrace], options: dict) -> list[tuple[float, dict[str, Tensor]]]:
+    """The same on ranks, each with every other sequence. Runs on every rank."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = prepared(family, **options)
+    ep = ExpertParallel(model, ClusterSpec(1, ranks, replica_slots=1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    mine = np.arange(SEQUENCES)[rank::ranks]
+    groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
+    results = []
+    for step, whole in enumerate(traces):
+        optimizer.zero_grad()
+        trace, tokens = whole.select(mine), make_tokens(step)[mine]
+        plan = moving_plan(ep.gather_loads(trace, groups, MICRO_BATCHES), step + 1)
+        total = torch.zeros(())
+        with ep.batch(plan, trace, groups, optimizer):
+            for m in range(MICRO_BATCHES):
+                with ep.micro_batch(m):
+                    loss = loss_of(model, tokens[groups == m])
+                    loss.backward()
+                total += loss.detach()
+        ep.reduce_gradients()
+        dist.all_reduce(total)
+        gradients = {name: g.clone() for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
+        results.append((total.item(), gradients if rank == 0 else {}))
+        optimizer.step()
+    assert (plan.replicas >= 0).any() and count_loads(trace, groups, MICRO_BATCHES).any()
+    return results
+
+
+def compare(family: str, ranks, **options) -> str:
+    """Empty, or what differs: loss, or a gradient by more than 1e-5 relative."""
+    traces, expected = alone(family, **options)
+    got = ranks.run(together, family, traces, options)[0]
+    for step, ((loss, gradients), (wanted_loss, wanted)) in enumerate(zip(got, expected, strict=True)):
+        if abs(loss - wanted_loss) > 1e-5 * abs(wanted_loss):
+            return f"step {step}: loss {loss}, not {wanted_loss}"
+        if gradients.keys() != wanted.keys():
+            return f"step {step}: gradients of {sorted(gradients.keys() ^ wanted.keys())[:3]} on one side only"
+        for name, gradient in wanted.items():
+            error = (gradients[name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+            if not error <= 1e-5:
+                return f"step {step}: the gradient of {name} differs by {error:.1e}"
+    return ""
