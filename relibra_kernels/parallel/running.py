@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..forwards import backward_task
 from ..planner import RoutingTrace
 from ..planner.errors import InputError
 from .live import LiveRouting
@@ -65,7 +64,7 @@ class ModelRunner:
             raise InputError(f"MoE layer {layer} runs after ExpertParallel.close: its experts cannot be reached")
         found = self.forwards.find()
         if found is None and self.in_batch:
-            if backward_task() is None:
+            if not self.forwards.recomputes:
                 raise InputError(
                     f"MoE layer {layer} runs in a batch, but outside of a micro-batch: use `with ep.micro_batch(m)`"
                 )

@@ -63,7 +63,7 @@ class ExpertParallel:
         reduction: "sum" over all ranks, or "mean", as DDP and FSDP2 do with what they reduce.
         options: how memory, exactness and time are traded; the same on every rank.
 
-    Raises: InputError where the model has no such layer, or its experts do not divide over the ranks.
+    Raises: InputError where the model has no such layer, or fewer experts than there are ranks.
     """
 
     def __init__(
@@ -84,6 +84,10 @@ class ExpertParallel:
         self.comm = self.groups.experts
         self.layers = moe_layers(model)
         self.num_experts = self.layers[0].experts.num_experts
+        if self.num_experts < cluster.num_ranks:
+            raise InputError(
+                f"the model has {self.num_experts} experts; {cluster.num_ranks} ranks need one each at least"
+            )
         home_slots = -(-self.num_experts // cluster.num_ranks)
         self._buffers = Buffers()
         home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
-from ..forwards import OpenForwards, forwards_now, opened
+from ..forwards import OpenForwards, backward_task, forwards_now, opened
 from ..planner.errors import InputError
 from .comm.ledger import Ledger
 
@@ -102,6 +102,11 @@ class ForwardContext(OpenForwards, Generic[State]):
                 yield
         finally:
             self.current = before
+
+    @property
+    def recomputes(self) -> bool:
+        """Whether this thread runs a backward, so that a forward within it recomputes activations."""
+        return backward_task() is not None
 
     def find(self) -> State | None:
         """The micro-batch of the forward that runs now; None where it belongs to none, or does not say to which."""

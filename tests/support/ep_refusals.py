@@ -109,8 +109,8 @@ def refusal(name: str) -> tuple[str, str, bool]:
     def wrong_group_size():
         ExpertParallel(ToyModel(CASE), ClusterSpec(1, CASE.ranks * 2))
 
-    def experts_do_not_divide():
-        ExpertParallel(ToyModel(replace(CASE, experts=7)), cluster)
+    def fewer_experts_than_ranks():
+        ExpertParallel(ToyModel(replace(CASE, experts=1, top_k=1)), cluster)
 
     def no_moe():
         ExpertParallel(torch.nn.Linear(2, 2), cluster)

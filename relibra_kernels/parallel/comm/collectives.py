@@ -91,8 +91,9 @@ class Comm:
                 work.wait(LISTEN)
                 return
             except RuntimeError:
-                if work.is_completed():
-                    raise
+                if work.is_completed():  # it failed, or it came while the wait gave up
+                    work.wait()
+                    return
             heard = self.alarm.heard() if self.alarm is not None else None
             if heard is not None:
                 rank, reason = heard
