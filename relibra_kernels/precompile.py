@@ -174,6 +174,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
             ops.unpermute(returned, None, of_rows)
     if replica is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
+        for weight in home.tensors():
+            ops.pack_replicas(weight, owners)
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
 

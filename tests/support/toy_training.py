@@ -299,7 +299,7 @@ def make_plan(case: Case, ep: ExpertParallel, batch: RoutedBatch, step: int) -> 
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
     plan = shuffled_plan(loads, ep.cluster, step)
-    if case.plan == "shuffled":
+    if case.plan in ("shuffled", "uneven"):
         return plan
     return replace(plan, kept=plan.kept & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
 
@@ -309,9 +309,9 @@ def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> Ba
     random = np.random.default_rng(seed)
     loads = loads_LMRE.sum(2)
     layers, _, experts = loads.shape
-    ranks, slots, per_rank = cluster.num_ranks, cluster.replica_slots, experts // cluster.num_ranks
+    ranks, slots = cluster.num_ranks, cluster.replica_slots
     empty = plan_batch(np.zeros_like(loads), cluster)
-    home = np.stack([random.permutation(np.arange(experts) // per_rank) for _ in range(layers)])
+    home = np.stack([random.permutation(np.sort(np.arange(experts) % ranks)) for _ in range(layers)])
     replicas, quota = np.full_like(empty.replicas, -1), np.zeros_like(empty.quota)
     kept = np.zeros_like(empty.kept)
     for layer in range(layers):

@@ -76,9 +76,10 @@ def tensors_to_move(experts: ReplicatedExperts, optimizer: torch.optim.Optimizer
     }
 
 
-def keep_experts(experts: ReplicatedExperts, kept: slice) -> None:
-    """Replace each parameter of all experts by one of the kept ones."""
+def keep_experts(experts: ReplicatedExperts, kept: Sequence[int], home_slots: int) -> None:
+    """Replace each parameter of all experts by one of the kept ones, [home_slots, ...]. A slot beyond them is zeros."""
     for attribute, parameter in expert_parameters(experts):
-        local = nn.Parameter(parameter.detach()[kept].clone(), requires_grad=parameter.requires_grad)
-        setattr(experts, attribute, local)
-    experts.num_experts = kept.stop - kept.start
+        local = parameter.new_zeros((home_slots, *parameter.shape[1:]))
+        local[: len(kept)] = parameter.detach()[list(kept)]
+        setattr(experts, attribute, nn.Parameter(local, requires_grad=parameter.requires_grad))
+    experts.num_experts = home_slots
