@@ -19,7 +19,7 @@ def pack(weights: ExpertWeights, experts: Tensor | None = None) -> Tensor:
 
 
 def unpack(blob: Tensor, like: ExpertWeights, extra: int = 0) -> ExpertWeights:
-    """The experts of `blob` [P, ...] as new tensors [P + extra, ...], each a whole number of experts away from its like.
+    """The experts of `blob` [P, ...] as new tensors [P + extra, ...], each a whole number of experts from its like.
 
     They have the shapes and dtypes of `like` [E, ...]; the last `extra` experts are undefined.
     """
