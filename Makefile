@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-families test-megatron quick lint wheel release-check nightly compile-gate compile-matrix tune-offline check-configs clean
+.PHONY: demo test test-families test-megatron quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
 .PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
@@ -65,9 +65,21 @@ TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
 compile-gate: .venv/triton-3.9.0
 	for target in $(TARGETS); do PYTHONPATH=$< $(BIN)/relibra compile --target $$target --first || exit 1; done
 
+# What large batches get, with gates on the machine code; CI takes three models on two devices.
+CODE_DEVICES ?= H100 A100 MI300X
+CODE_MODELS ?= Qwen3-30B-A3B DeepSeek-V3 gpt-oss-120b
+
+machine-code: .venv/triton-3.9.0
+	for triton in none $<; do for device in H100 MI300X; do \
+		PYTHONPATH=$$triton $(BIN)/relibra compile --device $$device $(CODE_MODELS:%=--model %) || exit 1; \
+	done; done
+
 compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
 	for triton in $^; do for target in $(TARGETS); do \
 		echo "$$triton $$target"; PYTHONPATH=$$triton $(BIN)/relibra compile --target $$target || exit 1; \
+	done; done
+	for triton in none $^; do for device in $(CODE_DEVICES); do \
+		echo "$$triton $$device"; PYTHONPATH=$$triton $(BIN)/relibra compile --device $$device || exit 1; \
 	done; done
 
 # Configs for GPUs that are not here, and the table of them in the docs. The first run compiles for an hour; what it

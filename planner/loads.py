@@ -81,7 +81,7 @@ def _count(trace: RoutingTrace, group: np.ndarray, groups: int) -> np.ndarray:
     counts = np.zeros((groups, layers * bins), np.int32)
     unknown = trace.unknown
     starts = np.flatnonzero(np.diff(group, prepend=-1))
-    for start, stop in zip(starts, [*starts[1:], len(group)], strict=True):
+    for start, stop in zip(starts, np.append(starts, len(group))[1:], strict=True):
         first, end = int(trace.offsets[start]), int(trace.offsets[stop])
         for part in token_chunks(end - first, layers * top_k):
             rows = slice(first + part.start, first + part.stop)

@@ -59,3 +59,12 @@ def check_shards(shards: torch.Tensor, grad: torch.Tensor, expert_of_shard: torc
         raise ShapeError(f"grad has strides {grad.stride()} and shards {shards.stride()}; both must be contiguous")
     if expert_of_shard.shape != shards.shape[:1]:
         raise ShapeError(f"expert_of_shard is {tuple(expert_of_shard.shape)}; it must be [{len(shards)}]")
+
+
+def check_grad(grad: torch.Tensor, shape: tuple[int, ...], accumulate: bool) -> None:
+    """Refuse a gradient buffer that sums would not fit into."""
+    if tuple(grad.shape[1:]) != shape or not grad.is_contiguous() or (accumulate and grad.dtype != torch.float32):
+        raise ShapeError(
+            f"grad is {grad.dtype} {tuple(grad.shape)} with strides {grad.stride()}; it must be contiguous [E, "
+            f"{', '.join(map(str, shape))}]" + (" and float32" if accumulate else "")
+        )

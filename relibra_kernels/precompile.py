@@ -40,8 +40,8 @@ def warmup(
     rows, and all ranks use them from then on; the ranks of a machine share the work through Triton's cache.
 
     Args:
-        model: holds MoE layers, as for `ExpertParallel`; of an `ExpertParallel`, what runs with replicas and without is
-            compiled.
+        model: holds MoE layers, as for `ExpertParallel`; of an `ExpertParallel`, what runs with replicas and without
+            is compiled.
         tokens: of a micro-batch on this rank, one number or all that occur. Under a plan the rows that a rank gets vary
             around that: half and twice as many are compiled for as well.
         device: compile for this GPU, which need not be here: its name ("H100") or its limits; None: for the model's.
@@ -174,6 +174,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
             ops.unpermute(returned, None, of_rows)
     if replica is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
+        for weight in home.tensors():
+            ops.pack_replicas(weight, owners)
         for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
 

@@ -21,7 +21,8 @@ class TopKRouter(nn.Module):
     Forward: hidden_states `[..., H]` -> (router_logits `[T, E]`, weights `[T, K]`, indices `[T, K]`), as Hugging Face.
 
     Where `replay` is set, every forward asks it for (recorded ids int64 `[T, K]`, whether no row is -1) instead of
-    looking at `recorded`: that is how the expert-parallel runtime gives each micro-batch its own.
+    looking at `recorded`; None means that the router chooses. That is how the expert-parallel runtime gives each
+    micro-batch its own. A `replay.compiled(scores, top_k)` is asked instead while torch.compile traces: ids `[T, K]`.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -61,7 +62,7 @@ class TopKRouter(nn.Module):
         self._recorded: torch.Tensor | None = None
         self._all_recorded = False
         self._record: list[torch.Tensor] | None = None
-        self.replay: Callable[[], tuple[torch.Tensor, bool]] | None = None
+        self.replay: Callable[[], tuple[torch.Tensor, bool] | None] | None = None
 
     @property
     def recorded(self) -> torch.Tensor | None:
@@ -124,7 +125,10 @@ class TopKRouter(nn.Module):
     def _indices(self, scores_TE: torch.Tensor) -> torch.Tensor:
         recorded, all_recorded = self._recorded, self._all_recorded
         if self.replay is not None:
-            recorded, all_recorded = self.replay()
+            if torch.compiler.is_compiling() and hasattr(self.replay, "compiled"):
+                recorded, all_recorded = self.replay.compiled(scores_TE, self.top_k), False
+            else:
+                recorded, all_recorded = self.replay() or (None, False)
         if recorded is None:
             return self._select(scores_TE)
         if recorded.shape[0] != scores_TE.shape[0]:

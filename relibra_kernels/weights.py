@@ -1,5 +1,6 @@
 """One store of experts' weights, or of their gradients."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -34,6 +35,29 @@ def main_grads(parameters: ExpertWeights) -> ExpertWeights:
 def zeros_fp32(like: torch.Tensor) -> torch.Tensor:
     """An empty gradient sum: fp32, or float64 for float64."""
     return torch.zeros_like(like, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def replica_store(home: torch.Tensor, count: int) -> torch.Tensor:
+    """Uninitialised memory for `count` replicas, a whole number of experts away from `home` `[E, ...]`.
+
+    Kernels then reach homes and replicas by one index (`kernels.stores`). It takes the memory of one more expert.
+    """
+    size = math.prod(home.shape[1:])
+    memory = home.new_empty((count + 1) * size)
+    apart = (home.data_ptr() - memory.data_ptr()) // home.element_size()
+    return memory[apart % max(size, 1) :][: count * size].view(count, *home.shape[1:])
+
+
+def replica_buffers(replica: ExpertWeights, grad: ExpertWeights, *, zeroed: bool) -> ExpertWeights:
+    """Where to put the gradients of replicas whose homes' go into `grad`; nothing where that has nothing."""
+
+    def beside(weight: torch.Tensor | None, home: torch.Tensor | None) -> torch.Tensor | None:
+        if weight is None or home is None:
+            return None
+        store = replica_store(home, len(weight))
+        return store.zero_() if zeroed else store
+
+    return ExpertWeights(*(beside(weight, home) for weight, home in zip(replica, grad, strict=True)))
 
 
 def gradient_buffers(

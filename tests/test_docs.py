@@ -102,6 +102,13 @@ def test_links_lead_somewhere():
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
 
 
+def test_files_that_are_named_exist():
+    named = re.compile(r"`((?:relibra_kernels|planner|tests|bench|docs|examples|autotune_configs)/[\w./]+)`")
+    for page in PAGES:
+        for path in named.findall(page.read_text()):
+            assert (ROOT / path).exists(), f"{page.name}: {path}"
+
+
 def test_the_api_page_is_that_of_the_docstrings():
     pytest.importorskip("transformers", reason="its integration is part of the API")
     spec = importlib.util.spec_from_file_location("make_api", ROOT / "docs" / "make_api.py")

@@ -55,7 +55,8 @@ DEVICES = {
     )
     for gpu in GPUS.values()
 }
-# Ranks on one machine's cores over gloo: the best of many runs on two busy cores of a Xeon, one thread a rank, measured.
+# Ranks on one machine's cores over gloo: the best of many runs on two busy cores of a Xeon, one thread a rank
+# (measured).
 DEVICES["CPU"] = DeviceSpec(
     name="CPU",
     grouped_flops=60e9,

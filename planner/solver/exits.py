@@ -11,6 +11,8 @@ import numpy as np
 from .exact import FAR, PairFlow
 from .fetched import Slots
 
+_SWEEPS = 6  # of the exact split while replicas are still added
+
 
 def flow_of_slots(slots: Slots, experts: int) -> tuple[PairFlow, tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """The exact split's view of these slots, and where its hosts are in them (pair, rank, slot)."""
@@ -41,7 +43,7 @@ def fetch_exits(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
         if not len(open_):
             return
         part, target = slots.of_pairs(open_), target_P[open_]
-        flow = level_slots(part, target, experts, sweeps)
+        flow = level_slots(part, target, experts, sweeps if turn == rounds else min(sweeps, _SWEEPS))
         helped = np.zeros(0, np.int64)
         if turn < rounds:
             at, expert, rank = _exits(part, flow, target, gpus_per_node)
@@ -49,6 +51,11 @@ def fetch_exits(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
             part.expert[at, rank, new], part.fetched[at, rank, new] = expert, True
             part.free[at, rank] -= 1
             helped = np.unique(at)
+            stuck = np.setdiff1d(np.arange(len(open_)), helped)  # nothing leads on: only the split is left
+            if len(stuck) and sweeps > _SWEEPS:
+                rest = part.of_pairs(stuck)
+                level_slots(rest, target[stuck], experts, sweeps)
+                part.put(stuck, rest)
         slots.put(open_, part)
         open_ = open_[helped]
 

@@ -13,9 +13,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class FetchPrice:
-    """What a fetched replica costs and saves. assignment: seconds of one on the busiest rank; replica: of one more from
-    the busiest sender; any: of fetching at all."""
+    """What a fetched replica costs and saves. slots: of a rank that may be fetched; assignment: seconds of one on the
+    busiest rank; replica: of one more from the busiest sender; any: of fetching at all."""
 
+    slots: int
     assignment: float
     replica: float
     any: float

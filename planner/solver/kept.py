@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..cluster import ClusterSpec
+
 _SCALE = 1 << 14  # of a rank's mean load. Whole numbers below 2^53 throughout, so that sums are exact in any order
 _MOST = 1 << 19
 
@@ -64,18 +66,17 @@ def pack(
     home_LE: np.ndarray,
     layer: np.ndarray,
     expert: np.ndarray,
-    *,
-    ranks: int,
-    gpus_per_node: int,
-    slots: int,
+    cluster: ClusterSpec,
     rank_copies: int,
+    *,
     spread: bool,
 ) -> Copies:
-    """Ranks for the copies (layer, expert), at most `slots` a rank and layer and `rank_copies` over all layers.
+    """Ranks for the copies (layer, expert), at most one a replica slot, and `rank_copies` a rank over all layers.
 
     `spread` puts copies of an expert on nodes that have none of it yet, as far as there is room there.
     """
     layers, experts, micro_batches = share_LEM.shape
+    ranks, gpus_per_node = cluster.num_ranks, cluster.gpus_per_node
     count = np.ones((layers, experts), np.int64)
     np.add.at(count, (layer, expert), 1)
     share = np.floor(share_LEM / count[:, :, None])
@@ -86,7 +87,7 @@ def pack(
     holds[np.arange(layers)[:, None], np.arange(experts), home_LE] = True
     on_node = np.zeros((layers, experts, nodes), np.int64)
     on_node[np.arange(layers)[:, None], np.arange(experts), home_LE // gpus_per_node] = 1
-    free = np.full((layers, ranks), min(slots, rank_copies), np.int64)
+    free = np.full((layers, ranks), min(cluster.replica_slots, rank_copies), np.int64)
     left = np.full(ranks, rank_copies, np.int64)
     weight = (share * share).sum(2)
     order = np.lexsort((expert, -weight[layer, expert], layer))

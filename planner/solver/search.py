@@ -172,17 +172,7 @@ def _hosts(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     share = shares(problem.table_LME, cluster.num_ranks)
     total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
     layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
-    copies = pack(
-        share,
-        home,
-        layer,
-        expert,
-        ranks=cluster.num_ranks,
-        gpus_per_node=cluster.gpus_per_node,
-        slots=cluster.replica_slots,
-        rank_copies=problem.copies,
-        spread=member.spread,
-    )
+    copies = pack(share, home, layer, expert, cluster, problem.copies, spread=member.spread)
     return home, copies
 
 
@@ -199,9 +189,8 @@ def _solve(problem: Problem, home: np.ndarray, copies: Copies, effort: Effort) -
         copies,
         cluster,
         target,
-        min(fetched, cluster.replica_slots),
         effort,
-        fetch_price(setting, dense, cluster.num_ranks, options.balance),
+        fetch_price(setting, dense, cluster, options.balance, min(fetched, cluster.replica_slots)),
     )
 
 

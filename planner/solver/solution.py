@@ -1,6 +1,6 @@
 """From homes and kept replicas to a whole solution: the exact split, and fetched replicas where they pay."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,6 +15,7 @@ from .kept import Copies
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
 
 _NODE_ROUNDS = 8
+_FIRST_SWEEPS = 8  # of the exact split before replicas are fetched
 _HARD = 0.005  # above its target by more than this, a pair is hard
 
 
@@ -54,17 +55,21 @@ def target_load(table_LME: np.ndarray, ranks: int, balance: float | None, slack:
     return np.maximum(-(-total // ranks), allowed)
 
 
-def fetch_price(setting: Setting, dense_seconds: float, ranks: int, balance: float | None) -> FetchPrice:
+def fetch_price(
+    setting: Setting, dense_seconds: float, cluster: ClusterSpec, balance: float | None, slots: int
+) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
     them."""
     model, device = setting.model, setting.device
-    link = device.fast if ranks == setting.gpus_per_node else device.slow
+    link = device.fast if cluster.num_nodes == 1 else device.slow
     assignment = 3 * model.assignment_flops() / device.grouped_flops + 4 * 2 * model.hidden_size / link
     if balance is not None:
-        return FetchPrice(1.0, 1e-6, 1e-6)
+        return FetchPrice(slots, 1.0, 1e-6, 1e-6)
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
     exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
-    return FetchPrice(assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch)
+    return FetchPrice(
+        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch
+    )
 
 
 def solve(
@@ -74,7 +79,6 @@ def solve(
     copies: Copies,
     cluster: ClusterSpec,
     target_LM: np.ndarray,
-    fetched_slots: int,
     effort: Effort,
     price: FetchPrice,
 ) -> Solution:
@@ -85,14 +89,16 @@ def solve(
     hosts = Hosts.of(home, copies.layer, copies.expert, copies.rank, gpus, ranks)
     load_FM = np.ascontiguousarray(table_LME.swapaxes(1, 2), np.float64).reshape(-1, micro_batches)
     dense = _Dense.of(home, copies, cluster)
+    may_fetch = gpus > 1 and bool(dense.free(price.slots).any())
     if not len(copies.layer):
         split = load_FM.astype(np.int64)
     else:
         prior = preference(hosts, _wanted(hosts, wanted_LMNE), load_FM)
         relaxed, _ = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
         split = whole_split(hosts, relaxed, load_FM)
-        _level(hosts, split, target_LM, effort)
-    may_fetch = gpus > 1 and bool(dense.free(fetched_slots).any())
+        # Where replicas may follow, the exact split comes after them.
+        first = replace(effort, sweeps=min(effort.sweeps, _FIRST_SWEEPS)) if may_fetch else effort
+        _level(hosts, split, target_LM, first)
     best = dense.fill(hosts, split)
     if may_fetch:
         busiest = best.sum(3).max(2)
@@ -101,7 +107,7 @@ def solve(
             pairs = layer, micro_batch
             target = target_LM[pairs]
             if effort.exits:
-                slots = dense.slots(layer, best[pairs], fetched_slots)
+                slots = dense.slots(layer, best[pairs], price.slots)
                 if not len(copies.layer):
                     fetch(slots, target, gpus)
                 fetch_exits(slots, target, experts, gpus, effort.exits, effort.sweeps)
@@ -109,12 +115,12 @@ def solve(
             else:
                 if len(copies.layer) and cluster.num_nodes > 1:
                     split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
-                slots = dense.slots(layer, dense.fill(hosts, split)[pairs], fetched_slots)
+                slots = dense.slots(layer, dense.fill(hosts, split)[pairs], price.slots)
                 fetch(slots, target, gpus)
                 _again(slots, target, experts, gpus, effort)
                 hard = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + _HARD))
                 if effort.hard and len(hard):  # few: from the start again, replica by replica
-                    other = dense.slots(layer[hard], best[layer[hard], micro_batch[hard]], fetched_slots)
+                    other = dense.slots(layer[hard], best[layer[hard], micro_batch[hard]], price.slots)
                     fetch_exits(other, target[hard], experts, gpus, effort.hard, effort.sweeps)
                     better = other.load.sum(2).max(1) < slots.load[hard].sum(2).max(1)
                     slots.put(hard[better], other.of_pairs(better))

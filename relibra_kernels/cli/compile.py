@@ -3,23 +3,38 @@
 import argparse
 import dataclasses
 import json
+import os
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ..planner.errors import InputError
+
+if TYPE_CHECKING:
+    from ..tuning.compile_task import Outcome
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..configs.limits import DEVICES
+    from ..configs.products import PRODUCTS
 
-    parser.add_argument("--target", required=True, help=f"one of {', '.join(DEVICES)}")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--target", help=f"every kernel and config for one of {', '.join(DEVICES)}")
+    names = ", ".join(PRODUCTS)
+    what.add_argument("--device", help=f"what models' large batches get on one of {names}, and gates on the code")
+    parser.add_argument("--model", action="append", default=[], help="of --device; may be repeated; default: all")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of --device: compilers at a time")
     parser.add_argument("--kernel", help="only this kernel")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of the tensors")
     parser.add_argument("--first", action="store_true", help="one config a kernel, the one chosen for large batches")
+    parser.add_argument("--dump", type=Path, metavar="DIR", help="keep IR, machine code and resources of each there")
     parser.add_argument("--json", action="store_true", help="also print a list of objects as the last line")
 
 
 def run(args: argparse.Namespace) -> int:
     """1 where a launch spills registers, does not fit the device or is known to be compiled wrongly."""
+    if args.device is not None:
+        return _gate(args)
     import torch
 
     from ..configs.limits import device_named
@@ -33,11 +48,13 @@ def run(args: argparse.Namespace) -> int:
     columns = ("registers", "spill", "shared", "stages", "warps/SM", "mma", "tma", "async")
     print(f"{'kernel':18} {'config':18} {'variant':28} " + " ".join(f"{column:>9}" for column in columns))
     found, bad = [], 0
-    for name, config, variant, report in reports(device, dtype, args.kernel, first_only=args.first):
+    for name, config, variant, report in reports(device, dtype, args.kernel, first_only=args.first, dump=args.dump):
         facts = (report.registers, report.spill_bytes, report.shared_bytes, report.stages, report.warps_per_sm)
         loads = (str(report.mma or "-")[:9], report.tma, report.async_copies)
         print(f"{name:18} {config:18} {variant:28} " + " ".join(f"{fact:>9}" for fact in (*facts, *loads)), flush=True)
-        found.append({"kernel": name, "config": config, "variant": variant, **dataclasses.asdict(report)})
+        figures = dataclasses.asdict(report)
+        code = figures.pop("code")
+        found.append({"kernel": name, "config": config, "variant": variant, **figures, **code})
         bad += report.spill_bytes > 0 or report.shared_bytes > device.shared_bytes or report.known_bug != ""
         if report.known_bug:
             print(report.known_bug, file=sys.stderr)
@@ -49,3 +66,31 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found))
     return 1 if bad else 0
+
+
+def _gate(args: argparse.Namespace) -> int:
+    """1 where the machine code of large batches is not as it must be."""
+    from ..configs.limits import device_for
+    from ..configs.products import product_named
+    from ..tuning.compile_pool import compiled
+    from ..tuning.gates import large_tasks, machine_faults
+    from ..tuning.models import MODELS, model_named
+
+    if args.jobs < 1:
+        raise InputError(f"--jobs is {args.jobs}; it must be positive")
+    product = product_named(args.device)
+    models = [model_named(name) for name in args.model] or MODELS
+    tasks, faults, found = large_tasks(models, product, (0, 2)), 0, []
+    for task, outcome in compiled(tasks, args.jobs, lambda: False):
+        wrong = machine_faults(task, outcome, device_for(product))
+        faults += len(wrong)
+        print(f"{product.name} {task.key}: {'; '.join(wrong) or 'as it must be'}", flush=True)
+        found.append({"task": task.key, "faults": wrong, **_figures(outcome)})
+    print(f"{product.name}: {len(tasks)} launches compiled, {faults} faults")
+    if args.json:
+        print(json.dumps(found))
+    return 1 if faults else 0
+
+
+def _figures(outcome: "Outcome") -> dict[str, Any]:
+    return {} if isinstance(outcome, str) else dataclasses.asdict(outcome)

@@ -4,6 +4,7 @@ Registers, spills, shared memory and instructions are facts about the machine co
 """
 
 import hashlib
+import json
 import re
 import subprocess
 import tempfile
@@ -17,10 +18,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ..configs.config import accumulators
 from ..configs.limits import Device
 from ..kernels.launch import Launch
 from ..planner.errors import InputError
 from .known_bugs import known_bug
+from .machine_code import MachineCode, read_machine_code
 
 _TYPES = {
     torch.bfloat16: "bf16",
@@ -31,6 +34,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_GRAD_WEIGHT_ROWS = 4096  # of a slot, where the epilogue of a weight gradient is compared with its main loop
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # fifth-generation, warpgroup and warp matrix products; AMD's matrix cores
 _MMA = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HID]MMA|v_mfma_\w+)\b")
@@ -38,7 +42,7 @@ _MMA = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HID]MMA|v_mfma_\w+)\b")
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled launch needs: spilled bytes a thread, and how many load instructions of which kind.
+    """What one compiled launch needs: spilled bytes a thread, how many load instructions of which kind, and its loop.
 
     `known_bug` says which bug of Triton its program meets; empty where none is known.
     """
@@ -54,35 +58,63 @@ class Report:
     async_copies: int
     warps_per_sm: int
     known_bug: str
+    code: MachineCode
 
 
-def compile_launch(launch: Launch, device: Device, *, instructions: bool = True) -> Report:
+def compile_launch(launch: Launch, device: Device, *, instructions: bool = True, dump: Path | None = None) -> Report:
     """Compile `launch` for `device` with the specialisation that a real launch would get.
 
-    Without `instructions` the machine code is not read: `mma`, `tma` and `async_copies` stay empty.
+    Args:
+        instructions: read the machine code; without, `mma`, `tma`, `async_copies` and `code` stay empty.
+        dump: a folder to keep the compilation's texts in.
     """
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
     signature, constants, attrs, options = specialised(launch)
     target = GPUTarget(device.backend, device.arch, device.warp_size)
+    if device.backend == "hip":  # as Triton does at a launch: loads of tensors below 2 GiB become buffer loads
+        for place, given in enumerate(launch.args):
+            if isinstance(given, torch.Tensor) and given.numel() * given.element_size() < 2**31:
+                attrs[(place,)] = [*attrs.get((place,), []), ["tt.pointer_range", 32]]
     source = ASTSource(launch.kernel, signature, constants, attrs)
     compiled = triton.compile(source, target=target, options=options)
-    if device.backend == "cuda":
-        facts = _read_cubin(compiled.asm["cubin"], instructions)
-    else:
-        facts = _read_amdgcn(compiled.asm["amdgcn"])
-    registers, warps = facts["registers"], compiled.metadata.num_warps
+    facts: dict[str, Any] = {"mma": None, "tma": 0, "async_copies": 0, "code": MachineCode()}
+    if instructions or dump is not None:
+        texts, meta = _texts(compiled, device), _meta(launch, compiled, device)
+        usage, facts = texts.get("usage", ""), _instructions(texts, meta)
+        if dump is not None:
+            _dump(dump, texts, meta)
+    elif device.backend == "cuda":
+        usage = _usage(compiled.asm["cubin"])
+    registers, spill = _read_usage(usage) if device.backend == "cuda" else _read_needs(compiled.asm["amdgcn"])
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
     by_registers = device.registers_per_sm // (device.warp_size * max(registers, 1)) // warps
-    by_shared = device.shared_bytes // compiled.metadata.shared if compiled.metadata.shared else by_registers
+    by_shared = device.shared_bytes // shared if shared else by_registers
     return Report(
-        kernel=launch.kernel.__name__.strip("_").removesuffix("_kernel"),
-        shared_bytes=compiled.metadata.shared,
+        kernel=_name(launch),
+        registers=registers,
+        spill_bytes=spill,
+        shared_bytes=shared,
         stages=compiled.metadata.num_stages,
         warps=warps,
         warps_per_sm=min(device.warps_per_sm // warps, by_registers, by_shared) * warps,
         known_bug=known_bug(compiled.asm["ttir"], constants, device),
         **facts,
     )
+
+
+def _instructions(texts: dict[str, str], meta: dict[str, Any]) -> dict[str, Any]:
+    """The matrix instruction, how many loads there are of which kind, and the figures of the main loop."""
+    text = texts.get("sass") or texts["amdgcn"]
+    if "sass" in texts:
+        opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", text, re.MULTILINE)
+        mma = next((match.group(1) for match in map(_MMA.search, opcodes) if match), None)
+        tma, copies = sum(o.startswith("UTMALDG") for o in opcodes), sum(o == "LDGSTS" for o in opcodes)
+    else:
+        found = _MMA.search(text)
+        mma, tma = found.group(1) if found else None, 0
+        copies = len(re.findall(r"\b(?:buffer|global)_load_\w*lds\w*|_lds\b", text))
+    return {"mma": mma, "tma": tma, "async_copies": copies, "code": read_machine_code(texts, meta)}
 
 
 def launch_digest(launch: Launch) -> str:
@@ -129,39 +161,70 @@ def _kind(given: object, parameter: triton.runtime.jit.KernelParam) -> str:
     )
 
 
-def _read_cubin(cubin: bytes, instructions: bool) -> dict:
+def _texts(compiled: Any, device: Device) -> dict[str, str]:
+    """What a compilation left, by kind: `ttgir`, `ptx`, `sass` and `usage`, or `ttgir` and `amdgcn`."""
+    if device.backend != "cuda":
+        return {"ttgir": compiled.asm["ttgir"], "amdgcn": compiled.asm["amdgcn"]}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(cubin)
-        usage = _cuobjdump("-res-usage", path)
-        sass = _cuobjdump("-sass", path) if instructions else ""
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", sass, re.MULTILINE)
-    mma = next((match.group(1) for match in map(_MMA.search, opcodes) if match), None)
+        path.write_bytes(compiled.asm["cubin"])
+        sass, usage = _cuobjdump("-sass", path), _cuobjdump("-res-usage", path)
+    return {"ttgir": compiled.asm["ttgir"], "ptx": compiled.asm["ptx"], "sass": sass, "usage": usage}
+
+
+def _meta(launch: Launch, compiled: Any, device: Device) -> dict[str, Any]:
+    """What `machine_code` has to know of a compilation besides its texts."""
+    kernel, options = _name(launch), launch.options
+    blocks = {name: options.get(name, 0) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K")}
+    first = next(argument for argument in launch.args if isinstance(argument, torch.Tensor))
     return {
-        "registers": int(found.group(1)),
-        "spill_bytes": int(found.group(2)) + int(found.group(3)),
-        "mma": mma,
-        "tma": sum(opcode.startswith("UTMALDG") for opcode in opcodes),
-        "async_copies": sum(opcode == "LDGSTS" for opcode in opcodes),
+        "target": device.name,
+        "kernel": kernel,
+        "num_warps": compiled.metadata.num_warps,
+        "num_stages": compiled.metadata.num_stages,
+        **blocks,
+        "dtype_bytes": first.element_size(),
+        "accumulators": accumulators(kernel),
+        "shared_bytes": compiled.metadata.shared,
+        "K": _GRAD_WEIGHT_ROWS if kernel == "grad_weight" else options.get("D"),
+        "persistent": blocks["BLOCK_K"] > 0,
+        "triton": triton.__version__,
     }
 
 
-def _read_amdgcn(assembly: str) -> dict:
+def _name(launch: Launch) -> str:
+    return launch.kernel.__name__.strip("_").removesuffix("_kernel")
+
+
+def _dump(folder: Path, texts: dict[str, str], meta: dict[str, Any]) -> None:
+    """One file a kind, named by it: what `machine_code` reads, for later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, text in {**texts, "json": json.dumps(meta, indent=2)}.items():
+        (folder / kind).write_text(text, encoding="utf-8")
+
+
+def _read_usage(usage: str) -> tuple[int, int]:
+    """(registers, spilled bytes) a thread."""
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    return int(found.group(1)), int(found.group(2)) + int(found.group(3))
+
+
+def _read_needs(assembly: str) -> tuple[int, int]:
+    """The same of AMD's assembly; vector and accumulation registers are halves of one file of 512."""
+
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)
         return int(found.group(1)) if found else 0
 
-    mma = _MMA.search(assembly)
-    return {
-        # vector and accumulation registers are halves of one file of 512
-        "registers": max(field("vgpr_count"), 1),
-        "spill_bytes": 4 * (field("vgpr_spill_count") + field("sgpr_spill_count")),
-        "mma": mma.group(1) if mma else None,
-        "tma": 0,
-        "async_copies": len(re.findall(r"\b(?:buffer|global)_load_\w*lds\w*|_lds\b", assembly)),
-    }
+    return max(field("vgpr_count"), 1), 4 * (field("vgpr_spill_count") + field("sgpr_spill_count"))
+
+
+def _usage(cubin: bytes) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return _cuobjdump("-res-usage", path)
 
 
 @cache

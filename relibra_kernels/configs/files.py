@@ -11,13 +11,13 @@ from typing import Any
 
 from ..planner.errors import FormatError
 from ..planner.files import written_whole
-from .config import ROW_KERNELS
+from .config import GENERATIONS, ROW_KERNELS
 from .schema import first_fault
 
 SHIPPED = Path(__file__).parents[1] / "autotune_configs"
 SCHEMA_VERSION = 1
 _SHAPE = ("part", "dtype", "H", "I", "transposed", "interleaved")
-_PROVENANCE = ("evidence", "triton", "driver", "date")
+_PROVENANCE = ("evidence", "triton", "driver", "date", "generation")
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Entry:
     date: str
     buckets: tuple[Bucket, ...]
     models: tuple[str, ...] = ()
+    generation: int = 1
 
     @property
     def shape(self) -> tuple:
@@ -61,7 +62,11 @@ class Entry:
 
     @property
     def provenance(self) -> tuple:
-        return tuple(getattr(self, name) or "" for name in _PROVENANCE)
+        return tuple(str(getattr(self, name) or "") for name in _PROVENANCE)
+
+    def is_of(self, kernel: str) -> bool:
+        """Whether it was found for `kernel` as it is now."""
+        return self.generation == GENERATIONS.get(kernel, 1)
 
     def sizes(self, kernel: str) -> tuple[int, int, bool, bool]:
         """(N, D, layout, interleaved) as the launcher of `kernel` sees this layer.
@@ -218,6 +223,8 @@ def _text(device: str, kernel: str, entries: list[Entry]) -> str:
     ordered = sorted(entries, key=lambda entry: (entry.shape, entry.provenance))
     for number, entry in enumerate(ordered):
         values = {name: getattr(entry, name) for name in (*_SHAPE, "models", *_PROVENANCE)}
+        if entry.generation == 1:  # as where it is missing
+            del values["generation"]
         lines += ["    {", *(f"      {json.dumps(name)}: {json.dumps(value)}," for name, value in values.items())]
         lines.append('      "buckets": [')
         buckets = sorted(entry.buckets, key=lambda bucket: (bucket.slots, bucket.rows_per_slot))

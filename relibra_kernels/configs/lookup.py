@@ -5,7 +5,8 @@ what was measured before what was only compiled), and a heuristic that always an
 which one did.
 
 A file answers for a layer with exactly its sizes and layout, with the bucket whose slots and rows a slot are nearest,
-in powers of two (rows count first; between two equally near ones the larger), up to a factor of `REACH`.
+in powers of two (rows count first; between two equally near ones the larger), up to a factor of `REACH`. What was
+found for another generation of a kernel (`config.GENERATIONS`) is not used.
 """
 
 import logging
@@ -151,7 +152,9 @@ def _nearest(problem: Problem, entries: list[Entry], evidence: str) -> Config | 
     for dtype in _OTHER_DTYPES[DTYPES[problem.dtype]]:
         best: tuple | None = None
         for entry in entries:
-            if entry.evidence != evidence or entry.dtype != dtype or entry.sizes(problem.kernel) != wanted:
+            if entry.evidence != evidence or entry.dtype != dtype or not entry.is_of(problem.kernel):
+                continue
+            if entry.sizes(problem.kernel) != wanted:
                 continue
             if problem.part not in ("", entry.part):
                 continue

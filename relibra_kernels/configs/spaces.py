@@ -20,9 +20,12 @@ SPACE = {
         "64x64x32w4s2"
     ),
     "grad_hidden": _all(
-        "128x128x64w8s3 128x128x64w8s2 128x64x64w8s3 64x128x64w8s3 64x128x64w8s2 64x64x64w4s3 64x64x32w4s2"
+        "128x256x64w8s3 128x128x64w8s3 128x128x64w8s2 128x64x64w8s3 64x128x64w8s3 64x128x64w8s2 64x64x64w4s3 "
+        "64x64x32w4s2"
     ),
-    "grad_weight": _all("128x128x64w8s3 128x128x64w8s2 128x128x32w8s3 64x128x64w8s3 64x128x64w4s2 64x64x32w4s2"),
+    "grad_weight": _all(
+        "128x256x64w8s3 128x128x64w8s3 128x128x64w8s2 128x128x32w8s3 64x128x64w8s3 64x128x64w4s2 64x64x32w4s2"
+    ),
     "permute": _all("1024w4"),
     "swiglu": _all("1024w4"),
     "replica_reduce": _all("4096w4"),
@@ -42,6 +45,8 @@ SPACE_FP32 = {
 # `relibra compile` shows
 EXCLUDED: dict[tuple[str, str], list[Config]] = {
     ("ampere", "gate_up"): _all("128x128x64w8s3"),
+    ("ampere", "grad_hidden"): _all("128x256x64w8s3"),
+    ("ampere", "grad_weight"): _all("128x256x64w8s3"),
     ("blackwell", "gate_up"): _all("128x128x64w8s3"),
     ("blackwell", "grouped_gemm"): _all("64x64x32w4s2"),
     ("blackwell", "grad_hidden"): _all("64x128x64w8s3"),  # under Triton 3.6
@@ -49,21 +54,11 @@ EXCLUDED: dict[tuple[str, str], list[Config]] = {
 
 # What a search tries besides. Some of it spills or does not fit on one device or another.
 WIDER = {
-    "gate_up": _all(
-        "128x128x64w8s4 128x128x64w8s2 128x128x32w8s4 128x64x64w8s3 128x64x64w4s3 64x128x64w8s2 64x128x64w4s3 "
-        "64x64x128w4s2 64x64x64w4s4"
-    ),
-    "grouped_gemm": _all(
-        "128x256x64w8s4 128x256x64w8s2 128x128x128w8s2 128x128x64w4s3 128x64x64w8s3 128x64x64w4s3 64x256x64w8s3 "
-        "64x256x64w4s3 64x128x128w4s2 64x128x64w4s3 64x64x64w4s4"
-    ),
-    "grad_hidden": _all(
-        "128x128x64w8s4 128x128x32w8s4 128x128x32w8s2 128x64x64w8s2 128x64x64w4s3 64x256x64w8s2 64x128x64w4s3 "
-        "64x64x64w4s4 64x64x64w4s2"
-    ),
+    "gate_up": _all("128x128x64w8s4 128x64x64w8s3 64x128x64w8s2 64x64x64w4s4"),
+    "grouped_gemm": _all("128x256x64w8s4 128x128x64w4s3 64x256x64w8s3 64x128x64w4s3 64x64x64w4s4"),
+    "grad_hidden": _all("128x256x64w8s4 128x128x64w8s4 64x256x64w8s3 64x128x64w4s3 64x64x64w4s4"),
     "grad_weight": _all(
-        "128x256x64w8s3 128x256x64w8s2 256x128x64w8s2 128x128x128w8s2 128x128x64w8s4 128x128x64w4s2 128x64x64w4s3 "
-        "64x128x64w4s3 64x64x64w4s3"
+        "128x256x64w8s4 256x128x64w8s3 128x128x64w8s4 128x128x64w8s5 128x128x64w4s2 128x64x64w4s3 64x64x64w4s3"
     ),
     "permute": _all("8192w8 4096w8 4096w4 2048w8 2048w4 1024w2 512w2 512w1"),
     "swiglu": _all("2048w8 2048w4 1024w2 512w2 512w1 256w1"),

@@ -1,9 +1,11 @@
 """The Triton kernels, behind the signatures of `relibra_kernels.reference`."""
 
 from .gate_up import grouped_gemm_swiglu
+from .grad_bias import grad_bias
 from .grad_hidden import grad_hidden
-from .grad_weight import grad_bias, grad_weight
+from .grad_weight import grad_weight
 from .grouped_gemm import grouped_gemm
+from .payload import pack_gradients, pack_payload, unpack_gradients, unpack_payload
 from .permute import permute, permute_backward, unpermute
 from .replica_reduce import pack_replicas, replica_reduce
 from .schedule import build_schedule, build_split_schedule
@@ -17,11 +19,15 @@ __all__ = [
     "grad_weight",
     "grouped_gemm",
     "grouped_gemm_swiglu",
+    "pack_gradients",
+    "pack_payload",
     "pack_replicas",
     "permute",
     "permute_backward",
     "replica_reduce",
     "swiglu",
     "swiglu_backward",
+    "unpack_gradients",
+    "unpack_payload",
     "unpermute",
 ]

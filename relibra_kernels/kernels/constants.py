@@ -69,6 +69,12 @@ def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[
     return (triton.cdiv(min(resident, most_tiles), device.xcds) * device.xcds,)
 
 
+def offsets_32(*tensors: torch.Tensor) -> bool:
+    """Whether kernels address these with 32-bit offsets: on AMD, whose buffer loads need them, below 2 GiB."""
+    small = all(tensor.numel() * tensor.element_size() < 2**31 for tensor in tensors)
+    return small and target(tensors[0]).backend == "hip"
+
+
 def gemm_constants(
     tensor: torch.Tensor,
     config: GemmConfig,
@@ -91,10 +97,11 @@ def gemm_constants(
     tma = device.tma and aligned and tensor.dtype != torch.float32
     # Triton issue 10927: a descriptor gather gives wrong results on Blackwell where the last block of K is not whole
     whole = gathered_depth % config.block_k == 0
-    gathered = "gather" if tma and device.descriptor_gather and whole else "pointer"
+    pointer = "pointer32" if offsets_32(tensor) else "pointer"
+    gathered = "gather" if tma and device.descriptor_gather and whole else pointer
     return {
         "TMA": tma,
-        "A_MODE": gathered if gathered_depth else ("tma" if tma else "pointer"),
+        "A_MODE": gathered if gathered_depth else ("tma" if tma else pointer),
         "PRECISION": precision(tensor.dtype),
         "UPCAST": device.interpreted and tensor.dtype == torch.bfloat16,
         "XCDS": device.xcds,

@@ -1,8 +1,8 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 """`h = gather(x) @ gate_up` and `a = act(h)` in one pass: the activation works on the accumulators.
 
-Concatenated weights: a tile has two accumulators, of BLOCK_N gate columns and of the up columns that go with them.
-Interleaved weights: one accumulator of 2*BLOCK_N columns, split by parity at the end.
+A tile multiplies its rows with 2*BLOCK_N columns at once: BLOCK_N gate columns and the up columns that go with them,
+which the load brings side by side where the weights are concatenated. The two are taken apart at the end.
 """
 
 import torch
@@ -15,10 +15,10 @@ from ..operands import check_operands
 from ..schedule import Schedule
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
+from .stores import two_stores
 from .swiglu import activate, form_constants
 from .tiles import (
     contract,
-    contract_two,
     describe_rows,
     describe_weights,
     first_program,
@@ -29,11 +29,14 @@ from .tiles import (
 )
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_tokens", "num_home"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count"],
+    do_not_specialize_on_alignment=TABLES,
+)
 def _gate_up_kernel(
     x_ptr,
-    home_ptr,
-    replica_ptr,
+    base_ptr,
+    other_ptr,
     bias_ptr,
     replica_bias_ptr,
     h_ptr,
@@ -45,6 +48,9 @@ def _gate_up_kernel(
     num_tiles,
     num_tokens,
     num_home,
+    home_first,
+    replica_first,
+    count,
     I: tl.constexpr,  # noqa: E741
     D: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -53,6 +59,7 @@ def _gate_up_kernel(
     CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
     A_MODE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -64,9 +71,12 @@ def _gate_up_kernel(
     GROUP_M: tl.constexpr,
 ):
     NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
-    WIDE: tl.constexpr = BLOCK_N if CONCATENATED else 2 * BLOCK_N
+    WIDE: tl.constexpr = 2 * BLOCK_N
+    # concatenated: I columns that come in pairs; interleaved: 2*I columns
+    N: tl.constexpr = I if CONCATENATED else 2 * I
+    BLOCK: tl.constexpr = BLOCK_N if CONCATENATED else 2 * BLOCK_N
     rows_of = describe_rows(x_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
-    home = describe_weights(home_ptr, num_home, 2 * I, D, ROWS_ARE_N, TMA, WIDE, BLOCK_K)
+    described = describe_weights(base_ptr, count, N, D, ROWS_ARE_N, CONCATENATED, TMA, BLOCK, BLOCK_K)
     for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
@@ -78,8 +88,8 @@ def _gate_up_kernel(
             token_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1)) // TOP_K
             n0 = n * BLOCK_N
             weights, number = weight_store(
-                home, replica_ptr, stored(home_ptr, replica_ptr, weight, num_home, 2 * I * D), weight,
-                2 * I, D, ROWS_ARE_N, TMA, WIDE, BLOCK_K,
+                described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
+                N, D, ROWS_ARE_N, CONCATENATED, TMA, BLOCK, BLOCK_K,
             )  # fmt: skip
             column = n0 + tl.arange(0, BLOCK_N)
             inside = column < I
@@ -88,11 +98,13 @@ def _gate_up_kernel(
             row_of_tile = tl.arange(0, BLOCK_M)[:, None]
             h_tile = h_ptr + row0.to(tl.int64) * (2 * I)
             a_tile = a_ptr + row0.to(tl.int64) * I
+            first: tl.constexpr = 1 if CONCATENATED else 2
+            both = contract(
+                rows_of, row0, token_R, weights, number, first * n0,
+                N, D, ROWS_ARE_N, CONCATENATED, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK, BLOCK_K,
+            )  # fmt: skip
             if CONCATENATED:
-                gate, up = contract_two(
-                    rows_of, row0, token_R, weights, number, n0, I + n0,
-                    2 * I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
+                gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
                 if bias_ptr is not None:
                     bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, 2 * I)
                     gate += tl.load(bias_at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
@@ -102,10 +114,6 @@ def _gate_up_kernel(
                 tl.store(h_tile + h_at, gate.to(h_ptr.dtype.element_ty), mask=mask)
                 tl.store(h_tile + I + h_at, up.to(h_ptr.dtype.element_ty), mask=mask)
             else:
-                both = contract(
-                    rows_of, row0, token_R, weights, number, 2 * n0,
-                    2 * I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, WIDE, BLOCK_K,
-                )  # fmt: skip
                 wide = 2 * n0 + tl.arange(0, WIDE)
                 if bias_ptr is not None:
                     bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, 2 * I)
@@ -116,7 +124,7 @@ def _gate_up_kernel(
             # from h as it is stored, which is what backward sees
             gate = gate.to(h_ptr.dtype.element_ty).to(tl.float32)
             up = up.to(h_ptr.dtype.element_ty).to(tl.float32)
-            a = activate(gate, up, CLAMPED, LIMIT, ALPHA)
+            a = activate(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
             a_at = row_of_tile * I + column[None, :]
             tl.store(a_tile + a_at, a.to(a_ptr.dtype.element_ty), mask=stored_R[:, None] & inside[None, :])
 
@@ -145,12 +153,13 @@ def grouped_gemm_swiglu(
     tiles = row_tiles(schedule, config.block_m)
     if not schedule.num_rows:
         return h_RJ, a_RI
+    stores = two_stores(gate_up, replica_gate_up)
     launch(
         _gate_up_kernel,
         grid_of(x_TH, len(tiles) * triton.cdiv(intermediate_size, config.block_n), config),
         x_TH,
-        gate_up,
-        replica_gate_up,
+        stores.base,
+        stores.other,
         bias,
         replica_bias,
         h_RJ,
@@ -162,12 +171,13 @@ def grouped_gemm_swiglu(
         len(tiles),
         len(x_TH),
         len(gate_up),
+        *stores.arguments,
         I=intermediate_size,
         D=hidden_size,
         TOP_K=schedule.top_k,
         ROWS_ARE_N=not form.is_transposed,
         GROUP_M=config.group_m,
-        **form_constants(form),
+        **form_constants(form, x_TH),
         **gemm_constants(
             x_TH,
             config,

@@ -15,8 +15,9 @@ from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
+from .stores import two_stores
 from .swiglu import derivatives, form_constants
-from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
+from .tiles import contract, describe_rows, describe_weights, first_program, tile_of, weight_of, weight_store
 
 
 @triton.jit
@@ -34,43 +35,33 @@ def _finish(
     CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """Write dh and w*a of the tile whose `dout @ down` is g; return its part of `<g, a>`."""
-    row = tl.arange(0, BLOCK_M)[:, None]
-    column = n0 + tl.arange(0, BLOCK_N)[None, :]
-    here = (row0 + row < end) & (column < I)
-    h_ptr += row0.to(tl.int64) * (2 * I)  # 64-bit starts and 32-bit offsets inside the tile: registers
-    dh_ptr += row0.to(tl.int64) * (2 * I)
-    wa_ptr += row0.to(tl.int64) * I
-    element = dh_ptr.dtype.element_ty
-    # each output is stored as soon as it is known: registers
-    if CONCATENATED:
-        h_at = row * (2 * I) + column
-        gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
-        up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
-        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA)
-        da = g * w_R[:, None]
-        tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
-        tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
+    """Write dh and w*a of the tile whose `dout @ down` is g, WIDTH columns at a time; return its part of `<g, a>`.
+
+    What comes of h is several times as large as g. Splitting columns moves nothing between threads.
+    """
+    if BLOCK_N > WIDTH:
+        left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        partial_R = _finish(
+            left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+            I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        return partial_R + _finish(
+            right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
+            I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
     else:
-        wide = 2 * n0 + tl.arange(0, 2 * BLOCK_N)[None, :]
-        h_at = row * (2 * I) + wide
-        here_wide = (row0 + row < end) & (wide < 2 * I)
-        h = tl.load(h_ptr + h_at, mask=here_wide, other=0.0).to(tl.float32)
-        gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
-        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA)
-        da = g * w_R[:, None]
-        dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
-        tl.store(dh_ptr + h_at, dh, mask=here_wide)
-    a = act * factor
-    tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
-    return tl.sum(tl.where(here, g * a, 0.0), 1)
+        return _finish_columns(
+            g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0, I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, BLOCK_M, BLOCK_N
+        )  # fmt: skip
 
 
 @triton.jit
-def _finish_halves(
+def _finish_columns(
     g,
     w_R,
     h_ptr,
@@ -84,28 +75,49 @@ def _finish_halves(
     CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """`_finish` of the left half of the columns, then of the right one."""
-    left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-    partial_R = _finish(
-        left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-        I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
-    return partial_R + _finish(
-        right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
-        I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
-    )  # fmt: skip
+    row = tl.arange(0, BLOCK_M)[:, None]
+    column = n0 + tl.arange(0, BLOCK_N)[None, :]
+    here = (row0 + row < end) & (column < I)
+    h_ptr += row0.to(tl.int64) * (2 * I)  # 64-bit starts and 32-bit offsets inside the tile: registers
+    dh_ptr += row0.to(tl.int64) * (2 * I)
+    wa_ptr += row0.to(tl.int64) * I
+    element = dh_ptr.dtype.element_ty
+    # each output is stored as soon as it is known: registers
+    if CONCATENATED:
+        h_at = row * (2 * I) + column
+        gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
+        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+        da = g * w_R[:, None]
+        tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
+        tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
+    else:
+        wide = 2 * n0 + tl.arange(0, 2 * BLOCK_N)[None, :]
+        h_at = row * (2 * I) + wide
+        here_wide = (row0 + row < end) & (wide < 2 * I)
+        h = tl.load(h_ptr + h_at, mask=here_wide, other=0.0).to(tl.float32)
+        gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
+        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+        da = g * w_R[:, None]
+        dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
+        tl.store(dh_ptr + h_at, dh, mask=here_wide)
+    a = act * factor
+    tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
+    return tl.sum(g * a, 1)  # a is 0 where nothing was loaded
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_tokens", "num_home", "num_rows"], do_not_specialize_on_alignment=TABLES
+    do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count", "num_rows"],
+    do_not_specialize_on_alignment=TABLES,
 )
 def _grad_hidden_kernel(
     dout_ptr,
-    home_ptr,
-    replica_ptr,
+    base_ptr,
+    other_ptr,
     h_ptr,
     weights_ptr,
     dh_ptr,
@@ -118,6 +130,9 @@ def _grad_hidden_kernel(
     num_tiles,
     num_tokens,
     num_home,
+    home_first,
+    replica_first,
+    count,
     num_rows,
     I: tl.constexpr,  # noqa: E741
     D: tl.constexpr,
@@ -127,11 +142,13 @@ def _grad_hidden_kernel(
     CLAMPED: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
     A_MODE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -139,7 +156,7 @@ def _grad_hidden_kernel(
 ):
     NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     rows_of = describe_rows(dout_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
-    home = describe_weights(home_ptr, num_home, I, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
+    described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
     for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
@@ -151,30 +168,18 @@ def _grad_hidden_kernel(
             assignment_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1))
             n0 = n * BLOCK_N
             weights, number = weight_store(
-                home, replica_ptr, stored(home_ptr, replica_ptr, weight, num_home, I * D), weight,
-                I, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K,
+                described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
+                I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             g = contract(
                 rows_of, row0, assignment_R // TOP_K, weights, number, n0,
-                I, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                I, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
-            # a part of the columns after the other: h and what comes of it take a fraction of the registers
-            if CONCATENATED:
-                partial_R = _finish_halves(
-                    g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                    I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N,
-                )  # fmt: skip
-            else:
-                left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
-                partial_R = _finish_halves(
-                    left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                    I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
-                )  # fmt: skip
-                partial_R += _finish_halves(
-                    right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
-                    I, CONCATENATED, CLAMPED, LIMIT, ALPHA, BLOCK_M, BLOCK_N // 2,
-                )  # fmt: skip
+            partial_R = _finish(
+                g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+                I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 
 
@@ -230,6 +235,13 @@ def _dweights_kernel(
     tl.store(dweights_ptr + token * TOP_K + lane, total, mask=real)
 
 
+def _epilogue_width(config: GemmConfig, form: ExpertForm) -> int:
+    """Columns that are finished at a time: as many as the registers beside the accumulator allow."""
+    a_thread = config.block_m * config.block_n // (32 * config.num_warps)
+    width = config.block_n // 2 if a_thread <= 64 else 32
+    return max(width // (1 if form.is_concatenated else 2), 16)
+
+
 def grad_hidden(
     dout_TH: torch.Tensor,
     h_RJ: torch.Tensor,
@@ -258,12 +270,13 @@ def grad_hidden(
     tiles = row_tiles(schedule, config.block_m)
     if not schedule.num_rows:
         return dh_RJ, wa_RI, dweights_TK.zero_()
+    stores = two_stores(down, replica_down)
     launch(
         _grad_hidden_kernel,
         grid_of(dout_TH, len(tiles) * num_n, config),
         dout_TH,
-        down,
-        replica_down,
+        stores.base,
+        stores.other,
         h_RJ,
         weights_TK,
         dh_RJ,
@@ -276,13 +289,15 @@ def grad_hidden(
         len(tiles),
         len(dout_TH),
         len(down),
+        *stores.arguments,
         schedule.num_rows,
         I=intermediate_size,
         D=hidden_size,
         TOP_K=schedule.top_k,
         ROWS_ARE_N=form.is_transposed,
         GROUP_M=config.group_m,
-        **form_constants(form),
+        WIDTH=_epilogue_width(config, form),
+        **form_constants(form, dout_TH),
         **gemm_constants(
             dout_TH,
             config,

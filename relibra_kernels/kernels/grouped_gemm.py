@@ -14,14 +14,18 @@ from ..operands import check_operands
 from ..schedule import Schedule
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
+from .stores import two_stores
 from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
 
 
-@triton.jit(do_not_specialize=["num_tiles", "num_a_rows", "num_home"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_a_rows", "num_home", "home_first", "replica_first", "count"],
+    do_not_specialize_on_alignment=TABLES,
+)
 def _grouped_gemm_kernel(
     a_ptr,
-    home_ptr,
-    replica_ptr,
+    base_ptr,
+    other_ptr,
     bias_ptr,
     replica_bias_ptr,
     out_ptr,
@@ -32,6 +36,9 @@ def _grouped_gemm_kernel(
     num_tiles,
     num_a_rows,
     num_home,
+    home_first,
+    replica_first,
+    count,
     N: tl.constexpr,
     D: tl.constexpr,
     TOP_K: tl.constexpr,
@@ -48,7 +55,7 @@ def _grouped_gemm_kernel(
 ):
     NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rows_of = describe_rows(a_ptr, num_a_rows, D, A_MODE, BLOCK_M, BLOCK_K)
-    home = describe_weights(home_ptr, num_home, N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
+    described = describe_weights(base_ptr, count, N, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
     for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
@@ -62,12 +69,12 @@ def _grouped_gemm_kernel(
                 source_R = tl.load(assignment_of_ptr + source_R) // TOP_K
             n0 = n * BLOCK_N
             weights, number = weight_store(
-                home, replica_ptr, stored(home_ptr, replica_ptr, weight, num_home, N * D), weight,
-                N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K,
+                described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
+                N, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             acc = contract(
                 rows_of, row0, source_R, weights, number, n0,
-                N, D, ROWS_ARE_N, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+                N, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             column = n0 + tl.arange(0, BLOCK_N)
             inside = column < N
@@ -107,12 +114,13 @@ def grouped_gemm(
     tiles = row_tiles(schedule, config.block_m)
     if not schedule.num_rows:
         return out
+    stores = two_stores(weight, replica_weight)
     launch(
         _grouped_gemm_kernel,
         grid_of(a, len(tiles) * triton.cdiv(n, config.block_n), config),
         a,
-        weight,
-        replica_weight,
+        stores.base,
+        stores.other,
         bias,
         replica_bias,
         out,
@@ -123,6 +131,7 @@ def grouped_gemm(
         len(tiles),
         len(a),
         len(weight),
+        *stores.arguments,
         N=n,
         D=d,
         TOP_K=schedule.top_k if gather else 0,

@@ -42,6 +42,24 @@ def stored(home_ptr, replica_ptr, weight, num_home, SIZE: tl.constexpr):
 
 
 @triton.jit
+def index_of(weight, num_home, home_first, replica_first):
+    """Number of a weight in the store that holds homes and replicas (`stores.two_stores`)."""
+    return tl.where(weight < num_home, weight + home_first, weight - num_home + replica_first)
+
+
+@triton.jit
+def slots_of(weight, num_slots, weight_of_slot_ptr, SLOTS: tl.constexpr):
+    """(first, end) of the slots that can be of `weight`. Where a table names them, some between may be of others."""
+    if weight_of_slot_ptr is None:
+        return weight, tl.minimum(weight + 1, num_slots)
+    else:
+        slot = tl.arange(0, SLOTS)
+        mine = tl.load(weight_of_slot_ptr + slot, mask=slot < num_slots, other=-1) == weight
+        first = tl.min(tl.where(mine, slot, num_slots), 0)
+        return first, tl.max(tl.where(mine, slot + 1, 0), 0)
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     """acc + a @ b in fp32. UPCAST is for the interpreter, whose bf16 products are wrong."""
     if UPCAST:
@@ -67,13 +85,23 @@ def describe_weights(
     N: tl.constexpr,
     D: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
+    PAIRS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Descriptor of a store of weights `[count, N, D]` (ROWS_ARE_N) or `[count, D, N]`, or the pointer itself."""
-    if not TMA or ptr is None:
+    """Descriptor of a store of weights `[count, N, D]` (ROWS_ARE_N) or `[count, D, N]`, or the pointer itself.
+
+    PAIRS: there are 2N columns, and a block has BLOCK_N of the first half and those of the second that go with them.
+    """
+    if not TMA:
         return ptr
+    elif PAIRS and ROWS_ARE_N:
+        shape = [count, 2, N, D]
+        return tl.make_tensor_descriptor(ptr, shape, [2 * N * D, N * D, D, 1], [1, 2, BLOCK_N, BLOCK_K])
+    elif PAIRS:
+        shape = [count, D, 2, N]
+        return tl.make_tensor_descriptor(ptr, shape, [2 * N * D, 2 * N, N, 1], [1, BLOCK_K, 2, BLOCK_N])
     elif ROWS_ARE_N:
         return tl.make_tensor_descriptor(ptr, [count, N, D], [N * D, D, 1], [1, BLOCK_N, BLOCK_K])
     else:
@@ -82,38 +110,54 @@ def describe_weights(
 
 @triton.jit
 def weight_store(
-    home,
-    replica_ptr,
-    at,
+    described,
+    base_ptr,
+    other_ptr,
     weight,
+    num_home,
+    home_first,
+    replica_first,
     N: tl.constexpr,
     D: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
+    PAIRS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """(what `load_weight` takes, the weight's number in it).
 
-    With one store its descriptor serves every tile. With two, a tile makes its own for the one weight at `at`:
-    two loops over two descriptors would need the shared memory of both.
+    Stores that cannot be numbered together make a descriptor for every tile, of its one weight: two loops over two
+    descriptors would need the shared memory of both.
     """
-    if TMA and replica_ptr is None:
-        return home, weight
+    number = index_of(weight, num_home, home_first, replica_first)
+    SIZE: tl.constexpr = N * D * (2 if PAIRS else 1)
+    if other_ptr is None:
+        if TMA:
+            return described, number
+        else:
+            return base_ptr + number.to(tl.int64) * SIZE, 0
     else:
-        return describe_weights(at, 1, N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K), 0
+        at = stored(base_ptr, other_ptr, weight, num_home, SIZE)
+        return describe_weights(at, 1, N, D, ROWS_ARE_N, PAIRS, TMA, BLOCK_N, BLOCK_K), 0
 
 
 @triton.jit
 def load_rows(rows_of, row0, row_R, k0, D: tl.constexpr, A_MODE: tl.constexpr, BLOCK_K: tl.constexpr):
-    """`[BLOCK_M, BLOCK_K]` of A. Rows past the slot's end are read from elsewhere: they are never stored."""
+    """`[BLOCK_M, BLOCK_K]` of A. Rows past the slot's end are read from elsewhere: they are never stored.
+
+    A_MODE: "tma", "gather" (a descriptor's), "pointer", or "pointer32" where all offsets fit 32 bits.
+    """
     if A_MODE == "tma":
         return rows_of.load([row0, k0])
     elif A_MODE == "gather":
         return rows_of.gather(row_R, k0)
     else:
         k = k0 + tl.arange(0, BLOCK_K)
-        at = rows_of + row_R[:, None].to(tl.int64) * D + k[None, :]
+        row = row_R[:, None]
+        if A_MODE == "pointer":
+            row = row.to(tl.int64)
+        at = rows_of + (row * D + k[None, :])
         if D % BLOCK_K == 0:
             return tl.load(at)
         else:
@@ -123,32 +167,41 @@ def load_rows(rows_of, row0, row_R, k0, D: tl.constexpr, A_MODE: tl.constexpr, B
 @triton.jit
 def load_weight(
     weights,
-    weight,
+    number,
     n0,
     k0,
     N: tl.constexpr,
     D: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
+    PAIRS: tl.constexpr,
     TMA: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """`[BLOCK_K, BLOCK_N]` of one weight: number `weight` of a descriptor's store, or at the pointer `weights`.
+    """`[BLOCK_K, BLOCK_N]` of one weight, twice as wide with PAIRS: `number` of a descriptor's, or at a pointer.
 
-    Columns past N are read from elsewhere: they are never stored. Past D there are zeros.
+    Columns past N are zeros or read from elsewhere: they are never stored. Past D there are zeros.
     """
+    WIDE: tl.constexpr = BLOCK_N * (2 if PAIRS else 1)
     if TMA:
-        if ROWS_ARE_N:
-            return weights.load([weight, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
+        if PAIRS and ROWS_ARE_N:
+            return weights.load([number, 0, n0, k0]).reshape(WIDE, BLOCK_K).T
+        elif PAIRS:
+            return weights.load([number, k0, 0, n0]).reshape(BLOCK_K, WIDE)
+        elif ROWS_ARE_N:
+            return weights.load([number, n0, k0]).reshape(BLOCK_N, BLOCK_K).T
         else:
-            return weights.load([weight, k0, n0]).reshape(BLOCK_K, BLOCK_N)
+            return weights.load([number, k0, n0]).reshape(BLOCK_K, BLOCK_N)
     else:
-        n = (n0 + tl.arange(0, BLOCK_N)) % N
+        lane = tl.arange(0, WIDE)
+        n = (n0 + lane % BLOCK_N) % N
+        if PAIRS:
+            n += lane // BLOCK_N * N
         k = k0 + tl.arange(0, BLOCK_K)
-        if ROWS_ARE_N:
-            at = weights + n[None, :].to(tl.int64) * D + k[:, None]
-        else:
-            at = weights + k[:, None].to(tl.int64) * N + n[None, :]
+        WIDTH: tl.constexpr = N * (2 if PAIRS else 1)
+        if WIDTH * D >= 2**31:
+            n, k = n.to(tl.int64), k.to(tl.int64)
+        at = weights + (n[None, :] * D + k[:, None] if ROWS_ARE_N else k[:, None] * WIDTH + n[None, :])
         if D % BLOCK_K == 0:
             return tl.load(at)
         else:
@@ -161,11 +214,12 @@ def contract(
     row0,
     row_R,
     weights,
-    weight,
+    number,
     n0,
     N: tl.constexpr,
     D: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
+    PAIRS: tl.constexpr,
     A_MODE: tl.constexpr,
     TMA: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -174,42 +228,10 @@ def contract(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One fp32 tile `[BLOCK_M, BLOCK_N]` of rows @ weight."""
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    """One fp32 tile `[BLOCK_M, BLOCK_N]` of rows @ weight, twice as wide with PAIRS."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N * (2 if PAIRS else 1)], dtype=tl.float32)
     for k0 in range(0, D, BLOCK_K):
         a = load_rows(rows_of, row0, row_R, k0, D, A_MODE, BLOCK_K)
-        b = load_weight(weights, weight, n0, k0, N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
+        b = load_weight(weights, number, n0, k0, N, D, ROWS_ARE_N, PAIRS, TMA, BLOCK_N, BLOCK_K)
         acc = dot(a, b, acc, PRECISION, UPCAST)
     return acc
-
-
-@triton.jit
-def contract_two(
-    rows_of,
-    row0,
-    row_R,
-    weights,
-    weight,
-    n0,
-    n1,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    ROWS_ARE_N: tl.constexpr,
-    A_MODE: tl.constexpr,
-    TMA: tl.constexpr,
-    PRECISION: tl.constexpr,
-    UPCAST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """Two tiles of the same rows, at columns n0 and n1."""
-    acc0 = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    acc1 = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for k0 in range(0, D, BLOCK_K):
-        a = load_rows(rows_of, row0, row_R, k0, D, A_MODE, BLOCK_K)
-        b0 = load_weight(weights, weight, n0, k0, N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
-        acc0 = dot(a, b0, acc0, PRECISION, UPCAST)
-        b1 = load_weight(weights, weight, n1, k0, N, D, ROWS_ARE_N, TMA, BLOCK_N, BLOCK_K)
-        acc1 = dot(a, b1, acc1, PRECISION, UPCAST)
-    return acc0, acc1

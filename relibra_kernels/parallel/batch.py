@@ -1,101 +1,160 @@
 """One open batch on one rank: its plan, its tables, its replicas; and what it reports when it is over."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from ..nn import ReplicatedMoE
+from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
+from .ahead import BatchTables, Prepared
 from .comm.groups import Groups
+from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, effective_weights
-from .experts.kept import KeptReplicas, replicas_to_keep
+from .experts.kept import KeptReplicas, replicas_to_keep, sources_of_fetched
 from .experts.replicas import ReplicaPushes
-from .microbatch import BatchParts, MicroBatch, Record
+from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
 from .routed_batch import RoutedBatch
 from .session import Session
 from .tokens.buffers import Buffers
-from .tokens.paths import reserve
-from .tokens.tables import Tables
+from .tokens.destinations import Placements
+from .tokens.path import reserve
+
+
+@dataclass(frozen=True)
+class ExpertStore:
+    """Where a batch finds the experts of this rank.
+
+    weights_of: of a layer, as they are now
+    rows: (elements, dtype) of a token's row in every layer; None: weights are there only while their layer runs, so
+        that no replica is kept or fetched ahead, and buffers grow when they are needed
+    experts: of every layer, where they may have adapters
+    """
+
+    weights_of: Callable[[int], ExpertWeights]
+    num_layers: int
+    rows: Sequence[tuple[int, torch.dtype]] | None
+    device: torch.device
+    experts: Sequence[ReplicatedExperts] = ()
+
+    def effective(self, layer: int) -> ExpertWeights:
+        """What replicas compute with: the weights, and what adapters add to them."""
+        return effective_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
 
 
 class OpenBatch:
-    """Made once the experts are at their homes. Making it fetches the kept replicas: collective."""
+    """Made once the experts are at their homes. Making it fetches the kept replicas: collective.
+
+    Args:
+        loads_LMRE, batch: None where no routing is recorded: every micro-batch is routed live.
+    """
 
     def __init__(
         self,
         session: Session,
         groups: Groups,
         plan: BatchPlan,
-        loads_LMRE: np.ndarray,
-        batch: RoutedBatch,
-        layers: Sequence[ReplicatedMoE],
+        loads_LMRE: np.ndarray | None,
+        batch: RoutedBatch | None,
+        store: ExpertStore,
         buffers: Buffers,
     ):
-        self.plan, self._layers, self._groups, self._session, self._loads = plan, layers, groups, session, loads_LMRE
+        self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
+        self._store, self._batch = store, batch
+        device = self.device = store.device
         comm = self._comm = groups.experts
-        self.device = layers[0].experts.gate_up_proj.device
-
-        def weights_of(layer: int) -> ExpertWeights:
-            return effective_weights(layers[layer].experts)
-
-        each = [_expert_bytes(weights_of(layer)) for layer in range(len(layers))]
-        kept = replicas_to_keep(plan, each, session.options.kept_bytes)
-        with session.ledger.span("replica", self.device):
-            self._kept = KeptReplicas(comm, plan, weights_of, kept)
-        pushes = ReplicaPushes(groups.side, weights_of, self._kept.weights)
-        self._parts = BatchParts(session, comm, plan, pushes, self._kept, buffers, self.device)
-        self._tables = Tables(comm, plan, loads_LMRE, batch.trace, batch.micro_batch_of_sequence, self.device)
-        self._rows = batch.rows
+        self._sums = GradientSums(session.options.gradient_dtype is not None)
+        kept = np.zeros_like(plan.kept)
+        if store.rows is not None:
+            each = [_expert_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
+            kept = replicas_to_keep(plan, each, session.options.kept_bytes)
+        with session.ledger.span("replica", device):
+            self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
+        placements = Placements(plan, loads_LMRE, device)
+        self._tables = None
+        if batch is not None and loads_LMRE is not None:
+            self._tables = BatchTables(groups.host, plan, loads_LMRE, batch, placements, device)
+        self._parts = BatchParts(
+            session=session,
+            groups=groups,
+            plan=plan,
+            placements=placements,
+            pushes=ReplicaPushes(groups.side, store.effective, self._kept.weights),
+            kept=self._kept,
+            sources=sources_of_fetched(plan, kept),
+            sums=self._sums,
+            buffers=buffers,
+            device=device,
+            fetch_ahead=store.rows is not None,
+        )
         self._records: dict[int, list[Record]] = {}
 
-    def micro_batch(self, index: int, rows: np.ndarray | None) -> MicroBatch:
+    def micro_batch(self, index: int, rows: np.ndarray | None) -> AnyMicroBatch:
         """Open a micro-batch: collective.
 
-        Raises: InputError where the plan has none of this index.
+        Raises: InputError where the plan has none of this index, or `rows` do not fit, here or on another rank.
         """
         count = self.plan.num_micro_batches
         if not isinstance(index, int | np.integer) or not 0 <= index < count:
             raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
-        index = int(index)
-        rows = self._rows[index] if rows is None and self._rows is not None else rows
-        parts = self._parts
+        opened = self._open(int(index), rows)
+        self._records.setdefault(int(index), []).append(opened.record)
+        return opened
+
+    def _open(self, index: int, rows: np.ndarray | None) -> AnyMicroBatch:
+        batch, parts, store = self._batch, self._parts, self._store
+        if batch is None or self._tables is None:
+            return UnrecordedMicroBatch(parts, index)
+        rows = batch.rows[index] if rows is None and batch.rows is not None else rows
+        fed = None if rows is None else np.asarray(rows)
+        if fed is not None and not fed.size:
+            fed = fed.astype(np.int64)  # an empty list has no integers in it
+
+        def check(prepared: Prepared) -> None:
+            if fed is not None:
+                check_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
+
         with self._session.ledger.span("tables", self.device):
-            tables = self._tables.get(index)
-            experts = [moe.experts for moe in self._layers]
-            reserve(parts.buffers, tables, parts.comm.rank, experts, self._session.options, self.device)
-            micro_batch = MicroBatch(parts, tables, index, rows)
-        self._records.setdefault(index, []).append(micro_batch.record)
-        return micro_batch
+            tables = self._tables.get(index, check)
+            if store.rows is not None:
+                options = self._session.options
+                reserve(parts.buffers, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
+            return MicroBatch(parts, tables, index, fed)
 
     def finish(self) -> None:
         """Kept replicas' gradients go home; routing that left what was recorded is refused. Collective.
 
-        Raises: InputError where more tokens chose other experts than `spare_rows` has room for: their gradients are
-            missing.
+        Raises: InputError where more tokens chose other experts than `spare_rows` allows.
         """
         self._parts.pushes.finish()
         with self._session.ledger.span("replica", self.device):
-            late = LateGradients()
-            self._kept.give_back(lambda layer: late.buffers(self._layers[layer].experts, self._gradients_of(layer)))
+            weights_of, experts, late = self._store.weights_of, self._store.experts, LateGradients()
+
+            def gradients(layer: int) -> ExpertWeights:
+                own = self._sums.gradients(layer, weights_of(layer))
+                return late.buffers(experts[layer], own) if experts else own
+
+            self._kept.give_back(gradients)
+            self._sums.close(weights_of)
             late.finish()
         spare, problem = self._session.options.spare_rows, None
         worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
         if worst > spare:
             problem = InputError(
                 f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; spare_rows "
-                f"is {spare}, so their experts did not compute them: replay the recorded routing, or raise spare_rows"
+                f"is {spare}: replay the recorded routing, or raise spare_rows"
             )
         self._groups.agree(problem, {}, self.device, "closing the batch")
 
     def close(self) -> None:
         """Nothing of this batch runs from here on."""
         self._session.is_open = False
-        self._tables.close()
+        if self._tables is not None:
+            self._tables.close()
         self._parts.pushes.close()
         self._kept.close()
 
@@ -112,11 +171,12 @@ class OpenBatch:
         loads = self._comm.gather_arrays(np.append(actual, [unknown, differing]), device, "gathering the statistics")
         actual_RLM = loads[:, :-2].reshape(-1, *shape)
         ran = np.asarray((actual_RLM >= 0).all(0))
+        planned_RLM = actual_RLM if self._loads is None else plan.rank_loads(self._loads).transpose(2, 0, 1)
         sent = ledger.batch_bytes()
         kinds = sorted({kind for kind, _ in sent})
         return {
             "rank": self._comm.rank,
-            "planned_max_mean": _max_mean(plan.rank_loads(self._loads).transpose(2, 0, 1), ran),
+            "planned_max_mean": _max_mean(planned_RLM, ran),
             "actual_max_mean": _max_mean(actual_RLM, ran),
             "layers_run": int(ran.sum()),
             "unknown_tokens": int(loads[:, -2].sum()),
@@ -126,13 +186,6 @@ class OpenBatch:
             "seconds": ledger.seconds(),
             "bytes": {kind: {net: sent.get((kind, net), 0) for net in ("fast", "slow")} for kind in kinds},
         }
-
-    def _gradients_of(self, layer: int) -> ExpertWeights:
-        def of(parameter: Tensor) -> Tensor | None:
-            main_grad: Tensor | None = getattr(parameter, "main_grad", None)
-            return (parameter.grad if main_grad is None else main_grad) if parameter.requires_grad else None
-
-        return self._layers[layer].experts.weights.map(of)
 
 
 def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:

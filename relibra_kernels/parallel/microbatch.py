@@ -1,4 +1,4 @@
-"""One micro-batch as the layers see it: the recorded indices, and a site a layer, made when the layer first runs."""
+"""One micro-batch as the layers see it: the recorded ids, and a site a layer, made when the layer first runs."""
 
 from dataclasses import dataclass
 
@@ -6,33 +6,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..form import ExpertForm
-from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ShapeError
-from .comm.collectives import Comm
+from .ahead import MicroBatchTables
+from .comm.devices import upload
+from .comm.groups import Groups
+from .experts.accumulation import GradientSums
 from .experts.kept import KeptReplicas
 from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
 from .session import Session
 from .tokens.buffers import Buffers
-from .tokens.layer import ExpertParallelMLP, LayerSite
-from .tokens.live import LiveMLP, LiveSite
-from .tokens.paths import PlannedPath
-from .tokens.tables import MicroBatchTables
+from .tokens.destinations import Destinations, Placements
+from .tokens.layer import Experts, LayerSite, run_layer
+from .tokens.live import live_path
+from .tokens.path import TokenPath
 
 
 @dataclass(frozen=True)
 class BatchParts:
     """What the micro-batches of one batch share.
 
+    `sources` int32 [L, M, R, S]: the rank that sends each fetched replica.
     `fetch_ahead`: replicas are fetched one layer before they are needed, for which that layer's weights must be there.
     """
 
     session: Session
-    comm: Comm
+    groups: Groups
     plan: BatchPlan
+    placements: Placements
     pushes: ReplicaPushes
     kept: KeptReplicas
+    sources: np.ndarray
+    sums: GradientSums
     buffers: Buffers
     device: torch.device
     fetch_ahead: bool = True
@@ -42,7 +47,7 @@ class Record:
     """What is remembered of a micro-batch when it is over.
 
     Attributes:
-        loads: int64 [L], planned assignments that this rank computed; -1 where the layer has not run.
+        loads: int64 [L], assignments that this rank computed; -1 where the layer has not run.
         differing: int64 [L] on the device, tokens whose experts were not those recorded.
         num_live: tokens of this rank that are routed live.
     """
@@ -53,8 +58,90 @@ class Record:
         self.num_live = num_live
 
 
-class MicroBatch:
-    """One micro-batch. It lives as long as a graph needs it.
+class AnyMicroBatch:
+    """What a micro-batch is to the layers, recorded or not. It lives as long as a graph needs it.
+
+    Attributes:
+        index: in the plan. record: what is remembered of it.
+    """
+
+    def __init__(self, parts: BatchParts, index: int, num_live: int):
+        self._parts, self.index = parts, index
+        self._routes: dict[int, ReplicaRoute | None] = {}
+        self.record = Record(parts.plan.num_layers, num_live, parts.device)
+
+    def recorded(self, layer: int) -> tuple[Tensor, bool] | None:
+        """(expert ids int64 [tokens, K], whether none is -1), for the router; None: it chooses."""
+        raise NotImplementedError
+
+    def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The experts of one layer: [tokens, H]."""
+        raise NotImplementedError
+
+    def route(self, layer: int) -> ReplicaRoute | None:
+        """The replicas of a layer on this rank; None outside of the model."""
+        parts = self._parts
+        if not 0 <= layer < parts.plan.num_layers:
+            return None
+        if layer not in self._routes:
+            rank, kept_slots = parts.groups.experts.rank, parts.kept.slots(layer)
+            sources = parts.sources[layer, self.index]
+            self._routes[layer] = replica_route(parts.plan, layer, self.index, rank, sources, kept_slots, parts.device)
+        return self._routes[layer]
+
+    def _where(self, layer: int) -> str:
+        return f"layer {layer}, micro-batch {self.index}"
+
+    def _num_slots(self, layer: int) -> int:
+        plan = self._parts.plan
+        return plan.home_slots + (plan.num_slots if self.route(layer) else 0)
+
+    def _live_site(self, layer: int, destinations: Destinations) -> LayerSite:
+        """A layer whose destinations are known only now: counts are exchanged. Collective."""
+        parts = self._parts
+        overlap = parts.session.options.overlap
+        with parts.session.ledger.span("live", parts.device):
+            path = live_path(
+                parts.groups, parts.buffers, destinations, self._num_slots(layer), self._where(layer), overlap
+            )
+        return self._site_of(layer, path)
+
+    def _site_of(self, layer: int, path: TokenPath) -> LayerSite:
+        parts, replicas = self._parts, self.route(layer)
+        self.record.loads[layer] = path.assignments
+        return LayerSite(
+            session=parts.session,
+            layer=layer,
+            micro_batch=self.index,
+            tag=torch.tensor([parts.session.serial, self.index, layer]),
+            path=path,
+            pushes=parts.pushes,
+            kept=parts.kept,
+            replicas=replicas,
+            weight_of_slot=replicas.weight_of_slot if replicas else None,
+            next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.fetch_ahead else (None, None),
+            device=parts.device,
+            sums=parts.sums,
+        )
+
+
+class UnrecordedMicroBatch(AnyMicroBatch):
+    """A micro-batch of which no routing is known: every layer exchanges its counts, the plan's copies share alike."""
+
+    def __init__(self, parts: BatchParts, index: int):
+        super().__init__(parts, index, 0)
+
+    def recorded(self, layer: int) -> None:
+        return None
+
+    def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        self.record.num_live = len(x_TH)
+        site = self._live_site(layer, self._parts.placements.share(index_TK, layer, self.index))
+        return run_layer(x_TH, weights_TK, site, experts)
+
+
+class MicroBatch(AnyMicroBatch):
+    """A micro-batch whose routing is recorded.
 
     Args:
         tables: of this micro-batch.
@@ -63,162 +150,105 @@ class MicroBatch:
 
     Attributes:
         num_tokens: of the model's input.
-
-    Raises: InputError where `rows` leaves out a recorded row, or names one twice.
+        complete: whether every token's experts are recorded.
     """
 
     def __init__(self, parts: BatchParts, tables: MicroBatchTables, index: int, rows: np.ndarray | None):
-        self._parts, self._tables, self.index = parts, tables, index
-        num_rows, num_layers, self._top_k = tables.expert_ids.shape
-        rows = np.arange(num_rows) if rows is None else np.asarray(rows)
-        rows = rows if rows.size else rows.astype(np.int64)  # an empty list has no integers in it
-        self._token_of_row = _token_of_row(rows, tables.expert_ids, tables.live, index)
-        self.num_tokens = len(rows)
-        padding = np.full((1, *tables.expert_ids.shape[1:]), -1, tables.expert_ids.dtype)
-        expert_ids = np.concatenate([tables.expert_ids, padding])[rows]  # row -1 is the last one
-        self.complete = bool((expert_ids >= 0).all())
-        self._recorded = torch.from_numpy(np.ascontiguousarray(expert_ids.transpose(1, 0, 2))).to(parts.device)
-        self._indices: dict[int, Tensor] = {}
-        self._live_tokens = torch.from_numpy(self._token_of_row[tables.live]).to(parts.device)
-        self._sites: dict[int, tuple[LayerSite, LiveSite | None]] = {}
-        self._routes: dict[int, ReplicaRoute | None] = {}
-        self.record = Record(num_layers, int(tables.live.sum()), parts.device)
+        prepared = tables.prepared
+        super().__init__(parts, index, prepared.num_live)
+        self._sizes, send = tables.sizes, prepared.send
+        ids_LTK, live, destinations = prepared.expert_ids, prepared.live, prepared.destinations
+        self.complete = prepared.num_unknown == 0
+        if rows is not None:
+            rows_T, token_of_row = (upload(array, parts.device) for array in _both_ways(rows, ids_LTK.shape[1]))
+            send = send.of_tokens(rows_T, token_of_row)
+            ids_LTK = _by_token(ids_LTK, rows_T)
+            live = torch.cat([live, live.new_zeros(1)])[rows_T]
+            destinations = Destinations(*(_by_token(table, rows_T) for table in destinations))
+            self.complete = self.complete and bool((rows >= 0).all())
+        self._live, self._destinations, self._send = live, destinations, send
+        self._recorded: list[Tensor] = list(ids_LTK.unbind(0))
+        self.num_tokens = ids_LTK.shape[1]
+        self._takes_live = tables.anywhere_live or parts.session.options.spare_rows > 0
+        self._sites: dict[int, LayerSite] = {}
 
     def recorded(self, layer: int) -> tuple[Tensor, bool]:
-        """(expert ids int64 [tokens, K], whether none is -1), for the router."""
-        if layer not in self._indices:
-            self._indices[layer] = self._recorded[layer].long()
-        return self._indices[layer], self.complete
+        return self._recorded[layer], self.complete
 
-    def run(self, layer: int, experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The experts of one layer: [tokens, H]."""
+    def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if len(x_TH) != self.num_tokens:
             raise InputError(
                 f"MoE layer {layer} got {len(x_TH)} tokens; the micro-batch's routing is for {self.num_tokens}"
             )
-        site, live = self.sites(layer)
-        recorded, _ = self.recorded(layer)
-        tokens, live_index, planned_TK = self._live_tokens, None, weights_TK
+        recorded, live = self._recorded[layer], self._live
         if index_TK is not recorded:
             differs = (index_TK != recorded).any(1) & (recorded[:, 0] >= 0)
             self.record.differing[layer] += differs.sum()
-            planned_TK = weights_TK.masked_fill(differs[:, None], 0.0)
-            tokens, live_index = self._pick_live(differs, index_TK)
-        x_TH = x_TH.contiguous()
-        form: ExpertForm = experts.form
-        out = ExpertParallelMLP.apply(x_TH, planned_TK, site, form, experts.recompute, *experts.weights)
-        if live is None:
-            return out
-        if live_index is None:
-            live_index = index_TK[tokens]
-        missing = live.capacity - len(tokens)
-        pad = torch.nn.functional.pad
-        x, weights = x_TH[tokens], weights_TK[tokens]
-        out_live = LiveMLP.apply(
-            pad(x, (0, 0, 0, missing)),
-            pad(weights, (0, 0, 0, missing)),
-            pad(live_index, (0, 0, 0, missing), value=-1),
-            live,
-            form,
-            *experts.weights,
-        )
-        return out.index_add(0, tokens, out_live[: len(tokens)])
+            live = live | differs
+            if not self._takes_live:  # counted, and refused when the batch closes
+                weights_TK = weights_TK.masked_fill(differs[:, None], 0.0)
+        if self._takes_live:
+            return run_layer(x_TH, weights_TK, self._live_site(layer, self._mixed(layer, index_TK, live)), experts)
+        return run_layer(x_TH, weights_TK, self.site(layer), experts)
 
-    def sites(self, layer: int) -> tuple[LayerSite, LiveSite | None]:
-        """What a layer needs for its recorded rows, and for those that are routed live, where any rank has some."""
+    def site(self, layer: int) -> LayerSite:
+        """What a layer needs where all its rows are recorded."""
         if layer not in self._sites:
-            self._sites[layer] = self._make_site(layer), self._make_live_site(layer)
-            self.record.loads[layer] = self._sites[layer][0].path.assignments
+            parts = self._parts
+            path = TokenPath(
+                parts.groups.experts,
+                parts.buffers,
+                self._send,
+                layer,
+                self._sizes[layer],
+                self._num_slots(layer),
+                self._where(layer),
+                parts.session.options.overlap,
+            )
+            self._sites[layer] = self._site_of(layer, path)
         return self._sites[layer]
 
-    def route(self, layer: int) -> ReplicaRoute | None:
-        """The replicas of a layer on this rank; None outside of the model."""
-        parts, kept = self._parts, self._parts.kept
-        if not 0 <= layer < parts.plan.num_layers:
-            return None
-        if layer not in self._routes:
-            stay = kept.kept_LRS[layer], kept.transfers(layer)
-            self._routes[layer] = replica_route(parts.plan, layer, self.index, parts.comm.rank, *stay)
-        return self._routes[layer]
-
-    def _make_site(self, layer: int) -> LayerSite:
-        parts, tables = self._parts, self._tables
-        replicas = self.route(layer)
-        where = f"layer {layer}, micro-batch {self.index}"
-        path = PlannedPath(
-            parts.comm,
-            parts.buffers,
-            tables.routes[layer],
-            tables.receive_counts[layer],
-            tables.received_slots[layer],
-            self._token_of_row,
-            self.num_tokens,
-            parts.plan.experts_per_rank + (parts.plan.num_slots if replicas else 0),
-            parts.device,
-            where,
-            parts.session.options.overlap,
-        )
-        return LayerSite(
-            session=parts.session,
-            layer=layer,
-            micro_batch=self.index,
-            tag=self._tag(layer),
-            path=path,
-            pushes=parts.pushes,
-            kept=parts.kept,
-            replicas=replicas,
-            weight_of_slot=torch.from_numpy(replicas.weight_of_slot).to(parts.device) if replicas else None,
-            next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.fetch_ahead else (None, None),
-        )
-
-    def _make_live_site(self, layer: int) -> LiveSite | None:
-        parts, plan = self._parts, self._parts.plan
-        capacity = int(self._tables.live_counts.max()) + parts.session.options.spare_rows
-        if capacity == 0:
-            return None
-        slot_of_expert = np.full(plan.num_experts + 1, -1, np.int64)
-        slot_of_expert[plan.home_experts(layer)[parts.comm.rank]] = np.arange(plan.experts_per_rank)
-        return LiveSite(
-            session=parts.session,
-            comm=parts.comm,
-            tag=self._tag(layer),
-            capacity=capacity,
-            slot_of_expert=torch.from_numpy(slot_of_expert).to(parts.device),
-            num_slots=plan.experts_per_rank,
-            where=f"layer {layer}, micro-batch {self.index}",
-        )
-
-    def _tag(self, layer: int) -> Tensor:
-        return torch.tensor([self._parts.session.serial, self.index, layer])
-
-    def _pick_live(self, differs_T: Tensor, index_TK: Tensor) -> tuple[Tensor, Tensor]:
-        """The live tokens and, as far as there is room, those that differ: (tokens, their experts; -1: no row)."""
-        spare = min(self._parts.session.options.spare_rows, self.num_tokens)
-        chosen = torch.argsort(differs_T, descending=True, stable=True)[:spare]
-        index = torch.where(differs_T[chosen, None], index_TK[chosen], -1)
-        return torch.cat([self._live_tokens, chosen]), torch.cat([index_TK[self._live_tokens], index])
+    def _mixed(self, layer: int, index_TK: Tensor, live_T: Tensor) -> Destinations:
+        """Recorded tokens where the plan has them; live ones shared out to the plan's copies."""
+        live_TK = live_T[:, None]
+        shared = self._parts.placements.share(index_TK.masked_fill(~live_TK, -1), layer, self.index)
+        pairs = zip(shared, self._destinations, strict=True)
+        return Destinations(*(torch.where(live_TK, new, planned[layer]) for new, planned in pairs))
 
 
-def _token_of_row(rows: np.ndarray, expert_ids: np.ndarray, live: np.ndarray, micro_batch: int) -> np.ndarray:
-    """Position in the model's input of every row of the trace, -1 where an unrecorded row is left out."""
+def check_rows(rows: np.ndarray, num_rows: int, needed: np.ndarray, micro_batch: int) -> None:
+    """Refuse rows of a model's input that leave out a row that is needed, or name one twice.
+
+    Args:
+        rows: [tokens of the model's input], -1 for padding. needed: bool [num_rows].
+    """
     if rows.ndim != 1 or rows.dtype.kind not in "iu":
         raise ShapeError(
             f"rows is {rows.dtype} {rows.shape}; it must be a vector of integers, one for each input token"
         )
-    if rows.size and not -1 <= rows.min() <= rows.max() < len(expert_ids):
+    if rows.size and not -1 <= rows.min() <= rows.max() < num_rows:
         raise InputError(
             f"rows of micro-batch {micro_batch} span {rows.min()}..{rows.max()}; its trace has the rows "
-            f"0..{len(expert_ids) - 1} (-1: padding)"
+            f"0..{num_rows - 1} (-1: padding)"
         )
-    tokens = np.flatnonzero(rows >= 0)
-    times = np.bincount(rows[tokens], minlength=len(expert_ids))
-    needed = (expert_ids[:, 0, 0] >= 0) | live
+    times = np.bincount(rows[rows >= 0], minlength=num_rows)
     wrong = np.flatnonzero((times > 1) | ((times == 0) & needed))
     if len(wrong):
         raise InputError(
             f"rows of micro-batch {micro_batch} name row {wrong[0]} {times[wrong[0]]} times; no row may be named "
             "twice, and every row but last tokens must be in the model's input"
         )
-    token_of_row = np.full(len(expert_ids), -1, np.int64)
+
+
+def _both_ways(rows: np.ndarray, num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """int64: the row of each token, -1 for padding; and the token of each row and of -1, -1 where there is none."""
+    tokens = np.flatnonzero(rows >= 0)
+    token_of_row = np.full(num_rows + 1, -1, np.int64)
     token_of_row[rows[tokens]] = tokens
-    return token_of_row
+    return rows.astype(np.int64), token_of_row
+
+
+def _by_token(table_LNK: Tensor, rows_T: Tensor) -> Tensor:
+    """[L, rows, K] -> [L, tokens, K], -1 where the row is -1."""
+    last = table_LNK.new_full((len(table_LNK), 1, table_LNK.shape[2]), -1)
+    return torch.cat([table_LNK, last], 1)[:, rows_T].contiguous()

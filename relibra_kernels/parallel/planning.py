@@ -1,27 +1,35 @@
 """The loads of an expert-parallel group, counted once for a plan and the batch that follows it, and plans from them."""
 
-from collections.abc import Sequence
-from concurrent.futures import Executor, Future
+from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import torch
 
-from ..nn import ReplicatedMoE
-from ..planner import BatchPlan, ClusterSpec, PlanOptions, plan_batch
+from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, plan_batch
 from ..planner.errors import ReLibraError
-from .checks import check_trace
 from .comm.groups import Groups
-from .experts.parameters import device_of
 from .routed_batch import RoutedBatch
 
 
 class Planning:
-    """Counts the loads of this rank's group, and plans from those of all groups."""
+    """Counts the loads of this rank's group, and plans from those of all groups.
+
+    Args:
+        check: refuses a trace of another model.
+        device: where the group's collectives want their tensors.
+    """
 
     def __init__(
-        self, layers: Sequence[ReplicatedMoE], num_experts: int, groups: Groups, cluster: ClusterSpec, model_name: str
+        self,
+        check: Callable[[RoutingTrace], None],
+        groups: Groups,
+        cluster: ClusterSpec,
+        model_name: str,
+        device: Callable[[], torch.device],
     ):
-        self._layers, self._num_experts, self._groups = layers, num_experts, groups
+        self._check, self._groups, self._device = check, groups, device
         self._cluster, self._model_name = cluster, model_name
         self._counted: tuple[RoutedBatch, np.ndarray] | None = None  # what was counted, and its loads
 
@@ -31,10 +39,10 @@ class Planning:
         Args:
             batch: of this rank; None where it has a problem, which every rank then hears of.
         """
-        local, device = np.zeros(0, np.int32), device_of(self._layers)
+        local, device = np.zeros(0, np.int32), self._device()
         try:
             if batch is not None:
-                check_trace(batch.trace, len(self._layers), self._layers[0].router.top_k, self._num_experts)
+                self._check(batch.trace)
                 local = batch.loads()[:, :, 0]
         except ReLibraError as error:
             problem = error
@@ -42,6 +50,17 @@ class Planning:
         self._groups.agree(problem, facts, device, "counting the loads")
         everyone = self._groups.experts.gather_arrays(local, device, "the exchange of loads")  # [R, L, M, E]
         return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))
+
+    def plan(
+        self,
+        batch: RoutedBatch | None,
+        problem: ReLibraError | None,
+        home: np.ndarray,
+        options: PlanOptions | None,
+    ) -> BatchPlan:
+        """Plan here and now, from the placement `home` [L, E]. Collective."""
+        with ThreadPoolExecutor(1) as here:
+            return self.plan_later(batch, problem, home, options, here).result()
 
     def plan_later(
         self,
@@ -55,7 +74,7 @@ class Planning:
         loads = self.gather_loads(batch, problem)
         assert batch is not None  # else a problem was raised
         self._counted = batch, loads
-        everyone = self._groups.gather_over_copies(loads, device_of(self._layers))  # [groups, L, M, R, E]
+        everyone = self._groups.gather_over_copies(loads, self._device())  # [groups, L, M, R, E]
         here = self._groups.copy, self._cluster, home.copy(), self._model_name, options
         return executor.submit(plan_group, everyone, *here)
 
@@ -82,7 +101,7 @@ class Planning:
             replace(plan, loads=loads)  # refuses other loads, which are the same on every rank of a group
         except ReLibraError as error:
             problem = error
-        self._groups.agree(problem, {}, device_of(self._layers), "checking the loads")
+        self._groups.agree(problem, {}, self._device(), "checking the loads")
         return loads
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -196,6 +197,28 @@ class RoutedBatch:
                 self.trace.select(mine), self.micro_batch_of_sequence[mine], self.num_micro_batches, self.rows
             )
         return self._of_rank[rank]
+
+    @cached_property
+    def live(self) -> np.ndarray:
+        """bool [tokens]: tokens that a router must choose experts for: unknown, and not the last of their sequence.
+
+        No later token attends to the last one and it has no loss, so it visits no expert where it is unknown.
+        """
+        live = self.trace.unknown.copy()
+        live[self.trace.offsets[1:][self.lengths > 0] - 1] = False
+        return live
+
+    @cached_property
+    def live_of_sequence(self) -> np.ndarray:
+        """int64 [sequences]: how many of its tokens are `live`."""
+        before = np.concatenate([[0], np.cumsum(self.live)])
+        return before[self.trace.offsets[1:]] - before[self.trace.offsets[:-1]]
+
+    def needed(self, micro_batch: int) -> np.ndarray:
+        """bool [rows of a micro-batch of this rank]: rows that a model must be fed: known, or routed live."""
+        offsets = self.trace.offsets
+        parts = [slice(offsets[i], offsets[i + 1]) for i in self.sequences(micro_batch)]
+        return np.concatenate([np.zeros(0, bool), *(~self.trace.unknown[p] | self.live[p] for p in parts)])
 
     def sequences(self, micro_batch: int, rank: int = 0) -> np.ndarray:
         """int64: the sequences of one rank in one micro-batch, in the order of its rows."""

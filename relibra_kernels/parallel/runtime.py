@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, overload
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..nn import ReplicatedExperts
 from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace
-from ..planner.errors import InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from .agreement import Opening
-from .batch import OpenBatch
+from .attachment import attach
+from .batch import ExpertStore, OpenBatch
+from .checks import check_trace
+from .comm.alarm import Alarm
 from .comm.groups import Groups
 from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
@@ -26,10 +28,11 @@ from .experts.adapters import find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
 from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, moe_layers
-from .microbatch import MicroBatch
+from .live import LiveRouting
 from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
-from .session import ForwardContext, RuntimeOptions, Session
+from .running import ModelRunner, RoutingRecord
+from .session import RuntimeOptions, Session
 from .tokens.buffers import Buffers
 
 
@@ -61,7 +64,7 @@ class ExpertParallel:
         reduction: "sum" over all ranks, or "mean", as DDP and FSDP2 do with what they reduce.
         options: how memory, exactness and time are traded; the same on every rank.
 
-    Raises: InputError where the model has no such layer, or its experts do not divide over the ranks.
+    Raises: InputError where the model has no such layer, or fewer experts than there are ranks.
     """
 
     def __init__(
@@ -81,21 +84,45 @@ class ExpertParallel:
         self.groups = Groups(mesh, cluster)
         self.comm = self.groups.experts
         self.layers = moe_layers(model)
-        self.num_experts = all_experts(self.layers[0].experts)
-        per_rank = cluster.experts_per_rank(self.num_experts)
-        self.home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
         find_adapters(model, self.layers)
-        self._forwards: ForwardContext[MicroBatch] = ForwardContext()
-        for layer, moe in enumerate(self.layers):
-            keep_experts(moe.experts, slice(self.comm.rank * per_rank, (self.comm.rank + 1) * per_rank))
-            moe.experts.dispatcher = self._dispatcher(layer)
-            moe.router.replay = self._replay(layer)
-        start_watchdog(self.comm, self.options.watchdog_seconds)
-        self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
+        self.num_experts = all_experts(self.layers[0].experts)
+        if self.num_experts < cluster.num_ranks:
+            raise InputError(
+                f"the model has {self.num_experts} experts; {cluster.num_ranks} ranks need one each at least"
+            )
+        home_slots = -(-self.num_experts // cluster.num_ranks)
         self._buffers = Buffers()
-        self._planning = Planning(self.layers, self.num_experts, self.groups, cluster, model_name)
+        home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
+        self._runner = ModelRunner(LiveRouting(self.groups, home, self.options, self._buffers))
+        for layer, moe in enumerate(self.layers):
+            keep_experts(moe.experts, np.flatnonzero(home[layer] == self.comm.rank).tolist(), home_slots)
+            attach(moe, self._runner, layer, self.comm.rank)
+        self._alarm = Alarm(self.comm.ranks)
+        for comm in (self.comm, self.groups.side, self.groups.host, *self.groups.copies):
+            comm.alarm = self._alarm
+        self._stop_watchdog = start_watchdog(self.comm, self.options.watchdog_seconds)
+        self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
+        shape = len(self.layers), self.layers[0].router.top_k, self.num_experts
+        self._planning = Planning(
+            lambda trace: check_trace(trace, *shape), self.groups, cluster, model_name, lambda: self.device
+        )
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
+
+    @property
+    def home(self) -> np.ndarray:
+        """int32 [L, E]: the rank that owns each expert now."""
+        return self._runner.live.home
+
+    @home.setter
+    def home(self, home_LE: np.ndarray) -> None:
+        self._runner.live.home = home_LE
+
+    def close(self) -> None:
+        """Stop the watchdog, and free process groups that no other `ExpertParallel` uses. The model runs no more."""
+        self._runner.closed = True
+        self.groups.close()
+        self._stop_watchdog()
 
     @property
     def device(self) -> torch.device:
@@ -139,9 +166,8 @@ class ExpertParallel:
                 their trace, int [sequences] `micro_batch_of_sequence`, and `num_micro_batches`.
             options: what the plan is to achieve, and at what price; the same on every rank.
         """
-        with ThreadPoolExecutor(1) as here:
-            routed = self._routed(batch, micro_batch_of_sequence, num_micro_batches)
-            return self._planning.plan_later(*routed, self.home, options, here).result()
+        routed = self._routed(batch, micro_batch_of_sequence, num_micro_batches)
+        return self._planning.plan(*routed, self.home, options)
 
     def plan_later(
         self,
@@ -226,19 +252,25 @@ class ExpertParallel:
             problem=problem,
         )
         assert batch is not None  # else a problem was raised
+        self._alarm.begin()
         loads = self._planning.loads_of(plan, batch, counted if everywhere else None)
         session = Session(self.options, self.comm.ledger)
         self.comm.ledger.begin_batch()
         move_layers(self.comm, tensors, self.home, plan.home, self.device)
         del tensors
-        opened = OpenBatch(session, self.groups, plan, loads, batch, self.layers, self._buffers)
+        opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._buffers)
         self._batch = self._last = opened
+        self._runner.in_batch = True
         try:
             yield
             opened.finish()
+        except BaseException as error:
+            if not isinstance(error, CommunicationError):  # which is about another rank that stopped
+                self._alarm.sound(self.comm.rank, error)
+            raise
         finally:
             opened.close()
-            self._batch = None
+            self._batch, self._runner.in_batch = None, False
 
     @contextmanager
     def micro_batch(self, index: int, rows: np.ndarray | None = None) -> Iterator[None]:
@@ -255,9 +287,9 @@ class ExpertParallel:
         """
         if self._batch is None:
             raise InputError("micro_batch is used outside of batch: open `with ep.batch(plan, ...)` first")
-        if self._forwards.open is not None:
+        if self._runner.forwards.open is not None:
             raise InputError("a micro-batch is open already: leave it before the next begins")
-        with self._forwards.entered(self._batch.micro_batch(index, rows)):
+        with self._runner.forwards.entered(self._batch.micro_batch(index, rows)):
             yield
 
     def reduce_gradients(self, *, dense: bool = True) -> None:
@@ -316,6 +348,11 @@ class ExpertParallel:
         self._check_between_batches("load_checkpoint")
         checkpoint.load(path, self.model, self.layers, self.home, self.groups, optimizer)
 
+    def _store(self) -> ExpertStore:
+        experts = [moe.experts for moe in self.layers]
+        rows = [(of_layer.hidden_size, of_layer.down_proj.dtype) for of_layer in experts]
+        return ExpertStore(lambda layer: experts[layer].weights, len(experts), rows, self.device, experts)
+
     def _check_between_batches(self, what: str) -> None:
         if self._batch is not None:
             raise InputError(f"{what} is used within a batch: leave it first")
@@ -333,11 +370,19 @@ class ExpertParallel:
         """`stats` as one line of JSON, for a log with a line for each batch. Collective."""
         return json_line(self.stats())
 
-    def _dispatcher(self, layer: int) -> Callable[[ReplicatedExperts, Tensor, Tensor, Tensor], Tensor]:
-        def dispatch(experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-            return self._forwards.find(f"MoE layer {layer}").run(layer, experts, x_TH, index_TK, weights_TK)
+    @contextmanager
+    def record(self) -> Iterator[RoutingRecord]:
+        """Record what the routers choose in the forwards within: the pass that computes old log-probabilities.
 
-        return dispatch
+            with ep.record() as record, torch.no_grad():
+                for inputs in micro_batches:
+                    old = log_probabilities(model(inputs))
+            batch = record.routed_batch()
+            with ep.batch(ep.plan(batch), batch, optimizer): ...
 
-    def _replay(self, layer: int) -> Callable[[], tuple[Tensor, bool]]:
-        return lambda: self._forwards.find(f"MoE layer {layer}").recorded(layer)
+        Every forward is a micro-batch. All ranks must run equally many. No batch may be open.
+        """
+        self._check_between_batches("record")
+        record = RoutingRecord(len(self.layers), self.num_experts)
+        with self._runner.recording(record):
+            yield record

@@ -26,10 +26,12 @@ class RuntimeOptions:
     overlap:       the rows that stay on their rank are computed while the others travel
     combine_dtype: torch.float32 sums a token's partial results unrounded (twice the bytes of bf16); None: the model's
     kept_bytes:   memory a rank for kept replicas over all layers; None: all that the plan keeps
+    gradient_dtype: torch.float32 adds up the gradients of bf16 and fp16 experts unrounded over the micro-batches of a
+                   batch (4 bytes an element), unless they have a `main_grad`; None: in the parameters' dtype
     compare_dense: the first batch compares parameters outside of the experts between ranks; False where ranks hold
                    different parts of them as plain tensors (tensor parallelism)
     spare_rows:    tokens a rank and micro-batch that may choose other experts than were recorded
-    watchdog_seconds: after so long in one collective a line on stderr says for whom a rank waits
+    watchdog_seconds: after so long in one collective a warning in the log says for whom a rank waits
     """
 
     redispatch: bool = False
@@ -37,6 +39,7 @@ class RuntimeOptions:
     overlap: bool = False
     combine_dtype: torch.dtype | None = None
     kept_bytes: int | None = None
+    gradient_dtype: torch.dtype | None = torch.float32
     compare_dense: bool = True
     spare_rows: int = 0
     watchdog_seconds: float = 60.0
@@ -44,6 +47,8 @@ class RuntimeOptions:
     def __post_init__(self) -> None:
         if self.combine_dtype not in (None, torch.float32, torch.float64):
             raise InputError(f"combine_dtype is {self.combine_dtype}; it must be torch.float32, torch.float64 or None")
+        if self.gradient_dtype not in (None, torch.float32):
+            raise InputError(f"gradient_dtype is {self.gradient_dtype}; it must be torch.float32 or None")
         if not self.watchdog_seconds > 0:
             raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
         for name in ("kept_bytes", "spare_rows"):
@@ -89,8 +94,8 @@ class ForwardContext(OpenForwards, Generic[State]):
         return self.current
 
     @contextmanager
-    def entered(self, state: State) -> Iterator[None]:
-        """Within, forwards belong to `state`."""
+    def entered(self, state: State | None) -> Iterator[None]:
+        """Within, forwards belong to `state`, or to what `current` is set to."""
         before, self.current = self.current, state
         try:
             with opened(self):
@@ -98,15 +103,11 @@ class ForwardContext(OpenForwards, Generic[State]):
         finally:
             self.current = before
 
-    def find(self, what: str) -> State:
-        """The micro-batch of the forward that runs now. `what` is what asks, for the error."""
-        running = forwards_now()
-        state: State | None = next((state for owner, state in running or () if owner is self), None)
-        if state is not None:
-            return state
-        if backward_task() is None:
-            raise InputError(f"{what} runs outside of a micro-batch: use `with ep.micro_batch(m)`")
-        raise InputError(
-            f"{what} is recomputed in a backward that does not say for which micro-batch: other saved-tensor hooks "
-            "hide the inputs of its checkpointed block"
-        )
+    @property
+    def recomputes(self) -> bool:
+        """Whether this thread runs a backward, so that a forward within it recomputes activations."""
+        return backward_task() is not None
+
+    def find(self) -> State | None:
+        """The micro-batch of the forward that runs now; None where it belongs to none, or does not say to which."""
+        return next((state for owner, state in forwards_now() or () if owner is self), None)

@@ -15,6 +15,7 @@ from ..configs.config import GEMM_KERNELS, BlockConfig, Config, GemmConfig
 from ..configs.limits import Device
 from ..form import GPT_OSS, ExpertForm
 from ..kernels.launch import Launch, recording
+from ..payload import PayloadLayout
 from ..schedule import Schedule, Splits, tile_bound
 
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
@@ -243,9 +244,22 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
     elif kernel == "permute":
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
         yield "permute_backward", partial(kernels.permute_backward, rows, schedule, config=config)
+        yield from _payload(dtype)
     elif kernel == "replica_reduce":
         weights = meta(EXPERTS, 2 * intermediate_size, hidden_size, dtype=torch.float32)
         yield "pack", partial(kernels.pack_replicas, weights, meta(4, dtype=index), torch.bfloat16, config=config)
+
+
+def _payload(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Packing, unpacking, and both for gradients: two rows a token."""
+    layout = PayloadLayout(QWEN[0], TOP_K, dtype)
+    x, weights = meta(TOKENS, QWEN[0], dtype=dtype), meta(TOKENS, TOP_K, dtype=torch.float32)
+    slots, rows = meta(TOKENS, TOP_K, dtype=torch.int16), meta(TOKENS, TOP_K, dtype=torch.int32)
+    payload = layout.new(2 * TOKENS, torch.device("meta"))
+    yield "pack_payload", partial(kernels.pack_payload, x, weights, slots, rows, 2 * TOKENS)
+    yield "unpack_payload", partial(kernels.unpack_payload, payload, layout)
+    yield "pack_gradients", partial(kernels.pack_gradients, x, weights)
+    yield "unpack_gradients", partial(kernels.unpack_gradients, payload, rows, layout)
 
 
 def recorded(device: Device, call: Callable[[], object]) -> list[Launch]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from ..configs.config import misfit, parse_config
+from ..configs.config import GENERATIONS, misfit, parse_config
 from ..configs.files import Entry, load_entries
 from ..configs.limits import Device, device_for
 from ..configs.products import PRODUCTS
@@ -39,6 +39,9 @@ def check_folder(folder: Path, *, sample: int | None = None, seed: str = "") -> 
             faults.append(str(error))
             continue
         for entry in entries:
+            if not entry.is_of(path.stem):
+                now, name = GENERATIONS.get(path.stem, 1), f"{entry.part} H={entry.H} I={entry.I}"
+                faults.append(f"{path}: {name} is of generation {entry.generation} of {path.stem}; it must be {now}")
             for bucket in entry.buckets:
                 configs += 1
                 config, limits = parse_config(bucket.config), device_for(PRODUCTS[device])

@@ -1,10 +1,12 @@
 """All launches of a device, compiled one after the other."""
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 
-from ..compiling.compile_only import Report, compile_launch
+from ..compiling.compile_only import Report, compile_launch, launch_digest
 from ..configs.config import GEMM_KERNELS
 from ..configs.limits import Device
 from ..configs.spaces import SPACE, configs
@@ -14,14 +16,26 @@ KERNELS = tuple(SPACE)
 
 
 def reports(
-    device: Device, dtype: torch.dtype, kernel: str | None = None, *, first_only: bool = False
+    device: Device,
+    dtype: torch.dtype,
+    kernel: str | None = None,
+    *,
+    first_only: bool = False,
+    dump: Path | None = None,
 ) -> Iterator[tuple[str, str, str, Report]]:
-    """(kernel, config, variant, report) of everything that the library launches on `device` in `dtype` untuned."""
+    """(kernel, config, variant, report) of everything that the library launches on `device` in `dtype` untuned.
+
+    Args:
+        first_only: one config a kernel, the one that large batches get.
+        dump: keep the texts of every compilation in a folder of its own in this one.
+    """
     for name in KERNELS if kernel is None else (kernel,):
         for number, config in enumerate(configs(name, device, dtype)[: 1 if first_only else None]):
             for variant, call in calls(name, config, dtype):
                 # what a GEMM launches besides does not depend on its config
                 besides = number == 0 or name not in GEMM_KERNELS
                 for launch in recorded(device, call)[: None if besides else 1]:
-                    report = compile_launch(launch, device)
+                    of = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+                    place = "-".join((name, str(config), *re.findall(r"[\w.]+", variant), of, launch_digest(launch)))
+                    report = compile_launch(launch, device, dump=dump and dump / f"{device.name}-{place}")
                     yield name, str(config), variant, report

@@ -102,4 +102,4 @@ class _Worker:
             self._process = None
             return f"the compiler ended its process with status {process.returncode}"
         fields = json.loads(answer)
-        return fields if isinstance(fields, str) else Resources(**fields)
+        return fields if isinstance(fields, str) else Resources.from_json(fields)

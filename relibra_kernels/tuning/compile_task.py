@@ -4,7 +4,7 @@ from dataclasses import astuple, dataclass
 from functools import cache
 
 from ..compiling.compile_only import compile_launch, launch_digest
-from ..configs.config import ROW_KERNELS, parse_config
+from ..configs.config import GEMM_KERNELS, ROW_KERNELS, parse_config
 from ..configs.limits import device_named
 from ..form import ExpertForm
 from ..kernels.launch import Launch
@@ -60,7 +60,8 @@ def compile_task(task: Task) -> Outcome:
     """In this process: the most that any of its launches needs. An error of the compiler is an answer, no exception."""
     device = device_named(task.target)
     try:
-        found = [compile_launch(launch, device, instructions=False) for launch in launches_of(task)]
+        reads = task.kernel in GEMM_KERNELS
+        found = [compile_launch(launch, device, instructions=reads) for launch in launches_of(task)]
     except Exception as error:  # whatever a compiler may raise
         last = ([line.strip() for line in str(error).splitlines() if line.strip()] or [""])[-1]
         return f"{type(error).__name__}: {last[:200]}"  # what comes before is the kernel's source
@@ -72,4 +73,5 @@ def compile_task(task: Task) -> Outcome:
         max(report.spill_bytes for report in found),
         max(report.shared_bytes for report in found),
         min(report.warps_per_sm for report in found),
+        found[0].code if reads else None,
     )

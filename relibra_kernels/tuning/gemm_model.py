@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..compiling.machine_code import MachineCode
 from ..configs.config import GemmConfig
 from ..configs.products import Product
 from .launch_model import ITEM, Estimate, Resources, Work, bounded
@@ -15,6 +16,8 @@ from .launch_model import ITEM, Estimate, Resources, Work, bounded
 _TILE_CLOCKS = 400  # per tile: its indices, the first addresses, the last barrier
 _PADDING_CLOCKS = 100  # a padding tile: one load
 _ACCUMULATOR = 4  # bytes
+_SCHEDULERS = 4  # of an SM, each issues an instruction a clock
+_DESCRIPTOR_CLOCKS = 1200  # a descriptor made in the tile loop: a flush, then a cold fetch
 
 
 @dataclass(frozen=True)
@@ -52,13 +55,20 @@ def shared_bytes_a_step(config: GemmConfig, tile: _Tile, unit: str) -> int:
     return int((read + tile.m + tile.n) * config.block_k * ITEM)
 
 
-def step_clocks(config: GemmConfig, tile: _Tile, product: Product) -> float:
-    """Clocks of one step of one program that has an SM for itself: the slower of multiplying and of feeding it."""
+def step_clocks(config: GemmConfig, tile: _Tile, product: Product, code: MachineCode | None = None) -> float:
+    """Clocks of one step of one program that has an SM for itself.
+
+    The slowest of multiplying, of moving what the products read from shared memory, and of issuing the instructions:
+    those of the compiled loop where `code` is known, else what the tile's shape asks for.
+    """
     rate = float(product.fma)
     if product.unit == "tensor_memory":
         rate *= min(tile.m, 128) / 128
     multiply = tile.m * tile.n * config.block_k / rate
-    return max(multiply, shared_bytes_a_step(config, tile, product.unit) / product.shared)
+    if code is None or not code.matrix_clocks:
+        return max(multiply, shared_bytes_a_step(config, tile, product.unit) / product.shared)
+    moving = multiply * code.shared_bytes_a_clock / product.shared
+    return max(multiply, moving, code.instructions * config.num_warps / _SCHEDULERS)
 
 
 def estimate_gemm(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
@@ -72,20 +82,32 @@ def _resident(config: GemmConfig, resources: Resources, most: int) -> int:
 
 
 def _wave_clocks(
-    config: GemmConfig, tile: _Tile, steps: float, resident: int, gathers: bool, product: Product
+    config: GemmConfig,
+    tile: _Tile,
+    steps: float,
+    resident: int,
+    gathers: bool,
+    product: Product,
+    code: MachineCode | None,
 ) -> float:
     """Clocks until `resident` tiles of `steps` steps on every SM are done.
 
     The slowest of: multiplying all of them; loading all of them from L2; and one after the other, filling the
-    pipeline, the steps of one tile (which wait for their loads, `num_stages - 1` in flight), and what follows.
+    pipeline, the steps of one tile (which wait for their loads: one fewer in flight than there are buffers), and what
+    follows: reading and writing, and issuing the epilogue's instructions.
     """
     l2 = product.l2 / product.sms
     line = min(1.0, config.block_k * ITEM / 128) if gathers else 1.0  # gathered rows: a piece of a 128-byte line
     load = (tile.m / line + tile.n) * config.block_k * ITEM / l2
-    multiply, after = step_clocks(config, tile, product), tile.after / l2
-    step = max(multiply, load, (product.latency + load) / max(config.num_stages - 1, 1))
-    alone = _TILE_CLOCKS + product.latency + steps * step + after
-    return max(resident * steps * multiply, resident * (steps * load + after), alone)
+    multiply, after = step_clocks(config, tile, product, code), tile.after / l2
+    buffers = min(code.buffers) if code is not None and code.buffers else config.num_stages
+    step = max(multiply, load, (product.latency + load) / max(buffers - 1, 1))
+    issue = extra = 0.0
+    if code is not None:
+        issue = code.epilogue_instructions * config.num_warps / _SCHEDULERS
+        extra = code.descriptors * _DESCRIPTOR_CLOCKS
+    alone = _TILE_CLOCKS + product.latency + steps * step + max(after, issue) + extra
+    return max(resident * (steps * multiply + issue), resident * (steps * load + after), alone)
 
 
 def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
@@ -97,9 +119,11 @@ def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Pr
     programs, tiles = product.sms * resident, row_tiles * columns
     steps = math.ceil(work.d / config.block_k)
     whole, left = divmod(tiles, programs)
-    clocks = whole * _wave_clocks(config, tile, steps, resident, work.gathers, product)
+    clocks = whole * _wave_clocks(config, tile, steps, resident, work.gathers, product, resources.code)
     if left:
-        clocks += _wave_clocks(config, tile, steps, math.ceil(left / product.sms), work.gathers, product)
+        clocks += _wave_clocks(
+            config, tile, steps, math.ceil(left / product.sms), work.gathers, product, resources.code
+        )
     padding = (math.ceil(rows / config.block_m) + len(work.rows) - row_tiles) * columns
     clocks += padding / programs * _PADDING_CLOCKS
     width = tile.n // config.block_n * work.n  # columns of the weight
@@ -127,8 +151,8 @@ def _weight_gradient(work: Work, config: GemmConfig, resources: Resources, produ
     programs, tiles = product.sms * resident, len(work.rows) * across * down
     waves = math.ceil(tiles / programs)
     busy = min(resident, math.ceil(tiles / product.sms))
-    average = _wave_clocks(config, tile, float(steps_S.mean()), busy, work.gathers, product)
-    longest = _wave_clocks(config, tile, float(steps_S.max(initial=0)), 1, work.gathers, product)
+    average = _wave_clocks(config, tile, float(steps_S.mean()), busy, work.gathers, product, resources.code)
+    longest = _wave_clocks(config, tile, float(steps_S.max(initial=0)), 1, work.gathers, product, resources.code)
     clocks = max(waves * average, longest)
     # Tiles of a slot run together: its rows come from DRAM once a wave where they take more than half of L2.
     row_S = work.rows * (work.n + work.d) * ITEM

@@ -2,10 +2,11 @@
 
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..compiling.machine_code import MachineCode
 from ..configs.products import Product
 
 LAUNCH_US = 3.0  # a launch that does nothing
@@ -15,12 +16,21 @@ ITEM = 2  # bytes of an operand
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled config needs; see `compile_only.Report`."""
+    """What a compiled config needs, and the figures of its machine code; see `compile_only.Report`."""
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     warps_per_sm: int
+    code: MachineCode | None = None
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Resources":
+        """Of `dataclasses.asdict`, as JSON keeps it."""
+        code = fields.get("code")
+        if code is not None:
+            code = MachineCode(**{**code, "buffers": tuple(code["buffers"])})
+        return Resources(**{**fields, "code": code})
 
 
 @dataclass(frozen=True)

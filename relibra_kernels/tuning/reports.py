@@ -25,7 +25,7 @@ class Reports:
     def get(self, task: Task) -> Outcome | None:
         """None where it was not compiled yet."""
         known = self._journal.known.get(digest_of(task))
-        return Resources(**known) if isinstance(known, dict) else known
+        return Resources.from_json(known) if isinstance(known, dict) else known
 
     def missing(self, tasks: Iterable[Task]) -> list[Task]:
         """Those of `tasks` that have no outcome yet, each once."""

@@ -189,7 +189,11 @@ def worst(outcomes: Sequence[Outcome], device: Device) -> Resources | None:
     if len(found) < len(outcomes) or any(r.spill_bytes or r.shared_bytes > device.shared_bytes for r in found):
         return None
     return Resources(
-        max(r.registers for r in found), 0, max(r.shared_bytes for r in found), min(r.warps_per_sm for r in found)
+        max(r.registers for r in found),
+        0,
+        max(r.shared_bytes for r in found),
+        min(r.warps_per_sm for r in found),
+        found[-1].code,
     )
 
 

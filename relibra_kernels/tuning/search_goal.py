@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..configs.config import GEMM_KERNELS
+from ..configs.config import GEMM_KERNELS, GENERATIONS
 from ..configs.files import Entry
 from ..configs.limits import Device
 from ..configs.lookup import octave
@@ -60,7 +60,7 @@ def layer_shape(model: Model, kernel: str, part: str) -> Entry:
     transposed = form.is_transposed and kernel in GEMM_KERNELS
     interleaved = not form.is_concatenated and kernel in (*GEMM_KERNELS, "swiglu")
     shape = (part, "bf16", hidden_size, intermediate_size, transposed, interleaved)
-    return Entry(*shape, "compiled", "", None, "", (), (model.name,))
+    return Entry(*shape, "compiled", "", None, "", (), (model.name,), GENERATIONS.get(kernel, 1))
 
 
 def goals(

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from skewed_loads import skewed_loads
 
+from relibra_kernels.planner import ClusterSpec
 from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
 from relibra_kernels.planner.solver.fetched import Slots, fetch
@@ -64,8 +65,8 @@ def hosts_of(table, ranks, gpus, slots, spread=True, copies=None):
     share = shares(table, ranks)
     total = slots * ranks * layers if copies is None else copies * ranks
     layer, expert = choose_copies(share, total, slots * ranks, ranks)
-    limits = {"slots": slots, "rank_copies": slots * layers if copies is None else copies}
-    kept = pack(share, home, layer, expert, ranks=ranks, gpus_per_node=gpus, spread=spread, **limits)
+    most = slots * layers if copies is None else copies
+    kept = pack(share, home, layer, expert, ClusterSpec(ranks // gpus, gpus, slots), most, spread=spread)
     return kept, Hosts.of(home, kept.layer, kept.expert, kept.rank, gpus, ranks), home
 
 

@@ -35,8 +35,8 @@ from relibra_kernels.parallel.experts.replicas import ReplicaPushes, ReplicaRout
 from relibra_kernels.parallel.session import RuntimeOptions, Session
 from relibra_kernels.parallel.tokens.buffers import Buffers
 from relibra_kernels.parallel.tokens.layer import ExpertParallelMLP, LayerSite
-from relibra_kernels.parallel.tokens.paths import PlannedPath
-from relibra_kernels.parallel.tokens.routes import SendRoute
+from relibra_kernels.parallel.tokens.path import TokenPath
+from relibra_kernels.parallel.tokens.tables import SendTables, Sizes
 from relibra_kernels.planner.errors import InputError
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
@@ -149,22 +149,18 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
         return torch.empty(shape, dtype=torch.int32, device="meta")
 
     def step(received, visits, held):
-        counts = np.array([received])
-        visited = np.full(received * TOP_K, -1, np.int16)
-        visited[:visits] = np.arange(visits) % (slots + held)
-        path = PlannedPath(
-            network,
-            Buffers(),
-            SendRoute(np.arange(received), visited.reshape(-1, TOP_K), counts),
-            counts,
-            visited.reshape(-1, TOP_K),
-            np.arange(tokens),
-            tokens,
-            slots + held,
-            torch.device("meta"),
-            "here",
+        tables = SendTables(
+            assignment_of=index(1, received),
+            slots=torch.empty(1, received, TOP_K, dtype=torch.int16, device="meta"),
+            position_of=index(1, tokens, TOP_K),
+            offsets=index(1, 2),
+            counts=index(1, 1, 3),
         )
-        pushed = Transfers(np.arange(held), [held], [held], np.arange(held), anywhere=held > 0)
+        places = -(-visits // received)
+        sizes = Sizes([received], [received], places, visits, visits)
+        path = TokenPath(network, Buffers(), tables, 0, sizes, slots + held, "here")
+        sent = index(held).long()
+        pushed = Transfers(sent, sent, [held], [held], np.arange(held), anywhere=held > 0, sends_kept=False)
         site = LayerSite(
             session=Session(RuntimeOptions(), Ledger()),
             layer=0,
@@ -172,10 +168,11 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
             tag=torch.zeros(3, dtype=torch.int64),
             path=path,
             pushes=ReplicaPushes(network, lambda layer: experts.weights, lambda layer: None),
-            kept=SimpleNamespace(transfers=lambda layer: None),
-            replicas=ReplicaRoute(pushed, 0, np.zeros(slots + held, np.int32)) if held else None,
+            kept=SimpleNamespace(weights=lambda layer: None),
+            replicas=ReplicaRoute(pushed, 0, index(slots + held)) if held else None,
             weight_of_slot=index(slots + held) if held else None,
             next_routes=(None, None),
+            device=torch.device("meta"),
         )
         x = torch.empty(tokens, HIDDEN, dtype=torch.bfloat16, device="meta", requires_grad=True)
         gates = torch.empty(tokens, TOP_K, dtype=torch.float32, device="meta", requires_grad=True)
@@ -190,6 +187,9 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
 
 # Kernels without a caller yet, and what will call them.
 WAITING = {
+    "_pack_payload_kernel": "dispatch in one payload",
+    "_copy_payload_kernel": "the same, where rows are received",
+    "_unpack_gradients_kernel": "the same, where gradients come back",
     "_permute_kernel": "rows that grouped_gemm reads by TMA instead of gathering them",
     "_pack_kernel": "replica weights on their way out",
     "_swiglu_kernel": "LoRA on unmerged experts, between two plain grouped GEMMs",

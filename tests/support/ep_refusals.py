@@ -9,7 +9,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from toy_training import Case, ToyModel, loss_sum, make_batch, shuffled_plan
 
 from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
-from relibra_kernels.planner import ClusterSpec, ReLibraError, RoutingTrace
+from relibra_kernels.planner import ClusterSpec, PlanOptions, ReLibraError, RoutingTrace
 
 CASE = Case(layers=3)
 
@@ -70,7 +70,8 @@ def refusal(name: str) -> tuple[str, str, bool]:
             pass
 
     def forward_outside_of_micro_batch():
-        ep.model(ids)
+        with ep.batch(plan, trace, groups, optimizer):
+            ep.model(ids)
 
     def batch_inside_of_batch():
         with ep.batch(plan, trace, groups, optimizer), ep.batch(plan, trace, groups, optimizer):
@@ -108,8 +109,8 @@ def refusal(name: str) -> tuple[str, str, bool]:
     def wrong_group_size():
         ExpertParallel(ToyModel(CASE), ClusterSpec(1, CASE.ranks * 2))
 
-    def experts_do_not_divide():
-        ExpertParallel(ToyModel(replace(CASE, experts=7)), cluster)
+    def fewer_experts_than_ranks():
+        ExpertParallel(ToyModel(replace(CASE, experts=1, top_k=1)), cluster)
 
     def no_moe():
         ExpertParallel(torch.nn.Linear(2, 2), cluster)
@@ -200,7 +201,7 @@ def other_experts_in_one_copy(changed_rank: int) -> str:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "ep"))
     ep = ExpertParallel(ToyModel(CASE), cluster, mesh, model_name="toy")
     trace, groups, _ = make_batch(CASE, 0)
-    plan = ep.plan(trace, groups, CASE.micro_batches)
+    plan = ep.plan(trace, groups, CASE.micro_batches, options=PlanOptions(balance=1.0))
     if dist.get_rank() == changed_rank:
         ep.layers[1].experts.down_proj.data[0, 0, 0] += 1e-12
     home = ep.home.copy()
@@ -219,7 +220,7 @@ def dense_weights_that_may_differ() -> bool:
     ep.model.output.weight.data += dist.get_rank()
     ep.model.part = torch.nn.Parameter(torch.zeros(1 + dist.get_rank()))
     trace, groups, _ = make_batch(CASE, 0)
-    with ep.batch(ep.plan(trace, groups, CASE.micro_batches), trace, groups, None):
+    with ep.batch(ep.plan(trace, groups, CASE.micro_batches, options=PlanOptions(balance=1.0)), trace, groups, None):
         return True
 
 
@@ -230,7 +231,7 @@ def weights_that_differ_later() -> bool:
     ep.model.register_buffer("seen", torch.tensor(dist.get_rank()))
     trace, groups, _ = make_batch(CASE, 0)
     for _ in range(2):
-        plan = ep.plan(trace, groups, CASE.micro_batches)
+        plan = ep.plan(trace, groups, CASE.micro_batches, options=PlanOptions(balance=1.0))
         with ep.batch(plan, trace, groups, None):
             pass
         ep.model.output.weight.data += dist.get_rank()

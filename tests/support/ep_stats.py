@@ -12,7 +12,7 @@ from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_
 
 from relibra_kernels.nn import replay_routing
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
-from relibra_kernels.planner import BatchPlan, ClusterSpec
+from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
 
 
 def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
@@ -32,8 +32,8 @@ def planned_elsewhere(case: Case, executor: str) -> tuple[BatchPlan, BatchPlan]:
     arguments = trace.select(mine), groups[mine], case.micro_batches
     spawn = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     with {"thread": ThreadPoolExecutor, "process": spawn}[executor](1) as elsewhere:
-        later = ep.plan_later(*arguments, elsewhere)
-        here = ep.plan(*arguments)
+        later = ep.plan_later(*arguments, elsewhere, options=PlanOptions(balance=1.0))
+        here = ep.plan(*arguments, options=PlanOptions(balance=1.0))
         return later.result(), here
 
 

@@ -30,7 +30,7 @@ def random_trace(
 
 
 def moving_plan(loads_LMRE: np.ndarray, shift: int) -> BatchPlan:
-    """Every expert `shift` ranks on from its first home; a rank copies its busiest foreign expert for half of it."""
+    """Every expert `shift` ranks on from its first home; every rank copies its busiest foreign one for half of it."""
     layers, micro_batches, ranks, experts = loads_LMRE.shape
     home = np.tile((np.arange(experts) // (experts // ranks) + shift) % ranks, (layers, 1)).astype(np.int32)
     home[:, [0, -1]] = home[:, [-1, 0]]

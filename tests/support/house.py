@@ -26,7 +26,7 @@ class Room:
 
 PLANNER = "planner simulation planning formats solver options pricing plan files errors"
 PARALLEL = "parallel parallel.tokens parallel.experts parallel.session parallel.comm"
-BASE = "operands schedule weights form"  # what tensors of a layer look like
+BASE = "payload operands schedule weights form"  # what tensors of a layer look like
 
 # From the top down. A room may import only rooms below it, and of them only those that it names.
 ROOMS = (
@@ -70,6 +70,7 @@ ROOMS = (
     Room("kernels", "one family of Triton kernels a file", f"reference configs {BASE} errors"),
     Room("reference", "the same functions in plain torch", f"{BASE} errors"),
     Room("configs", "what a launch asks", "pricing files errors"),
+    Room("payload", "what a token takes to another rank", "operands errors"),
     Room("operands", "checks of what an operation gets", "schedule errors"),
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),

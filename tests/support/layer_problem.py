@@ -13,6 +13,7 @@ from relibra_kernels.weights import ExpertWeights
 
 H, I = 24, 20  # noqa: E741
 CASES = routing_cases()
+REPLICAS = next(case for case in CASES if case.num_replicas)  # and several slots of one weight
 FORMS = {
     "qwen": ExpertForm(),
     "bias": ExpertForm(has_bias=True),

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter, replay_routing
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
-from relibra_kernels.planner import BatchPlan, ClusterSpec, RoutingTrace, plan_batch, static_plan
+from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, plan_batch, static_plan
 
 QWEN = ExpertForm()
 
@@ -290,11 +290,16 @@ def model_input(
 def make_plan(case: Case, ep: ExpertParallel, batch: RoutedBatch, step: int) -> BatchPlan:
     loads = ep.gather_loads(batch)
     if case.plan == "planned":
-        return ep.plan(batch)
+        # Memory for one copy a rank, so that replicas are kept and fetched, from homes at random, so that experts move.
+        random = np.random.default_rng(step)
+        home = np.stack([random.permutation(np.arange(case.experts) % case.ranks) for _ in range(case.layers)])
+        one = PlanOptions().shape.copy_bytes
+        options = PlanOptions(balance=1.0, kept_bytes=one, max_moves=0)
+        return plan_batch(loads, ep.cluster, previous_home=home, model="toy", options=options)
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
     plan = shuffled_plan(loads, ep.cluster, step)
-    if case.plan == "shuffled":
+    if case.plan in ("shuffled", "uneven"):
         return plan
     return replace(plan, kept=plan.kept & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
 
@@ -304,9 +309,9 @@ def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> Ba
     random = np.random.default_rng(seed)
     loads = loads_LMRE.sum(2)
     layers, _, experts = loads.shape
-    ranks, slots, per_rank = cluster.num_ranks, cluster.replica_slots, experts // cluster.num_ranks
+    ranks, slots = cluster.num_ranks, cluster.replica_slots
     empty = plan_batch(np.zeros_like(loads), cluster)
-    home = np.stack([random.permutation(np.arange(experts) // per_rank) for _ in range(layers)])
+    home = np.stack([random.permutation(np.sort(np.arange(experts) % ranks)) for _ in range(layers)])
     replicas, quota = np.full_like(empty.replicas, -1), np.zeros_like(empty.quota)
     kept = np.zeros_like(empty.kept)
     for layer in range(layers):

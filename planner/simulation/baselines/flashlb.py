@@ -18,17 +18,7 @@ def flashlb(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
     home = contiguous_home(layers, experts, ranks)
     share = shares(table_LME, ranks)
     layer, expert = choose_copies(share, slots * ranks * layers, slots * ranks, ranks)
-    copies = pack(
-        share,
-        home,
-        layer,
-        expert,
-        ranks=ranks,
-        gpus_per_node=cluster.gpus_per_node,
-        slots=slots,
-        rank_copies=slots * layers,
-        spread=False,
-    )
+    copies = pack(share, home, layer, expert, cluster, slots * layers, spread=False)
     held = held_experts(home, ranks)
     places = np.full((layers, ranks, held.shape[2] + slots), -1, np.int64)
     places[:, :, : held.shape[2]] = held

@@ -32,8 +32,7 @@ def relibra_paper(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
         )
     wanted = (table_LME / cluster.num_nodes)[:, :, None]
     target = target_load(table_LME, cluster.num_ranks, None, _EFFORT.slack)
-    slots = cluster.replica_slots
-    any_price = FetchPrice(1.0, 1e-6, 1e-6)
-    found = solve(table_LME, wanted, home, Copies.none(), cluster, target, slots, _EFFORT, any_price)
+    whatever = FetchPrice(cluster.replica_slots, 1.0, 1e-6, 1e-6)
+    found = solve(table_LME, wanted, home, Copies.none(), cluster, target, _EFFORT, whatever)
     plan = BatchPlan(found.home, found.replicas, found.quota, found.kept, cluster.gpus_per_node)
     return outcome_of_plan(plan, table_LME, before)

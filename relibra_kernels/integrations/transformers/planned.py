@@ -7,101 +7,139 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 from torch import nn
 
+from ...parallel.batch import ExpertStore, OpenBatch
+from ...parallel.comm.alarm import Alarm
 from ...parallel.digests import checksum
-from ...parallel.microbatch import MicroBatch
-from ...parallel.tokens.tables import MicroBatchTables, Tables
-from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_loads, plan_batch
-from ...planner.errors import InputError, PlanError, ReLibraError
+from ...parallel.live import LiveRouting
+from ...parallel.planning import Planning
+from ...parallel.routed_batch import RoutedBatch, routed_batch
+from ...parallel.running import ModelRunner
+from ...parallel.session import RuntimeOptions, Session
+from ...parallel.tokens.buffers import Buffers
+from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace
+from ...planner.errors import CommunicationError, InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
-from .expert_parallel import Batch, RelibraEP, collective_device, communication, implementations_of, shared_parts
+from ...weights import ExpertWeights
+from .expert_parallel import RelibraEP, collective_device, implementations_of
 from .fed import Fed
 from .feeder import Feeder
 from .layers import check_trace, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .routers import replaying_routers
 
-_OPEN: list[Batch] = []
+
+@dataclasses.dataclass
+class _Opened:
+    """A batch that is open. `traces`: of each micro-batch; None where routing is live."""
+
+    model: nn.Module
+    runner: ModelRunner
+    batch: OpenBatch
+    traces: list[RoutingTrace] | None
+
+
+_OPENED: list[_Opened] = []  # the last one is what `micro_batch` is about
 
 
 def plan(
     model: nn.Module,
-    trace: RoutingTrace,
-    micro_batch_of_sequence: np.ndarray,
-    num_micro_batches: int,
+    trace: RoutedBatch | RoutingTrace,
+    micro_batch_of_sequence: np.ndarray | None = None,
+    num_micro_batches: int | None = None,
     *,
     replica_slots: int = 2,
     gpus_per_node: int | None = None,
+    options: PlanOptions | None = None,
 ) -> BatchPlan:
     """Plan a batch for a model whose experts stay where transformers put them. Collective; the same on every rank.
 
     Args:
-        trace: the routing of this rank's sequences. micro_batch_of_sequence: int [sequences of this rank].
+        trace: the routed batch; or the trace of this rank's sequences, int [sequences] `micro_batch_of_sequence` and
+            `num_micro_batches`.
         gpus_per_node: ranks of the expert-parallel group that are on one node; None: all of them.
+        options: what the plan is to achieve, and at what price; experts never move.
     """
-    comm = communication(model)
-    loads = _gather_loads(model, trace, micro_batch_of_sequence, num_micro_batches)
+    implementations = implementations_of(model)
+    first = implementations[0]
+    comm = first.groups.experts
     per_node = gpus_per_node or comm.size
     if comm.size % per_node:
         raise InputError(f"gpus_per_node is {per_node}; it must divide the expert-parallel group of {comm.size}")
     cluster = ClusterSpec(comm.size // per_node, per_node, replica_slots)
-    home = contiguous_home(loads.shape[0], loads.shape[-1], comm.size)
-    return plan_batch(loads, cluster, previous_home=home, options=PlanOptions(max_moves=0))
+    batch, problem = _routed(first, trace, micro_batch_of_sequence, num_micro_batches)
+    home = contiguous_home(len(implementations), first.num_experts, comm.size)
+    wanted = dataclasses.replace(options or PlanOptions(), max_moves=0)
+    return _planning(model, first, cluster).plan(batch, problem, home, wanted)
 
 
 @contextmanager
 def batch(
     model: nn.Module,
     plan: BatchPlan,
-    trace: RoutingTrace | None = None,
+    trace: RoutedBatch | RoutingTrace | None = None,
     micro_batch_of_sequence: np.ndarray | None = None,
 ) -> Iterator[None]:
     """Run a batch of a model that was loaded with `ep_implementation="relibra"` under `plan`. Collective.
 
     Args:
-        trace, micro_batch_of_sequence: the routing of this rank's sequences and int [sequences]. With them the routers
-            replay, and every size is known on the host before the step. Without them routing is as the routers (or a
-            `replay`) have it, and every layer exchanges its counts; replicas then take at most what the plan says.
+        trace: the routed batch; or the trace of this rank's sequences, with int [sequences] `micro_batch_of_sequence`.
+            With it the routers replay, and every size is known on the host before a layer runs. Without it routing is
+            as the routers (or a `replay`) have it, and every layer exchanges its counts; the plan's copies of an expert
+            then share its tokens alike.
 
     Raises: PlanError for a plan that moves experts, or is for another model, group or routing; InputError.
     """
     implementations = implementations_of(model)
-    comm = implementations[0].comm
-    device = collective_device(comm)
+    first = implementations[0]
+    groups, device = first.groups, collective_device(first.groups.experts)
+    comm, routed = groups.experts, None
     problem: ReLibraError | None = None
     try:
-        if _OPEN:
+        if any(opened.model is model for opened in _OPENED):
             raise InputError("a batch is open already: leave it before the next begins")
-        if (trace is None) != (micro_batch_of_sequence is None):
+        if trace is not None and not isinstance(trace, RoutedBatch) and micro_batch_of_sequence is None:
             raise InputError("trace and micro_batch_of_sequence go together: give both or none")
         _check_plan(plan, implementations)
+        if trace is not None:
+            routed, problem = _routed(first, trace, micro_batch_of_sequence, plan.num_micro_batches)
     except ReLibraError as error:
         problem = error
     facts = {
         "the plan": checksum(plan.home, plan.replicas, plan.quota, plan.kept),
         "having a trace": trace is not None,
     }
-    comm.agree(problem, facts, device, "opening the batch")
-    comm.gpus_per_node = plan.gpus_per_node
-    opened = Batch(model, plan, comm, device)
-    if trace is not None and micro_batch_of_sequence is not None:
-        groups = np.asarray(micro_batch_of_sequence)
-        loads = _gather_loads(model, trace, groups, plan.num_micro_batches)
-        dataclasses.replace(plan, loads=loads)  # refuses other loads, which are the same on every rank
-        opened.tables = Tables(comm, plan, loads, trace, groups, device)
-        opened.parts = shared_parts(comm, plan, opened.weights.__getitem__, device)
-        opened.traces = [trace.select(np.flatnonzero(groups == m)) for m in range(plan.num_micro_batches)]
-    _OPEN.append(opened)
+    groups.agree(problem, facts, device, "opening the batch")
+    for each in (comm, groups.side, groups.host):
+        each.gpus_per_node = plan.gpus_per_node
+        each.alarm = each.alarm or Alarm(comm.ranks)
+    loads = None
+    if routed is not None:
+        cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
+        loads = _planning(model, first, cluster).loads_of(plan, routed, None)
+    session, buffers, options = Session(RuntimeOptions(), comm.ledger), Buffers(), RuntimeOptions()
+    runner = ModelRunner(LiveRouting(groups, plan.home, options, buffers))
+    store = ExpertStore(lambda layer: _weights_of(implementations[layer]), len(implementations), None, device)
+    opened = OpenBatch(session, groups, plan, loads, routed, store, buffers)
+    traces = None if routed is None else _traces(routed)
+    mine = _Opened(model, runner, opened, traces)
+    runner.in_batch = True
+    _OPENED.append(mine)
+    assert comm.alarm is not None
+    comm.alarm.begin()
     for layer, implementation in enumerate(implementations):
-        implementation.batch, implementation.layer = opened, layer
+        implementation.runner, implementation.layer = runner, layer
     try:
         yield
+        opened.finish()
+    except BaseException as error:
+        if not isinstance(error, CommunicationError):  # which is about another rank that stopped
+            comm.alarm.sound(comm.rank, error)
+        raise
     finally:
-        _OPEN.remove(opened)
-        if opened.tables is not None and opened.parts is not None:
-            opened.tables.close()
-            opened.parts.session.is_open = False
+        _OPENED.remove(mine)
+        opened.close()
         for implementation in implementations:
-            implementation.batch = None
+            implementation.runner, implementation.weights = None, None
 
 
 @contextmanager
@@ -112,51 +150,70 @@ def micro_batch(index: int, rows: np.ndarray | None = None) -> Iterator[None]:
         rows: int [tokens fed], the row of each token in the micro-batch's trace (its sequences in trace order), -1 for
             padding; None: the forward is fed those sequences whole, padded (the attention mask says where) or packed.
     """
-    if not _OPEN:
+    if not _OPENED:
         raise InputError("micro_batch is used outside of batch: open `with batch(model, plan)` first")
-    opened = _OPEN[-1]
-    if not isinstance(index, int | np.integer) or not 0 <= index < opened.plan.num_micro_batches:
-        raise InputError(f"index is {index!r}; the plan has micro-batches 0..{opened.plan.num_micro_batches - 1}")
-    if opened.micro_batch is not None:
+    now = _OPENED[-1]
+    forwards, count = now.runner.forwards, now.batch.plan.num_micro_batches
+    if not isinstance(index, int | np.integer) or not 0 <= index < count:
+        raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+    if forwards.open is not None:
         raise InputError("a micro-batch is open already: leave it before the next begins")
-    with ExitStack() as stack:
-        if opened.traces is None:
-            if rows is not None:
-                raise InputError("rows are of a trace, and the batch was opened without one")
-        else:
-            stack.enter_context(_replayed(opened, int(index), rows))
-        opened.micro_batch = int(index)
-        try:
+    if now.traces is None:
+        if rows is not None:
+            raise InputError("rows are of a trace, and the batch was opened without one")
+        with forwards.entered(now.batch.micro_batch(index, None)):
             yield
-        finally:
-            opened.micro_batch, opened.current = None, None
-
-
-@contextmanager
-def _replayed(opened: Batch, index: int, rows: np.ndarray | None) -> Iterator[None]:
-    assert opened.traces is not None and opened.tables is not None and opened.parts is not None
-    parts, trace, layers = opened.parts, opened.traces[index], moe_layers(opened.model)
-    tables: MicroBatchTables = opened.tables.get(index)
+        return
+    trace, layers = now.traces[int(index)], moe_layers(now.model)
     feeder = Feeder(trace, layers, None)
 
-    def use(rows_T: np.ndarray) -> None:
-        opened.current = MicroBatch(parts, tables, index, rows_T)
-
     def feed(fed: Fed) -> None:
-        use(feeder.feed(fed))
+        forwards.current = now.batch.micro_batch(index, feeder.feed(fed))
 
     with ExitStack() as stack:
-        if rows is not None:
-            use(checked_rows(rows, trace))
-            feeder.use_rows(np.asarray(rows))
-        else:
-            stack.enter_context(fed_by_forwards(opened.model, feed))
         stack.enter_context(replaying_routers(layers, feeder))
+        if rows is not None:
+            feeder.use_rows(checked_rows(rows, trace))
+            stack.enter_context(forwards.entered(now.batch.micro_batch(index, np.asarray(rows))))
+        else:
+            stack.enter_context(fed_by_forwards(now.model, feed))
+            stack.enter_context(forwards.entered(None))
         yield
 
 
+def _routed(
+    implementation: RelibraEP,
+    trace: RoutedBatch | RoutingTrace,
+    micro_batch_of_sequence: np.ndarray | None,
+    num_micro_batches: int | None,
+) -> tuple[RoutedBatch | None, ReLibraError | None]:
+    """What this rank has of a batch, or what is wrong with it: the others must hear of that."""
+    comm = implementation.groups.experts
+    count = None if isinstance(trace, RoutedBatch) else num_micro_batches
+    try:
+        return routed_batch(trace, micro_batch_of_sequence, count, comm.rank, comm.size), None
+    except ReLibraError as error:
+        return None, error
+
+
+def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec) -> Planning:
+    layers, groups = moe_layers(model), implementation.groups
+    return Planning(
+        lambda trace: check_trace(trace, layers), groups, cluster, "", lambda: collective_device(groups.experts)
+    )
+
+
+def _traces(batch: RoutedBatch) -> list[RoutingTrace]:
+    return [batch.trace.select(batch.sequences(m)) for m in range(batch.num_micro_batches)]
+
+
+def _weights_of(implementation: RelibraEP) -> ExpertWeights:
+    assert implementation.weights is not None  # the layer runs
+    return implementation.weights
+
+
 def _check_plan(plan: BatchPlan, implementations: list[RelibraEP]) -> None:
-    comm = implementations[0].comm
+    comm = implementations[0].groups.experts
     shape = (plan.num_layers, plan.num_experts, plan.num_ranks)
     expected = (len(implementations), implementations[0].num_experts, comm.size)
     if shape != expected:
@@ -170,25 +227,3 @@ def _check_plan(plan: BatchPlan, implementations: list[RelibraEP]) -> None:
             "relibra_kernels.integrations.transformers.plan, or with PlanOptions(max_moves=0) and a contiguous "
             "previous_home; to reorder experts, use ExpertParallel"
         )
-
-
-def _gather_loads(
-    model: nn.Module, trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int
-) -> np.ndarray:
-    """The load table of the whole group, int32 [L, M, R, E], from every rank's own sequences. Collective."""
-    comm = communication(model)
-    device = collective_device(comm)
-    local, problem = np.zeros(0), None
-    try:
-        check_trace(trace, moe_layers(model))
-        if not trace.only_last_tokens_unknown:
-            raise InputError(
-                "trace leaves tokens unrecorded that are not the last of their sequence: open the batch without a "
-                "trace, inside of `replay(model, trace)`, which routes them live"
-            )
-        local = count_loads(trace, micro_batch_of_sequence, num_micro_batches)
-    except ReLibraError as error:
-        problem = error
-    comm.agree(problem, {"num_micro_batches": num_micro_batches}, device, "counting the loads")
-    everyone = comm.gather_arrays(local, device, "the exchange of loads")
-    return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))

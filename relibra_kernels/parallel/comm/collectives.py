@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -14,7 +15,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ...planner.errors import CommunicationError, InputError, ReLibraError
+from .alarm import Alarm
 from .ledger import Ledger
+
+LISTEN = timedelta(seconds=1)  # between looks at whether another rank has stopped
 
 
 class Comm:
@@ -26,7 +30,7 @@ class Comm:
         ledger: where bytes and seconds are written; its own where None.
 
     Attributes:
-        position: (collectives begun, phase of the last one, whether it is still waited for), for the watchdog.
+        alarm: where ranks say that they stop; None: nobody does.
         ranks: of the default group, in the order of this one.
     """
 
@@ -38,8 +42,18 @@ class Comm:
         self.size = dist.get_world_size(group)
         self.gpus_per_node = gpus_per_node
         self.ledger = Ledger() if ledger is None else ledger
-        self.position = (0, "", False)
+        self.alarm: Alarm | None = None
+        self._waits_on_host = dist.get_backend(group) == "gloo"  # with others, a stream waits and the host goes on
+        self._position = (0, "", False)
+        self._last: dist.Work | None = None
         self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+
+    @property
+    def position(self) -> tuple[int, str, bool]:
+        """(collectives begun, phase of the last one, whether it is still under way), for the watchdog."""
+        count, phase, waiting = self._position
+        last = self._last
+        return count, phase, waiting or (last is not None and not last.is_completed())
 
     @property
     def bytes_sent(self) -> Counter[tuple[str, str]]:
@@ -49,8 +63,8 @@ class Comm:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Turn a failed collective into a CommunicationError that names the phase and this rank."""
-        count = self.position[0] + 1
-        self.position = (count, phase, True)
+        count = self._position[0] + 1
+        self._position = (count, phase, True)
         try:
             yield
         except torch.OutOfMemoryError:
@@ -61,7 +75,29 @@ class Comm:
                 f"rank {self.rank} of {self.size} failed in {phase}: {reason}. The usual cause is that another "
                 "rank died, or did not answer within the process-group timeout"
             ) from error
-        self.position = (count, phase, False)
+        self._position = (count, phase, False)
+
+    def wait(self, work: dist.Work) -> None:
+        """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
+
+        Raises: CommunicationError naming the rank that stopped, and its error.
+        """
+        if not self._waits_on_host:
+            self._last = work
+            work.wait()
+            return
+        while True:
+            try:
+                work.wait(LISTEN)
+                return
+            except RuntimeError:
+                if work.is_completed():  # it failed, or it came while the wait gave up
+                    work.wait()
+                    return
+            heard = self.alarm.heard() if self.alarm is not None else None
+            if heard is not None:
+                rank, reason = heard
+                raise CommunicationError(f"rank {self.rank} stopped waiting for rank {rank}, which stopped: {reason}")
 
     def start(
         self,
@@ -114,7 +150,8 @@ class Comm:
         if kind is not None:
             self._count(kind, [1] * self.size, local.numel() * local.element_size())
         with self.during(phase):
-            dist.all_gather(list(everyone.unbind(0)), local.contiguous(), group=self.group)
+            work = dist.all_gather(list(everyone.unbind(0)), local.contiguous(), group=self.group, async_op=True)
+            self.wait(work)
         return everyone
 
     def agree(
@@ -154,7 +191,7 @@ class Comm:
         """Sum over the group, in place."""
         if self.size > 1:
             with self.during(phase):
-                dist.all_reduce(tensor, group=self.group)
+                self.wait(dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def _count(self, kind: str, send_counts: Sequence[int], row_bytes: int) -> None:
         node = self.rank // self.gpus_per_node
@@ -177,7 +214,7 @@ class Exchange:
         """The received rows; on GPUs the current stream waits, not the host."""
         if self.work is not None:
             with self.comm.during(self.phase):
-                self.work.wait()
+                self.comm.wait(self.work)
             self.work = None
         self.send = None
         return self.received

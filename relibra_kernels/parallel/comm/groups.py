@@ -1,5 +1,7 @@
 """The process groups of a run: one for the experts, one beside it for replicas, and those that hold copies."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -10,6 +12,19 @@ from ...planner.errors import CommunicationError, InputError, ReLibraError
 from .collectives import Comm
 
 
+@dataclass
+class _Made:
+    """A process group that was made here. `users`: runs that have not closed it."""
+
+    key: tuple[object, ...]
+    default: dist.ProcessGroup
+    group: dist.ProcessGroup
+    users: int = 0
+
+
+_MADE: dict[tuple[object, ...], _Made] = {}
+
+
 class Groups:
     """Seen from one rank.
 
@@ -18,7 +33,8 @@ class Groups:
             group.
 
     Attributes:
-        experts: the expert-parallel group. side: the same ranks, for replica weights.
+        experts: the expert-parallel group. side: the same ranks, for replica weights. host: the same ranks, for what
+            hosts tell each other while their devices work.
         copies: groups of ranks that own the same experts; none where there is one expert-parallel group.
         all: the groups over which, one after another, something is reduced over all ranks.
         copy: which of the expert-parallel groups this rank is in.
@@ -39,12 +55,39 @@ class Groups:
         if self.experts.size != cluster.num_ranks:
             raise InputError(f"cluster has {cluster.num_ranks} ranks, the process group {self.experts.size}")
         alone = self.experts.size == 1
-        beside = group if alone else dist.new_group(list(self.experts.ranks), use_local_synchronization=True)
+        self._made: list[_Made] = []
+        beside = group if alone else self._new_group("side", None)
         self.side = Comm(beside, cluster.gpus_per_node, self.experts.ledger)
+        between_hosts = group
+        if not alone and dist.get_backend(group) != "gloo":
+            between_hosts = self._new_group("host", "gloo")
+        self.host = Comm(between_hosts, cluster.gpus_per_node, self.experts.ledger)
         self.copies = [Comm(other, 1) for other in others if dist.get_world_size(other) > 1]
         self.all = [self.experts, *self.copies]
         self.copy = self.copies[0].rank if self.copies else 0
         self.shape = tuple(comm.size for comm in self.all)
+
+    def _new_group(self, purpose: str, backend: str | None) -> dist.ProcessGroup:
+        """A group of the same ranks, which runs of one process after another share: groups cost threads and files."""
+        default = dist.distributed_c10d._get_default_group()
+        for made in [made for made in _MADE.values() if made.default is not default]:
+            _MADE.pop(made.key)  # of a default group that is gone
+        key = (self.experts.ranks, purpose, backend)
+        if key not in _MADE:
+            group = dist.new_group(list(self.experts.ranks), backend=backend, use_local_synchronization=True)
+            _MADE[key] = _Made(key, default, group)
+        made = _MADE[key]
+        made.users += 1
+        self._made.append(made)
+        return made.group
+
+    def close(self) -> None:
+        """Let go of the groups that were made here; those that no other run uses are destroyed."""
+        for made in self._made:
+            made.users -= 1
+            if made.users == 0 and _MADE.pop(made.key, None) is not None:
+                dist.destroy_process_group(made.group)
+        self._made.clear()
 
     @property
     def num_ranks(self) -> int:

@@ -1,4 +1,4 @@
-"""A line on stderr when a rank waits too long: for whom, and where that one was last seen.
+"""A warning in the log when a rank waits too long: for whom, and where that one was last seen.
 
 Ranks run the same collectives in the same order, so whoever has begun fewer is who the others wait for. Every rank's
 watchdog writes down its position in the store that the process group was made with, and reads the others' only when it
@@ -6,33 +6,36 @@ has something to say. A process-group timeout says where a rank was; this says w
 """
 
 import json
-import sys
+import logging
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed as dist
 
 from .collectives import Comm
 
+logger = logging.getLogger(__name__)
 
-def start_watchdog(comm: Comm, seconds: float) -> threading.Thread | None:
-    """Watch `comm` from a thread of its own, until it is gone; None where there is nobody to wait for."""
+
+def start_watchdog(comm: Comm, seconds: float) -> Callable[[], None]:
+    """Watch `comm` from a thread of its own, until it is gone, or what is returned is called."""
     if comm.size == 1:
-        return None
+        return lambda: None
     store = dist.PrefixStore(f"relibra-watchdog-{comm.ranks}", dist.distributed_c10d._get_default_store())
-    thread = threading.Thread(
-        target=_watch, args=(weakref.ref(comm), store, seconds), name="relibra-watchdog", daemon=True
-    )
+    gone = threading.Event()
+    watched = weakref.ref(comm, lambda _: gone.set())
+    arguments = watched, gone, store, seconds
+    thread = threading.Thread(target=_watch, args=arguments, name="relibra-watchdog", daemon=True)
     thread.start()
-    return thread
+    return gone.set
 
 
-def _watch(watched: "weakref.ref[Comm]", store: dist.Store, seconds: float) -> None:
+def _watch(watched: "weakref.ref[Comm]", gone: threading.Event, store: dist.Store, seconds: float) -> None:
     since, last, said = time.monotonic(), -1, -1
-    while True:
-        time.sleep(seconds / 4)
+    while not gone.wait(seconds / 4):
         comm = watched()
         if comm is None or not dist.is_initialized():
             return
@@ -44,8 +47,7 @@ def _watch(watched: "weakref.ref[Comm]", store: dist.Store, seconds: float) -> N
             waited = time.monotonic() - since
             if waiting and waited >= seconds and said != count:
                 said = count
-                print(describe(comm.rank, comm.size, count, phase, waited, _others(store, comm)), file=sys.stderr)
-                sys.stderr.flush()
+                logger.warning(describe(comm.rank, comm.size, count, phase, waited, _others(store, comm)))
         except RuntimeError:  # the store went with the rank that held it
             return
         del comm

@@ -58,15 +58,22 @@ def find_adapters(model: nn.Module, layers: Sequence[ReplicatedMoE]) -> None:
                     experts.adapters.append(Factor(name, linear, factor == "lora_A", wrapper))
 
 
-def keep_adapted(experts: ReplicatedExperts, kept: slice) -> None:
-    """Replace each factor of all experts by one of the kept ones."""
+def kept_rows(tensor: Tensor, kept: Sequence[int], home_slots: int) -> Tensor:
+    """A copy of some rows, [home_slots, ...]. A slot beyond them is zeros."""
+    local = tensor.new_zeros((home_slots, *tensor.shape[1:]))
+    local[: len(kept)] = tensor[list(kept)]
+    return local
+
+
+def keep_adapted(experts: ReplicatedExperts, kept: Sequence[int], home_slots: int) -> None:
+    """Replace each factor of all experts by one of the kept ones, of `home_slots` experts."""
     for factor in experts.adapters:
         weight = factor.linear.weight
-        local = factor.whole(factor.by_expert(weight.detach())[kept]).clone()
+        local = factor.whole(kept_rows(factor.by_expert(weight.detach()), kept, home_slots)).contiguous()
         factor.linear.weight = nn.Parameter(local, requires_grad=weight.requires_grad)
         factor.linear.out_features, factor.linear.in_features = local.shape
     for wrapper in {id(factor.wrapper): factor.wrapper for factor in experts.adapters}.values():
-        wrapper.num_experts = kept.stop - kept.start
+        wrapper.num_experts = home_slots
 
 
 @torch.no_grad()

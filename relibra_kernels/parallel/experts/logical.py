@@ -45,10 +45,19 @@ def logical_tensors(
             continue
         factor = factors.get(id(parameter))
         rows = tensor if factor is None else factor.by_expert(tensor).contiguous()
-        by_rank = comm.gather_tensors(rows, f"gathering {name}")
-        order = torch.from_numpy(np.argsort(home_LE[layer_of[id(parameter)]], kind="stable")).to(tensor.device)
-        whole = torch.empty_like(by_rank.flatten(0, 1)).index_copy_(0, order, by_rank.flatten(0, 1))
+        by_rank = comm.gather_tensors(rows, f"gathering {name}").flatten(0, 1)
+        row_of_expert = _row_of_expert(home_LE[layer_of[id(parameter)]], len(rows))
+        whole = by_rank[torch.from_numpy(row_of_expert).to(tensor.device)]
         yield name, whole if factor is None else factor.whole(whole)
+
+
+def _row_of_expert(home_E: np.ndarray, home_slots: int) -> np.ndarray:
+    """int64 [E]: the row of each expert where the home slots of all ranks stand one after the other."""
+    order = np.argsort(home_E, kind="stable")
+    first = np.searchsorted(home_E[order], np.arange(home_E.max() + 1))
+    rows = np.empty(len(home_E), np.int64)
+    rows[order] = home_E[order] * home_slots + np.arange(len(order)) - first[home_E[order]]
+    return rows
 
 
 class LogicalExperts(Tensor):

@@ -65,11 +65,12 @@ def move_experts(
     send_counts, receive_counts = [len(experts) for experts in leaving], [len(experts) for experts in arriving]
     send_slots = np.searchsorted(before, np.concatenate(leaving))
     arrivals = np.concatenate(arriving)
-    # Where each row of the new order comes from: an old slot, or len(before) + a position among the arrivals.
+    # Where each row of the new order comes from: an old slot, or the number of slots + a position among the arrivals.
+    slots = -(-len(old_home) // comm.size)
     source = np.searchsorted(before, after).clip(max=len(before) - 1)
     new = ~np.isin(after, before)
     by_expert = np.argsort(arrivals, kind="stable")
-    source[new] = len(before) + by_expert[np.searchsorted(arrivals[by_expert], after[new])]
+    source[new] = slots + by_expert[np.searchsorted(arrivals[by_expert], after[new])]
 
     staged = {}
     for name, tensor in tensors.items():
@@ -78,7 +79,18 @@ def move_experts(
     confirmed = torch.ones(1, device=next(iter(tensors.values())).device)
     comm.all_reduce(confirmed, f"{where}, confirming")
     for name, tensor in tensors.items():
-        _reorder_rows(tensor, staged[name], source.tolist())
+        if len(before) == len(after) == slots:
+            _reorder_rows(tensor, staged[name], source.tolist())
+        else:
+            _refill_rows(tensor, staged[name], source.tolist())
+
+
+@torch.no_grad()
+def _refill_rows(tensor: Tensor, arrivals: Tensor, source: list[int]) -> None:
+    """The same where a slot is empty before or after: an empty slot is zeros."""
+    rows = torch.cat([tensor, arrivals])[source]
+    tensor[: len(source)] = rows
+    tensor[len(source) :] = 0
 
 
 def _reorder_rows(tensor: Tensor, arrivals: Tensor, source: list[int]) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ...nn import ReplicatedExperts, ReplicatedMoE
 from ...planner.errors import InputError
-from .adapters import keep_adapted
+from .adapters import keep_adapted, kept_rows
 from .migration import expert_tensors
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -88,15 +88,17 @@ def all_experts(experts: ReplicatedExperts) -> int:
     return experts.all_experts or experts.num_experts
 
 
-def keep_experts(experts: ReplicatedExperts, kept: slice) -> None:
-    """Replace each parameter of all experts by one of the kept ones, unless only these were made."""
+def keep_experts(experts: ReplicatedExperts, kept: Sequence[int], home_slots: int) -> None:
+    """Replace each parameter of all experts by one of the kept ones, [home_slots, ...]. A slot beyond them is zeros.
+
+    Where only this rank's share was made, it stays.
+    """
     if experts.all_experts is not None:
         return
-    keep_adapted(experts, kept)
+    keep_adapted(experts, kept, home_slots)
     for attribute in EXPERT_PARAMETERS:
         parameter = getattr(experts, attribute)
-        if parameter is None:
-            continue
-        local = nn.Parameter(parameter.detach()[kept].clone(), requires_grad=parameter.requires_grad)
-        setattr(experts, attribute, local)
-    experts.num_experts = kept.stop - kept.start
+        if parameter is not None:
+            local = nn.Parameter(kept_rows(parameter.detach(), kept, home_slots), parameter.requires_grad)
+            setattr(experts, attribute, local)
+    experts.num_experts = home_slots

@@ -1,7 +1,8 @@
-"""Replicas of one (layer, micro-batch): weights to the hosts, gradients back to the owner.
+"""Fetched replicas of one (layer, micro-batch): weights to the hosts, gradients back to who sent them.
 
-Both sides read the transfers off the plan, so nothing is negotiated. A replica lives in the receive buffer of its push
-until the layer is done; it never becomes a parameter, has no optimizer state and reaches no checkpoint.
+Both sides read the transfers off the plan, so nothing is negotiated. A replica comes from its home, or from a rank of
+its node that keeps it. It lives in the receive buffer of its push until the layer is done; it never becomes a
+parameter, has no optimizer state and reaches no checkpoint.
 """
 
 from collections.abc import Callable
@@ -13,39 +14,80 @@ from torch import Tensor
 
 from ... import ops
 from ...planner import BatchPlan
-from ...weights import ExpertWeights
+from ...weights import ExpertWeights, replica_store
 from ..comm.collectives import Comm, Exchange
+from ..comm.devices import upload
+from . import blob
 
 
 @dataclass(frozen=True)
 class Transfers:
     """Experts that one rank sends to others' replica slots, and those that come to its own.
 
-    `home_slots` int64 [n]: home slots sent, ordered by host rank, then replica slot.
+    `from_home` int64 [n]: the home slot of each expert sent, ordered by host rank, then replica slot; -1 where it is
+        sent from `from_kept`, its place among the replicas that this rank keeps, else -1. On the device.
     `push_counts`, `pull_counts`: experts to and from each rank, length R.
-    `arrivals` int64: the replica slots of this rank that are filled, in the order in which they come (owner, slot).
+    `arrivals` int64: the replica slots of this rank that are filled, in the order in which they come (source, slot).
     `anywhere`: whether any rank sends anything: where not, no rank does.
+    `sends_kept`: whether this rank sends any of its kept replicas.
     """
 
-    home_slots: np.ndarray
+    from_home: Tensor
+    from_kept: Tensor
     push_counts: list[int]
     pull_counts: list[int]
     arrivals: np.ndarray
     anywhere: bool
+    sends_kept: bool
+
+    def pack(self, home: ExpertWeights, kept: ExpertWeights | None) -> Tensor:
+        """What this rank sends, [n, elements of an expert]."""
+        out = blob.pack(home, self.from_home.clamp(min=0))
+        if self.sends_kept:
+            assert kept is not None
+            others = blob.pack(kept, self.from_kept.clamp(min=0))
+            out = torch.where((self.from_home >= 0)[:, None], out, others)
+        return out
 
 
-def transfers(plan: BatchPlan, layer: int, replicas_RS: np.ndarray, rank: int) -> Transfers:
-    """What fills these replica slots (-1: none), seen from `rank`."""
-    owner = np.where(replicas_RS >= 0, plan.home[layer][replicas_RS], -1)
-    host, slot = np.nonzero(owner == rank)  # ordered by host, then slot
-    held = np.flatnonzero(owner[rank] >= 0)
+def transfers(
+    experts_RS: np.ndarray,
+    source_RS: np.ndarray,
+    home_slot_E: np.ndarray,
+    kept_E: np.ndarray,
+    rank: int,
+    device: torch.device,
+) -> Transfers:
+    """What fills replica slots, seen from `rank`.
+
+    Args:
+        experts_RS: int, the expert that comes to each slot. source_RS: int, the rank that sends it; -1: no one does.
+        home_slot_E: int [E], the home slot of each expert on this rank, -1 elsewhere.
+        kept_E: int [E], the place of each expert among those that this rank keeps, -1 elsewhere.
+    """
+    host, slot = np.nonzero(source_RS == rank)  # ordered by host, then slot
+    held = np.flatnonzero(source_RS[rank] >= 0)
+    ranks = len(source_RS)
+    sent = experts_RS[host, slot]
+    from_home = home_slot_E[sent].astype(np.int64)
+    from_kept = np.where(from_home < 0, kept_E[sent], -1).astype(np.int64)
     return Transfers(
-        home_slots=np.searchsorted(plan.home_experts(layer)[rank], replicas_RS[host, slot]),
-        push_counts=np.bincount(host, minlength=plan.num_ranks).tolist(),
-        pull_counts=np.bincount(owner[rank][held], minlength=plan.num_ranks).tolist(),
-        arrivals=held[np.argsort(owner[rank][held], kind="stable")],
-        anywhere=bool((owner >= 0).any()),
+        from_home=upload(from_home, device),
+        from_kept=upload(from_kept, device),
+        push_counts=np.bincount(host, minlength=ranks).tolist(),
+        pull_counts=np.bincount(source_RS[rank][held], minlength=ranks).tolist(),
+        arrivals=held[np.argsort(source_RS[rank][held], kind="stable")],
+        anywhere=bool((source_RS >= 0).any()),
+        sends_kept=bool((from_kept >= 0).any()),
     )
+
+
+def home_slot_of_expert(plan: BatchPlan, layer: int, rank: int) -> np.ndarray:
+    """int64 [E]: the home slot of each expert on `rank`, -1 for those of other ranks."""
+    slots = np.full(plan.num_experts, -1, np.int64)
+    mine = np.flatnonzero(plan.home[layer] == rank)
+    slots[mine] = np.arange(len(mine))
+    return slots
 
 
 @dataclass(frozen=True)
@@ -53,64 +95,66 @@ class ReplicaRoute:
     """The replicas of one (layer, micro-batch) on one rank.
 
     `pushed`: fetched for this micro-batch. `kept`: how many replicas of this rank are kept for the whole batch.
-    `weight_of_slot` int32 [E/R + S]: where each slot's weights are: the home store, then what was pushed, then what is
-        kept; 0 for an empty slot, which has no rows.
+    `weight_of_slot` int32 [home slots + S], on the device: where each slot's weights are: the home store, then what was
+        pushed, then what is kept; 0 for an empty slot, which has no rows.
     """
 
     pushed: Transfers
     kept: int
-    weight_of_slot: np.ndarray
+    weight_of_slot: Tensor
 
 
 def replica_route(
-    plan: BatchPlan, layer: int, micro_batch: int, rank: int, kept_RS: np.ndarray, kept: Transfers | None
+    plan: BatchPlan,
+    layer: int,
+    micro_batch: int,
+    rank: int,
+    source_RS: np.ndarray,
+    kept_slots: np.ndarray,
+    device: torch.device,
 ) -> ReplicaRoute | None:
     """The replicas of `rank`; None where no rank has one, and then the layer does nothing for them.
 
     Args:
-        kept_RS: bool, which slots hold a kept replica. kept: the transfers that brought those.
+        source_RS: the rank that sends each fetched replica, -1 for empty and kept slots.
+        kept_slots: int64, the replica slots of this rank that are kept, in the order of their store.
     """
     if not plan.has_replicas(layer, micro_batch):
         return None
-    pushed = transfers(plan, layer, np.where(kept_RS, -1, plan.replicas[layer, micro_batch]), rank)
-    stay = kept.arrivals if kept is not None else np.zeros(0, np.int64)
-    weight_of_slot = np.zeros(plan.experts_per_rank + plan.num_slots, np.int32)
-    weight_of_slot[: plan.experts_per_rank] = np.arange(plan.experts_per_rank)
-    filled = np.concatenate([pushed.arrivals, stay])
-    weight_of_slot[plan.experts_per_rank + filled] = plan.experts_per_rank + np.arange(len(filled))
-    return ReplicaRoute(pushed, len(stay), weight_of_slot)
+    kept_E = np.full(plan.num_experts, -1, np.int64)
+    kept_E[plan.replicas[layer, 0, rank, kept_slots]] = np.arange(len(kept_slots))
+    home_slot_E = home_slot_of_expert(plan, layer, rank)
+    pushed = transfers(plan.replicas[layer, micro_batch], source_RS, home_slot_E, kept_E, rank, device)
+    weight_of_slot = np.zeros(plan.home_slots + plan.num_slots, np.int32)
+    weight_of_slot[: plan.home_slots] = np.arange(plan.home_slots)
+    filled = np.concatenate([pushed.arrivals, kept_slots])
+    weight_of_slot[plan.home_slots + filled] = plan.home_slots + np.arange(len(filled))
+    return ReplicaRoute(pushed, len(kept_slots), upload(weight_of_slot, device))
 
 
 class Push:
     """Replica weights on their way to this rank, begun a layer ahead."""
 
     def __init__(self, comm: Comm, route: ReplicaRoute, home: ExpertWeights, kept: ExpertWeights | None, where: str):
-        self._exchanges: list[Exchange] = []
-        self._route, self._kept = route, kept
+        self._route, self._home, self._kept = route, home, kept
+        self._exchange: Exchange | None = None
         pushed = route.pushed
-        arrivals = len(pushed.arrivals)
-
-        def begin(weight: Tensor) -> Tensor:
-            store = weight.new_empty((arrivals + route.kept, *weight.shape[1:]))
-            if pushed.anywhere:
-                slots = torch.from_numpy(pushed.home_slots).to(weight.device)
-                leaving = weight.detach().index_select(0, slots)
-                counts = pushed.push_counts, pushed.pull_counts
-                phase = f"replica weights of {where}"
-                self._exchanges.append(comm.start(leaving, *counts, "replica_weights", phase, store[:arrivals]))
-            return store
-
-        self._stores = home.map(begin)
+        if pushed.anywhere:
+            counts = pushed.push_counts, pushed.pull_counts
+            leaving = pushed.pack(home, kept)
+            self._exchange = comm.start(leaving, *counts, "replica_weights", f"replica weights of {where}")
 
     def wait(self) -> ExpertWeights:
         """[pushed + kept, ...] of every weight."""
-        for exchange in self._exchanges:
-            exchange.wait()
+        arrivals = len(self._route.pushed.arrivals)
+        if self._exchange is None:
+            stores = self._home.map(lambda weight: replica_store(weight.detach(), self._route.kept))
+        else:
+            stores = blob.unpack(self._exchange.wait(), self._home.map(torch.Tensor.detach), self._route.kept)
         if self._route.kept and self._kept is not None:
-            arrivals = len(self._route.pushed.arrivals)
-            for store, kept in zip(self._stores.tensors(), self._kept.tensors(), strict=True):
+            for store, kept in zip(stores.tensors(), self._kept.tensors(), strict=True):
                 store[arrivals:].copy_(kept)
-        return self._stores
+        return stores
 
 
 class ReplicaPushes:
@@ -173,25 +217,30 @@ class ReplicaPushes:
 
 
 class GradientReturn:
-    """Replicas' fp32 gradients on their way to the owners, who add them up in the order of the host ranks."""
+    """Replicas' fp32 gradients on their way to the ranks that sent their weights, as one blob.
+
+    They are added up in the order of the host ranks: into the owner's gradients, or into those of a kept replica, which
+    go home when the batch closes.
+    """
 
     def __init__(
-        self,
-        comm: Comm,
-        moved: Transfers,
-        replica_grad: ExpertWeights,
-        home_grad: ExpertWeights,
-        phase: str,
-        kind: str = "replica_gradients",
+        self, comm: Comm, moved: Transfers, replica_grad: ExpertWeights, phase: str, kind: str = "replica_gradients"
     ):
-        self._exchanges: list[tuple[Exchange, Tensor]] = []
-        self._home_slots = moved.home_slots
-        counts = moved.pull_counts, moved.push_counts
-        for shard, owner in zip(replica_grad.tensors(), home_grad.tensors(), strict=True):
-            self._exchanges.append((comm.start(shard, *counts, kind, phase), owner))
+        self._moved, self._like = moved, replica_grad
+        self._exchange: Exchange | None = None
+        if replica_grad.tensors():
+            counts = moved.pull_counts, moved.push_counts
+            self._exchange = comm.start(blob.pack(replica_grad), *counts, kind, phase)
 
-    def finish(self) -> None:
-        """Add them into the owner's buffers, in place."""
-        for exchange, owner in self._exchanges:
-            shards = exchange.wait()
-            ops.replica_reduce(owner, shards, torch.from_numpy(self._home_slots).to(owner.device))
+    def finish(self, home_grad: ExpertWeights | None, kept_grad: ExpertWeights | None = None) -> None:
+        """Add them into these buffers, in place.
+
+        Args: home_grad: of the homes. kept_grad: of this rank's kept replicas, where it sends such. None: none do.
+        """
+        if self._exchange is None:
+            return
+        shards = blob.unpack(self._exchange.wait(), self._like)
+        for grads, index in ((home_grad, self._moved.from_home), (kept_grad, self._moved.from_kept)):
+            if grads is not None:
+                for shard, owner in zip(shards.tensors(), grads.tensors(), strict=True):
+                    ops.replica_reduce(owner, shard, index)

@@ -1,14 +1,15 @@
 """One MoE layer under expert parallelism: dispatch, compute, combine, and the same backwards.
 
-Forward:  rows and gate weights go to the ranks of their experts, the weighted partial sums come back and add up.
-Backward: dout goes the same way, partial dx and the gate weights' gradients come back; replicas are fetched again, or
-          kept with the activations, and their gradients go to the owner. Every size is a host integer known since the
-          micro-batch opened.
+Forward:  rows, gate weights and slots go to the ranks of their experts in one payload; the weighted partial sums come
+          back and add up.
+Backward: dout goes the same way; partial dx and the gate weights' gradients come back in one payload. Replicas are
+          fetched again, or were kept with the activations, and their gradients go to the owner.
+Every size is a host integer known before the layer runs: nothing waits for the device.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +18,23 @@ from torch.autograd.function import once_differentiable
 from ...autograd import NO_WEIGHTS, moe_mlp_backward, moe_mlp_forward
 from ...form import ExpertForm
 from ...planner.errors import InputError
-from ...weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
+from ...weights import ExpertWeights, gradient_buffers, main_grads, replica_buffers, returned_gradients
+from ..experts.accumulation import GradientSums
 from ..experts.kept import KeptReplicas
 from ..experts.replicas import GradientReturn, ReplicaPushes, ReplicaRoute
 from ..session import Session
-from .paths import PlannedPath
+from .path import TokenPath
+
+
+class Experts(NamedTuple):
+    """The experts of one layer that are on this rank.
+
+    `recompute`: save no pre-activation; backward computes it again.
+    """
+
+    form: ExpertForm
+    recompute: bool
+    weights: ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -29,6 +42,7 @@ class LayerSite:
     """Everything one rank needs to run one (layer, micro-batch): captured in forward, used again in backward.
 
     Attributes:
+        pushes, kept: of the batch; None where none is open.
         tag: int64 [3] on the host, (batch, micro-batch, layer): saved with the activations, so that those of another
             micro-batch are not taken for this one's.
         replicas: None where the layer has none. weight_of_slot: int32 [E/R + S] there.
@@ -39,16 +53,22 @@ class LayerSite:
     layer: int
     micro_batch: int
     tag: Tensor
-    path: PlannedPath
-    pushes: ReplicaPushes
-    kept: KeptReplicas
+    path: TokenPath
+    pushes: ReplicaPushes | None
+    kept: KeptReplicas | None
     replicas: ReplicaRoute | None
     weight_of_slot: Tensor | None
     next_routes: tuple[ReplicaRoute | None, ReplicaRoute | None]
+    device: torch.device
+    sums: GradientSums | None = None
 
     @property
     def where(self) -> str:
         return f"layer {self.layer}, micro-batch {self.micro_batch}"
+
+    def sums_of(self, parameters: ExpertWeights) -> ExpertWeights:
+        """Where gradients of the parameters are added up: their `main_grad`, or a sum of the batch; None: autograd."""
+        return main_grads(parameters) if self.sums is None else self.sums.of_layer(self.layer, parameters)
 
     @property
     def keeps_replicas(self) -> bool:
@@ -57,26 +77,39 @@ class LayerSite:
 
     def fetch(self, *, backward: bool, hold: bool = False) -> ExpertWeights | None:
         """The replicas on this rank; begins to fetch those of the layer that comes next, unless that one keeps them."""
-        with self.session.ledger.span("replica", self.path.device):
+        if self.pushes is None:
+            return None
+        with self.session.ledger.span("replica", self.device):
             mine = self.pushes.take(self.layer, self.micro_batch, backward, self.replicas, hold)
             if not hold and not (backward and self.session.options.keep_replicas):
                 ahead = self.layer - 1 if backward else self.layer + 1
                 self.pushes.start(ahead, self.micro_batch, backward, self.next_routes[not backward])
         return mine
 
-    def start_return(self, replica_grad: ExpertWeights, home_grad: ExpertWeights) -> GradientReturn | None:
+    def start_return(self, replica_grad: ExpertWeights) -> GradientReturn | None:
         """Gradients of pushed replicas begin their way home; those of kept replicas are added up here."""
-        assert self.replicas is not None
+        assert self.replicas is not None and self.kept is not None and self.pushes is not None
         pushed = self.replicas.pushed
         arrivals = len(pushed.arrivals)
-        if self.kept.transfers(self.layer) is not None:
+        if self.kept.weights(self.layer) is not None:
             self.kept.add_gradients(self.layer, replica_grad.map(lambda grad: grad[arrivals:]))
         if not pushed.anywhere:
             return None
         phase = f"replica gradients of {self.where}"
-        return GradientReturn(
-            self.pushes.comm, pushed, replica_grad.map(lambda grad: grad[:arrivals]), home_grad, phase
-        )
+        return GradientReturn(self.pushes.comm, pushed, replica_grad.map(lambda grad: grad[:arrivals]), phase)
+
+    def finish_return(self, going_home: GradientReturn, home_grad: ExpertWeights) -> None:
+        """What came back of pushed replicas is added to the gradients of the homes, and of kept replicas sent on."""
+        assert self.replicas is not None and self.kept is not None
+        sends_kept = self.replicas.pushed.sends_kept
+        going_home.finish(home_grad, self.kept.gradients(self.layer, home_grad) if sends_kept else None)
+
+
+def run_layer(x_TH: Tensor, weights_TK: Tensor, site: LayerSite, experts: Experts) -> Tensor:
+    """The layer's experts, differentiable: [T, H]."""
+    return ExpertParallelMLP.apply(
+        x_TH.contiguous(), weights_TK, site, experts.form, experts.recompute, *experts.weights
+    )
 
 
 class ExpertParallelMLP(torch.autograd.Function):
@@ -88,23 +121,21 @@ class ExpertParallelMLP(torch.autograd.Function):
     ) -> Tensor:
         session, options = site.session, site.session.options
         home = ExpertWeights(*parameters)
-        keep = any(ctx.needs_input_grad)
-        keep_rows = keep and not options.redispatch
-        exact = torch.promote_types(weights.dtype, torch.float32)
+        keep_rows = any(ctx.needs_input_grad) and not options.redispatch
+        gates = weights.to(torch.promote_types(x.dtype, torch.float32))
         with session.running(site.where):
             in_backward = torch._C._current_graph_task_id() != -1
             replica = site.fetch(backward=in_backward, hold=in_backward and not site.keeps_replicas)
             with session.ledger.span("dispatch", x.device):
-                chunks = site.path.dispatch((x, weights.to(exact)), "dispatch", keep_rows)
+                arriving = site.path.dispatch(x, gates, "dispatch")
             partials, saved = [], []
-            for chunk in chunks:
+            for arrive in arriving:
                 with session.ledger.span("dispatch", x.device):
-                    x_rows, weight_rows = chunk.wait()
-                    weight_rows = chunk.group.pick(weight_rows)
+                    chunk = arrive()
                 with session.ledger.span("compute", x.device):
                     out_rows, h = moe_mlp_forward(
-                        x_rows,
-                        weight_rows,
+                        chunk.x,
+                        chunk.weights,
                         chunk.group.schedule,
                         home,
                         form,
@@ -112,14 +143,15 @@ class ExpertParallelMLP(torch.autograd.Function):
                         weight_of_slot=site.weight_of_slot,
                         out_dtype=options.combine_dtype,
                     )
-                partials.append([out_rows])
-                saved += [x_rows if keep_rows else None, None if recompute else h, weight_rows if keep_rows else None]
+                partials.append(out_rows)
+                rows = (chunk.x, chunk.weights) if keep_rows else (None, None)
+                saved += [*rows, None if recompute else h]
             with session.ledger.span("combine", x.device):
-                (out,) = site.path.combine(partials, "combine")
+                out = site.path.combine(partials, "combine")
         ctx.site, ctx.form, ctx.weights_dtype = site, form, weights.dtype
-        ctx.main_grads = main_grads(home)
+        ctx.owners = home.map(lambda parameter: parameter if parameter.is_leaf else None)
         kept = replica if replica is not None and site.keeps_replicas else NO_WEIGHTS
-        sources = (x, weights) if options.redispatch else (None, None)
+        sources = (x, gates) if options.redispatch else (None, None)
         ctx.save_for_backward(site.tag, *parameters, *kept, *sources, *saved)
         return out.to(x.dtype)
 
@@ -132,33 +164,34 @@ class ExpertParallelMLP(torch.autograd.Function):
         tag, *saved = ctx.saved_tensors
         check_tag(tag, site.tag, site.where)
         home, kept = ExpertWeights(*saved[:4]), ExpertWeights(*saved[4:8])
-        x, weights, *rows = saved[8:]
+        x, gates, *rows = saved[8:]
         needed = ctx.needs_input_grad[5:]
         partials = []
         with session.running(site.where):
             replica = kept if site.keeps_replicas else site.fetch(backward=True)
-            added = any(main_grad is not None for main_grad in ctx.main_grads)  # else the first chunk fills new buffers
+            sums = site.sums_of(ctx.owners)
+            added = any(of_parameter is not None for of_parameter in sums)  # else the first chunk fills new buffers
             make = gradient_buffers if added else _new_buffers
-            grad = make(home, ctx.main_grads, needed)
-            replica_grad = make(replica, NO_WEIGHTS, needed) if replica else None
+            grad = make(home, sums, needed)
+            replica_grad = replica_buffers(replica, grad, zeroed=added) if replica else None
             with session.ledger.span("dispatch", dout.device):
-                chunks = site.path.dispatch((dout.contiguous(),), "backward dispatch", keep=False)
+                arriving = site.path.dispatch_rows(dout.contiguous(), "backward dispatch")
                 if x is not None:
-                    again = x, weights.to(torch.promote_types(weights.dtype, torch.float32))
-                    for i, chunk in enumerate(site.path.dispatch(again, "redispatch", keep=True)):
-                        x_rows, weight_rows = chunk.wait()
-                        rows[3 * i], rows[3 * i + 2] = x_rows, chunk.group.pick(weight_rows)
-            for i, chunk in enumerate(chunks):
-                x_rows, h, weight_rows = rows[3 * i : 3 * i + 3]
+                    for i, arrive in enumerate(site.path.dispatch(x, gates, "redispatch")):
+                        chunk = arrive()
+                        rows[3 * i], rows[3 * i + 1] = chunk.x, chunk.weights
+            for i, arrive_rows in enumerate(arriving):
+                x_rows, weight_rows, h = rows[3 * i : 3 * i + 3]
+                group = site.path.groups[i]
                 with session.ledger.span("dispatch", dout.device):
-                    (dout_rows,) = chunk.wait()
+                    dout_rows = arrive_rows()
                 with session.ledger.span("compute", dout.device):
                     dx_rows, dweight_rows = moe_mlp_backward(
                         dout_rows,
                         x_rows,
                         h,
                         weight_rows,
-                        chunk.group.schedule,
+                        group.schedule,
                         home,
                         ctx.form,
                         grad=grad,
@@ -168,14 +201,14 @@ class ExpertParallelMLP(torch.autograd.Function):
                         accumulate=added or i > 0,
                         out_dtype=options.combine_dtype,
                     )
-                partials.append([dx_rows, chunk.group.spread(dweight_rows)])
-            going_home = site.start_return(replica_grad, grad) if replica_grad is not None else None
+                partials.append((dx_rows, group.spread(dweight_rows)))
+            going_home = site.start_return(replica_grad) if replica_grad is not None else None
             with session.ledger.span("combine", dout.device):
-                dx, dweights = site.path.combine(partials, "backward combine")
+                dx, dweights = site.path.combine_gradients(partials, "backward combine")
             if going_home is not None:
                 with session.ledger.span("replica", dout.device):
-                    going_home.finish()
-        returned = returned_gradients(home, grad, ctx.main_grads, needed)
+                    site.finish_return(going_home, grad)
+        returned = returned_gradients(home, grad, sums, needed)
         return dx.to(dout.dtype), dweights.to(ctx.weights_dtype), None, None, None, *returned
 
 

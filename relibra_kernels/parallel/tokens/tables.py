@@ -1,158 +1,129 @@
-"""The tables of a batch on one rank: made a micro-batch ahead of the step, read by every layer.
+"""What a rank sends and receives in a layer: rows, slots and counts, made on the device from destinations.
 
-What a rank sends follows from its own trace and is worked out in the background while the micro-batch before runs.
-What it receives needs one exchange of row counts and one of slot numbers when the micro-batch opens; a layer then
-exchanges nothing but rows, gate weights and replicas.
+A token travels to a rank once, however many of its experts are there. Rows that are sent are ordered by destination,
+then by token; those that stay on their rank come last.
 """
 
-from collections import OrderedDict
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from ...planner import BatchPlan, RoutingTrace
-from ...planner.errors import InputError
-from ..comm.collectives import Comm
-from .routes import SendRoute, send_routes
+from .destinations import Destinations
 
-KEPT = 2  # micro-batches whose tables stay, so that a second pass over the last one makes none
+CELLS = 1 << 23  # (layer, rank, token) cells that are looked at together: bounds the memory that tables take on the way
 
 
 @dataclass(frozen=True)
-class MicroBatchTables:
-    """One micro-batch.
+class SendTables:
+    """What one rank sends in some layers L, T tokens or rows each. On the device.
 
-    `expert_ids` [n, L, K]: recorded routing of this rank's rows, -1 where unknown.
-    `live` bool [n]: rows that are routed live: unknown, and not the last of their sequence.
-    `live_counts` int64 [R]: how many of them every rank has.
-    `routes`: this rank's sends, a layer each.
-    `receive_counts` int64 [L, R]: rows that come from each rank.
-    `received_slots`: int16 [received, K] a layer, slots on this rank that each received row visits.
+    `assignment_of` int32 [L, T * min(K, R)]: the first choice, as t * K + k, of each row that is sent. Unused at the
+        end.
+    `slots` int16 [L, T * min(K, R), K]: the slot on its destination of each of the row's choices, -1 for those of
+        other ranks.
+    `position_of` int32 [L, T, K]: the sent row whose first choice this is, else -1.
+    `offsets` int32 [L, R + 1]: where the rows for each destination begin, in the order in which they are sent.
+    `counts` int32 [L, R, 3], by rank: rows, the most choices that one of them has there, and all those choices.
     """
 
-    expert_ids: np.ndarray
-    live: np.ndarray
-    live_counts: np.ndarray
-    routes: list[SendRoute]
-    receive_counts: np.ndarray
-    received_slots: list[np.ndarray]
+    assignment_of: Tensor
+    slots: Tensor
+    position_of: Tensor
+    offsets: Tensor
+    counts: Tensor
 
+    def of_tokens(self, rows_T: Tensor, token_of_row: Tensor) -> "SendTables":
+        """The same for a model's input whose tokens are these rows.
 
-class Tables:
-    """The tables of the micro-batches of one batch, each made when it is needed, on all ranks in the same order.
-
-    Args:
-        loads_LMRE: of the whole group. trace, micro_batch_of_sequence: of this rank.
-    """
-
-    def __init__(
-        self,
-        comm: Comm,
-        plan: BatchPlan,
-        loads_LMRE: np.ndarray,
-        trace: RoutingTrace,
-        micro_batch_of_sequence: np.ndarray,
-        device: torch.device,
-    ):
-        self._comm, self._plan, self._loads, self._device = comm, plan, loads_LMRE, device
-        self._trace, self._groups = trace, micro_batch_of_sequence
-        self._live = trace.unknown
-        self._live[trace.offsets[1:][np.diff(trace.offsets) > 0] - 1] = False  # last tokens need no route
-        self._kept: OrderedDict[int, MicroBatchTables] = OrderedDict()
-        self._worker = ThreadPoolExecutor(1, "relibra-tables")
-        self._ahead: tuple[int, Future[list[SendRoute]]] | None = None
-        self._look_ahead(0)
-
-    def get(self, micro_batch: int) -> MicroBatchTables:
-        """Collective. Raises: InputError where another rank opens another micro-batch."""
-        known = self._kept.get(micro_batch)
-        if known is None:
-            known = self._make(micro_batch)
-        else:
-            self._exchange_counts(micro_batch, known.expert_ids[:0], known.routes)
-        self._kept[micro_batch] = known
-        self._kept.move_to_end(micro_batch)
-        while len(self._kept) > KEPT:
-            self._kept.popitem(last=False)
-        self._look_ahead(micro_batch + 1)
-        return known
-
-    def close(self) -> None:
-        """Stop working ahead."""
-        self._worker.shutdown(wait=True, cancel_futures=True)
-
-    def _make(self, micro_batch: int) -> MicroBatchTables:
-        expert_ids, live = self._rows(micro_batch)
-        if self._ahead is not None and self._ahead[0] == micro_batch:
-            routes = self._ahead[1].result()
-        else:
-            routes = self._routes(micro_batch)
-        live_counts, receive_counts_LR = self._exchange_counts(micro_batch, live, routes)
-        return MicroBatchTables(
-            expert_ids=expert_ids,
-            live=live,
-            live_counts=live_counts,
-            routes=routes,
-            receive_counts=receive_counts_LR,
-            received_slots=self._exchange_slots(routes, receive_counts_LR, micro_batch),
-        )
-
-    def _look_ahead(self, micro_batch: int) -> None:
-        known = micro_batch >= self._plan.num_micro_batches or micro_batch in self._kept
-        if not known and (self._ahead is None or self._ahead[0] != micro_batch):
-            self._ahead = micro_batch, self._worker.submit(self._routes, micro_batch)
-
-    def _sequences(self, micro_batch: int) -> np.ndarray:
-        return np.flatnonzero(self._groups == micro_batch)
-
-    def _rows(self, micro_batch: int) -> tuple[np.ndarray, np.ndarray]:
-        sequences = self._sequences(micro_batch)
-        starts, ends = self._trace.offsets[:-1][sequences], self._trace.offsets[1:][sequences]
-        live = [self._live[start:end] for start, end in zip(starts, ends, strict=True)]
-        return self._trace.select(sequences).expert_ids, np.concatenate([np.zeros(0, bool), *live])
-
-    def _routes(self, micro_batch: int) -> list[SendRoute]:
-        expert_ids = self._trace.select(self._sequences(micro_batch)).expert_ids
-        return send_routes(expert_ids, self._plan, self._loads, micro_batch, self._comm.rank)
-
-    def _exchange_counts(
-        self, micro_batch: int, live: np.ndarray, routes: list[SendRoute]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [R] live rows of every rank, and [L, R] rows that this rank gets from each in every layer."""
-        comm = self._comm
-        counts_RL = np.array([route.counts for route in routes]).T
-        header = np.broadcast_to([micro_batch, np.count_nonzero(live)], (comm.size, 2))
-        send = torch.from_numpy(np.ascontiguousarray(np.concatenate([header, counts_RL], 1))).to(self._device)
-        one_each = [1] * comm.size
-        received = comm.exchange(send, one_each, one_each, "counts", f"the exchange of row counts of {micro_batch}")
-        table = received.numpy(force=True)
-        other = np.flatnonzero(table[:, 0] != micro_batch)
-        if len(other):
-            raise InputError(
-                f"rank {comm.rank} opened micro-batch {micro_batch} and rank {other[0]} micro-batch "
-                f"{table[other[0], 0]}; all ranks must open the same ones in the same order"
-            )
-        return table[:, 1].copy(), np.ascontiguousarray(table[:, 2:].T)
-
-    def _exchange_slots(
-        self, routes: list[SendRoute], receive_counts_LR: np.ndarray, micro_batch: int
-    ) -> list[np.ndarray]:
-        """Send the slots of every layer's rows at once; return what this rank receives, a layer each.
-
-        They travel as bytes: neither gloo nor NCCL has a 16-bit integer.
+        Args:
+            rows_T: int64 [tokens], -1 for padding. token_of_row: int64 [rows + 1], the last one for row -1.
         """
-        sends = [np.split(route.slots, np.cumsum(route.counts)[:-1]) for route in routes]
-        send = np.concatenate([layer[destination] for destination in range(self._comm.size) for layer in sends])
-        received = self._comm.exchange(
-            torch.from_numpy(send.view(np.uint8)).to(self._device),
-            np.sum([route.counts for route in routes], 0).tolist(),
-            receive_counts_LR.sum(0).tolist(),
-            "slots",
-            f"the exchange of slots, micro-batch {micro_batch}",
+        top_k = self.position_of.shape[2]
+        nowhere = torch.full_like(self.position_of[:, :1], -1)
+        row_LN = torch.div(self.assignment_of, top_k, rounding_mode="floor")
+        token_LN = token_of_row[row_LN.long()]
+        return SendTables(
+            assignment_of=(token_LN * top_k + (self.assignment_of - row_LN * top_k)).int(),
+            slots=self.slots,
+            position_of=torch.cat([self.position_of, nowhere], 1)[:, rows_T].contiguous(),
+            offsets=self.offsets,
+            counts=self.counts,
         )
-        slots = received.numpy(force=True).view(np.int16)
-        # source by source, its layers in order
-        pieces = np.split(slots, np.cumsum(receive_counts_LR.T.reshape(-1))[:-1])
-        return [np.concatenate(pieces[layer :: len(routes)]) for layer in range(len(routes))]
+
+
+def send_tables(destinations: Destinations, num_ranks: int, rank: int) -> SendTables:
+    """The tables of all layers at once. Nothing waits for the device."""
+    layers, tokens, _ = destinations.rank.shape
+    step = max(1, CELLS // max(1, num_ranks * tokens))
+    parts = [
+        _send_tables(destinations.rank[start : start + step], destinations.slot[start : start + step], num_ranks, rank)
+        for start in range(0, layers, step)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    return SendTables(*(torch.cat([getattr(part, name) for part in parts]) for name in SendTables.__annotations__))
+
+
+def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) -> SendTables:
+    layers, tokens, top_k = rank_LTK.shape
+    device, cells = rank_LTK.device, num_ranks * tokens
+    known = rank_LTK >= 0
+    place = torch.where(rank_LTK > me, rank_LTK - 1, rank_LTK.masked_fill(rank_LTK == me, num_ranks - 1))
+    token = torch.arange(tokens, device=device)[:, None]
+    cell_LA = torch.where(known, place * tokens + token, cells).flatten(1)  # the last cell is for what goes nowhere
+    choices = torch.zeros(layers, cells + 1, dtype=torch.int32, device=device)
+    choices.scatter_add_(1, cell_LA, torch.ones_like(cell_LA, dtype=torch.int32))
+    visited = choices > 0
+    row_of_cell = visited.cumsum(1, dtype=torch.int32) - 1
+    bound = tokens * min(top_k, num_ranks)
+    row_LTK = torch.where(known, row_of_cell.gather(1, cell_LA).view_as(rank_LTK), bound)
+    earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
+    again = ((place[..., :, None] == place[..., None, :]) & earlier).any(-1)
+    first = known & ~again
+
+    choice = torch.arange(top_k, device=device)
+    assignment_of = torch.zeros(layers, bound + 1, dtype=torch.int32, device=device)
+    sent_LA = torch.where(first, row_LTK, bound).flatten(1).long()
+    assignment_of.scatter_(1, sent_LA, (token * top_k + choice).int().expand(layers, -1, -1).flatten(1))
+    slots = torch.full((layers, (bound + 1) * top_k), -1, dtype=torch.int16, device=device)
+    slots.scatter_(1, (row_LTK.long() * top_k + choice).flatten(1), slot_LTK.flatten(1))
+
+    by_place = choices[:, :cells].view(layers, num_ranks, tokens)
+    rows = visited[:, :cells].view(layers, num_ranks, tokens).sum(2, dtype=torch.int32)
+    offsets = torch.cat([rows.new_zeros(layers, 1), rows.cumsum(1, dtype=torch.int32)], 1)
+    most = by_place.amax(2) if tokens else torch.zeros_like(rows)
+    counts = torch.stack([rows, most, by_place.sum(2, dtype=torch.int32)], 2)
+    by_rank = torch.cat([counts[:, :me], counts[:, -1:], counts[:, me:-1]], 1)
+    return SendTables(
+        assignment_of=assignment_of[:, :bound],
+        slots=slots.view(layers, bound + 1, top_k)[:, :bound],
+        position_of=torch.where(first, row_LTK, -1).int(),
+        offsets=offsets,
+        counts=by_rank,
+    )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the host knows of one layer: rows to and from each rank, and how many choices come with those it gets.
+
+    `places`: the most choices that one received row has here. `assignments`: all of them; `own_assignments`: those of
+    rows that stay on this rank.
+    """
+
+    send_counts: Sequence[int]
+    receive_counts: Sequence[int]
+    places: int
+    assignments: int
+    own_assignments: int
+
+
+def sizes_of_layers(sent_LR3: np.ndarray, received_RL3: np.ndarray, rank: int) -> list[Sizes]:
+    """From the counts that `rank` sends and those that it got from every rank, int [R, L, 3]."""
+    rows_LR, most_LR, choices_LR = received_RL3.transpose(2, 1, 0)
+    most, choices, own = most_LR.max(1).clip(min=1).tolist(), choices_LR.sum(1).tolist(), choices_LR[:, rank].tolist()
+    sent, received = sent_LR3[:, :, 0].tolist(), rows_LR.tolist()
+    return [Sizes(*of_layer) for of_layer in zip(sent, received, most, choices, own, strict=True)]

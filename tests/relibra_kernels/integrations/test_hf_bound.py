@@ -266,7 +266,7 @@ class Passing(nn.Module):
         try:
             return super().__getattr__(name)
         except AttributeError:
-            return getattr(super().__getattr__(super().__getattr__("_inner_name")), name)
+            return getattr(super().__getattr__(self.__dict__["_inner_name"]), name)
 
     def forward(self, *args, **kwargs):
         return self._modules[self._inner_name](*args, **kwargs)

@@ -42,7 +42,9 @@ def plan_of(trace: RoutingTrace) -> BatchPlan:
         groups[mine] = of_mine
     loads = load_table(trace, groups, rank, MICRO_BATCHES, RANKS)
     home = contiguous_home(trace.num_layers, EXPERTS, RANKS)
-    plan = plan_batch(loads, ClusterSpec(1, RANKS, 2), previous_home=home, options=PlanOptions(max_moves=0))
+    plan = plan_batch(
+        loads, ClusterSpec(1, RANKS, 2), previous_home=home, options=PlanOptions(balance=1.0, max_moves=0)
+    )
     assert (plan.home == home).all() and (plan.replicas >= 0).any((2, 3)).any()
     return plan
 

@@ -89,10 +89,13 @@ def test_slime(routing):
         slime.trace_of_rollout({"tokens": []}, E)
 
 
+LEVEL = PlanOptions(balance=1.0)
+
+
 def test_plans_are_for_what_every_rank_trains_on(routing):
-    planned = verl.plan_for_update(verl_batch(routing), E, CLUSTER, micro_batch_size_per_gpu=2)
+    planned = verl.plan_for_update(verl_batch(routing), E, CLUSTER, micro_batch_size_per_gpu=2, options=LEVEL)
     micro_batches = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
-    same = slime.plan_for_train(slime_rollout(routing), E, CLUSTER, micro_batches)
+    same = slime.plan_for_train(slime_rollout(routing), E, CLUSTER, micro_batches, options=LEVEL)
     np.testing.assert_array_equal(planned.plan.replicas, same.plan.replicas)
     assert planned.plan.loads_sha256 == same.plan.loads_sha256
     own = [[0, 1, 2, 3], [4, 5, 6, 7]], [[[0, 1], [2, 3]]] * 2  # slime's indices point into a rank's own samples

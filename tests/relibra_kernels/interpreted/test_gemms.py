@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from layer_problem import CASES, FORMS, oracle, problem, run_functions
+from layer_problem import CASES, FORMS, REPLICAS, oracle, problem, run_functions
 from tolerance import RELATIVE, assert_close
 
 from relibra_kernels import kernels
@@ -32,7 +32,7 @@ def test_every_routing_in_fp32(case):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype):
-    check(CASES[-1], FORMS["qwen"], dtype)
+    check(REPLICAS, FORMS["qwen"], dtype)
 
 
 @pytest.mark.parametrize("name", ["bias", "interleaved", "transposed", "clamped", "gpt-oss"])
@@ -41,7 +41,7 @@ def test_every_form(name):
 
 
 def test_replicas_with_biases():
-    check(CASES[-1], FORMS["gpt-oss"], torch.float32)
+    check(REPLICAS, FORMS["gpt-oss"], torch.float32)
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["pointer gather", "descriptor gather"])
@@ -51,7 +51,7 @@ def test_descriptors(monkeypatch, gather, name, replicas):
     """The loads of sm_90 (descriptors, gathered rows by pointer) and sm_100 (descriptor gather)."""
     device = dataclasses.replace(launch.INTERPRETER, tma=True, descriptor_gather=gather)
     monkeypatch.setattr(launch, "INTERPRETER", device)
-    check(CASES[-1] if replicas else CASES[3], FORMS[name], torch.float16)
+    check(REPLICAS if replicas else CASES[3], FORMS[name], torch.float16)
 
 
 def test_same_input_same_bits_whatever_the_grid(monkeypatch):
@@ -132,9 +132,12 @@ def test_a_tile_size_can_be_given():
 
 
 @pytest.mark.parametrize("setting", ["tf32", "ieee"])
-def test_both_of_torchs_settings_of_fp32_products(setting, monkeypatch):
+def test_both_of_torchs_settings_of_fp32_products(setting):
     """Once the newer setting was used, reading the older one raises."""
     matmul = torch.backends.cuda.matmul
-    monkeypatch.setattr(matmul, "fp32_precision", setting)
-    assert launch.precision(torch.float32) == setting
-    assert launch.precision(torch.bfloat16) == "ieee"
+    matmul.fp32_precision = setting
+    try:
+        assert launch.precision(torch.float32) == setting
+        assert launch.precision(torch.bfloat16) == "ieee"
+    finally:
+        matmul.fp32_precision = "ieee"

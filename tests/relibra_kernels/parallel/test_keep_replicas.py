@@ -3,7 +3,6 @@
 import weakref
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
 from ep_kept import lives_of_kept_replicas, lives_of_replicas
@@ -59,8 +58,9 @@ def test_replicas_are_let_go_of_by_default(ranks):
 def test_a_batch_that_failed_lets_go_of_its_replicas():
     """Of those that a recomputed forward holds for its backward, and that arrived."""
     weights = ExpertWeights(torch.zeros(2, 4, 3), torch.zeros(2, 3, 2))
-    none = np.zeros(0, np.int64)
-    route = ReplicaRoute(Transfers(none, [0], [0], none, anywhere=False), 0, np.zeros(2, np.int32))
+    none = torch.zeros(0, dtype=torch.int64)
+    nothing = Transfers(none, none, [0], [0], none.numpy(), anywhere=False, sends_kept=False)
+    route = ReplicaRoute(nothing, 0, torch.zeros(2, dtype=torch.int32))
     pushes = ReplicaPushes(None, lambda layer: weights, lambda layer: None)
     held = weakref.ref(pushes.take(0, 0, True, route, hold=True).gate_up)
     assert held() is not None

@@ -15,6 +15,7 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
     "micro_batch_out_of_range",
     "micro_batch_not_an_integer",
     "batch_inside_of_batch",
+    "forward_outside_of_micro_batch",
     "other_micro_batch_on_one_rank",
     "backward_after_the_batch",
     "recomputed_under_other_hooks",
@@ -46,7 +47,7 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
         ("other_number_of_micro_batches_on_one_rank", "InputError", r"num_micro_batches of rank \d differs"),
         ("sharded_twice", "InputError", "must have all of its experts"),
         ("wrong_group_size", "InputError", "cluster has 4 ranks, the process group 2"),
-        ("experts_do_not_divide", "InputError", "7 experts do not divide over 2 ranks"),
+        ("fewer_experts_than_ranks", "InputError", "has 1 experts; 2 ranks need one each"),
         ("other_micro_batch_on_one_rank", "InputError", r"rank \d opened micro-batch \d and rank \d micro-batch \d"),
         ("other_placement_on_one_rank", "InputError", "the placement of rank 1 differs from rank 0's"),
         (

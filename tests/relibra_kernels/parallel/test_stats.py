@@ -13,15 +13,21 @@ from training_checks import worst_error
 from relibra_kernels.planner import BatchPlan
 
 
-def test_stats_of_a_batch(ranks):
-    results = ranks(2).run(stats_of_batch, Case(plan="planned", unrecorded=0.1, sequence_lengths=(12,) * 8))
+@pytest.mark.parametrize("unrecorded", [0.0, 0.1])
+def test_stats_of_a_batch(ranks, unrecorded):
+    case = Case(plan="planned", unrecorded=unrecorded, sequence_lengths=(12,) * 8)
+    results = ranks(2).run(stats_of_batch, case)
     for rank, (stats, line, ranges) in enumerate(results):
         assert json.loads(line) == stats and "\n" not in line
         assert stats["rank"] == rank and stats["layers_run"] == 2 * 2
-        assert 1 <= stats["actual_max_mean"] == pytest.approx(stats["planned_max_mean"])
-        assert stats["unknown_tokens"] > 0 and stats["differing_tokens"] == 0
+        assert stats["planned_max_mean"] >= 1 and stats["differing_tokens"] == 0
+        if unrecorded:  # the plan does not know what unrecorded tokens choose; their work is in what was computed
+            assert stats["unknown_tokens"] > 0 and stats["actual_max_mean"] >= 1
+        else:
+            assert stats["actual_max_mean"] == pytest.approx(stats["planned_max_mean"])
         assert {"dispatch", "compute", "combine", "replica", "migration", "tables", "live"} == stats["seconds"].keys()
-        assert all(stats["seconds"][part] > 0 for part in ("dispatch", "compute", "combine", "tables", "live"))
+        assert all(stats["seconds"][part] > 0 for part in ("dispatch", "compute", "combine", "tables"))
+        assert (stats["seconds"]["live"] > 0) == (unrecorded > 0)
         assert stats["bytes"]["dispatch"]["fast"] > 0 and stats["bytes"]["dispatch"]["slow"] == 0
         assert {"relibra::dispatch", "relibra::compute", "relibra::combine"} <= set(ranges)
 

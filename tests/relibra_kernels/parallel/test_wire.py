@@ -79,9 +79,14 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
     node = np.arange(size) // case.gpus_per_node
     near = (node[:, None] == node) & ~np.eye(size, dtype=bool)
     for net, mask in (("fast", near), ("slow", node[:, None] != node)):
-        expected = int((rows * mask).sum()) * 2 * case.hidden  # what `price` puts on the network, four times
-        for kind in ("dispatch", "combine", "backward dispatch", "backward combine"):
-            assert sent[kind, net] == expected
+        row, gates, slots = 2 * case.hidden, 4 * case.top_k, 2 * case.top_k  # bf16, fp32, int16
+        for kind, size in (
+            ("dispatch", row + gates + slots),
+            ("combine", row),
+            ("backward dispatch", row),
+            ("backward combine", row + gates),
+        ):
+            assert sent[kind, net] == int((rows * mask).sum()) * -(-size // 16) * 16
 
 
 def test_kept_replicas_without_room_are_fetched_for_every_micro_batch(ranks):

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
+from relibra_kernels.configs.config import GENERATIONS
 from relibra_kernels.configs.files import SHIPPED, Bucket, Entry, load_entries, path_of, update
 from relibra_kernels.configs.limits import device_named
 from relibra_kernels.configs.products import PRODUCTS
@@ -27,8 +28,17 @@ ROOT = Path(__file__).parents[3]
 
 def put(folder, device, kernel, part, config, *, transposed=False, interleaved=False, sizes=(2048, 768)):
     shape = (part, "bf16", *sizes, transposed, interleaved)
-    entry = Entry(*shape, "compiled", "3.7.1", None, "2026-11-24", (Bucket(8, 256, config, 1.0),))
+    found = "compiled", "3.7.1", None, "2026-11-24", (Bucket(8, 256, config, 1.0),), ()
+    entry = Entry(*shape, *found, GENERATIONS.get(kernel, 1))
     update(path_of(folder, device, kernel), device, kernel, lambda old: [*old, entry])
+
+
+def test_what_was_found_for_another_generation_is_a_fault(tmp_path):
+    put(tmp_path, "H100", "grad_weight", "down", "128x128x64w8s3")
+    assert not check_folder(tmp_path).faults
+    path = tmp_path / "H100" / "grad_weight.json"
+    path.write_text(path.read_text().replace('"generation": 2', '"generation": 1'))
+    assert "down H=2048 I=768 is of generation 1 of grad_weight; it must be 2" in check_folder(tmp_path).faults[0]
 
 
 def test_every_fault_is_named(tmp_path):
@@ -93,10 +103,10 @@ def test_faults_of_compiled_configs():
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 def test_the_command_compiles_and_fails_on_a_spill(tmp_path, capsys):
     """With the real compiler: a config that spills on an A100, with one store of weights as with two."""
-    put(tmp_path, "A100", "gate_up", "gate_up", "128x128x64w8s3")
+    put(tmp_path, "A100", "gate_up", "gate_up", "128x128x64w4s3")
     assert main(["tune", "--check", "--out", str(tmp_path), "--jobs", "1", "--sample", "1"]) == 1
     out, err = capsys.readouterr()
-    assert "gate_up gate_up 128x128x64w8s3" in err and "spills" in err
+    assert "gate_up gate_up 128x128x64w4s3" in err and "spills" in err
     assert "1 configs read, 1 launches compiled, 1 faults" in out
     assert main(["tune", "--check", "--out", str(tmp_path / "empty")]) == 0
 
@@ -104,8 +114,14 @@ def test_the_command_compiles_and_fails_on_a_spill(tmp_path, capsys):
 DEVICES = sorted(path.name for path in SHIPPED.iterdir() if path.is_dir() and path.name[0] not in "._")
 
 
+NOT_RANKED = {
+    "grad_hidden",
+    "grad_weight",
+}  # their kernels changed: the heuristic answers until `make tune-offline` ran
+
+
 def test_the_shipped_files_are_whole():
-    """Six devices, nine models, every kernel, every bucket of the grid."""
+    """Six devices, nine models, every kernel, every bucket of the grid; of two kernels nothing that is out of date."""
     assert set(DEVICES) == set(PRODUCTS)
     grid = [goal for model in MODELS for goal in goals(model)]
     for device in DEVICES:
@@ -115,7 +131,9 @@ def test_the_shipped_files_are_whole():
                 buckets = {(bucket.slots, bucket.rows_per_slot) for bucket in entry.buckets}
                 assert len(buckets) == len(entry.buckets)
                 found |= {(kernel, entry.part, model, *bucket) for model in entry.models for bucket in buckets}
-        assert {(g.kernel, g.part, g.model.name, g.slots, g.rows_per_slot) for g in grid} <= found
+        wanted = {(g.kernel, g.part, g.model.name, g.slots, g.rows_per_slot) for g in grid}
+        assert {goal for goal in wanted if goal[0] not in NOT_RANKED} <= found
+        assert not {goal for goal in found if goal[0] in NOT_RANKED}
     assert not check_folder(SHIPPED).faults
 
 

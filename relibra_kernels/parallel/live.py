@@ -1,0 +1,82 @@
+"""Live routing: layers that run while no batch is open, with the experts where they are.
+
+For validation, generation, old log-probabilities, and training without replay. Counts are exchanged in every layer, so
+every rank must run the same number of forwards.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..planner.errors import CommunicationError
+from .comm.devices import upload
+from .comm.groups import Groups
+from .session import RuntimeOptions, Session
+from .tokens.buffers import Buffers
+from .tokens.destinations import shared_destinations
+from .tokens.layer import Experts, LayerSite, run_layer
+from .tokens.live import live_path
+
+
+class LiveRouting:
+    """Runs the layers of a model under the placement of now.
+
+    Args:
+        home_LE: int [L, E]; it may change between forwards.
+    """
+
+    def __init__(self, groups: Groups, home_LE: np.ndarray, options: RuntimeOptions, buffers: Buffers):
+        self.home: np.ndarray = home_LE
+        self._groups, self._options, self._buffers = groups, options, buffers
+        self._session = Session(options, groups.experts.ledger)
+        self._placed: dict[int, tuple[bytes, Tensor, Tensor]] = {}  # of each layer: its home, and what follows from it
+
+    def copy(self) -> "LiveRouting":
+        """The same experts, on the same ranks, for a copy of the model: it stays as they are now."""
+        return LiveRouting(self._groups, self.home.copy(), self._options, self._buffers)
+
+    def recorded(self, _layer: int) -> tuple[Tensor, bool] | None:
+        """Nothing: routers choose."""
+        return None
+
+    def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        """The experts of one layer: [tokens, H]. Collective."""
+        session, where = self._session, f"layer {layer}, live"
+        home_slots = len(experts.weights.down)
+        with session.ledger.span("live", x_TH.device):
+            share, slots = self._placement(layer, x_TH.device)
+            try:
+                path = live_path(
+                    self._groups, self._buffers, shared_destinations(index_TK, share, slots), home_slots, where
+                )
+            except CommunicationError as error:
+                raise CommunicationError(
+                    f"{error}. Outside of a batch every rank must run the same forwards: with generate, "
+                    "synced_gpus=True"
+                ) from error
+        site = LayerSite(
+            session=session,
+            layer=layer,
+            micro_batch=-1,
+            tag=torch.tensor([session.serial, -1, layer]),
+            path=path,
+            pushes=None,
+            kept=None,
+            replicas=None,
+            weight_of_slot=None,
+            next_routes=(None, None),
+            device=x_TH.device,
+        )
+        return run_layer(x_TH, weights_TK, site, experts)
+
+    def _placement(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(int64 [E, R], 1 at an expert's home; int16 [E, R], its slot there)."""
+        home = self.home[layer]
+        known = self._placed.get(layer)
+        if known is None or known[0] != home.tobytes() or known[1].device != device:
+            ranks = self._groups.experts.size
+            at_home = home[:, None] == np.arange(ranks)
+            slots = np.where(at_home, at_home.cumsum(0) - 1, -1).astype(np.int16)
+            known = home.tobytes(), upload(at_home.astype(np.int64), device), upload(slots, device)
+            self._placed[layer] = known
+        return known[1], known[2]

@@ -1,0 +1,72 @@
+"""A model in its user's hands: validation, copies, state dicts, other dtypes, torch.compile, ranks that stop."""
+
+import ep_hands
+import pytest
+import torch
+from ranks import Ranks
+
+
+@pytest.mark.parametrize("checkpointed", ["", "non-reentrant"])
+def test_training_without_a_batch_is_training_in_one_process(ranks, checkpointed):
+    """Routing is live, with the experts where a batch before left them."""
+    assert max(ranks(2).run(ep_hands.live_training, checkpointed)) <= 1e-12
+
+
+def test_a_recorded_pass_is_the_batch_to_train_on(ranks):
+    for same, error, replicas in ranks(2).run(ep_hands.record_then_train):
+        assert same and replicas > 0 and error <= 1e-12
+
+
+def test_a_copy_of_a_model_stands_for_itself(ranks):
+    assert max(ranks(2).run(ep_hands.copied)) <= 1e-12
+
+
+def test_a_state_dict_does_not_load_into_another_order(ranks):
+    for loaded, message in ranks(2).run(ep_hands.state_dicts):
+        assert loaded and "experts have moved" in message
+
+
+def test_experts_compute_in_their_own_dtype(ranks):
+    """Fed bf16, their output is rounded once: half a unit in the last place of bf16."""
+    for errors in ranks(2).run(ep_hands.other_dtypes):
+        assert max(errors) <= 2**-8
+
+
+def test_a_compiled_model_is_one_graph(ranks):
+    assert max(ranks(2).run(ep_hands.compiled)) <= 1e-12
+
+
+def test_two_checkpointed_models_in_one_micro_batch(ranks):
+    assert max(ranks(2).run(ep_hands.two_models)) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("where", "reason"), [("rows", "name row 0 0 times"), ("between", "ValueError: the reward model is gone")]
+)
+def test_a_rank_that_stops_stops_the_others(where, reason):
+    """Within seconds, by name; the collectives' own timeout is a minute."""
+    ranks = Ranks(2)
+    ranks.broken = True  # afterwards: their exchanges do not match any more
+    try:
+        (other, waited), (own, _) = ranks.run(ep_hands.one_rank_stops, where)
+    finally:
+        ranks.close()
+    assert reason.removeprefix("ValueError: ") in own
+    assert "rank 1" in other and waited < 10
+    assert where == "rows" or reason in other
+
+
+def test_gradients_are_rounded_once(ranks):
+    summed, rounded = (ranks(2).run(ep_hands.summed_in, dtype) for dtype in (torch.float32, None))
+    for once, often in zip(summed, rounded, strict=True):
+        assert once <= 4e-3 and once < often
+
+
+@pytest.mark.parametrize("closing", [False, True])
+def test_runs_leave_nothing_behind(ranks, closing):
+    for counts in ranks(2).run(ep_hands.made_again_and_again, closing):
+        assert all(last - second <= 1 for last, second in zip(counts[-1], counts[1], strict=True))
+
+
+def test_a_closed_runtime_refuses_to_run(ranks):
+    assert all("after ExpertParallel.close" in message for message in ranks(2).run(ep_hands.after_closing))
