@@ -12,7 +12,7 @@ from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_
 
 from relibra_kernels.nn import replay_routing
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
-from relibra_kernels.planner import BatchPlan, ClusterSpec
+from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
 
 
 def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
@@ -30,10 +30,11 @@ def planned_elsewhere(case: Case, executor: str) -> tuple[BatchPlan, BatchPlan]:
     trace, groups, _ = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     arguments = trace.select(mine), groups[mine], case.micro_batches
+    options = PlanOptions(balance=1.0)
     spawn = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     with {"thread": ThreadPoolExecutor, "process": spawn}[executor](1) as elsewhere:
-        later = ep.plan_later(*arguments, elsewhere)
-        here = ep.plan(*arguments)
+        later = ep.plan_later(*arguments, elsewhere, options=options)
+        here = ep.plan(*arguments, options=options)
         return later.result(), here
 
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from relibra_kernels.nn import ExpertForm, ReplicatedExperts, ReplicatedMoE, TopKRouter, replay_routing
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
-from relibra_kernels.planner import BatchPlan, ClusterSpec, RoutingTrace, plan_batch, static_plan
+from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, plan_batch, static_plan
 
 QWEN = ExpertForm()
 
@@ -290,7 +290,7 @@ def model_input(
 def make_plan(case: Case, ep: ExpertParallel, batch: RoutedBatch, step: int) -> BatchPlan:
     loads = ep.gather_loads(batch)
     if case.plan == "planned":
-        return ep.plan(batch)
+        return ep.plan(batch, options=PlanOptions(balance=1.0))
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
     plan = shuffled_plan(loads, ep.cluster, step)
