@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from toy_training import Case, ToyModel, loss_sum, make_batch, model_input
+from toy_training import Case, ToyModel, everything_plan, loss_sum, make_batch, model_input
 
 from relibra_kernels.parallel import ExpertParallel
 from relibra_kernels.planner import BatchPlan, ClusterSpec
@@ -34,7 +34,7 @@ def count_wire(case: Case) -> dict[str, Any]:
     my_trace, my_groups = trace.select(mine), groups[mine]
     loads = ep.gather_loads(my_trace, my_groups, case.micro_batches)
     previous = ep.home.copy()
-    plan: BatchPlan = ep.plan(my_trace, my_groups, case.micro_batches)
+    plan: BatchPlan = everything_plan(case, loads, ep.cluster, 0)
     with counted_at_the_boundary(case.gpus_per_node) as wire, ep.batch(plan, my_trace, my_groups, optimizer):
         for m in range(case.micro_batches):
             ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m))

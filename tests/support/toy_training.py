@@ -290,18 +290,22 @@ def model_input(
 def make_plan(case: Case, ep: ExpertParallel, batch: RoutedBatch, step: int) -> BatchPlan:
     loads = ep.gather_loads(batch)
     if case.plan == "planned":
-        # Memory for one copy a rank, so that replicas are kept and fetched, from homes at random, so that experts move.
-        random = np.random.default_rng(step)
-        home = np.stack([random.permutation(np.arange(case.experts) % case.ranks) for _ in range(case.layers)])
-        one = PlanOptions().shape.copy_bytes
-        options = PlanOptions(balance=1.0, kept_bytes=one, max_moves=0)
-        return plan_batch(loads, ep.cluster, previous_home=home, model="toy", options=options)
+        return everything_plan(case, loads, ep.cluster, step)
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
     plan = shuffled_plan(loads, ep.cluster, step)
     if case.plan == "shuffled":
         return plan
     return replace(plan, kept=plan.kept & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
+
+
+def everything_plan(case: Case, loads: np.ndarray, cluster: ClusterSpec, step: int) -> BatchPlan:
+    """Planned from homes at random, so that experts move, with memory for one copy a rank: replicas are
+    kept and fetched."""
+    random = np.random.default_rng(step)
+    home = np.stack([random.permutation(np.arange(case.experts) % case.ranks) for _ in range(case.layers)])
+    options = PlanOptions(balance=1.0, kept_bytes=PlanOptions().shape.copy_bytes, max_moves=0)
+    return plan_batch(loads, cluster, previous_home=home, model="toy", options=options)
 
 
 def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> BatchPlan:
