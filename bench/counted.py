@@ -31,6 +31,7 @@ from relibra_kernels.configs.config import GemmConfig
 from relibra_kernels.configs.limits import DEVICES
 from relibra_kernels.configs.spaces import config_for
 from relibra_kernels.form import ExpertForm
+from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
@@ -114,6 +115,23 @@ def permutation_bytes(ids: np.ndarray, experts: int, hidden_size: int) -> dict[s
     }
 
 
+def payload_bytes(ids: np.ndarray, experts: int, hidden_size: int) -> dict[str, float]:
+    """Dispatch of 128 tokens to all ranks in one payload: packed, and taken apart where it arrives."""
+    per_rank = experts // RANKS
+    slot = torch.from_numpy((ids[:128] % per_rank).astype(np.int16))
+    pairs, row = np.unique(ids[:128] // per_rank + RANKS * np.arange(len(slot))[:, None], return_inverse=True)
+    row_of = torch.from_numpy(row.reshape(slot.shape).astype(np.int32))
+    x, weights = torch.zeros(len(slot), hidden_size, dtype=DTYPE), torch.zeros(slot.shape, dtype=torch.float32)
+    with counting(compute=True) as pack:
+        payload = kernels.pack_payload(x, weights, slot, row_of, len(pairs))
+    with counting(compute=True) as unpack:
+        parts = kernels.unpack_payload(payload, PayloadLayout(hidden_size, slot.shape[1], DTYPE))
+    return {
+        "pack_payload": pack.bytes / (bytes_of(x, weights, slot, row_of) + bytes_of(*parts)),
+        "unpack_payload": unpack.bytes / (2 * bytes_of(*parts)),
+    }
+
+
 def reduction_bytes(shape: tuple[int, ...], experts: int, place: list[int]) -> float:
     """Shards of `place`'s experts into a rank's buffer."""
     grad, shards = torch.zeros(experts, *shape), torch.zeros(len(place), *shape)
@@ -185,7 +203,9 @@ def main() -> None:
     routings = {"generated, E 128, K 8": (generated(), 128)}
     if args.trace.exists():
         routings[f"recorded, {args.trace.stem}"] = (recorded(args.trace), 32)
-    worst = dict.fromkeys(("permute", "unpermute", "replica_reduce", "gemm_flops"), 0.0)
+    worst = dict.fromkeys(
+        ("permute", "unpermute", "pack_payload", "unpack_payload", "replica_reduce", "gemm_flops"), 0.0
+    )
 
     def show(routing: str, what: str, ratio: float, key: str) -> None:
         print(f"{routing:36} {what:28} {ratio:8.4f}", flush=True)
@@ -194,7 +214,8 @@ def main() -> None:
     print(f"{'routing':36} {'issued over minimum':28} {'ratio':>8}")
     for name, (ids, experts) in routings.items():
         for hidden_size in (2048, 2880, 7168):
-            for key, ratio in permutation_bytes(ids, experts, hidden_size).items():
+            found = permutation_bytes(ids, experts, hidden_size) | payload_bytes(ids, experts, hidden_size)
+            for key, ratio in found.items():
                 show(name, f"{key} bytes, H {hidden_size}", ratio, key)
         for kernel, ratio in gemm_flops(worst_rank(ids, experts), experts // RANKS).items():
             show(name, f"{kernel} FLOPs", ratio, "gemm_flops")

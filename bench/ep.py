@@ -31,7 +31,15 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from relibra_kernels.nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
 from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
-from relibra_kernels.planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch, static_plan
+from relibra_kernels.planner import (
+    BatchPlan,
+    ClusterSpec,
+    PlanOptions,
+    RoutingTrace,
+    count_loads,
+    plan_batch,
+    static_plan,
+)
 
 BATCHES = 2
 # A Latin square balanced for what comes before: E. J. Williams, Australian Journal of Scientific Research 2 (1949)
@@ -180,7 +188,7 @@ def rank_main(rank: int, store: str, shape: Shape, repeats: int, options: Runtim
     tables = [count_loads(trace, groups, shape.micro_batches) for trace in skewed]
     home, planned = None, []
     for table in (tables[-1], *tables):
-        planned.append(plan_batch(table, cluster, previous_home=home))
+        planned.append(plan_batch(table, cluster, previous_home=home, options=PlanOptions(balance=1.0)))
         home = planned[-1].home
     static = [static_plan(table, cluster) for table in tables]
     even_plans = [static_plan(count_loads(trace, groups, shape.micro_batches), cluster) for trace in even]

@@ -30,10 +30,11 @@ def planned_elsewhere(case: Case, executor: str) -> tuple[BatchPlan, BatchPlan]:
     trace, groups, _ = make_batch(case, 0)
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     arguments = trace.select(mine), groups[mine], case.micro_batches
+    options = PlanOptions(balance=1.0)
     spawn = partial(ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
     with {"thread": ThreadPoolExecutor, "process": spawn}[executor](1) as elsewhere:
-        later = ep.plan_later(*arguments, elsewhere, options=PlanOptions(balance=1.0))
-        here = ep.plan(*arguments, options=PlanOptions(balance=1.0))
+        later = ep.plan_later(*arguments, elsewhere, options=options)
+        here = ep.plan(*arguments, options=options)
         return later.result(), here
 
 

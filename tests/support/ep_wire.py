@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from toy_training import Case, ToyModel, loss_sum, make_batch, model_input
+from toy_training import Case, ToyModel, loss_sum, make_batch, model_input, shuffled_plan
 
 from relibra_kernels.parallel import ExpertParallel
 from relibra_kernels.planner import BatchPlan, ClusterSpec
@@ -34,13 +35,25 @@ def count_wire(case: Case) -> dict[str, Any]:
     my_trace, my_groups = trace.select(mine), groups[mine]
     loads = ep.gather_loads(my_trace, my_groups, case.micro_batches)
     previous = ep.home.copy()
-    plan: BatchPlan = ep.plan(my_trace, my_groups, case.micro_batches)
+    plan = kept_and_fetched(loads, cluster)
     with counted_at_the_boundary(case.gpus_per_node) as wire, ep.batch(plan, my_trace, my_groups, optimizer):
         for m in range(case.micro_batches):
             ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m))
             with ep.micro_batch(m, rows):
                 loss_sum(model(ids), ids, counted).backward()
     return {"stats": ep.stats(), "wire": dict(wire), "plan": plan, "previous": previous, "loads": loads}
+
+
+def kept_and_fetched(loads_LMRE: np.ndarray, cluster: ClusterSpec) -> BatchPlan:
+    """Experts that move, a kept replica of any node in every first slot, fetched ones of the node in the others."""
+    plan = shuffled_plan(loads_LMRE, cluster, 0)
+    kept = plan.kept.copy()
+    kept[:, :, 1:] = False
+    owner = np.take_along_axis(plan.home[:, None, None], plan.replicas.clip(min=0), 3)
+    node = np.arange(cluster.num_ranks)[:, None] // cluster.gpus_per_node
+    stays = (plan.replicas >= 0) & (kept[:, None] | (owner // cluster.gpus_per_node == node))
+    replicas, quota = np.where(stays, plan.replicas, -1), np.where(stays, plan.quota, 0)
+    return replace(plan, replicas=replicas, quota=quota, kept=kept, loads_sha256="", model="", loads=loads_LMRE.sum(2))
 
 
 @contextmanager

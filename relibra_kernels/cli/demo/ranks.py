@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ...integrations.transformers import replay
 from ...parallel import ExpertParallel
-from ...planner import BatchPlan, ClusterSpec, RoutingTrace, count_loads, plan_batch, static_plan
+from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_loads, plan_batch, static_plan
 from ...planner.errors import CommunicationError
 from .grpo import answer_tokens, make_inputs, sequence_losses
 from .rollout import Rollouts
@@ -63,7 +63,8 @@ def make_policies(batches: list[Rollouts]) -> tuple[dict[str, Policy], float]:
     home, planned = None, []
     start = time.perf_counter()
     for table in (tables[-1], *tables):
-        planned.append(plan_batch(table, CLUSTER, previous_home=home, model=MODEL_NAME))
+        options = PlanOptions(balance=1.0)
+        planned.append(plan_batch(table, CLUSTER, previous_home=home, model=MODEL_NAME, options=options))
         home = planned[-1].home
     seconds = (time.perf_counter() - start) / len(planned)
     balanced = [_balanced_trace(trace) for trace in recorded]

@@ -146,7 +146,11 @@ def test_a_shift_is_noticed(caplog):
     with replay(model, trace) as aligned:
         model(tokens, use_cache=False)
     assert aligned.share == 1.0
-    other = recorded(make_model("olmoe").eval(), tokens)
+    stranger = make_model("mixtral").eval()
+    with torch.no_grad():
+        for layer in moe_layers(stranger):
+            layer.router.weight.neg_()
+    other = recorded(stranger, tokens)
     wrong = {"a token": shifted(trace, tokens=1), "a layer": shifted(trace, layers=1), "another model": other}
     for name, record in wrong.items():
         with pytest.raises(InputError, match=r"agrees .* on \d+% of the top-k sets"), replay(model, record):

@@ -67,7 +67,9 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
     fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model, keep_replicas=keep))
     kinds = ("replica_weights", "replica_gradients", "kept_weights", "kept_gradients", "migration")
     assert sum(sent[kind, net] for kind in kinds for net in ("fast", "slow")) == fast + slow
-    assert sum(sent[kind, "fast"] for kind in kinds[:2]) == fast  # what is pushed stays in its node
+    assert sum(sent[kind, "fast"] for kind in kinds[:4]) == fast
+    near = sum(sent[kind, "fast"] for kind in kinds[2:4])  # kept ones from a home or a relay of their node
+    assert near == outcome.kept_near_in.sum() * model.copy_bytes > 0
     assert sum(sent[kind, "slow"] for kind in kinds[:2]) == 0
     assert sent["replica_weights", "fast"] == (1 if keep else 2) * outcome.pushed_in.sum() * model.expert_bytes
     assert sum(sent["migration", net] for net in ("fast", "slow")) == outcome.moved_in.sum() * model.migration_bytes
