@@ -22,8 +22,6 @@ SOURCES = source_files()
 OPERATIONS = ("kernels.", "reference.", "autograd", "compiled")
 MORE_THAN_EIGHT = {  # why
     "configs.lookup config_of": "the key of a config",
-    "planner.solver.kept pack": "what is packed, where its experts are, and four limits",
-    "planner.solver.solution solve": "a sample or all of one problem, its limits, and how hard to work on it",
     "router TopKRouter.__init__": "the router's settings, named as the models' configs name them",
 }
 

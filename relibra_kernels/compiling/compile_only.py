@@ -11,7 +11,7 @@ import tempfile
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -38,6 +38,15 @@ _GRAD_WEIGHT_ROWS = 4096  # of a slot, where the epilogue of a weight gradient i
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # fifth-generation, warpgroup and warp matrix products; AMD's matrix cores
 _MMA = re.compile(r"\b(UTC[A-Z]*MMA|[A-Z]GMMA|[HID]MMA|v_mfma_\w+)\b")
+
+
+class Instructions(NamedTuple):
+    """The matrix instruction, how many loads there are of which kind, and the figures of the main loop."""
+
+    mma: str | None = None
+    tma: int = 0
+    async_copies: int = 0
+    code: MachineCode = MachineCode()
 
 
 @dataclass(frozen=True)
@@ -78,10 +87,10 @@ def compile_launch(launch: Launch, device: Device, *, instructions: bool = True,
                 attrs[(place,)] = [*attrs.get((place,), []), ["tt.pointer_range", 32]]
     source = ASTSource(launch.kernel, signature, constants, attrs)
     compiled = triton.compile(source, target=target, options=options)
-    facts: dict[str, Any] = {"mma": None, "tma": 0, "async_copies": 0, "code": MachineCode()}
+    found = Instructions()
     if instructions or dump is not None:
         texts, meta = _texts(compiled, device), _meta(launch, compiled, device)
-        usage, facts = texts.get("usage", ""), _instructions(texts, meta)
+        usage, found = texts.get("usage", ""), _instructions(texts, meta)
         if dump is not None:
             _dump(dump, texts, meta)
     elif device.backend == "cuda":
@@ -97,14 +106,16 @@ def compile_launch(launch: Launch, device: Device, *, instructions: bool = True,
         shared_bytes=shared,
         stages=compiled.metadata.num_stages,
         warps=warps,
+        mma=found.mma,
+        tma=found.tma,
+        async_copies=found.async_copies,
         warps_per_sm=min(device.warps_per_sm // warps, by_registers, by_shared) * warps,
         known_bug=known_bug(compiled.asm["ttir"], constants, device),
-        **facts,
+        code=found.code,
     )
 
 
-def _instructions(texts: dict[str, str], meta: dict[str, Any]) -> dict[str, Any]:
-    """The matrix instruction, how many loads there are of which kind, and the figures of the main loop."""
+def _instructions(texts: dict[str, str], meta: dict[str, Any]) -> Instructions:
     text = texts.get("sass") or texts["amdgcn"]
     if "sass" in texts:
         opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)", text, re.MULTILINE)
@@ -114,7 +125,7 @@ def _instructions(texts: dict[str, str], meta: dict[str, Any]) -> dict[str, Any]
         found = _MMA.search(text)
         mma, tma = found.group(1) if found else None, 0
         copies = len(re.findall(r"\b(?:buffer|global)_load_\w*lds\w*|_lds\b", text))
-    return {"mma": mma, "tma": tma, "async_copies": copies, "code": read_machine_code(texts, meta)}
+    return Instructions(mma, tma, copies, read_machine_code(texts, meta))
 
 
 def launch_digest(launch: Launch) -> str:
