@@ -27,6 +27,7 @@ _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
 _NEARLY = 1.3  # max/mean of layers that may be better left alone
 _SAMPLE_LAYERS, _SAMPLE_MICRO_BATCHES = 4, 6
+_MISSED = 1.005  # max/mean over the balance asked for, above which a layer is planned again
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,43 @@ def plan_layers(problem: Problem) -> Solution:
     solution = _drop_idle(_solve(problem, home, copies, effort))
     if problem.options.balance is None:
         _leave_alone(problem, solution)
+    else:
+        _insist(problem, solution, effort)
     return solution
+
+
+def _insist(problem: Problem, solution: Solution, effort: Effort) -> None:
+    """Plan layers that miss the balance asked for again, in place: with fewer kept replicas, so that slots are free for
+    fetched ones, and with homes moved, where that is allowed. Of each layer the most even solution stays."""
+    options, slots = problem.options, problem.cluster.replica_slots
+    may_move = options.max_moves != 0 and problem.table_LME.shape[2] % problem.cluster.num_ranks == 0
+    for moves_allowed in (0, options.max_moves) if may_move else (0,):
+        for kept in (float(slots), float(slots - 1), 0.0):
+            missed = np.flatnonzero(_over(problem, solution) > _MISSED)
+            if not len(missed):
+                return
+            used = solution.kept.sum(2)
+            elsewhere = used.sum(0) - used[missed].sum(0)
+            part = replace(
+                problem,
+                table_LME=problem.table_LME[missed],
+                wanted_LMNE=problem.wanted_LMNE[missed],
+                home=problem.home[missed],
+                copies=problem.copies - int(elsewhere.max()),
+            )
+            home, copies = _hosts(part, Member(min(kept, part.copies / len(missed)), True, moves_allowed))
+            again = _drop_idle(_solve(part, home, copies, effort))
+            before = Solution(*(value[missed] for value in vars(solution).values()))
+            better = _over(part, again) < _over(part, before)
+            for name, value in vars(again).items():
+                getattr(solution, name)[missed[better]] = value[better]
+
+
+def _over(problem: Problem, solution: Solution) -> np.ndarray:
+    """float [L]: the worst max/mean of a layer's micro-batches, over the balance asked for."""
+    busiest = rank_loads(problem.table_LME, solution.home, solution.replicas, solution.quota).max(2)
+    target = target_load(problem.table_LME, problem.cluster.num_ranks, problem.options.balance, 0.0)
+    return (busiest / np.maximum(target, 1)).max(1)
 
 
 def _leave_alone(problem: Problem, solution: Solution) -> None:
