@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
+.PHONY: demo test test-families test-megatron quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
 .PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
@@ -20,6 +20,23 @@ QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/
 
 quick: .venv/installed
 	$(TEST) $(addprefix tests/,$(QUICK))
+
+# Every Hugging Face MoE family under a plan, over two ranks; `make test` takes a sample.
+test-families: .venv/installed
+	RELIBRA_FAMILIES=all $(BIN)/python -m pytest -q tests/relibra_kernels/integrations/test_hf_families.py
+
+# megatron-core in an environment of its own, and a GPT trained with it.
+test-megatron: .venv/megatron/installed
+	.venv/megatron/bin/python -m pytest -q tests/relibra_kernels/integrations/test_megatron.py \
+		tests/relibra_kernels/integrations/test_megatron_training.py
+
+.venv/megatron/installed: pyproject.toml constraints.txt | .venv/installed
+	$(PYTHON) -m venv .venv/megatron
+	.venv/megatron/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv/megatron/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+		packaging einops psutil pytest scipy
+	.venv/megatron/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1
+	touch $@
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -41,7 +41,9 @@ class ReplicatedExperts(nn.Module):
     the expert-parallel runtime takes the layer over. `num_experts` counts the experts whose parameters are here.
 
     `layer` is what the runtime drives where the block around the experts is another framework's: it has these
-    `experts` and a `router` whose `replay` can be set, as a `ReplicatedMoE` has.
+    `experts` and a `router` whose `replay` can be set, as a `ReplicatedMoE` has. `all_experts` is the number of the
+    layer's experts where a rank made only its share of them. `adapters` are low-rank factors beside the parameters, as
+    the runtime found them.
     """
 
     def __init__(
@@ -65,6 +67,8 @@ class ReplicatedExperts(nn.Module):
         self.recompute = recompute
         self.dispatcher: Dispatcher | None = None
         self.layer: Any = None
+        self.all_experts: int | None = None
+        self.adapters: list[Any] = []
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from ..planner.errors import ReLibraError
+from . import doctor_model
 
 Level = Literal["ok", "note", "problem"]
 
@@ -41,6 +42,7 @@ OPTIONAL = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", help="a folder with a config.json: what works for that model")
     parser.add_argument("--json", action="store_true", help="a list of findings instead of text")
 
 
@@ -49,6 +51,8 @@ def run(args: argparse.Namespace) -> int:
     findings = [
         finding for check in (versions, devices, backends, configs, process_groups, traps) for finding in check()
     ]
+    if args.model is not None:
+        findings += [Finding("Model", *found) for found in doctor_model.examine(args.model)]
     problems = sum(finding.level == "problem" for finding in findings)
     if args.json:
         print(json.dumps([finding._asdict() for finding in findings]))

@@ -47,6 +47,8 @@ EXCLUDED: dict[tuple[str, str], list[Config]] = {
     ("ampere", "gate_up"): _all("128x128x64w8s3"),
     ("ampere", "grad_hidden"): _all("128x256x64w8s3"),
     ("ampere", "grad_weight"): _all("128x256x64w8s3"),
+    ("cdna4", "grad_hidden"): _all("128x256x64w8s3"),
+    ("cdna4", "grad_weight"): _all("128x256x64w8s3"),
     ("blackwell", "gate_up"): _all("128x128x64w8s3"),
     ("blackwell", "grouped_gemm"): _all("64x64x32w4s2"),
     ("blackwell", "grad_hidden"): _all("64x128x64w8s3"),  # under Triton 3.6

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
+from .experts.adapters import LateGradients, effective_weights
 from .experts.kept import KeptReplicas, replicas_to_keep, sources_of_fetched
 from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
@@ -30,12 +32,18 @@ class ExpertStore:
     weights_of: of a layer, as they are now
     rows: (elements, dtype) of a token's row in every layer; None: weights are there only while their layer runs, so
         that no replica is kept or fetched ahead, and buffers grow when they are needed
+    experts: of every layer, where they may have adapters
     """
 
     weights_of: Callable[[int], ExpertWeights]
     num_layers: int
     rows: Sequence[tuple[int, torch.dtype]] | None
     device: torch.device
+    experts: Sequence[ReplicatedExperts] = ()
+
+    def effective(self, layer: int) -> ExpertWeights:
+        """What replicas compute with: the weights, and what adapters add to them."""
+        return effective_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
 
 
 class OpenBatch:
@@ -65,7 +73,7 @@ class OpenBatch:
             each = [_expert_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
             kept = replicas_to_keep(plan, each, session.options.kept_bytes)
         with session.ledger.span("replica", device):
-            self._kept = KeptReplicas(comm, plan, store.weights_of, kept, device)
+            self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
@@ -75,7 +83,7 @@ class OpenBatch:
             groups=groups,
             plan=plan,
             placements=placements,
-            pushes=ReplicaPushes(groups.side, store.weights_of, self._kept.weights),
+            pushes=ReplicaPushes(groups.side, store.effective, self._kept.weights),
             kept=self._kept,
             sources=sources_of_fetched(plan, kept),
             sums=self._sums,
@@ -124,9 +132,15 @@ class OpenBatch:
         """
         self._parts.pushes.finish()
         with self._session.ledger.span("replica", self.device):
-            weights_of = self._store.weights_of
-            self._kept.give_back(lambda layer: self._sums.gradients(layer, weights_of(layer)))
+            weights_of, experts, late = self._store.weights_of, self._store.experts, LateGradients()
+
+            def gradients(layer: int) -> ExpertWeights:
+                own = self._sums.gradients(layer, weights_of(layer))
+                return late.buffers(experts[layer], own) if experts else own
+
+            self._kept.give_back(gradients)
             self._sums.close(weights_of)
+            late.finish()
         spare, problem = self._session.options.spare_rows, None
         worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
         if worst > spare:

@@ -24,9 +24,10 @@ from .comm.groups import Groups
 from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
+from .experts.adapters import find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
-from .experts.parameters import device_of, expert_parameters, keep_experts, moe_layers
+from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, moe_layers
 from .live import LiveRouting
 from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
@@ -83,7 +84,8 @@ class ExpertParallel:
         self.groups = Groups(mesh, cluster)
         self.comm = self.groups.experts
         self.layers = moe_layers(model)
-        self.num_experts = self.layers[0].experts.num_experts
+        find_adapters(model, self.layers)
+        self.num_experts = all_experts(self.layers[0].experts)
         if self.num_experts < cluster.num_ranks:
             raise InputError(
                 f"the model has {self.num_experts} experts; {cluster.num_ranks} ranks need one each at least"
@@ -238,6 +240,7 @@ class ExpertParallel:
         problem: ReLibraError | None,
         optimizer: torch.optim.Optimizer | None,
     ) -> Iterator[None]:
+        find_adapters(self.model, self.layers)  # PEFT may have wrapped the experts since
         counted = None if batch is None else self._planning.take_counted(batch)
         tensors, everywhere = self._opening.agree(
             plan,
@@ -348,7 +351,7 @@ class ExpertParallel:
     def _store(self) -> ExpertStore:
         experts = [moe.experts for moe in self.layers]
         rows = [(of_layer.hidden_size, of_layer.down_proj.dtype) for of_layer in experts]
-        return ExpertStore(lambda layer: experts[layer].weights, len(experts), rows, self.device)
+        return ExpertStore(lambda layer: experts[layer].weights, len(experts), rows, self.device, experts)
 
     def _check_between_batches(self, what: str) -> None:
         if self._batch is not None:

@@ -1,9 +1,9 @@
 """A tiny model of every MoE family of transformers: its own config class, with every size cut down."""
 
+import importlib
+
 import torch
-import transformers
 from torch import nn
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 VOCABULARY = 64
 _SIZES = {
@@ -42,6 +42,7 @@ _SIZES = {
     "bos_token_id": 2,
 }
 _LATENT = {"num_key_value_heads": 4}  # DeepSeek's attention
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 1.0}
 # family -> (model class, options beyond the sizes)
 FAMILIES: dict[str, tuple[str, dict]] = {
     "afmoe": ("AfmoeForCausalLM", {"num_dense_layers": 1}),
@@ -49,22 +50,22 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "axk1": ("AXK1ForCausalLM", _LATENT),
     "axk2": ("AXK2ForCausalLM", _LATENT),
     "bailing_hybrid": ("BailingHybridForCausalLM", {}),
-    "beam": ("BeamForCausalLM", {}),
+    "beam": ("BeamForCausalLM", {"mlp_layer_types": ["dense", "sparse"]}),
     "cohere2_moe": ("Cohere2MoeForCausalLM", {}),
-    "deepseek_ocr2": ("DeepseekOcr2ForConditionalGeneration", {}),
+    "deepseek_ocr2": ("DeepseekOcr2TextModel", {}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", {**_LATENT, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3ForCausalLM", _LATENT),
     "deepseek_v32": ("DeepseekV32ForCausalLM", _LATENT),
-    "dots1": ("Dots1ForCausalLM", {}),
-    "dots3_note": ("Dots3NoteForCausalLM", {}),
+    "dots1": ("Dots1ForCausalLM", {"n_shared_experts": 1}),
+    "dots3_note": ("Dots3NoteForCausalLM", _LATENT),
     "ernie4_5_moe": ("Ernie4_5_MoeForCausalLM", {}),
-    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeForConditionalGeneration", {}),
+    "ernie4_5_vl_moe": ("Ernie4_5_VLMoeTextModel", {"moe_intermediate_size": [24, 12]}),
     "exaone_moe": ("ExaoneMoeForCausalLM", {}),
     "flex_olmo": ("FlexOlmoForCausalLM", {}),
-    "flint": ("FlintForCausalLM", {}),
+    "flint": ("FlintForCausalLM", {"mlp_only_layers": [0]}),
     "glm4_moe": ("Glm4MoeForCausalLM", {}),
     "glm4_moe_lite": ("Glm4MoeLiteForCausalLM", _LATENT),
-    "glm4v_moe": ("Glm4vMoeForConditionalGeneration", {}),
+    "glm4v_moe": ("Glm4vMoeTextModel", {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}),
     "glm_moe_dsa": ("GlmMoeDsaForCausalLM", _LATENT),
     "gpt_oss": ("GptOssForCausalLM", {}),
     "granitemoe": ("GraniteMoeForCausalLM", {}),
@@ -85,7 +86,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "minimax_m2": ("MiniMaxM2ForCausalLM", {}),
     "minimax_m3_vl": ("MiniMaxM3VLForCausalLM", {}),
     "mistral4": ("Mistral4ForCausalLM", _LATENT),
-    "mistral_large4": ("MistralLarge4ForConditionalGeneration", {}),
+    "mistral_large4": ("MistralLarge4TextModel", _LATENT),
     "mixtral": ("MixtralForCausalLM", {}),
     "olmoe": ("OlmoeForCausalLM", {}),
     "openai_privacy_filter": ("OpenAIPrivacyFilterForTokenClassification", {}),
@@ -94,11 +95,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", {}),
     "qwen3_moe": ("Qwen3MoeForCausalLM", {}),
     "qwen3_next": ("Qwen3NextForCausalLM", {}),
-    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerForConditionalGeneration", {}),
-    "qwen3_vl_moe": ("Qwen3VLMoeForConditionalGeneration", {}),
+    "qwen3_omni_moe": ("Qwen3OmniMoeThinkerTextModel", {}),
+    "qwen3_vl_moe": ("Qwen3VLMoeTextModel", {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}),
     "qwen4_exp": ("Qwen4ExpForCausalLM", {}),
     "solar_open": ("SolarOpenForCausalLM", {}),
-    "unlimited_ocr": ("UnlimitedOcrForConditionalGeneration", {}),
+    "unlimited_ocr": ("UnlimitedOcrTextModel", _LATENT),
     "zaya": ("ZayaForCausalLM", {"num_experts_per_tok": 1}),
 }
 
@@ -118,7 +119,7 @@ def tiny_config(kind: type, **options):
 def tiny_model(family: str, **more) -> nn.Module:
     """Random weights large enough that routing differs between tokens."""
     name, options = FAMILIES[family]
-    kind = getattr(transformers, name)
+    kind = getattr(importlib.import_module(f"transformers.models.{family}.modeling_{family}"), name)
     how = {"experts_implementation": "eager", "attn_implementation": "eager"}
     torch.manual_seed(0)
     return kind._from_config(tiny_config(kind.config_class, **{**options, **more}), **how)

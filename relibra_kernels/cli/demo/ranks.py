@@ -7,7 +7,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -121,7 +121,10 @@ def train_alone(state: dict[str, Tensor], batches: list[Rollouts]) -> Reference:
         for m in range(MICRO_BATCHES):
             sequences = np.flatnonzero(micro_batch_of_sequence(rollouts.trace) == m)
             inputs = make_inputs(rollouts, sequences)
-            with replay(model, rollouts.trace.select(sequences), rows=inputs.rows):
+            stale: Literal["refuse", "ignore"] = (
+                "refuse" if index == 0 else "ignore"
+            )  # the weights have changed since the second was sampled
+            with replay(model, rollouts.trace.select(sequences), rows=inputs.rows, on_shift=stale):
                 loss = sequence_losses(model, inputs)
                 (loss.sum() / answer_tokens(rollouts)).backward()
             if index == 0:

@@ -5,13 +5,14 @@ one of ours, and its router is asked to choose what was recorded wherever the ru
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
+from ...nn import ReplicatedExperts
 from ...planner.errors import InputError, ShapeError
+from ..taken import TakenLayer
 from .answers import answer_of
 from .experts import FamilyExperts
 from .layers import MoeLayer, moe_layers
@@ -28,7 +29,7 @@ class FamilyRouter:
         self.name, self.module = layer.name, layer.router
         self.num_experts, self.top_k = layer.num_experts, layer.top_k
         self.replay: Callable[[], tuple[Tensor | None, bool] | None] | None = None
-        layer.router.forward = partial(_forward, self)  # type: ignore[method-assign]
+        layer.router.forward = partial(_forward, self)
 
 
 def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -51,15 +52,7 @@ def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: 
     return out
 
 
-@dataclass(eq=False)
-class FamilyLayer:
-    """An MoE layer of a family, as the runtime sees it: the experts that are here, and the router that it replays."""
-
-    experts: FamilyExperts
-    router: FamilyRouter
-
-
-def replace_moe_blocks(model: nn.Module) -> list[FamilyLayer]:
+def replace_moe_blocks(model: nn.Module) -> list[TakenLayer]:
     """Take over the experts of every MoE layer of `model`, in place. The blocks around them stay those of the family.
 
     Nothing is copied, and parameters and state dict keep their names and order. Layers that are taken over already stay
@@ -67,9 +60,10 @@ def replace_moe_blocks(model: nn.Module) -> list[FamilyLayer]:
     Raises: InputError where the model has no experts, or some that we do not compute; nothing is changed then.
     """
     found = moe_layers(model)
-    taken = [getattr(layer.experts, "layer", None) or FamilyExperts(layer.experts) for layer in found]
-    for index, (layer, experts) in enumerate(zip(found, taken, strict=True)):
-        if isinstance(experts, FamilyExperts):
-            experts.layer = taken[index] = FamilyLayer(experts, FamilyRouter(layer))
+    ours = [layer.experts if isinstance(layer.experts, ReplicatedExperts) else None for layer in found]
+    made = [FamilyExperts(layer.experts) if own is None else own for layer, own in zip(found, ours, strict=True)]
+    for layer, experts in zip(found, made, strict=True):
+        if experts.layer is None:
+            experts.layer = TakenLayer(experts, FamilyRouter(layer))
             model.set_submodule(layer.name, experts)
-    return taken
+    return [experts.layer for experts in made]

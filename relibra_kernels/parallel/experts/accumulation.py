@@ -53,5 +53,6 @@ class GradientSums:
 
     def _new(self, parameter: Tensor) -> Tensor | None:
         rounded = parameter.dtype != torch.promote_types(parameter.dtype, torch.float32)
-        own = self._enabled and rounded and parameter.requires_grad and getattr(parameter, "main_grad", None) is None
+        trained = parameter.requires_grad and parameter.is_leaf  # what adapters add to a parameter is autograd's
+        own = self._enabled and rounded and trained and getattr(parameter, "main_grad", None) is None
         return zeros_fp32(parameter) if own else None

@@ -25,7 +25,7 @@ from ...nn import ReplicatedMoE
 from ...planner.errors import CommunicationError, FormatError, InputError, ReLibraError
 from ..comm.collectives import Comm
 from ..comm.groups import Groups
-from .logical import LogicalExperts, layer_of_parameter
+from .logical import LogicalExperts, factor_of_parameter, layer_of_parameter
 from .parameters import device_of
 
 
@@ -40,7 +40,7 @@ def training_state(
 
     Raises: InputError where the optimizer has state that cannot be told apart by expert.
     """
-    layer_of = layer_of_parameter(layers)
+    layer_of, factors = layer_of_parameter(layers), factor_of_parameter(layers)
     num_experts = home_LE.shape[1]
 
     def logical(parameter: Tensor, value: Any, name: str) -> Tensor:
@@ -55,6 +55,8 @@ def training_state(
                 f"{name} has shape {tuple(value.shape)}; it must be a single number or have the parameter's shape "
                 f"{tuple(parameter.shape)}, otherwise it cannot be saved by expert"
             )
+        if id(parameter) in factors:
+            value = factors[id(parameter)].by_expert(value)
         experts = np.flatnonzero(home_LE[layer_of[id(parameter)]] == comm.rank)
         return LogicalExperts(name, value, experts, num_experts)
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from ...nn import ReplicatedMoE
 from ..comm.collectives import Comm
+from .adapters import Factor
 from .migration import local_experts
 from .parameters import expert_parameters
 
@@ -19,6 +20,11 @@ from .parameters import expert_parameters
 def layer_of_parameter(layers: Sequence[ReplicatedMoE]) -> dict[int, int]:
     """MoE layer of every expert parameter, by its id."""
     return {id(p): layer for layer, moe in enumerate(layers) for _, p in expert_parameters(moe.experts)}
+
+
+def factor_of_parameter(layers: Sequence[ReplicatedMoE]) -> dict[int, Factor]:
+    """The factor of every parameter of an adapter, by its id."""
+    return {id(factor.linear.weight): factor for moe in layers for factor in moe.experts.adapters}
 
 
 def logical_tensors(
@@ -29,7 +35,7 @@ def logical_tensors(
     tensor_of: Callable[[nn.Parameter], Tensor | None],
 ) -> Iterator[tuple[str, Tensor | None]]:
     """`tensor_of` every parameter under its name in the whole model, one gathered at a time. Collective."""
-    layer_of = layer_of_parameter(layers)
+    layer_of, factors = layer_of_parameter(layers), factor_of_parameter(layers)
     for name, parameter in model.named_parameters():
         tensor = tensor_of(parameter)
         if isinstance(tensor, DTensor):
@@ -37,9 +43,12 @@ def logical_tensors(
         if tensor is None or id(parameter) not in layer_of:
             yield name, tensor
             continue
-        by_rank = comm.gather_tensors(tensor, f"gathering {name}").flatten(0, 1)
-        row_of_expert = _row_of_expert(home_LE[layer_of[id(parameter)]], len(tensor))
-        yield name, by_rank[torch.from_numpy(row_of_expert).to(tensor.device)]
+        factor = factors.get(id(parameter))
+        rows = tensor if factor is None else factor.by_expert(tensor).contiguous()
+        by_rank = comm.gather_tensors(rows, f"gathering {name}").flatten(0, 1)
+        row_of_expert = _row_of_expert(home_LE[layer_of[id(parameter)]], len(rows))
+        whole = by_rank[torch.from_numpy(row_of_expert).to(tensor.device)]
+        yield name, whole if factor is None else factor.whole(whole)
 
 
 def _row_of_expert(home_E: np.ndarray, home_slots: int) -> np.ndarray:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ...nn import ReplicatedExperts, ReplicatedMoE
 from ...planner.errors import InputError
+from .adapters import keep_adapted, kept_rows
 from .migration import expert_tensors
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
@@ -50,7 +51,7 @@ def moe_layers(model: nn.Module) -> list[ReplicatedMoE]:
     Raises: InputError where that is not so.
     """
     layers = take_over(model)
-    counts = {moe.experts.num_experts for moe in layers}
+    counts = {all_experts(moe.experts) for moe in layers}
     if len(counts) > 1 or any(moe.experts.dispatcher is not None for moe in layers):
         raise InputError(f"every MoE layer must have all of its experts, equally many; they have {sorted(counts)}")
     return layers
@@ -62,24 +63,42 @@ def device_of(layers: Sequence[ReplicatedMoE]) -> torch.device:
 
 
 def expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:
-    """The parameters that there are, by attribute."""
+    """The parameters that there are, by attribute, then the factors of their adapters, by name."""
     pairs = [(attribute, getattr(experts, attribute)) for attribute in EXPERT_PARAMETERS]
+    pairs += [(factor.name, factor.linear.weight) for factor in experts.adapters]
     return [(attribute, parameter) for attribute, parameter in pairs if parameter is not None]
 
 
 def tensors_to_move(experts: ReplicatedExperts, optimizer: torch.optim.Optimizer | None) -> dict[str, Tensor]:
     """What moves with the experts of a layer, by name, in a fixed order."""
+    views = {factor.name: factor.by_expert for factor in experts.adapters}
     return {
-        name: tensor
+        name: views.get(attribute, _as_it_is)(tensor)
         for attribute, parameter in expert_parameters(experts)
         for name, tensor in expert_tensors(parameter, attribute, optimizer).items()
     }
 
 
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def all_experts(experts: ReplicatedExperts) -> int:
+    """Of the layer, also where only this rank's share of them was made."""
+    return experts.all_experts or experts.num_experts
+
+
 def keep_experts(experts: ReplicatedExperts, kept: Sequence[int], home_slots: int) -> None:
-    """Replace each parameter of all experts by one of the kept ones, [home_slots, ...]. A slot beyond them is zeros."""
-    for attribute, parameter in expert_parameters(experts):
-        local = parameter.new_zeros((home_slots, *parameter.shape[1:]))
-        local[: len(kept)] = parameter.detach()[list(kept)]
-        setattr(experts, attribute, nn.Parameter(local, requires_grad=parameter.requires_grad))
+    """Replace each parameter of all experts by one of the kept ones, [home_slots, ...]. A slot beyond them is zeros.
+
+    Where only this rank's share was made, it stays.
+    """
+    if experts.all_experts is not None:
+        return
+    keep_adapted(experts, kept, home_slots)
+    for attribute in EXPERT_PARAMETERS:
+        parameter = getattr(experts, attribute)
+        if parameter is not None:
+            local = nn.Parameter(kept_rows(parameter.detach(), kept, home_slots), parameter.requires_grad)
+            setattr(experts, attribute, local)
     experts.num_experts = home_slots

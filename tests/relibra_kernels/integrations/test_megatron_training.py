@@ -1,0 +1,55 @@
+"""A GPT of megatron-core whose MoE layers are ours: over two ranks under plans as on one, and its checkpoints."""
+
+import importlib.util
+
+import pytest
+
+if importlib.util.find_spec("megatron") is None:
+    pytest.skip("megatron-core is not installed", allow_module_level=True)
+
+from megatron_ranks import resume, save, train
+from ranks import Ranks
+from tolerance import assert_close
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    groups: dict[int, Ranks] = {}
+    yield lambda size: groups.setdefault(size, Ranks(size, daemon=False))
+    for group in groups.values():
+        group.close()
+
+
+NO_AUX = {"moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}  # it depends on who has which tokens
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"recompute_granularity": "selective", "recompute_modules": ["moe"]},
+        {"moe_shared_expert_intermediate_size": 16, "moe_router_score_function": "sigmoid"},
+    ],
+    ids=["plain", "recomputed", "shared expert"],
+)
+def test_two_ranks_under_plans_train_as_one(ranks, options):
+    expected, got = (ranks(size).run(train, 3, {**NO_AUX, **options})[0] for size in (1, 2))
+    assert got["moved"] and got["copies"]
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert len(set(got["losses"])) == 3
+    for kind in ("gradients", "parameters"):
+        assert got[kind].keys() == expected[kind].keys()
+        for name, tensor in expected[kind].items():
+            assert_close(got[kind][name], tensor, 1e-5, f"{kind} of {name}")
+
+
+def test_the_routers_losses_stay(ranks):
+    plain, with_loss = (ranks(1).run(train, 1, options)[0]["gradients"] for options in (NO_AUX, {}))
+    changed = {name for name, gradient in plain.items() if not gradient.equal(with_loss[name])}
+    assert any(name.endswith("router.weight") for name in changed)
+
+
+def test_a_checkpoint_knows_neither_plan_nor_number_of_ranks(ranks, tmp_path):
+    following = ranks(2).run(save, str(tmp_path / "two"), 3)[0]
+    assert ranks(2).run(resume, str(tmp_path / "two"), 3)[0] == following
+    assert ranks(1).run(resume, str(tmp_path / "two"), 3, True)[0] == pytest.approx(following, rel=1e-5)

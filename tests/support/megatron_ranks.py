@@ -1,0 +1,68 @@
+"""Megatron-core on ranks of a test: `examples/train_megatron.py` trained, and what it has then."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from hf_under_plan import moving_plan
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "train_megatron.py"
+
+
+def example():
+    if "train_megatron" not in sys.modules:
+        spec = importlib.util.spec_from_file_location("train_megatron", EXAMPLE)
+        sys.modules["train_megatron"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        module.parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+        module.cpu_in_place_of_cuda()
+    return sys.modules["train_megatron"]
+
+
+def trainer_that_moves(options: dict):
+    """Under plans that move every expert in every step, and copy some."""
+
+    class Moving(example().Trainer):
+        def plan(self, batch, step):
+            return moving_plan(self.ep.gather_loads(batch), step + 1)
+
+    return Moving(**options)
+
+
+def logical(trainer, tensor_of) -> dict[str, torch.Tensor]:
+    return {n: t.detach().clone() for n, t in trainer.ep.named_logical_parameters(tensor_of) if t is not None}
+
+
+def train(steps: int, options: dict) -> dict:
+    """Losses, gradients of the first step, parameters after the last; experts in logical order."""
+    trainer = trainer_that_moves(options)
+    losses, gradients, moved = [], {}, False
+    for step in range(steps):
+        losses.append(trainer.step(step))
+        if step == 0:
+            gradients = logical(trainer, lambda p: p.main_grad)
+        moved |= bool((trainer.ep.home != np.arange(8) // (8 // dist.get_world_size())).any())
+    copies = trainer.ep.stats()["replicas"]
+    parameters = logical(trainer, lambda p: p.data)
+    return {"losses": losses, "gradients": gradients, "parameters": parameters, "moved": moved, "copies": copies}
+
+
+def save(folder: str, steps: int) -> float:
+    """Train, write a checkpoint, and give the loss of the step after it."""
+    trainer = trainer_that_moves({})
+    for step in range(steps):
+        trainer.step(step)
+    if dist.get_rank() == 0:
+        Path(folder).mkdir(parents=True)
+    dist.barrier()
+    trainer.save(Path(folder))
+    return trainer.step(steps)
+
+
+def resume(folder: str, steps: int, weights_only: bool = False) -> float:
+    trainer = trainer_that_moves({})
+    trainer.load(Path(folder), weights_only=weights_only)
+    return trainer.step(steps)
