@@ -57,6 +57,8 @@ nightly: .venv/installed
 	bash .ci/run
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
+	$(MAKE) test-families
+	$(MAKE) test-megatron
 	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
