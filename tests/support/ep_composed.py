@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from toy_training import Case, ToyModel, loss_sum, make_batch, make_optimizer, model_input
+from toy_training import Case, ToyModel, loss_sum, make_batch, make_optimizer, model_input, shuffled_plan
 
 from relibra_kernels.parallel import ExpertParallel
 from relibra_kernels.planner import ClusterSpec, PlanOptions
@@ -48,6 +48,8 @@ def train_composed(case: Case, groups: int, dense: str, max_norm: float) -> dict
         mine = np.arange(rank, trace.num_sequences, world)
         my_trace, my_groups = trace.select(mine), micro_batches[mine]
         plan = ep.plan(my_trace, my_groups, case.micro_batches, options=PlanOptions(balance=1.0))
+        if step % 2 == 0:  # homes that move whether or not that pays, the same ones in every group
+            plan = shuffled_plan(ep.gather_loads(my_trace, my_groups, case.micro_batches), cluster, step)
         moved += int((plan.home != ep.home).sum())
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)

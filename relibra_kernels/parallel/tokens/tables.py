@@ -42,7 +42,7 @@ class SendTables:
             rows_T: int64 [tokens], -1 for padding. token_of_row: int64 [rows + 1], the last one for row -1.
         """
         top_k = self.position_of.shape[2]
-        nowhere = torch.full_like(self.position_of[:, :1], -1)
+        nowhere = self.position_of.new_full((len(self.position_of), 1, top_k), -1)
         row_LN = torch.div(self.assignment_of, top_k, rounding_mode="floor")
         token_LN = token_of_row[row_LN.long()]
         return SendTables(

@@ -26,6 +26,10 @@ CASES = {
     "unequal token counts": Case(sequence_lengths=UNEQUAL, plan="shuffled"),
     "a rank without tokens": Case(sequence_lengths=ONE_SIDED, plan="shuffled"),
     "padding": Case(padding=3, plan="shuffled"),
+    "padding on a rank without tokens": Case(padding=2, sequence_lengths=ONE_SIDED, plan="shuffled"),
+    "padding in place of sequences": Case(
+        padding=2, sequence_lengths=(6, 5), micro_batches=1, ranks=3, gpus_per_node=3, experts=9, plan="shuffled"
+    ),
     "gpt-oss form": Case(form=GPT_OSS, plan="shuffled"),
     "main_grad": Case(main_grad=True, plan="shuffled"),
     "four ranks": Case(ranks=4, gpus_per_node=4),
