@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from ..errors import InputError
-from .gpus import GPUS
+from .gpus import GPUS, listed_gpu
 
 DEFAULT_DEVICE = "8xH100"
 
@@ -80,3 +80,9 @@ def find_device(text: str) -> DeviceSpec:
         if text.lower() in (device.name.lower(), device.name.lower().removeprefix("8x")):
             return device
     raise InputError(f"device is {text!r}, but must be one of {', '.join(DEVICES)}")
+
+
+def machine_of(torch_name: str) -> DeviceSpec | None:
+    """The node of eight of the GPU that torch calls so; None where that is not listed."""
+    gpu = listed_gpu(torch_name)
+    return None if gpu is None else find_device(gpu.name)

@@ -88,10 +88,15 @@ def find_gpu(name: str) -> Gpu:
     raise InputError(f"device is {name!r}; it must be one of {', '.join(GPUS)}, or auto for the GPU that is here")
 
 
+def listed_gpu(torch_name: str) -> Gpu | None:
+    """The GPU of this chip, by torch's name of it; None where none is listed."""
+    words = set(re.split(r"[^A-Za-z0-9]+", torch_name))
+    return next((gpu for gpu in GPUS.values() if words & {gpu.name, *gpu.words}), None)
+
+
 def gpu_of(torch_name: str, target: str) -> str:
     """Whose configs a GPU gets, by torch's name of it; its own name, made safe for a folder, where none is listed."""
-    words = set(re.split(r"[^A-Za-z0-9]+", torch_name))
-    for gpu in GPUS.values():
-        if gpu.target == target and words & {gpu.name, *gpu.words}:
-            return gpu.name
+    gpu = listed_gpu(torch_name)
+    if gpu is not None and gpu.target == target:
+        return gpu.name
     return re.sub(r"[^A-Za-z0-9.]+", "-", torch_name).strip("-.") or target

@@ -7,8 +7,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, plan_batch
+from ..planner import DEVICES, BatchPlan, ClusterSpec, ModelShape, PlanOptions, RoutingTrace, plan_batch
 from ..planner.errors import ReLibraError
+from ..planner.pricing.devices import machine_of
 from .comm.groups import Groups
 from .routed_batch import RoutedBatch
 
@@ -19,6 +20,7 @@ class Planning:
     Args:
         check: refuses a trace of another model.
         device: where the group's collectives want their tensors.
+        shape: sizes of the model's MoE layers, which plans are priced for.
     """
 
     def __init__(
@@ -28,9 +30,10 @@ class Planning:
         cluster: ClusterSpec,
         model_name: str,
         device: Callable[[], torch.device],
+        shape: ModelShape,
     ):
         self._check, self._groups, self._device = check, groups, device
-        self._cluster, self._model_name = cluster, model_name
+        self._cluster, self._model_name, self._shape = cluster, model_name, shape
         self._counted: tuple[RoutedBatch, np.ndarray] | None = None  # what was counted, and its loads
 
     def gather_loads(self, batch: RoutedBatch | None, problem: ReLibraError | None = None) -> np.ndarray:
@@ -75,8 +78,14 @@ class Planning:
         assert batch is not None  # else a problem was raised
         self._counted = batch, loads
         everyone = self._groups.gather_over_copies(loads, self._device())  # [groups, L, M, R, E]
-        here = self._groups.copy, self._cluster, home.copy(), self._model_name, options
+        here = self._groups.copy, self._cluster, home.copy(), self._model_name, self._priced(options)
         return executor.submit(plan_group, everyone, *here)
+
+    def _priced(self, options: PlanOptions | None) -> PlanOptions:
+        """The options, priced for this model; and for this machine, where its GPU is listed."""
+        options, device = options or PlanOptions(), self._device()
+        machine = DEVICES["CPU"] if device.type != "cuda" else machine_of(torch.cuda.get_device_name(device))
+        return replace(options, shape=self._shape, device=machine or options.device)
 
     def take_counted(self, batch: RoutedBatch) -> np.ndarray | None:
         """The loads that the last plan was made from, if it was made from this batch; once."""

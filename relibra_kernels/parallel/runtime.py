@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace
 from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.plan import contiguous_home
+from ..planner.pricing.models import shape_of_sizes
 from .agreement import Opening
 from .attachment import attach
 from .batch import ExpertStore, OpenBatch
@@ -102,9 +103,14 @@ class ExpertParallel:
             comm.alarm = self._alarm
         self._stop_watchdog = start_watchdog(self.comm, self.options.watchdog_seconds)
         self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
-        shape = len(self.layers), self.layers[0].router.top_k, self.num_experts
+        layers, top_k, experts = len(self.layers), self.layers[0].router.top_k, self.layers[0].experts
         self._planning = Planning(
-            lambda trace: check_trace(trace, *shape), self.groups, cluster, model_name, lambda: self.device
+            lambda trace: check_trace(trace, layers, top_k, self.num_experts),
+            self.groups,
+            cluster,
+            model_name,
+            lambda: self.device,
+            shape_of_sizes(experts.hidden_size, experts.intermediate_size, self.num_experts, top_k, layers=layers),
         )
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
@@ -164,7 +170,8 @@ class ExpertParallel:
         Args:
             batch: the routed batch, of the group or of this rank. In its place, for whole sequences of this rank:
                 their trace, int [sequences] `micro_batch_of_sequence`, and `num_micro_batches`.
-            options: what the plan is to achieve, and at what price; the same on every rank.
+            options: what the plan is to achieve, under which caps; the same on every rank. It is priced for this model
+                and this machine, whatever `shape` and `device` say; for `device` where the GPU is not a listed one.
         """
         routed = self._routed(batch, micro_batch_of_sequence, num_micro_batches)
         return self._planning.plan(*routed, self.home, options)

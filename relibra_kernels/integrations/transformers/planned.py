@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -16,14 +17,15 @@ from ...parallel.routed_batch import RoutedBatch, routed_batch
 from ...parallel.running import ModelRunner
 from ...parallel.session import RuntimeOptions, Session
 from ...parallel.tokens.buffers import Buffers
-from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace
+from ...planner import BatchPlan, ClusterSpec, ModelShape, PlanOptions, RoutingTrace
 from ...planner.errors import CommunicationError, InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
+from ...planner.pricing.models import shape_of_sizes
 from ...weights import ExpertWeights
 from .expert_parallel import RelibraEP, collective_device, implementations_of
 from .fed import Fed
 from .feeder import Feeder
-from .layers import check_trace, moe_layers
+from .layers import MoeLayer, check_trace, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .routers import replaying_routers
 
@@ -199,8 +201,20 @@ def _routed(
 def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec) -> Planning:
     layers, groups = moe_layers(model), implementation.groups
     return Planning(
-        lambda trace: check_trace(trace, layers), groups, cluster, "", lambda: collective_device(groups.experts)
+        lambda trace: check_trace(trace, layers),
+        groups,
+        cluster,
+        "",
+        lambda: collective_device(groups.experts),
+        _shape_of(layers, implementation),
     )
+
+
+def _shape_of(layers: list[MoeLayer], implementation: RelibraEP) -> ModelShape:
+    down: Any = implementation.experts.down_proj  # of a sharded parameter, the whole shape
+    hidden_size, intermediate_size = down.shape[-2:][::-1] if implementation.form.is_transposed else down.shape[-2:]
+    sizes = hidden_size, intermediate_size, implementation.num_experts, layers[0].top_k
+    return shape_of_sizes(*sizes, layers=len(layers))
 
 
 def _traces(batch: RoutedBatch) -> list[RoutingTrace]:
