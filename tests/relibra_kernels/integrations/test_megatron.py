@@ -10,6 +10,7 @@ import torch
 from relibra_kernels.integrations import megatron
 from relibra_kernels.planner import (
     ClusterSpec,
+    PlanOptions,
     RoutingTrace,
     from_megatron,
     load_table,
@@ -37,7 +38,8 @@ def make_batch(last_unknown=False):
     trace = RoutingTrace(ids, offsets, E, tuple(range(L)))
     groups, rank = np.arange(8) // 4, np.arange(8) % R
     loads = load_table(trace, groups, rank, M, R)
-    plan = plan_batch(loads, ClusterSpec(1, R, 2))
+    dealt = np.tile(np.arange(E) % R, (L, 1))  # homes that are not the contiguous ones
+    plan = plan_batch(loads, ClusterSpec(1, R, 2), previous_home=dealt, options=PlanOptions(balance=1.0))
     assert (plan.replicas >= 0).any() and (plan.home != np.arange(E) // (E // R)).any()
     return trace, groups, rank, loads, plan
 
