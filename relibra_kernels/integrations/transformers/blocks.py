@@ -28,7 +28,7 @@ class FamilyRouter:
         self.name, self.module = layer.name, layer.router
         self.num_experts, self.top_k = layer.num_experts, layer.top_k
         self.replay: Callable[[], tuple[Tensor | None, bool] | None] | None = None
-        layer.router.forward = partial(_forward, self)  # type: ignore[method-assign]
+        layer.router.forward = partial(_forward, self)
 
 
 def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -67,7 +67,7 @@ def replace_moe_blocks(model: nn.Module) -> list[FamilyLayer]:
     Raises: InputError where the model has no experts, or some that we do not compute; nothing is changed then.
     """
     found = moe_layers(model)
-    taken = [getattr(layer.experts, "layer", None) or FamilyExperts(layer.experts) for layer in found]
+    taken: list[Any] = [getattr(layer.experts, "layer", None) or FamilyExperts(layer.experts) for layer in found]
     for index, (layer, experts) in enumerate(zip(found, taken, strict=True)):
         if isinstance(experts, FamilyExperts):
             experts.layer = taken[index] = FamilyLayer(experts, FamilyRouter(layer))
