@@ -103,4 +103,4 @@ def _recorded(scores: Tensor, handle: int, top_k: int) -> Tensor:
 
 @_recorded.register_fake
 def _(scores: Tensor, handle: int, top_k: int) -> Tensor:
-    return scores.new_empty((len(scores), top_k), dtype=torch.int64)
+    return scores.new_empty((scores.shape[0], top_k), dtype=torch.int64)
