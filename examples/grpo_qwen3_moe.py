@@ -29,7 +29,7 @@ from relibra_kernels.cli.demo.grpo import answer_tokens, make_inputs, sequence_l
 from relibra_kernels.cli.demo.rollout import GROUP, Rollouts
 from relibra_kernels.cli.demo.toy import EOS, VOCABULARY, make_prompts, right_answers
 from relibra_kernels.integrations.transformers import record_routing, replace_moe_blocks
-from relibra_kernels.planner import static_plan
+from relibra_kernels.planner import PlanOptions, static_plan
 
 RANKS, MICRO_BATCHES = 2, 2
 CLUSTER = ClusterSpec(num_nodes=1, gpus_per_node=RANKS, replica_slots=2)
@@ -150,7 +150,7 @@ class Trainer:
         groups = np.arange(len(rollouts.tokens)) * MICRO_BATCHES // len(rollouts.tokens)
         before = self.ep.home.copy()
         loads = self.ep.gather_loads(rollouts.trace, groups, MICRO_BATCHES)
-        plan = self.ep.plan(rollouts.trace, groups, MICRO_BATCHES)
+        plan = self.ep.plan(rollouts.trace, groups, MICRO_BATCHES, options=PlanOptions(balance=1.0))
         total = torch.tensor([float(answer_tokens(rollouts))])
         dist.all_reduce(total)
         gap = 0.0

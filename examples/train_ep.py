@@ -35,8 +35,7 @@ from torch.distributed.fsdp import fully_shard
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from relibra_kernels import ClusterSpec, ExpertParallel, RoutedBatch
-from relibra_kernels.integrations.transformers import replace_moe_blocks
-from relibra_kernels.nn import record_routing
+from relibra_kernels.integrations.transformers import record_routing, replace_moe_blocks
 from relibra_kernels.planner import RoutingTrace
 
 VOCABULARY = 128
@@ -63,20 +62,13 @@ def make_rollouts(
 ) -> list[tuple[list[np.ndarray], RoutingTrace]]:
     """Sequences of different lengths with the routing that the whole model gave them; a last token has none."""
     random = np.random.default_rng(0)
-    routers = [module.router for module in model.modules() if hasattr(module, "router")]
     rollouts = []
     for _ in range(steps):
         tokens = [random.integers(0, VOCABULARY, random.integers(8, 33)) for _ in range(sequences)]
-        rows = []
-        for sequence in tokens:
-            with torch.no_grad(), record_routing(routers) as recorded:
+        with torch.no_grad(), record_routing(model) as record:
+            for sequence in tokens:
                 model(torch.from_numpy(sequence[None]))
-            ids = torch.stack([calls[0] for calls in recorded], 1).numpy().astype(np.int16)
-            ids[-1] = -1
-            rows.append(ids)
-        offsets = np.cumsum([0, *map(len, tokens)])
-        layers = tuple(range(len(routers)))
-        rollouts.append((tokens, RoutingTrace(np.concatenate(rows), offsets, routers[0].num_experts, layers)))
+        rollouts.append((tokens, record.trace(token_ids=[sequence.tolist() for sequence in tokens])))
     return rollouts
 
 

@@ -33,6 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """1 where a launch spills registers, does not fit the device or is known to be compiled wrongly."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
     if args.device is not None:
         return _gate(args)
     import torch

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from hf_families import make_model, make_tokens
 
-from relibra_kernels.planner import BatchPlan, RoutingTrace
+from relibra_kernels.planner import BatchPlan, PlanOptions, RoutingTrace
 
 SEQUENCES, LENGTH = 8, 9  # a rank has every other sequence, in two micro-batches
 MICRO_BATCHES = 2
@@ -97,7 +97,7 @@ def run_on_rank(family: str, ranks: int, mode: str, trace: RoutingTrace | None, 
             stack.enter_context(ours.batch(model, plan))
         if mode == "plan and trace":
             if plan is None:
-                plan = ours.plan(model, own, groups, MICRO_BATCHES)
+                plan = ours.plan(model, own, groups, MICRO_BATCHES, options=PlanOptions(balance=1.0))
             stack.enter_context(ours.batch(model, plan, own, groups))
         logits = step(model, contexts, tokens, groups)
     gradients = {name: p.grad.full_tensor() * ranks for name, p in model.named_parameters() if p.grad is not None}

@@ -35,8 +35,9 @@ def start_watchdog(comm: Comm, seconds: float) -> Callable[[], None]:
 
 def _watch(watched: "weakref.ref[Comm]", gone: threading.Event, store: dist.Store, seconds: float) -> None:
     since, last, said = time.monotonic(), -1, -1
-    while not gone.wait(seconds / 4):
-        comm = watched()
+    pause = 0.0  # where this rank is, is known from the start on
+    while not gone.wait(pause):
+        pause, comm = seconds / 4, watched()
         if comm is None or not dist.is_initialized():
             return
         count, phase, waiting = comm.position
