@@ -107,8 +107,6 @@ def test_a_base_that_is_not_aligned_gets_no_descriptor(kernel, monkeypatch):
         options = recorded(device, call)[0].options
         is_store = any(moved is store for store in described[:2])
         if kernel == "grad_weight" and is_store:  # of gradients, which are only written to
-            moved is store for store in described[:2]
-        ):  # the stores of gradients, which are only written to
             assert options["TMA"] and not options["TMA_WRITES"]
         else:
             assert not options["TMA"]
