@@ -7,9 +7,10 @@ from pathlib import Path
 import torch
 
 from ..compiling.compile_only import Report, compile_launch, launch_digest
-from ..configs.config import GEMM_KERNELS
+from ..configs.config import GEMM_KERNELS, Config
 from ..configs.limits import Device
 from ..configs.spaces import SPACE, configs
+from ..kernels.launch import Launch
 from .catalogue import calls, recorded
 
 KERNELS = tuple(SPACE)
@@ -35,7 +36,12 @@ def reports(
                 # what a GEMM launches besides does not depend on its config
                 besides = number == 0 or name not in GEMM_KERNELS
                 for launch in recorded(device, call)[: None if besides else 1]:
-                    of = launch.kernel.__name__.strip("_").removesuffix("_kernel")
-                    place = "-".join((name, str(config), *re.findall(r"[\w.]+", variant), of, launch_digest(launch)))
-                    report = compile_launch(launch, device, dump=dump and dump / f"{device.name}-{place}")
+                    place = None if dump is None else dump / _folder(device, name, config, variant, launch)
+                    report = compile_launch(launch, device, dump=place)
                     yield name, str(config), variant, report
+
+
+def _folder(device: Device, name: str, config: Config, variant: str, launch: Launch) -> str:
+    """Of one compilation: what it is, in words, and its digest."""
+    of = launch.kernel.__name__.strip("_").removesuffix("_kernel")
+    return "-".join((device.name, name, str(config), *re.findall(r"[\w.]+", variant), of, launch_digest(launch)))

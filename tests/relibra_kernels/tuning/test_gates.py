@@ -1,0 +1,115 @@
+"""The gates on machine code: what they let through, and that each fault alone is found."""
+
+import os
+import re
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("triton", reason="needs triton")
+
+from relibra_kernels.cli import main
+from relibra_kernels.compiling.machine_code import MachineCode, read_machine_code
+from relibra_kernels.configs.limits import device_for
+from relibra_kernels.configs.products import PRODUCTS
+from relibra_kernels.form import ExpertForm
+from relibra_kernels.tuning.compile_task import Task, compile_task
+from relibra_kernels.tuning.gates import large_tasks, machine_faults
+from relibra_kernels.tuning.launch_model import Resources
+from relibra_kernels.tuning.models import MODELS
+
+interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
+H100, MI300X = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["MI300X"])
+GOOD = MachineCode(
+    buffers=(3, 3),
+    product="HGMMA 64x256x16 x4",
+    products_in_flight=1,
+    loads_in_flight=1,
+    instructions=104,
+    barriers=3,
+    shared_bytes_a_clock=135.0,
+    matrix_clocks=1024.0,
+    epilogue_share=0.1,
+    wide_stores=16,
+    stores=16,
+)
+AMD = replace(GOOD, amd={"ds_read_u16": 0, "buffer_load": 8, "global_load": 0})
+
+
+def faults(code, kernel="gate_up", device=H100, hidden_size=2048, **needs):
+    task = Task(device.name, kernel, "", "128x128x64w8s3", hidden_size, 768, ExpertForm(), 2)
+    return machine_faults(task, Resources(**{**vars(Resources(200, 0, 1 << 17, 8)), **needs, "code": code}), device)
+
+
+MUTATIONS = [
+    ({"buffers": (2, 2)}, r"has \(2, 2\) buffers"),
+    ({"loads_in_flight": 0}, "all of its loads"),
+    ({"products_in_flight": 0}, "all of its products"),
+    ({"descriptors": 1}, "makes 1 descriptors in the tile loop"),
+    ({"shared_bytes_a_clock": 151.0}, "moves 151.0 bytes"),
+    ({"epilogue_share": 0.13}, "epilogue of 0.13"),
+    ({"wide_stores": 12}, "stores 4 of 16 times in less than 16 bytes"),
+]
+
+
+def test_what_is_as_it_must_be_passes():
+    assert not faults(GOOD)
+    assert not faults(replace(GOOD, epilogue_share=0.25, stores=17), "grad_hidden")
+    assert not faults(AMD, device=MI300X, shared_bytes=1 << 15)
+
+
+@pytest.mark.parametrize(("change", "message"), MUTATIONS, ids=lambda value: str(value)[:40])
+def test_each_fault_alone_is_found(change, message):
+    (fault,) = faults(replace(GOOD, **change))
+    assert re.search(message, fault)
+
+
+def test_faults_of_some_kernels_and_devices_alone():
+    assert "135.0 bytes" in faults(GOOD, "grouped_gemm")[0]
+    assert (
+        "epilogue of 0.22" in faults(replace(GOOD, epilogue_share=0.22, stores=17), "grad_hidden", hidden_size=2880)[0]
+    )
+    assert "spills 8 bytes" in faults(GOOD, spill_bytes=8)[0]
+    assert "shared memory; there are" in faults(GOOD, shared_bytes=1 << 20)[0]
+    amd = {"device": MI300X, "shared_bytes": 1 << 15}
+    assert "2 bytes at a time" in faults(replace(AMD, amd={**AMD.amd, "ds_read_u16": 64}), **amd)[0]
+    assert "64-bit addresses" in faults(replace(AMD, amd={**AMD.amd, "global_load": 9}), **amd)[0]
+    assert machine_faults(large_tasks(MODELS[:1], PRODUCTS["H100"], (0,))[0], "PTXASError", H100) == [
+        "does not compile: PTXASError"
+    ]
+
+
+def test_large_batches_of_every_model_get_whole_tiles():
+    """Two parts of two kernels, one of two others, with replicas and without."""
+    for model in MODELS:
+        tasks = large_tasks([model], PRODUCTS["H100"], (0, 2))
+        assert len(tasks) == 12 and {task.config.split("x")[0] for task in tasks} <= {"128", "256"}
+
+
+@interpreting
+def test_real_code_is_read_and_passes():
+    """A weight gradient for an H100: three buffers, products and loads in flight, nothing made in the tile loop."""
+    task = Task("sm_90", "grad_weight", "gate_up", "128x256x64w8s3", 2048, 768, ExpertForm(), 2)
+    outcome = compile_task(task)
+    assert not isinstance(outcome, str), outcome
+    assert machine_faults(task, outcome, H100) == []
+    assert outcome.code.buffers == (3, 3) and outcome.code.product == "HGMMA 64x256x16 x4"
+    assert (outcome.code.products_in_flight, outcome.code.loads_in_flight, outcome.code.descriptors) == (1, 1, 0)
+
+
+@interpreting
+def test_a_dump_is_what_is_read(tmp_path, capsys):
+    command = ["compile", "--target", "sm_90", "--first", "--kernel", "permute", "--dump", str(tmp_path)]
+    assert main(command) == 0
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == len(capsys.readouterr().out.splitlines()) - 1
+    for folder in folders:
+        assert {path.name for path in folder.iterdir()} == {"ttgir", "ptx", "sass", "usage", "json"}
+    texts = {name: (folders[0] / name).read_text() for name in ("ttgir", "sass")}
+    code = read_machine_code(texts, {"persistent": False})
+    assert code.product == "" and code.loads > 0 and code.wide_stores > 0
+
+
+def test_a_bad_device_is_refused(capsys):
+    assert main(["compile", "--device", "H900"]) == 2
+    assert "H900" in capsys.readouterr().err
