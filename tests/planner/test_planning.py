@@ -279,12 +279,16 @@ def test_balance_costs_what_it_must():
     assert hosts[1] <= hosts[0]
 
 
-@pytest.mark.parametrize(("slots", "mean", "worst"), [(1, 1.003, 1.02), (2, 1.0001, 1.001)])
-def test_balance_is_reached_whatever_it_costs(slots, mean, worst):
-    """Kept replicas alone leave the hottest micro-batches at 1.24 with one slot: homes move for them."""
-    loads = generate_loads(4, 16, 128, 8, 16 * 8192, max_mean=8, seed=5)
-    plan = plan_batch(loads, ClusterSpec(2, 8, slots), options=PlanOptions(balance=1.0))
+@pytest.mark.parametrize(
+    ("experts", "top_k", "slots", "mean", "worst"), [(128, 8, 1, 1.003, 1.02), (32, 4, 2, 1.0001, 1.001)]
+)
+def test_balance_is_reached_whatever_it_costs(experts, top_k, slots, mean, worst):
+    """Kept replicas alone leave the hottest micro-batches at 1.24 with one slot, at 1.01 with two."""
+    skew, seed = (8, 5) if experts == 128 else (4, 6)
+    loads = generate_loads(4, 16, experts, top_k, 16 * 1024 * top_k, max_mean=skew, seed=seed)
+    cluster = ClusterSpec(2, 8, slots)
+    plan = plan_batch(loads, cluster, options=PlanOptions(balance=1.0))
     assert plan.imbalance_mean(loads) <= mean
     assert plan.imbalance_worst(loads) <= worst
-    stay = plan_batch(loads, ClusterSpec(2, 8, slots), options=PlanOptions(balance=1.0, max_moves=0))
-    np.testing.assert_array_equal(stay.home, static_plan(loads, ClusterSpec(2, 8, slots)).home)
+    stay = plan_batch(loads, cluster, options=PlanOptions(balance=1.0, max_moves=0))
+    np.testing.assert_array_equal(stay.home, static_plan(loads, cluster).home)
