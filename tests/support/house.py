@@ -50,7 +50,7 @@ ROOMS = (
     Room(
         "parallel",
         "what a user drives",
-        f"parallel.tokens parallel.experts parallel.session parallel.comm nn {BASE} {PLANNER}",
+        f"parallel.tokens parallel.experts parallel.session parallel.comm nn {BASE} alignment {PLANNER}",
     ),
     Room(
         "parallel.tokens",
@@ -58,7 +58,7 @@ ROOMS = (
         f"parallel.experts parallel.session parallel.comm nn autograd ops {BASE} planner plan errors",
     ),
     Room("parallel.experts", "an expert's way", f"parallel.comm nn ops {BASE} planner plan errors"),
-    Room("parallel.session", "options, what a forward is bound to", "parallel.comm forwards errors"),
+    Room("parallel.session", "options, what a forward is bound to", "parallel.comm alignment forwards errors"),
     Room("parallel.comm", "collectives, groups, watchdog", "planner errors"),
     Room("nn", "the layer as modules", f"router compiled autograd ops {BASE} errors"),
     Room("router", "top-k routers, replay and recording", "errors"),

@@ -102,8 +102,8 @@ class _ReplacedForward:
                 f"{self._num_experts} experts with torch.topk, so that nothing can be replayed in it"
             )
         if alignment is not None and mode.live is not None and mode.keep_live:
-            alignment.compare(mode.live, recorded_TK)
-            if layer + 1 == min(LAYERS, len(owner.layer_of_router)):
+            alignment.compare(layer, mode.live, recorded_TK)
+            if not alignment.judged_later and layer + 1 == min(LAYERS, len(owner.layer_of_router)):
                 alignment.judge("the trace")
         return out
 
