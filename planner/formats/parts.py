@@ -13,6 +13,7 @@ Decode = Callable[[Any, str], Any]  # (payload, what messages call it) -> array 
 
 STARTS = ("start", "routed_experts_start_len", "routed_experts_prompt_start", "prompt_start")
 VERSIONS = ("weight_version", "version")
+DTYPE = "routed_experts_dtype"
 NO_ROWS = np.empty((0, 1, 1), np.uint8)
 
 
@@ -55,7 +56,8 @@ def parts_of(entry: Any, decode: Decode, name: str, num_experts: int, start: Any
         start = _agreed(start, fields, name)
         version = next((str(fields[key]) for key in VERSIONS if fields.get(key) is not None), None)
         if "routed_experts" in fields:
-            parts = parts_of(fields["routed_experts"], decode, name, num_experts, start)
+            payload = _with_dtype(fields["routed_experts"], fields.get(DTYPE))
+            parts = parts_of(payload, decode, name, num_experts, start)
             return [Part(part.ids, part.start, part.version or version) for part in parts]
     if entry is None:
         return []
@@ -146,6 +148,15 @@ def _agreed(start: Any, fields: Mapping[str, Any], name: str) -> Any:
     if len(set(said.values()) | ({start} if isinstance(start, int | np.integer) else set())) > 1:
         raise InputError(f"{name} says {said}, and starts says {start}: they must agree")
     return next(iter(said.values()), start) if start is None else start
+
+
+def _with_dtype(payload: Any, dtype: Any) -> Any:
+    """Payloads that have no header themselves, with the dtype that was said beside them."""
+    if dtype is not None and isinstance(payload, str | bytes):
+        return {"data": payload, "dtype": dtype}
+    if dtype is not None and isinstance(payload, list) and any(isinstance(part, str | bytes) for part in payload):
+        return [_with_dtype(part, dtype) for part in payload]
+    return payload
 
 
 def _is_list_of_parts(entry: Any) -> bool:

@@ -4,7 +4,7 @@
 |---|---|---|---|
 | slime | [len(tokens) - 1, layers, K] a sample | left out | -1; `arange % E` as padding, outside the samples |
 | prime-rl | {data, shape, start, dtype}, [S, L, K] | left out, or in place as zeros | zeros |
-| NeMo-RL | "nrlre1:<dtype>:<S>x<L>x<K>:<base64>" | in place, 0..K-1 in every layer | -1 |
+| NeMo-RL | "nrlre1:<dtype>:<S>x<L>x<K>:<base64>" | in place, 0..K-1 in every layer | -1; tool results 0..K-1 |
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,11 +14,9 @@ import numpy as np
 
 from ..errors import FormatError
 from ..trace import RoutingTrace
-from .encoded import array_of_bytes, decode_base64
+from .encoded import array_of_bytes, decode_base64, id_dtype
 from .parts import array_of
 from .sequences import SequenceOptions, lengths_of, trace_of_sequences
-
-ID_DTYPES = ("uint8", "uint16", "int8", "int16", "int32", "int64")
 
 
 def from_slime(
@@ -31,13 +29,22 @@ def from_slime(
     """
     lengths = lengths_of(options.get("num_tokens"), options.get("token_ids"))
     samples: Iterable[Any] = rollout_routed_experts
+    starts = options.get("starts")
     if lengths is not None:
         samples = (
-            _without_padding(sample, lengths[index] - 1, num_experts) if index < len(lengths) else sample
+            _without_padding(sample, lengths[index] - 1 - _start(starts, index), num_experts)
+            if index < len(lengths)
+            else sample
             for index, sample in enumerate(rollout_routed_experts)
         )
     what = "rollout_routed_experts"
     return trace_of_sequences(samples, num_experts, last_token="left out", what=what, **options)
+
+
+def _start(starts: Any, index: int) -> int:
+    """Where the rows of a sample in one piece begin; what is wrong with it is said where it is placed."""
+    start = starts[index] if isinstance(starts, Sequence) and index < len(starts) else starts
+    return start if isinstance(start, int) else 0
 
 
 def _without_padding(sample: Any, rows: int, num_experts: int) -> Any:
@@ -71,14 +78,15 @@ def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Un
         if missing:
             raise FormatError(f"{name} has no {sorted(missing)[0]!r}, only {sorted(map(str, payload))}")
         sizes = _three_sizes(payload["shape"], name)
-        return array_of_bytes(decode_base64(payload["data"], name), _dtype(payload["dtype"], name), sizes, name)
+        return array_of_bytes(decode_base64(payload["data"], name), id_dtype(payload["dtype"], name), sizes, name)
 
     return trace_of_sequences(routed_experts, num_experts, last_token="either", decode=decode, **options)
 
 
 def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:
     """A trace of NeMo-RL's envelopes, one a sequence; -1 is what was not recorded, and so are rows of 0..K-1 in every
-    layer at the end, which NeMo-RL fills in for the last token. Options: see `SequenceOptions`."""
+    layer, which NeMo-RL fills in for the last token, padding, and tool results that no later turn fed: at the end, and
+    inside of a sequence where routers could not have chosen so by accident. Options: see `SequenceOptions`."""
 
     def decode(payload: Any, name: str) -> Any:
         if payload is not None and not isinstance(payload, str):
@@ -87,7 +95,7 @@ def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unp
         if len(parts) != 4 or parts[0] != "nrlre1":
             raise FormatError(f"{name} starts with {str(payload)[:24]!r}, but must be 'nrlre1:<dtype>:<S>x<L>x<K>:...'")
         sizes = _three_sizes(parts[2].split("x"), name)
-        return array_of_bytes(decode_base64(parts[3], name), _dtype(parts[1], name), sizes, name)
+        return array_of_bytes(decode_base64(parts[3], name), id_dtype(parts[1], name), sizes, name)
 
     return trace_of_sequences(
         routed_experts, num_experts, last_token="in place", decode=decode, filler=_counts_up, **options
@@ -97,13 +105,6 @@ def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unp
 def _counts_up(staged_TLK: np.ndarray, num_experts: int) -> np.ndarray:
     """bool [rows]: 0..K-1 in every layer."""
     return (staged_TLK == np.arange(staged_TLK.shape[2])).all((1, 2))
-
-
-def _dtype(value: Any, name: str) -> str:
-    text = str(value).rpartition(".")[2]  # "torch.uint8", "numpy.uint8"
-    if text not in ID_DTYPES:
-        raise FormatError(f"{name} starts with the dtype {value!r}, but must be one of {', '.join(ID_DTYPES)}")
-    return text
 
 
 def _three_sizes(shape: Any, what: str) -> tuple[int, ...]:
