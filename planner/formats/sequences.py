@@ -17,7 +17,7 @@ from ..trace import RoutingTrace
 from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, OUTSIDE, VersionSpan
 from ..trace_rules import check_ids, check_num_experts, compact_dtype
 from .layers import LayersFound, LayersSeen
-from .parts import Decode, missing_layers, parts_of
+from .parts import Decode, Part, missing_layers, parts_of
 from .placing import LastToken, Placed, placed
 
 _LOG = logging.getLogger(__name__)
@@ -26,6 +26,8 @@ Holes = Literal["refuse", "unknown"]
 IMPROBABLE = 10**9  # a choice that a token makes once in so many is not taken for one that it made
 HOLES: tuple[Holes, ...] = ("refuse", "unknown")
 Filler = Callable[[np.ndarray, int], np.ndarray]  # (staged ids, num_experts) -> bool [rows]
+
+Trim = Callable[[list[Part], int, int], list[Part]]  # (parts, tokens, num_experts)
 
 
 class RecordOptions(TypedDict, total=False):
@@ -66,6 +68,7 @@ def trace_of_sequences(
     last_token: LastToken,
     decode: Decode = lambda payload, name: payload,
     filler: Filler | None = None,
+    trim: Trim | None = None,
     what: str = "routed_experts",
     **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
@@ -76,6 +79,7 @@ def trace_of_sequences(
         last_token: which rows there are, see `placed`.
         decode: a payload to its array.
         filler: which rows the engine filled in where it had none; inside of a sequence only where chance cannot be it.
+        trim: the parts of a sequence of so many tokens, without padding that is not blank.
         what: how messages call `recorded`.
         options: see `SequenceOptions`.
 
@@ -105,6 +109,8 @@ def trace_of_sequences(
         if filler is not None:
             for part in parts:
                 _blank_fillers(part.ids, filler, experts, at_end=part is parts[-1])
+        if trim is not None and parts and given["num_tokens"] is not None:
+            parts = trim(parts, given["num_tokens"], experts)
         sequence = placed(parts, given["num_tokens"], last_token, name)
         for _, ids in sequence.pieces:
             seen.add(ids, name)

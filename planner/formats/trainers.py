@@ -8,6 +8,7 @@
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -15,8 +16,8 @@ import numpy as np
 from ..errors import FormatError
 from ..trace import RoutingTrace
 from .encoded import array_of_bytes, decode_base64, id_dtype
-from .parts import array_of
-from .sequences import SequenceOptions, lengths_of, trace_of_sequences
+from .parts import Part
+from .sequences import SequenceOptions, trace_of_sequences
 
 
 def from_slime(
@@ -27,39 +28,34 @@ def from_slime(
     With lengths, rows of slime's padding (`arange % E`, appended for the last token and for alignment) are cut off
     where they are exactly that; any other row too many is a misalignment. Options: see `SequenceOptions`.
     """
-    lengths = lengths_of(options.get("num_tokens"), options.get("token_ids"))
-    samples: Iterable[Any] = rollout_routed_experts
-    starts = options.get("starts")
-    if lengths is not None:
-        samples = (
-            _without_padding(sample, lengths[index] - 1 - _start(starts, index), num_experts)
-            if index < len(lengths)
-            else sample
-            for index, sample in enumerate(rollout_routed_experts)
-        )
-    what = "rollout_routed_experts"
-    return trace_of_sequences(samples, num_experts, last_token="left out", what=what, **options)
+    return trace_of_sequences(
+        rollout_routed_experts,
+        num_experts,
+        last_token="left out",
+        trim=_without_padding,
+        what="rollout_routed_experts",
+        **options,
+    )
 
 
-def _start(starts: Any, index: int) -> int:
-    """Where the rows of a sample in one piece begin; what is wrong with it is said where it is placed."""
-    start = starts[index] if isinstance(starts, Sequence) and index < len(starts) else starts
-    return start if isinstance(start, int) else 0
-
-
-def _without_padding(sample: Any, rows: int, num_experts: int) -> Any:
-    if not hasattr(sample, "ndim") or sample.ndim != 3 or rows < 0 or len(sample) <= rows:
-        return sample
-    ids = array_of(sample, "rollout_routed_experts")
+def _without_padding(parts: list[Part], tokens: int, num_experts: int) -> list[Part]:
+    """The parts of a sample without the rows beyond its tokens, where those are slime's padding."""
+    first = end = 0
+    for part in parts:
+        first = end if part.start is None else part.start
+        end = first + len(part.ids)
+    ids, rows = parts[-1].ids, tokens - 1 - first
+    if rows < 0:
+        return parts
     tail, done = ids[rows:], 0
     while done < len(tail):  # it is appended in one piece or two, and each starts with expert 0
         pattern = np.arange(tail[done:].size).reshape(tail[done:].shape) % num_experts
         alike = (tail[done:] == pattern).all((1, 2))
         matching = len(alike) if alike.all() else int(np.argmin(alike))
         if matching == 0:
-            return ids
+            return parts
         done += matching
-    return ids[:rows]
+    return [*parts[:-1], replace(parts[-1], ids=ids[:rows])]
 
 
 def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:

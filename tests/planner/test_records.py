@@ -336,14 +336,43 @@ def test_sglang_says_the_dtype_of_its_bytes(dtype, experts):
         from_sglang([{**fields[0], "routed_experts_dtype": "uint8"}], 384, num_layers=L, top_k=K)
 
 
-def test_slime_padding_behind_rows_that_begin_later():
+@pytest.mark.parametrize("form", [np.asarray, torch.from_numpy, np.ndarray.tolist])
+def test_slime_padding_behind_rows_that_begin_later(form):
     ids = make(dtype=np.int32)
-    padding = (np.arange(2 * L * K) % E).reshape(2, L, K)
-    late = [np.concatenate([ids[0], padding]), np.concatenate([ids[1][4:], padding]), ids[2]]
-    trace = from_slime(late, E, num_tokens=LENGTHS, starts=[None, 4, None], holes="unknown")
-    assert np.flatnonzero(trace.reasons == OUTSIDE).tolist() == [5, 6, 7, 8]
-    np.testing.assert_array_equal(trace.sequence(1)[4:8], ids[1][4:])
-    np.testing.assert_array_equal(trace.sequence(0)[:4], ids[0])
+    padding = (np.arange(2 * L * K) % E).reshape(2, L, K).astype(np.int32)
+    padded_ids = [form(np.concatenate([rows, padding])) for rows in (ids[0], ids[1][4:])] + [form(ids[2])]
+    says_itself = [padded_ids[0], {"routed_experts": padded_ids[1], "start": 4}, padded_ids[2]]
+    in_turns = [padded_ids[0], [form(ids[1][:6]), {"routed_experts": padded_ids[1], "start": 4}], padded_ids[2]]
+    late = [
+        from_slime(padded_ids, E, num_tokens=LENGTHS, starts=[None, 4, None], holes="unknown"),
+        from_slime(padded_ids, E, num_tokens=LENGTHS, starts=torch.tensor([0, 4, 0]), holes="unknown"),
+        from_slime(says_itself, E, num_tokens=LENGTHS, holes="unknown"),
+    ]
+    for trace in late:
+        assert np.flatnonzero(trace.reasons == OUTSIDE).tolist() == [5, 6, 7, 8]
+        np.testing.assert_array_equal(trace.sequence(1)[4:8], ids[1][4:])
+        np.testing.assert_array_equal(trace.sequence(0)[:4], ids[0])
+    check(from_slime(in_turns, E, num_tokens=LENGTHS), ids)
+    with pytest.raises(InputError, match="they must agree"):
+        from_slime(says_itself, E, num_tokens=LENGTHS, starts=torch.tensor([0, 3, 0]))
+
+
+def test_sglang_responses_without_routing():
+    """Aborted before anything was computed, or with all that was recorded cut off by the request's own start."""
+    ids = make()[0]
+    words = b64(ids.astype("<i4"))
+    for nothing in (
+        {"meta_info": {"id": "x"}},
+        {"meta_info": {"routed_experts": None}},
+        {"routed_experts": "", "routed_experts_start_len": 4},
+        {"routed_experts": "", "routed_experts_start_len": 5},
+    ):
+        sizes = {"num_layers": L, "top_k": K, "num_tokens": [5, 5]}
+        trace = from_sglang([words, nothing], E, **sizes, holes="unknown")
+        assert trace.report.sequences_without_routing == (1,)
+        np.testing.assert_array_equal(trace.sequence(0)[:4], ids)
+        with pytest.raises(InputError, match="sequence 1 has no routing"):
+            from_sglang([words, nothing], E, **sizes)
 
 
 def test_megatron_lines_of_mtp_routers_are_left_out(caplog):
