@@ -44,6 +44,13 @@ class MoeLayer:
         return top_k
 
     @property
+    def part(self) -> str:
+        """Why it may run some of the tokens only, for messages."""
+        if ".text_moe." not in self.name:
+            return ""
+        return ": image tokens go to experts of their own (vision_moe), whose routing is neither recorded nor replayed"
+
+    @property
     def device(self) -> torch.device:
         return next((parameter.device for parameter in self.router.parameters()), torch.device("cpu"))
 
