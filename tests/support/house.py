@@ -72,7 +72,7 @@ ROOMS = (
     Room("reference", "the same functions in plain torch", f"{BASE} errors"),
     Room("configs", "what a launch asks", "pricing files errors"),
     Room("payload", "what a token takes to another rank", "operands errors"),
-    Room("operands", "checks of what an operation gets", "schedule errors"),
+    Room("operands", "checks of what an operation gets", "schedule weights form errors"),
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),
     Room("form", "activation, bias, layout of an expert", "errors"),
