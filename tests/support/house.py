@@ -71,7 +71,7 @@ ROOMS = (
     Room("kernels", "one family of Triton kernels a file", f"reference configs {BASE} errors"),
     Room("reference", "the same functions in plain torch", f"{BASE} errors"),
     Room("configs", "what a launch asks", "pricing files errors"),
-    Room("payload", "what a token takes to another rank", "operands errors"),
+    Room("payload", "what a token takes to another rank", "operands schedule errors"),
     Room("operands", "checks of what an operation gets", "schedule weights form errors"),
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),
