@@ -1,14 +1,13 @@
 """The HTML page of `relibra simulate`: one file, plots as inline SVG, readable without a network."""
 
 import html
-import os
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from ..planner import Result, Scenario
+from ..planner.files import written_whole
 from ..planner.simulation.simulate import OURS
 
 _PARTS = {  # of a step's cost, with the colour of each
@@ -42,15 +41,8 @@ def write_report(path: Path, results: list[tuple[Scenario, dict[str, Result]]]) 
             "</body></html>",
         ]
     )
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(page)
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with written_whole(path) as file:
+        file.write(page.encode())
 
 
 def _winners(results: list[tuple[Scenario, dict[str, Result]]]) -> str:

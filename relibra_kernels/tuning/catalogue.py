@@ -253,13 +253,19 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
 def _payload(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Packing, unpacking, and both for gradients: two rows a token."""
     layout = PayloadLayout(QWEN[0], TOP_K, dtype)
+    back = layout._replace(has_slots=False)
     x, weights = meta(TOKENS, QWEN[0], dtype=dtype), meta(TOKENS, TOP_K, dtype=torch.float32)
-    slots, rows = meta(TOKENS, TOP_K, dtype=torch.int16), meta(TOKENS, TOP_K, dtype=torch.int32)
-    payload = layout.new(2 * TOKENS, torch.device("meta"))
-    yield "pack_payload", partial(kernels.pack_payload, x, weights, slots, rows, 2 * TOKENS)
+    count, index = 2 * TOKENS, torch.int32
+    send = Schedule(meta(2, dtype=index), meta(count, dtype=index), meta(TOKENS, TOP_K, dtype=index))
+    payload = layout.new(count, torch.device("meta"))
+    yield (
+        "pack_payload",
+        partial(kernels.pack_payload, x, weights, meta(count, TOP_K, dtype=torch.int16), send, payload),
+    )
     yield "unpack_payload", partial(kernels.unpack_payload, payload, layout)
-    yield "pack_gradients", partial(kernels.pack_gradients, x, weights)
-    yield "unpack_gradients", partial(kernels.unpack_gradients, payload, rows, layout)
+    yield "pack_gradients", partial(kernels.pack_gradients, x, weights, back.new(TOKENS, torch.device("meta")))
+    returned = back.new(count, torch.device("meta"))
+    yield "unpack_gradients", partial(kernels.unpack_gradients, returned, send, back)
 
 
 def recorded(device: Device, call: Callable[[], object]) -> list[Launch]:

@@ -118,7 +118,7 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_trace(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
+def check_trace_of_model(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
     """Refuse a trace of another model."""
     first = layers[0]
     checks.check_trace(trace, len(layers), first.top_k, first.num_experts, [layer.layer_id for layer in layers])

@@ -26,7 +26,7 @@ from ...weights import ExpertWeights
 from .expert_parallel import RelibraEP, collective_device, implementations_of
 from .fed import Fed
 from .feeder import Feeder
-from .layers import MoeLayer, check_trace, moe_layers
+from .layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .routers import replaying_routers
 
@@ -206,7 +206,7 @@ def _routed(
 def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec) -> Planning:
     layers, groups = moe_layers(model), implementation.groups
     return Planning(
-        lambda trace: check_trace(trace, layers),
+        lambda trace: check_trace_of_model(trace, layers),
         groups,
         cluster,
         "",
