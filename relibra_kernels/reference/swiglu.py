@@ -47,7 +47,7 @@ def _derivatives(
     if form.activation in ("clamped", "clamped_silu"):
         is_open, gate = gate <= form.limit, gate.clamp(max=form.limit)
     alpha = form.alpha if form.activation == "clamped" else 1.0
-    sigmoid = torch.sigmoid(alpha * gate)
+    sigmoid = torch.sigmoid(gate if alpha == 1.0 else alpha * gate)
     act = gate * sigmoid
     # silu' = s * (1 + alpha * g * (1 - s)) = s + alpha * silu * (1 - s)
     slope = torch.addcmul(sigmoid, act, 1 - sigmoid, value=alpha)
