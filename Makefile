@@ -58,7 +58,6 @@ nightly: .venv/installed
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
-	$(MAKE) test-megatron
 	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.

@@ -3,6 +3,7 @@
 The launchers themselves choose arguments and constants, so what is compiled is what would run.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from .. import kernels
 from ..configs.config import GEMM_KERNELS, BlockConfig, Config, GemmConfig
 from ..configs.limits import Device
-from ..form import GPT_OSS, ExpertForm
+from ..form import GPT_OSS, Activation, ExpertForm
 from ..kernels.launch import Launch, recording
 from ..payload import PayloadLayout
 from ..schedule import Schedule, Splits, tile_bound
@@ -21,6 +22,8 @@ from ..schedule import Schedule, Splits, tile_bound
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
 QWEN, OSS = (2048, 768, ExpertForm()), (2880, 2880, GPT_OSS)  # hidden size, intermediate size, form
+ACTIVATES = ("gate_up", "swiglu", "grad_hidden")
+OTHERS: tuple[Activation, ...] = ("clamped_silu", "capped_silu", "gelu_tanh")
 
 # kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {
@@ -231,6 +234,13 @@ def calls(kernel: str, config: Config | None, dtype: torch.dtype) -> Iterator[tu
             for part in PARTS[kernel]:
                 of = f", {part}" if len(PARTS[kernel]) > 1 else ""
                 yield name + (", replicas" if replicas else "") + of, layer.call(kernel, part, config)
+    if kernel in ACTIVATES:  # the other activations, in the first of the layouts
+        for activation in OTHERS:
+            hidden_size, intermediate_size, form = QWEN
+            form = dataclasses.replace(form, activation=activation)
+            layer = Layer(hidden_size, intermediate_size, form, meta_schedule(), dtype=dtype)
+            for part in PARTS[kernel]:
+                yield f"{activation}, {part}", layer.call(kernel, part, config)
     yield from _besides(kernel, config, dtype)
 
 
