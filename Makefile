@@ -54,7 +54,7 @@ release-check: .venv/installed
 
 # What takes longer than .ci/run may.
 nightly: .venv/installed
-	bash .ci/run
+	RELIBRA_BROWSER=required bash .ci/run
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
