@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 COMMANDS = {
+    "bench": "time our experts on this machine against transformers' and what else is installed",
     "compile": "compile the kernels for a GPU that need not be here, and report what they need",
     "convert": "turn routing that an engine or a trainer recorded into a trace",
     "demo": "the whole loop on this machine: record routing, plan, train expert-parallel under the plan",
