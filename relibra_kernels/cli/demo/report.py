@@ -63,7 +63,7 @@ def _notes(summary: dict[str, Any]) -> str:
     verdict = f"The planned step is {summary['speedup']:.2f}x as fast as the static one: {gained}. "
     if too_noisy(summary):
         verdict = (
-            "WARNING: this run was too noisy to say which is faster: the quartiles of static and planned steps overlap. "
+            "WARNING: this run was too noisy to say which is faster: quartiles of static and planned steps overlap. "
             "Repeat it on an idle machine, or with more --repeats. "
         )
     return (
