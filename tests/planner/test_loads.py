@@ -6,7 +6,16 @@ import tracemalloc
 import numpy as np
 import pytest
 
-from relibra_kernels.planner import InputError, RoutingTrace, ShapeError, check_loads, count_loads, load_table
+from relibra_kernels.planner import (
+    ClusterSpec,
+    InputError,
+    RoutingTrace,
+    ShapeError,
+    check_loads,
+    count_loads,
+    load_table,
+    plan_batch,
+)
 
 
 def make_trace(sequences=9, num_experts=16, layers=3, top_k=4, dtype=np.int8):
@@ -115,3 +124,29 @@ def test_loading_and_counting_stay_cheap(tmp_path):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.5 * trace.compact_ids.nbytes + 8e6, peak
+
+
+def test_wrong_types_are_refused_with_what_to_do():
+    trace, loads = make_trace(), np.ones((1, 1, 4), int)
+    with pytest.raises(InputError, match=r"loads is a RoutingTrace, .* count_loads\(trace"):
+        plan_batch(trace, ClusterSpec(1, 2))
+    with pytest.raises(InputError, match=r"RoutingTrace.load\('trace.npz'\)"):
+        count_loads("trace.npz", np.zeros(1, int))
+    with pytest.raises(InputError, match="trace is a ndarray"):
+        count_loads(loads, np.zeros(1, int))
+    with pytest.raises(InputError, match=r"loads is .loads\.npz., but must be an array"):
+        plan_batch("loads.npz", ClusterSpec(1, 2))
+    with pytest.raises(InputError, match=r"cluster is 2, but must be a ClusterSpec: ClusterSpec\("):
+        plan_batch(loads, 2)
+    with pytest.raises(InputError, match=r"options is 1\.0, but must be PlanOptions"):
+        plan_batch(loads, ClusterSpec(1, 2), options=1.0)
+
+
+def test_traces_and_plans_show_themselves_in_a_line_and_a_table():
+    trace = make_trace()
+    plan = plan_batch(count_loads(trace, np.zeros(9, int)), ClusterSpec(1, 2), model="<toy>")
+    assert repr(trace).startswith("RoutingTrace(9 sequences, ") and "4 of 16 experts a token" in repr(trace)
+    assert repr(plan).startswith("BatchPlan(3 layers, 1 micro-batches, 16 experts, 2 ranks, ")
+    for shown in (trace, plan):
+        assert "\n" not in repr(shown) and len(repr(shown)) < 200
+        assert shown._repr_html_().count("<tr>") >= 5 and "<toy>" not in shown._repr_html_()

@@ -233,7 +233,7 @@ def test_products_by_the_name_of_the_gpu(name, target, product):
 
 
 def test_unknown_products_are_refused_with_those_that_are_known():
-    with pytest.raises(InputError, match=r"device is 'H900'; it must be one of A100, H100"):
+    with pytest.raises(InputError, match=r"device is 'H900' .*must be one of A100, H100"):
         product_named("H900")
 
 
