@@ -14,6 +14,7 @@ from .inputs import SHAPE_HELP
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from ..configs.products import PRODUCTS
+    from ..tuning.catalogue import PARTS
     from ..tuning.models import MODELS
 
     what = parser.add_mutually_exclusive_group()
@@ -26,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help=f"auto: the GPU that is here; or one of {', '.join(PRODUCTS)}")
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[], help="of a micro-batch on a rank; default: a grid of rows a slot"
+    )
+    parser.add_argument(
+        "--kernel", action="append", choices=PARTS, help="only this one, as after a change of it; may be repeated"
     )
     parser.add_argument("--trace", type=Path, help="recorded routing (.npz) to take uneven groups from")
     parser.add_argument("--budget", type=float, help="seconds, after which no further candidate is started")
@@ -62,9 +66,10 @@ def run(args: argparse.Namespace) -> int:
         from ..planner import RoutingTrace
 
         trace = RoutingTrace.load(args.trace)
+    from ..tuning.catalogue import PARTS
     from ..tuning.search_goal import goals
 
-    found = [goal for model in models for goal in goals(model, args.tokens, trace)]
+    found = [goal for model in models for goal in goals(model, args.tokens, trace, args.kernel or tuple(PARTS))]
     if here:
         return _measure(args, product, found)
     return _offline(args, product, models, found)

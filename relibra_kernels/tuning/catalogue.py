@@ -248,9 +248,11 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
     """What a kernel's config is for as well."""
     schedule, index, (hidden_size, intermediate_size, _) = meta_schedule(), torch.int32, QWEN
     if kernel == "schedule":
-        ids = meta(TOKENS, TOP_K, dtype=torch.int64)
         splits = Splits(meta(128, 4, dtype=index), meta(128, 4, dtype=index))
-        yield "splits", partial(kernels.build_split_schedule, ids, splits, 144, config=config)
+        for name, tokens in {"": TOKENS, ", many tokens": 4 * TOKENS}.items():  # one launch, and three
+            ids = meta(tokens, TOP_K, dtype=torch.int64)
+            yield "splits" + name, partial(kernels.build_split_schedule, ids, splits, 144, config=config)
+        yield "many tokens", partial(kernels.build_schedule, ids, 128, config=config)
     elif kernel == "permute":
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
         yield "permute_backward", partial(kernels.permute_backward, rows, schedule, config=config)

@@ -1,4 +1,4 @@
-"""The schedule kernels give the reference's tables, in three launches."""
+"""The schedule kernels give the reference's tables, in one launch or in three."""
 
 import pytest
 import torch
@@ -11,6 +11,14 @@ from relibra_kernels.planner.errors import InputError, ShapeError
 from relibra_kernels.schedule import Splits
 
 CASES = [*routing_cases(), RoutingCase("most slots", random_slots(40, 4, 512, dropped=0.1), 512, 512)]
+
+
+@pytest.fixture(params=["one launch", "three launches"], autouse=True)
+def launches(request, monkeypatch):
+    """Everything here is built both ways."""
+    if request.param == "three launches":
+        monkeypatch.setattr(module, "MOST_COUNTED", -1)
+    return 1 if request.param == "one launch" else 3
 
 
 def same(got, expected):
@@ -63,11 +71,18 @@ def test_experts_split_over_slots():
     assert counts[5] == 1 and counts[13] == 0
 
 
-def test_three_launches(monkeypatch):
+def test_the_number_of_launches(monkeypatch, launches):
     launched = []
     monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: launched.append(kernel))
     module.build_schedule(random_slots(40, 3, 6), 6, (16, 32))
-    assert len(launched) == 3
+    assert len(launched) == launches
+
+
+def test_blocks_that_count_more_than_once(monkeypatch, launches):
+    """Assignments are counted in several parts, and a block begins in the middle of one."""
+    monkeypatch.setattr(module, "_COUNTED", 128)
+    slots = random_slots(301, 3, 20, dropped=0.1)
+    same(kernels.build_schedule(slots, 20, (16,)), reference.build_schedule(slots, 20, (16,)))
 
 
 def test_too_many_slots_are_refused():
