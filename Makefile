@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-families test-megatron quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
+.PHONY: docs demo test test-families test-megatron quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
 .PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
@@ -43,6 +43,15 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The docs as a site in site/, in an environment of its own; without it they are plain Markdown.
+docs: .venv/docs/installed
+	.venv/docs/bin/mkdocs build --strict --quiet
+
+.venv/docs/installed: mkdocs.yml
+	$(PYTHON) -m venv .venv/docs
+	.venv/docs/bin/python -m pip install --quiet mkdocs-material
+	touch $@
+
 wheel: .venv/installed
 	$(BIN)/python -m build --wheel --outdir dist .
 
@@ -54,11 +63,10 @@ release-check: .venv/installed
 
 # What takes longer than .ci/run may.
 nightly: .venv/installed
-	bash .ci/run
+	RELIBRA_BROWSER=required bash .ci/run
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
-	$(MAKE) test-megatron
 	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
@@ -120,7 +128,7 @@ rehearse: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 clean:
-	rm -rf .venv build dist demo-output *.egg-info
+	rm -rf .venv build dist site demo-output *.egg-info
 
 # torch first and alone: with it installed, nothing that follows pulls another build of it.
 .venv/installed: pyproject.toml constraints.txt

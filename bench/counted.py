@@ -33,6 +33,7 @@ from relibra_kernels.configs.spaces import config_for
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
+from relibra_kernels.schedule import Schedule
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
 TOKENS_PER_RANK, RANKS = 4096, 8
@@ -120,14 +121,26 @@ def payload_bytes(ids: np.ndarray, experts: int, hidden_size: int) -> dict[str, 
     per_rank = experts // RANKS
     slot = torch.from_numpy((ids[:128] % per_rank).astype(np.int16))
     pairs, row = np.unique(ids[:128] // per_rank + RANKS * np.arange(len(slot))[:, None], return_inverse=True)
-    row_of = torch.from_numpy(row.reshape(slot.shape).astype(np.int32))
+    row = torch.from_numpy(row.reshape(slot.shape))
+    slots = torch.full((len(pairs), slot.shape[1]), -1, dtype=torch.int16)
+    token = torch.arange(len(slot))[:, None].expand_as(slot)
+    choice = torch.arange(slot.shape[1]).expand_as(slot)
+    slots[row, choice] = slot
+    earlier = torch.ones(slot.shape[1], slot.shape[1], dtype=torch.bool).tril(-1)
+    again = ((row[:, :, None] == row[:, None]) & earlier).any(-1)
+    position = torch.where(again, -1, row).int()
+    assignment = torch.zeros(len(pairs), dtype=torch.int32)
+    assignment[row[~again]] = (token * slot.shape[1] + choice)[~again].int()
+    send = Schedule(torch.tensor([0, len(pairs)], dtype=torch.int32), assignment, position)
     x, weights = torch.zeros(len(slot), hidden_size, dtype=DTYPE), torch.zeros(slot.shape, dtype=torch.float32)
+    layout = PayloadLayout(hidden_size, slot.shape[1], DTYPE)
+    payload = layout.new(len(pairs), x.device)
     with counting(compute=True) as pack:
-        payload = kernels.pack_payload(x, weights, slot, row_of, len(pairs))
+        kernels.pack_payload(x, weights, slots, send, payload)
     with counting(compute=True) as unpack:
-        parts = kernels.unpack_payload(payload, PayloadLayout(hidden_size, slot.shape[1], DTYPE))
+        parts = kernels.unpack_payload(payload, layout)
     return {
-        "pack_payload": pack.bytes / (bytes_of(x, weights, slot, row_of) + bytes_of(*parts)),
+        "pack_payload": pack.bytes / (bytes_of(x, weights, slots, position) + bytes_of(*parts)),
         "unpack_payload": unpack.bytes / (2 * bytes_of(*parts)),
     }
 

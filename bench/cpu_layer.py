@@ -16,8 +16,9 @@ import time
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from models import Model, make_layer
-from peers import implementations
+
+from relibra_kernels.cli.bench.layers import Model, make_layer
+from relibra_kernels.cli.bench.peers import implementations
 
 
 def main() -> None:

@@ -6,8 +6,9 @@ devices. Balanced routing, and routing as skewed as recorded rollouts (expert ma
 
 import pytest
 import torch
-from models import MODELS, Model, make_layer
-from peers import PEERS, Build, Unsuitable, relibra
+
+from relibra_kernels.cli.bench.layers import MODELS, Model, make_layer
+from relibra_kernels.cli.bench.peers import PEERS, Build, Unsuitable, relibra
 
 GPU = torch.cuda.is_available()
 SKEWS = {"balanced": 0.0, "skewed": 1.1}

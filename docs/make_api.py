@@ -105,7 +105,8 @@ def _block(text: str) -> str:
 
 
 def render() -> str:
-    parts = ["# API", "Made from the docstrings by `python docs/make_api.py`."]
+    index = (Path(__file__).parent / "quickstart.md").read_text().partition("\n\n")[0]
+    parts = [index, "# API", "Made from the docstrings by `python docs/make_api.py`."]
     seen: set[int] = set()
     for module_name, summary in MODULES:
         module = importlib.import_module(module_name)

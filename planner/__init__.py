@@ -19,7 +19,7 @@ from .plan import BatchPlan, static_plan
 from .planning import plan_batch, replan, scaled_loads
 from .pricing.cost import Cost, Setting, distinct_rows, price, replica_bytes
 from .pricing.devices import DEVICES, DeviceSpec, find_device
-from .pricing.models import MODELS, ModelShape, find_model
+from .pricing.models import MODELS, ModelShape, find_model, model_of_routing
 from .pricing.outcome import Outcome, outcome_of_plan
 from .simulation.generator import generate_loads, generate_trace
 from .simulation.simulate import Result, Scenario, simulate
@@ -56,6 +56,7 @@ __all__ = [
     "MODELS",
     "find_device",
     "find_model",
+    "model_of_routing",
     "Outcome",
     "outcome_of_plan",
     "price",

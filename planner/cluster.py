@@ -30,11 +30,6 @@ class ClusterSpec:
     def num_ranks(self) -> int:
         return self.num_nodes * self.gpus_per_node
 
-    @property
-    def node_of_rank(self) -> np.ndarray:
-        """int32 [R]."""
-        return np.arange(self.num_ranks, dtype=np.int32) // self.gpus_per_node
-
     def home_slots(self, num_experts: int) -> int:
         """Home slots a rank: E / R, rounded up. An InputError where there are fewer experts than ranks."""
         if num_experts < self.num_ranks:

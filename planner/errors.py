@@ -1,5 +1,8 @@
 """The one exception family of the library. Every message names the argument or file, its value, and what it must be."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class ReLibraError(Exception):
     """Anything this library refuses or fails at."""
@@ -23,3 +26,17 @@ class PlanError(ReLibraError):
 
 class CommunicationError(ReLibraError):
     """A collective failed: a rank died, or did not answer within the process-group timeout."""
+
+
+def one_of(argument: str, given: str, known: Iterable[str], others: str = "") -> str:
+    """The one of `known` that `given` is, in upper or lower case.
+
+    Raises: InputError that names the argument, what was perhaps meant, and all that is known; `others` says what else
+    would have been taken.
+    """
+    names = {name.lower(): name for name in known}
+    if given.lower() in names:
+        return names[given.lower()]
+    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.6)
+    meant = f" (did you mean {names[near[0]]}?)" if near else ""
+    raise InputError(f"{argument} is {given!r}{meant}, but must be one of {', '.join(names.values())}{others}")

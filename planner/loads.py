@@ -1,5 +1,7 @@
 """Load tables: how many assignments each expert gets, per layer, micro-batch (and source rank)."""
 
+import os
+
 import numpy as np
 
 from .errors import InputError, ShapeError
@@ -11,6 +13,7 @@ def count_loads(
     trace: RoutingTrace, micro_batch_of_sequence: np.ndarray, num_micro_batches: int | None = None
 ) -> np.ndarray:
     """int32 [L, M, E]: assignments of every expert. Tokens that were not recorded are not counted."""
+    _check_trace(trace)
     group = _group_of_sequence("micro_batch_of_sequence", micro_batch_of_sequence, trace, num_micro_batches)
     count = int(group.max(initial=-1)) + 1 if num_micro_batches is None else num_micro_batches
     if count < 1:
@@ -26,14 +29,26 @@ def load_table(
     num_ranks: int,
 ) -> np.ndarray:
     """int32 [L, M, R, E]: assignments of every expert by the rank that its token is on."""
+    _check_trace(trace)
     micro_batch = _group_of_sequence("micro_batch_of_sequence", micro_batch_of_sequence, trace, num_micro_batches)
     rank = _group_of_sequence("rank_of_sequence", rank_of_sequence, trace, num_ranks)
     counts = _count(trace, micro_batch * num_ranks + rank, num_micro_batches * num_ranks)
     return counts.reshape(trace.num_layers, num_micro_batches, num_ranks, trace.num_experts)
 
 
+def _check_trace(trace: RoutingTrace) -> None:
+    if isinstance(trace, str | os.PathLike):
+        raise InputError(f"trace is {str(trace)!r}, but must be a RoutingTrace: RoutingTrace.load({str(trace)!r})")
+    if not isinstance(trace, RoutingTrace):
+        raise InputError(f"trace is a {type(trace).__name__}, but must be a RoutingTrace")
+
+
 def check_loads(loads: np.ndarray) -> np.ndarray:
     """The load table itself, or an InputError that says what is wrong with it."""
+    if isinstance(loads, RoutingTrace):
+        raise InputError("loads is a RoutingTrace, but must be a table: count_loads(trace, micro_batch_of_sequence)")
+    if isinstance(loads, str | os.PathLike):
+        raise InputError(f"loads is {str(loads)!r}, but must be an array: numpy.load(...)['loads']")
     loads = np.asarray(loads)
     if loads.ndim not in (3, 4) or loads.size == 0:
         raise ShapeError(

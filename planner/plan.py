@@ -11,13 +11,14 @@ from .errors import FormatError, PlanError, ReLibraError, ShapeError
 from .files import load_npz, save_npz, scalar
 from .loads import total_loads
 from .plan_rules import check_quotas, check_structure
+from .showing import line_of, table_of
 from .transfers import fetch_sources, kept_sources
 
 FORMAT_VERSION = 2
 _KEPT = {1: "guests", 2: "kept"}  # format_version -> what the file calls `kept`
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class BatchPlan:
     """Placement and replication of one batch. Every rule is checked on construction.
 
@@ -65,6 +66,18 @@ class BatchPlan:
                 )
             check_quotas(table, self.replicas, self.quota)
             object.__setattr__(self, "loads_sha256", digest)
+
+    def __repr__(self) -> str:
+        return line_of("BatchPlan", self._facts())
+
+    def _repr_html_(self) -> str:
+        return table_of("BatchPlan", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        kept, fetched = int(self.kept.sum()), int(((self.replicas >= 0) & ~self.kept[:, None]).sum())
+        facts = {"layers": self.num_layers, "micro-batches": self.num_micro_batches, "experts": self.num_experts}
+        facts |= {"ranks": self.num_ranks, "kept replicas": kept, "fetched replicas": fetched}
+        return facts | ({"(model)": self.model} if self.model else {})
 
     @property
     def num_layers(self) -> int:

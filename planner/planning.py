@@ -34,6 +34,12 @@ def plan_batch(
     previous_home: [L, E], the placement that the batch before left the experts in
     model:         a name that the plan carries, so that it is not used for another model
     """
+    if not isinstance(cluster, ClusterSpec):
+        raise InputError(
+            f"cluster is {cluster!r}, but must be a ClusterSpec: ClusterSpec(num_nodes=1, gpus_per_node=8)"
+        )
+    if options is not None and not isinstance(options, PlanOptions):
+        raise InputError(f"options is {options!r}, but must be PlanOptions(...)")
     options = options or PlanOptions()
     table = total_loads(loads)
     layers, micro_batches, experts = table.shape

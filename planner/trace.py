@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from .errors import InputError, ShapeError
+from .showing import line_of, table_of
 from .trace_files import load_arrays, save_arrays
 from .trace_report import (
     KNOWN,
@@ -102,6 +103,21 @@ class RoutingTrace:
         trace._ids, trace._reasons, trace._offsets, trace._num_experts = ids, reasons, offsets, num_experts
         trace._layers, trace._versions, trace._dropped, trace._assumed = layers, versions, dropped, assumed
         return trace
+
+    def __repr__(self) -> str:
+        return line_of("RoutingTrace", self._facts())
+
+    def _repr_html_(self) -> str:
+        return table_of("RoutingTrace", self._facts())
+
+    def _facts(self) -> dict[str, object]:
+        unknown = int(np.count_nonzero(self._reasons))
+        facts: dict[str, object] = {
+            "sequences": self.num_sequences,
+            "tokens": self.num_tokens,
+            "of them not recorded": unknown,
+        }
+        return facts | {"layers": self.num_layers, f"of {self.num_experts} experts a token": self.top_k}
 
     @property
     def compact_ids(self) -> np.ndarray:

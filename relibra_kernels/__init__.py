@@ -4,7 +4,9 @@ Public names are imported on first use, so that `import relibra_kernels.planner`
 """
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from .frameworks import TAKE_OVER
 
 if TYPE_CHECKING:
     from .nn import ReplicatedExperts, ReplicatedMoE, TopKRouter
@@ -45,6 +47,15 @@ if not TYPE_CHECKING:  # to a type checker, a module with __getattr__ would have
             globals()[name] = value
             return value
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _take_over_transformers(model: Any) -> None:
+    from .integrations.transformers.blocks import replace_moe_blocks
+
+    replace_moe_blocks(model)
+
+
+TAKE_OVER["transformers"] = _take_over_transformers
 
 
 def __dir__() -> list[str]:

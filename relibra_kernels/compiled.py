@@ -4,13 +4,13 @@
 Gradients are returned; adding to `.main_grad` is for eager mode (`autograd.moe_mlp`).
 """
 
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 
 from . import ops
 from .autograd import moe_mlp_backward, moe_mlp_forward
-from .form import ExpertForm
+from .form import Activation, ExpertForm
 from .weights import ExpertWeights
 
 
@@ -124,5 +124,5 @@ def moe_mlp_functional(
 def _form(
     home: ExpertWeights, is_transposed: bool, is_concatenated: bool, activation: str, limit: float, alpha: float
 ) -> ExpertForm:
-    known = cast(Literal["silu", "clamped"], activation)
+    known = cast(Activation, activation)
     return ExpertForm(is_transposed, is_concatenated, home.down_bias is not None, known, limit, alpha)

@@ -1,9 +1,11 @@
 """How one model family lays out its experts' weights and gates them."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from .planner.errors import InputError
+
+Activation = Literal["silu", "clamped", "clamped_silu", "capped_silu", "gelu_tanh"]
 
 
 @dataclass(frozen=True)
@@ -14,21 +16,24 @@ class ExpertForm:
         is_transposed: weights are `[E, in, out]` (gpt-oss) instead of `[E, out, in]`.
         is_concatenated: the `2I` columns of gate_up are `[gate; up]`; False: gate and up alternate (gpt-oss).
         has_bias: both projections add a bias, `[E, 2I]` (laid out like the columns of gate_up) and `[E, H]`.
-        activation: "silu": silu(gate) * up. "clamped": with gate <= limit and |up| <= limit,
-            gate * sigmoid(alpha * gate) * (up + 1).
-        limit, alpha: constants of "clamped".
+        activation: "silu": silu(gate) * up. "gelu_tanh": gelu(gate) * up, in its form with tanh.
+            "clamped" (gpt-oss): with gate <= limit and |up| <= limit, gate * sigmoid(alpha * gate) * (up + 1).
+            "clamped_silu": with gate <= limit and |up| <= limit, silu(gate) * up.
+            "capped_silu": with |up| <= limit, min(silu(gate), limit) * up.
+        limit: of the last three. alpha: of "clamped".
     """
 
     is_transposed: bool = False
     is_concatenated: bool = True
     has_bias: bool = False
-    activation: Literal["silu", "clamped"] = "silu"
+    activation: Activation = "silu"
     limit: float = 7.0
     alpha: float = 1.702
 
     def __post_init__(self) -> None:
-        if self.activation not in ("silu", "clamped"):
-            raise InputError(f"activation is {self.activation!r}; it must be 'silu' or 'clamped'")
+        if self.activation not in get_args(Activation):
+            names = ", ".join(map(repr, get_args(Activation)))
+            raise InputError(f"activation is {self.activation!r}; it must be one of {names}")
         if not self.limit > 0:
             raise InputError(f"limit is {self.limit}; it must be positive")
 

@@ -2,8 +2,10 @@
 
 import torch
 
+from .form import ExpertForm
 from .planner.errors import ShapeError
 from .schedule import Schedule
+from .weights import ExpertWeights
 
 COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # float64 in the reference only
 
@@ -68,3 +70,82 @@ def check_grad(grad: torch.Tensor, shape: tuple[int, ...], accumulate: bool) -> 
             f"grad is {grad.dtype} {tuple(grad.shape)} with strides {grad.stride()}; it must be contiguous [E, "
             f"{', '.join(map(str, shape))}]" + (" and float32" if accumulate else "")
         )
+
+
+def check_layer(
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    schedule: Schedule,
+    home: ExpertWeights,
+    form: ExpertForm,
+    replica: ExpertWeights | None = None,
+    weight_of_slot: torch.Tensor | None = None,
+) -> None:
+    """Refuse tensors that do not fit each other, before anything is computed. Looks at no values."""
+    if x_TH.ndim != 2 or not x_TH.is_contiguous():
+        raise ShapeError(f"x is {tuple(x_TH.shape)} with strides {x_TH.stride()}; it must be contiguous [T, H]")
+    if schedule.num_tokens != x_TH.shape[0] or weights_TK.shape != schedule.position_of.shape:
+        raise ShapeError(
+            f"x is {tuple(x_TH.shape)}, weights {tuple(weights_TK.shape)} and the schedule for [T, K] = "
+            f"{tuple(schedule.position_of.shape)}; they must be [T, H], [T, K] and that same [T, K]"
+        )
+    if not weights_TK.is_floating_point() or not weights_TK.is_contiguous():
+        raise ShapeError(
+            f"weights is {weights_TK.dtype} with strides {weights_TK.stride()}; it must be contiguous and floating"
+        )
+    check_weights(home, x_TH, form, "home")
+    if replica is not None:
+        check_weights(replica, x_TH, form, "replica")
+    if weight_of_slot is not None and (
+        weight_of_slot.shape != (schedule.num_slots,) or weight_of_slot.dtype != torch.int32
+    ):
+        raise ShapeError(
+            f"weight_of_slot is {weight_of_slot.dtype} {tuple(weight_of_slot.shape)}; "
+            f"it must be int32 [{schedule.num_slots}]"
+        )
+    if weight_of_slot is None and home.down is not None and len(home.down) < schedule.num_slots:
+        raise ShapeError(
+            f"weight_of_slot is None with {schedule.num_slots} slots and {len(home.down)} home experts; "
+            "slots beyond the home experts need it"
+        )
+    for name, tensor in (
+        ("weights", weights_TK),
+        ("schedule", schedule.slot_offsets),
+        ("weight_of_slot", weight_of_slot),
+    ):
+        if tensor is not None and tensor.device != x_TH.device:
+            raise ShapeError(f"{name} is on {tensor.device} and x on {x_TH.device}; they must be on the same device")
+
+
+def check_weights(weights: ExpertWeights, x_TH: torch.Tensor, form: ExpertForm, store: str) -> None:
+    """Refuse a store of weights whose layout is not `form`'s, or that does not go with x."""
+    gate_up, down = weights.gate_up, weights.down
+    if gate_up is None or down is None or gate_up.ndim != 3 or down.ndim != 3 or len(gate_up) != len(down):
+        shapes = [None if tensor is None else tuple(tensor.shape) for tensor in weights]
+        raise ShapeError(f"the {store} weights are {shapes}; gate_up and down must be [E, ...] with the same E")
+    hidden_size = x_TH.shape[1]
+    intermediate_size = down.shape[1 if form.is_transposed else 2]
+    expected = (form.gate_up_shape(hidden_size, intermediate_size), form.down_shape(hidden_size, intermediate_size))
+    if (tuple(gate_up.shape[1:]), tuple(down.shape[1:])) != expected:
+        raise ShapeError(
+            f"the {store} gate_up is {tuple(gate_up.shape)} and down {tuple(down.shape)}; with hidden size "
+            f"{hidden_size} and is_transposed={form.is_transposed} they must be "
+            + ("[E, H, 2I] and [E, I, H]" if form.is_transposed else "[E, 2I, H] and [E, H, I]")
+        )
+    biases = [None if bias is None else tuple(bias.shape) for bias in (weights.gate_up_bias, weights.down_bias)]
+    with_bias = [(len(gate_up), 2 * intermediate_size), (len(down), hidden_size)]
+    if biases != (with_bias if form.has_bias else [None, None]):
+        raise ShapeError(
+            f"the {store} biases are {biases}; with has_bias={form.has_bias} they must be {with_bias} or None"
+        )
+    for name, tensor in weights._asdict().items():
+        if tensor is None:
+            continue
+        check_computable(f"the {store} {name}", tensor)
+        if tensor.dtype != x_TH.dtype or tensor.device != x_TH.device:
+            raise ShapeError(
+                f"the {store} {name} is {tensor.dtype} on {tensor.device} and x {x_TH.dtype} on {x_TH.device}; "
+                "they must be the same"
+            )
+        if not tensor.is_contiguous():
+            raise ShapeError(f"the {store} {name} has strides {tensor.stride()}; it must be contiguous")

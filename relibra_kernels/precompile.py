@@ -16,7 +16,9 @@ from .autograd import moe_mlp_backward, moe_mlp_forward
 from .nn import ReplicatedExperts, ReplicatedMoE
 from .parallel import ExpertParallel
 from .parallel.experts.parameters import take_over
+from .payload import PayloadLayout
 from .planner.errors import InputError
+from .schedule import Schedule
 from .weights import ExpertWeights, zeros_fp32
 
 if TYPE_CHECKING:
@@ -168,6 +170,18 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
         how = {"accumulate": accumulate, **into}
         dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **how)
+    sent = torch.empty(received[-1], dtype=torch.int32, device="meta")
+    send = Schedule(_meta(sent, 2), sent, _meta(sent, count, top_k))
+    tokens, weights = _meta(x, count, experts.hidden_size), _meta(gates, count, top_k)
+    there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
+    back = there._replace(has_slots=False)
+    ops.pack_payload(
+        tokens, weights, _meta(sent, len(sent), top_k, dtype=torch.int16), send, there.new(len(sent), x.device)
+    )
+    ops.unpack_gradients(back.new(len(sent), x.device), send, back)
+    for rows in received:
+        ops.unpack_payload(there.new(rows, x.device), there)
+        ops.pack_gradients(_meta(dx, rows, experts.hidden_size), _meta(gates, rows, top_k), back.new(rows, x.device))
     for of_rows in schedules:  # how rows are summed may depend on how many there are
         ops.unpermute(out, _meta(gates, of_rows.num_tokens, top_k), of_rows)
         for returned in (out, dx, dgates):

@@ -22,7 +22,8 @@ class TopKRouter(nn.Module):
 
     Where `replay` is set, every forward asks it for (recorded ids int64 `[T, K]`, whether no row is -1) instead of
     looking at `recorded`; None means that the router chooses. That is how the expert-parallel runtime gives each
-    micro-batch its own. A `replay.compiled(scores, top_k)` is asked instead while torch.compile traces: ids `[T, K]`.
+    micro-batch its own. A `replay.compare()`, where there is one, gives what is to be told (live ids, recorded ids),
+    or None. A `replay.compiled(scores, top_k)` is asked instead while torch.compile traces: ids `[T, K]`.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -133,9 +134,15 @@ class TopKRouter(nn.Module):
             return self._select(scores_TE)
         if recorded.shape[0] != scores_TE.shape[0]:
             raise ShapeError(f"recorded has {recorded.shape[0]} rows and the input {scores_TE.shape[0]} tokens")
-        if all_recorded:
+        compare = None
+        if self.replay is not None and hasattr(self.replay, "compare") and not torch.compiler.is_compiling():
+            compare = self.replay.compare()
+        if all_recorded and compare is None:
             return recorded
-        return torch.where(recorded < 0, self._select(scores_TE), recorded)
+        live = self._select(scores_TE)
+        if compare is not None:
+            compare(live, recorded)
+        return recorded if all_recorded else torch.where(recorded < 0, live, recorded)
 
     def _select(self, scores_TE: torch.Tensor) -> torch.Tensor:
         if self.scoring == "softmax":

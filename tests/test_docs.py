@@ -86,7 +86,7 @@ def test_commands_run_or_exist(page, folder):
         elif program == "make":
             assert re.search(rf"^{rest[0]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), line
         elif program == "pip":
-            extras = re.search(r"relibra-kernels\[([\w,]+)\]", line).group(1).split(",")
+            extras = re.search(r"(?:relibra-kernels|\.)\[([\w,]+)\]", line).group(1).split(",")
             assert all(
                 re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE) for extra in extras
             )
@@ -100,6 +100,14 @@ def test_links_lead_somewhere():
         prose = re.sub(r"`[^`\n]*`", "", FENCE.sub("", page.read_text()))
         for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", prose):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_page_leads_to_every_other():
+    for page in PAGES:
+        found = re.findall(r"\]\(([^)#\s]+\.md)", page.read_text())
+        reached = {(page.parent / target).resolve() for target in found if "://" not in target}
+        missing = {other.name for other in PAGES if other.resolve() not in reached and other != page}
+        assert not missing, f"{page.name} leads not to {missing}"
 
 
 def test_files_that_are_named_exist():

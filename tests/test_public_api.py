@@ -142,5 +142,5 @@ def test_warmup_takes_a_gpu_by_name_and_says_which_there_are():
     here = {"dtype": torch.bfloat16, "device": "meta"}
     router = relibra_kernels.TopKRouter(32, 4, 2, **here)
     layer = relibra_kernels.ReplicatedMoE(router, relibra_kernels.ReplicatedExperts(4, 32, 16, **here))
-    with pytest.raises(InputError, match=r"'RTX'; it must be one of .*H100"):
+    with pytest.raises(InputError, match=r"'RTX', but must be one of .*H100"):
         relibra_kernels.warmup(layer, 8, device="RTX")

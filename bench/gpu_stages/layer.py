@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     import torch
-    from models import Layer, Model
+
+    from relibra_kernels.cli.bench.layers import Layer, Model
 
     from .setting import Setting
 
@@ -42,7 +43,8 @@ def cases(rehearse: bool) -> list[Case]:
 
 def _layer(setting: Setting, model: str, experts: int, skew: float) -> tuple[Model, Layer]:
     import torch
-    from models import make_layer
+
+    from relibra_kernels.cli.bench.layers import make_layer
 
     from .problems import model_of
 
@@ -134,8 +136,8 @@ def _memory(setting: Setting, run: Callable[..., torch.Tensor], layer: Layer) ->
 
 def versus(setting: Setting, model: str, experts: int, peer: str) -> None:
     """One peer and us in turns, and us once more; ratios above 1 are in our favour. What is wrong is not timed."""
-    from peers import PEERS as BUILD
-    from peers import Unsuitable
+    from relibra_kernels.cli.bench.peers import PEERS as BUILD
+    from relibra_kernels.cli.bench.peers import Unsuitable
 
     for name, skew in setting.size(SKEWS, {"skewed": 1.1}).items():
         _, layer = _layer(setting, model, experts, skew)

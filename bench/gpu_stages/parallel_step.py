@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from models import routing
 
 from relibra_kernels import ClusterSpec, ExpertParallel, RoutingTrace
+from relibra_kernels.cli.bench.layers import routing
 from relibra_kernels.integrations.transformers import replace_moe_blocks
 
 from .setting import Setting

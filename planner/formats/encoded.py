@@ -11,6 +11,16 @@ import numpy as np
 
 from ..errors import FormatError
 
+ID_DTYPES = ("uint8", "uint16", "int8", "int16", "int32", "int64")
+
+
+def id_dtype(value: Any, what: str) -> str:
+    """The dtype that a payload says its ids have. Raises: FormatError."""
+    text = str(value).rpartition(".")[2]  # "torch.uint8", "numpy.uint8"
+    if text not in ID_DTYPES:
+        raise FormatError(f"{what} starts with the dtype {value!r}, but must be one of {', '.join(ID_DTYPES)}")
+    return text
+
 
 def decode_base64(text: Any, what: str) -> bytes:
     """The bytes behind `text`; bytes are taken as they are. Raises: FormatError."""

@@ -1,7 +1,8 @@
 """Megatron-LM: `RouterReplay` recordings and the JSON lines of its router trace.
 
 `RouterReplay` keeps one [T, K] a router, tokens as they were fed. A line of the trace is {"step", "layer", "rank",
-"num_tokens", "topk", "top_indices"} with top_indices [num_tokens][topk]. Both see every token, the last ones too.
+"num_tokens", "topk", "top_indices"} with top_indices [num_tokens][topk]. Both see every token, the last ones too. Lines
+whose "block" is "mtp" are of routers that predict later tokens: their layers are none of the model's.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -58,16 +59,26 @@ def from_megatron(
 def from_megatron_lines(
     lines: Iterable[Mapping[str, Any]], num_experts: int, *, holes: Holes = "refuse"
 ) -> RoutingTrace:
-    """A trace of a router trace's lines: every (step, rank) is a sequence, by step, then rank."""
+    """A trace of a router trace's lines: every (step, rank) is a sequence, by step, then rank.
+
+    Lines of MTP routers are left out, and `trace.report` says so.
+    """
     parts: dict[tuple[int, int], dict[int, np.ndarray]] = {}
+    of_mtp = 0
     for number, line in enumerate(lines, 1):
         if not isinstance(line, Mapping):
             raise FormatError(f"line {number} is no object")
+        if line.get("block", "decoder") == "mtp" or line.get("mtp_idx") is not None:
+            of_mtp += 1
+            continue
         missing = [key for key in ("step", "layer", "rank", "num_tokens", "topk", "top_indices") if key not in line]
         if missing:
             raise FormatError(f"line {number} has no {missing[0]!r}, only {sorted(line)}")
         try:
-            indices = np.asarray(line["top_indices"], dtype=np.int32).reshape(-1, int(line["topk"]))
+            indices = np.asarray(line["top_indices"]).reshape(-1, int(line["topk"]))
+            if indices.size and indices.dtype.kind not in "iu":  # a cast would make 1.5 an expert
+                raise TypeError(f"top_indices has {indices.dtype}")
+            indices = indices.astype(np.int64)
             step, rank, layer = (int(line[key]) for key in ("step", "rank", "layer"))
         except (ValueError, TypeError, OverflowError) as error:
             raise FormatError(
@@ -94,4 +105,10 @@ def from_megatron_lines(
         sequences.append(np.stack([layers[layer] for layer in layer_ids], 1))
     lengths = [len(rows) for rows in sequences]
     by_router = list(np.concatenate(sequences).swapaxes(0, 1))
-    return from_megatron(by_router, num_experts, sequence_lengths=lengths, moe_layer_ids=layer_ids, holes=holes)
+    trace = from_megatron(by_router, num_experts, sequence_lengths=lengths, moe_layer_ids=layer_ids, holes=holes)
+    if not of_mtp:
+        return trace
+    said = (f"{of_mtp} lines of MTP routers are of no layer of the model",)
+    return RoutingTrace._of_checked(
+        trace.compact_ids, trace.reasons, trace.offsets, num_experts, trace.moe_layer_ids, assumed=said
+    )

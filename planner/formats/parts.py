@@ -1,5 +1,6 @@
 """What was handed over for one sequence: nothing, one array, or parts of it (turns, resumed rollouts)."""
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ Decode = Callable[[Any, str], Any]  # (payload, what messages call it) -> array 
 
 STARTS = ("start", "routed_experts_start_len", "routed_experts_prompt_start", "prompt_start")
 VERSIONS = ("weight_version", "version")
+DTYPE = "routed_experts_dtype"
 NO_ROWS = np.empty((0, 1, 1), np.uint8)
 
 
@@ -55,8 +57,11 @@ def parts_of(entry: Any, decode: Decode, name: str, num_experts: int, start: Any
         start = _agreed(start, fields, name)
         version = next((str(fields[key]) for key in VERSIONS if fields.get(key) is not None), None)
         if "routed_experts" in fields:
-            parts = parts_of(fields["routed_experts"], decode, name, num_experts, start)
+            payload = _with_dtype(fields["routed_experts"], fields.get(DTYPE))
+            parts = parts_of(payload, decode, name, num_experts, start)
             return [Part(part.ids, part.start, part.version or version) for part in parts]
+        if "meta_info" in entry and "routed_experts" not in fields:  # aborted before anything was computed
+            entry = None
     if entry is None:
         return []
     if isinstance(start, Sequence) and len(start) == 1:
@@ -136,16 +141,30 @@ def missing_layers(staged_TLK: np.ndarray) -> np.ndarray:
 def checked_start(value: Any, name: str) -> int | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 0:
+    try:
+        start = -1 if isinstance(value, bool) else operator.index(value)
+    except (TypeError, RuntimeError):  # torch raises the latter
+        start = -1
+    if start < 0:
         raise InputError(f"start of {name} is {value!r}, but must be the number of a token, from 0 on")
-    return int(value)
+    return start
 
 
 def _agreed(start: Any, fields: Mapping[str, Any], name: str) -> Any:
     said = {key: checked_start(fields[key], name) for key in STARTS if fields.get(key) is not None}
-    if len(set(said.values()) | ({start} if isinstance(start, int | np.integer) else set())) > 1:
+    given = set() if start is None or isinstance(start, Sequence) else {checked_start(start, name)}
+    if len(set(said.values()) | given) > 1:
         raise InputError(f"{name} says {said}, and starts says {start}: they must agree")
     return next(iter(said.values()), start) if start is None else start
+
+
+def _with_dtype(payload: Any, dtype: Any) -> Any:
+    """Payloads that have no header themselves, with the dtype that was said beside them."""
+    if dtype is not None and isinstance(payload, str | bytes):
+        return {"data": payload, "dtype": dtype}
+    if dtype is not None and isinstance(payload, list) and any(isinstance(part, str | bytes) for part in payload):
+        return [_with_dtype(part, dtype) for part in payload]
+    return payload
 
 
 def _is_list_of_parts(entry: Any) -> bool:

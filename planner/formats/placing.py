@@ -58,6 +58,8 @@ def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, nam
     end = 0
     for part in parts:
         at = end if part.start is None else part.start
+        if needed and not len(part.ids):
+            at = min(at, max(needed))  # nothing was generated after a prompt that was recorded before
         pieces = [(first, ids[: max(0, at - first)]) for first, ids in pieces]
         spans = [(first, min(stop, at), version) for first, stop, version in spans if first < at]
         pieces.append((at, part.ids))

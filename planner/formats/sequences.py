@@ -6,6 +6,7 @@ appear as layers of zeros. A row of zeros names expert 0 K times, so with K > 1 
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -16,14 +17,17 @@ from ..trace import RoutingTrace
 from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, OUTSIDE, VersionSpan
 from ..trace_rules import check_ids, check_num_experts, compact_dtype
 from .layers import LayersFound, LayersSeen
-from .parts import Decode, missing_layers, parts_of
+from .parts import Decode, Part, missing_layers, parts_of
 from .placing import LastToken, Placed, placed
 
 _LOG = logging.getLogger(__name__)
 
 Holes = Literal["refuse", "unknown"]
+IMPROBABLE = 10**9  # a choice that a token makes once in so many is not taken for one that it made
 HOLES: tuple[Holes, ...] = ("refuse", "unknown")
 Filler = Callable[[np.ndarray, int], np.ndarray]  # (staged ids, num_experts) -> bool [rows]
+
+Trim = Callable[[list[Part], int, int], list[Part]]  # (parts, tokens, num_experts)
 
 
 class RecordOptions(TypedDict, total=False):
@@ -64,6 +68,7 @@ def trace_of_sequences(
     last_token: LastToken,
     decode: Decode = lambda payload, name: payload,
     filler: Filler | None = None,
+    trim: Trim | None = None,
     what: str = "routed_experts",
     **options: Unpack[SequenceOptions],
 ) -> RoutingTrace:
@@ -73,7 +78,8 @@ def trace_of_sequences(
         recorded: of each sequence what `parts_of` takes. An iterator is read once, and kept in compact form only.
         last_token: which rows there are, see `placed`.
         decode: a payload to its array.
-        filler: which rows the engine filled in where it had none; looked at only at the end of a sequence.
+        filler: which rows the engine filled in where it had none; inside of a sequence only where chance cannot be it.
+        trim: the parts of a sequence of so many tokens, without padding that is not blank.
         what: how messages call `recorded`.
         options: see `SequenceOptions`.
 
@@ -100,8 +106,11 @@ def trace_of_sequences(
         names.append(name)
         given = {key: _of(key, values, index) for key, values in per_sequence.items()}
         parts = parts_of(entry, decode, name, experts, given["starts"])
-        if filler is not None and parts:
-            _blank_fillers(parts[-1].ids, filler, experts)
+        if filler is not None:
+            for part in parts:
+                _blank_fillers(part.ids, filler, experts, at_end=part is parts[-1])
+        if trim is not None and parts and given["num_tokens"] is not None:
+            parts = trim(parts, given["num_tokens"], experts)
         sequence = placed(parts, given["num_tokens"], last_token, name)
         for _, ids in sequence.pieces:
             seen.add(ids, name)
@@ -142,11 +151,14 @@ def _of(key: str, values: Any, index: int) -> Any:
     return values[index]
 
 
-def _blank_fillers(ids: np.ndarray, filler: Filler, num_experts: int) -> None:
-    """Make the rows at the end that the engine filled in unrecorded ones, in place."""
+def _blank_fillers(ids: np.ndarray, filler: Filler, num_experts: int, at_end: bool) -> None:
+    """Make the rows that the engine filled in unrecorded ones, in place."""
     filled = filler(ids, num_experts)
-    first = len(ids) - (len(ids) if filled.all() else int(np.argmin(filled[::-1])))
-    ids[first:] = np.iinfo(ids.dtype).max
+    _, layers, top_k = ids.shape
+    if math.perm(num_experts, top_k) ** layers < IMPROBABLE:  # a router may have chosen that
+        first = len(ids) - (len(ids) if filled.all() else int(np.argmin(filled[::-1])))
+        filled[: first if at_end else None] = False
+    ids[filled] = np.iinfo(ids.dtype).max
 
 
 def _assembled(

@@ -1,8 +1,9 @@
 """SGLang: `meta_info["routed_experts"]` of a response, and the counts of its expert-distribution recorder.
 
-The first is the base64 of raw int32 [N - 1 - start, L, K] without a header, of every hidden layer; `start` is the
-request's `routed_experts_start_len`, 0 by default. The second is JSON {"logical_count": [L][E]}: how often every expert
-was chosen, of which a load table can be made, but no trace.
+The first is the base64 of raw ids [N - 1 - start, L, K] without a header, of every hidden layer; `start` is the
+request's `routed_experts_start_len`, 0 by default. Ids are int32, or what `routed_experts_dtype` beside them says.
+The second is JSON {"logical_count": [L][E]}: how often every expert was chosen, of which a load table can be made, but
+no trace.
 """
 
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from ..errors import FormatError, InputError
 from ..loads import check_loads
 from ..trace import RoutingTrace
 from ..trace_rules import check_num_experts
-from .encoded import array_of_bytes, decode_base64
+from .encoded import array_of_bytes, decode_base64, id_dtype
 from .sequences import SequenceOptions, trace_of_sequences
 
 
@@ -29,7 +30,8 @@ def from_sglang(
     """A trace of these sequences, with the last sampled token of each unknown.
 
     routed_experts: of each sequence the base64, an array [rows, L, K], None where there is none, or a list of these,
-                    one a turn; also a response or its `meta_info`, whose `routed_experts_start_len` is honoured
+                    one a turn; also a response or its `meta_info`, whose `routed_experts_start_len` and
+                    `routed_experts_dtype` are honoured
     num_layers:     all hidden layers, as the payload has no header; top_k: K
     options:        as `SequenceOptions` has them; `starts` is `routed_experts_start_len` of each
     """
@@ -38,9 +40,12 @@ def from_sglang(
             raise InputError(f"{name} is {value!r}, but must be a positive integer")
 
     def decode(payload: Any, name: str) -> Any:
+        dtype = "int32"
+        if isinstance(payload, Mapping) and {"data", "dtype"} == set(payload):
+            payload, dtype = payload["data"], id_dtype(payload["dtype"], name)
         if not isinstance(payload, str | bytes):
             return payload
-        return array_of_bytes(decode_base64(payload, name), np.int32, (-1, num_layers, top_k), name)
+        return array_of_bytes(decode_base64(payload, name), dtype, (-1, num_layers, top_k), name)
 
     return trace_of_sequences(routed_experts, num_experts, last_token="left out", decode=decode, **options)
 

@@ -4,21 +4,20 @@
 |---|---|---|---|
 | slime | [len(tokens) - 1, layers, K] a sample | left out | -1; `arange % E` as padding, outside the samples |
 | prime-rl | {data, shape, start, dtype}, [S, L, K] | left out, or in place as zeros | zeros |
-| NeMo-RL | "nrlre1:<dtype>:<S>x<L>x<K>:<base64>" | in place, 0..K-1 in every layer | -1 |
+| NeMo-RL | "nrlre1:<dtype>:<S>x<L>x<K>:<base64>" | in place, 0..K-1 in every layer | -1; tool results 0..K-1 |
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
 
 from ..errors import FormatError
 from ..trace import RoutingTrace
-from .encoded import array_of_bytes, decode_base64
-from .parts import array_of
-from .sequences import SequenceOptions, lengths_of, trace_of_sequences
-
-ID_DTYPES = ("uint8", "uint16", "int8", "int16", "int32", "int64")
+from .encoded import array_of_bytes, decode_base64, id_dtype
+from .parts import Part
+from .sequences import SequenceOptions, trace_of_sequences
 
 
 def from_slime(
@@ -29,30 +28,34 @@ def from_slime(
     With lengths, rows of slime's padding (`arange % E`, appended for the last token and for alignment) are cut off
     where they are exactly that; any other row too many is a misalignment. Options: see `SequenceOptions`.
     """
-    lengths = lengths_of(options.get("num_tokens"), options.get("token_ids"))
-    samples: Iterable[Any] = rollout_routed_experts
-    if lengths is not None:
-        samples = (
-            _without_padding(sample, lengths[index] - 1, num_experts) if index < len(lengths) else sample
-            for index, sample in enumerate(rollout_routed_experts)
-        )
-    what = "rollout_routed_experts"
-    return trace_of_sequences(samples, num_experts, last_token="left out", what=what, **options)
+    return trace_of_sequences(
+        rollout_routed_experts,
+        num_experts,
+        last_token="left out",
+        trim=_without_padding,
+        what="rollout_routed_experts",
+        **options,
+    )
 
 
-def _without_padding(sample: Any, rows: int, num_experts: int) -> Any:
-    if not hasattr(sample, "ndim") or sample.ndim != 3 or rows < 0 or len(sample) <= rows:
-        return sample
-    ids = array_of(sample, "rollout_routed_experts")
+def _without_padding(parts: list[Part], tokens: int, num_experts: int) -> list[Part]:
+    """The parts of a sample without the rows beyond its tokens, where those are slime's padding."""
+    first = end = 0
+    for part in parts:
+        first = end if part.start is None else part.start
+        end = first + len(part.ids)
+    ids, rows = parts[-1].ids, tokens - 1 - first
+    if rows < 0:
+        return parts
     tail, done = ids[rows:], 0
     while done < len(tail):  # it is appended in one piece or two, and each starts with expert 0
         pattern = np.arange(tail[done:].size).reshape(tail[done:].shape) % num_experts
         alike = (tail[done:] == pattern).all((1, 2))
         matching = len(alike) if alike.all() else int(np.argmin(alike))
         if matching == 0:
-            return ids
+            return parts
         done += matching
-    return ids[:rows]
+    return [*parts[:-1], replace(parts[-1], ids=ids[:rows])]
 
 
 def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:
@@ -71,14 +74,15 @@ def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Un
         if missing:
             raise FormatError(f"{name} has no {sorted(missing)[0]!r}, only {sorted(map(str, payload))}")
         sizes = _three_sizes(payload["shape"], name)
-        return array_of_bytes(decode_base64(payload["data"], name), _dtype(payload["dtype"], name), sizes, name)
+        return array_of_bytes(decode_base64(payload["data"], name), id_dtype(payload["dtype"], name), sizes, name)
 
     return trace_of_sequences(routed_experts, num_experts, last_token="either", decode=decode, **options)
 
 
 def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:
     """A trace of NeMo-RL's envelopes, one a sequence; -1 is what was not recorded, and so are rows of 0..K-1 in every
-    layer at the end, which NeMo-RL fills in for the last token. Options: see `SequenceOptions`."""
+    layer, which NeMo-RL fills in for the last token, padding, and tool results that no later turn fed: at the end, and
+    inside of a sequence where routers could not have chosen so by accident. Options: see `SequenceOptions`."""
 
     def decode(payload: Any, name: str) -> Any:
         if payload is not None and not isinstance(payload, str):
@@ -87,7 +91,7 @@ def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unp
         if len(parts) != 4 or parts[0] != "nrlre1":
             raise FormatError(f"{name} starts with {str(payload)[:24]!r}, but must be 'nrlre1:<dtype>:<S>x<L>x<K>:...'")
         sizes = _three_sizes(parts[2].split("x"), name)
-        return array_of_bytes(decode_base64(parts[3], name), _dtype(parts[1], name), sizes, name)
+        return array_of_bytes(decode_base64(parts[3], name), id_dtype(parts[1], name), sizes, name)
 
     return trace_of_sequences(
         routed_experts, num_experts, last_token="in place", decode=decode, filler=_counts_up, **options
@@ -97,13 +101,6 @@ def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unp
 def _counts_up(staged_TLK: np.ndarray, num_experts: int) -> np.ndarray:
     """bool [rows]: 0..K-1 in every layer."""
     return (staged_TLK == np.arange(staged_TLK.shape[2])).all((1, 2))
-
-
-def _dtype(value: Any, name: str) -> str:
-    text = str(value).rpartition(".")[2]  # "torch.uint8", "numpy.uint8"
-    if text not in ID_DTYPES:
-        raise FormatError(f"{name} starts with the dtype {value!r}, but must be one of {', '.join(ID_DTYPES)}")
-    return text
 
 
 def _three_sizes(shape: Any, what: str) -> tuple[int, ...]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, replace
 
-from ..errors import InputError
+from ..errors import one_of
 from .gpus import GPUS, listed_gpu
 
 DEFAULT_DEVICE = "8xH100"
@@ -76,10 +76,8 @@ DEVICES["NVL72"] = replace(DEVICES["8xB200"], name="NVL72", memory=186e9)
 
 def find_device(text: str) -> DeviceSpec:
     """The machine of this name in upper or lower case; a GPU's name alone is a node of eight of them."""
-    for device in DEVICES.values():
-        if text.lower() in (device.name.lower(), device.name.lower().removeprefix("8x")):
-            return device
-    raise InputError(f"device is {text!r}, but must be one of {', '.join(DEVICES)}")
+    eight = f"8x{text}".lower()
+    return DEVICES[one_of("device", text if eight not in map(str.lower, DEVICES) else eight, DEVICES)]
 
 
 def machine_of(torch_name: str) -> DeviceSpec | None:

@@ -3,7 +3,7 @@
 import re
 from dataclasses import dataclass
 
-from ..errors import InputError
+from ..errors import one_of
 
 
 @dataclass(frozen=True)
@@ -82,10 +82,7 @@ GPUS = {
 
 def find_gpu(name: str) -> Gpu:
     """The GPU of this name, in upper or lower case."""
-    for gpu in GPUS.values():
-        if gpu.name.lower() == name.lower():
-            return gpu
-    raise InputError(f"device is {name!r}; it must be one of {', '.join(GPUS)}, or auto for the GPU that is here")
+    return GPUS[one_of("device", name, GPUS, ", or auto for the GPU that is here")]
 
 
 def listed_gpu(torch_name: str) -> Gpu | None:

@@ -1,11 +1,11 @@
 """The one table of MoE models, and shapes of models that are not in it: from a config.json or from four numbers."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import FormatError, InputError
+from ..errors import FormatError, InputError, one_of
 
 SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says otherwise
 DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
@@ -98,24 +98,51 @@ MODELS = {
         ModelShape("Mixtral-8x7B", 32, 8, 2, 4096, 14336, 32, 8, 128),
         ModelShape("gpt-oss-120b", 36, 128, 4, 2880, 2880, 64, 8, 64),
         ModelShape("Kimi-K2", 60, 384, 8, 7168, 2048, 64, 64, 128, 2048, 1536, 512, 64, 128),
+        ModelShape("gpt-oss-20b", 24, 32, 4, 2880, 2880, 64, 8, 64),
+        ModelShape("GLM-4.5", 89, 160, 8, 5120, 1536, 96, 8, 128, 1536),
+        ModelShape("Qwen1.5-MoE-A2.7B", 24, 60, 4, 2048, 1408, 16, 16, 128, 5632),
+        ModelShape("DeepSeek-V2-Lite", 26, 64, 6, 2048, 1408, 16, 16, 128, 2816, 0, 512, 64, 128),
+        ModelShape("Phi-3.5-MoE", 32, 16, 2, 4096, 6400, 32, 8, 128),
+        ModelShape("Mixtral-8x22B", 56, 8, 2, 6144, 16384, 48, 8, 128),
     )
 }
 
 
 def find_model(text: str) -> ModelShape:
-    """The shape that `text` names: one of MODELS in upper or lower case, a config.json, or `H,I,E,K`.
+    """The shape that `text` names: one of MODELS in upper or lower case, a config.json or its folder, or `H,I,E,K`.
 
+    Names as the hub has them are found too: `Qwen/Qwen3-30B-A3B-Instruct-2507` is Qwen3-30B-A3B.
     `H,I,E,K` gets attention of H / 128 heads of 128, with an eighth as many for keys and values.
     """
-    for shape in MODELS.values():
-        if shape.name.lower() == text.lower():
-            return shape
     if "," in text:
         return shape_of_text(text)
-    if text.endswith(".json") or Path(text).is_file():
-        return _shape_of_config(Path(text))
-    raise InputError(
-        f"model is {text!r}, but must be one of {', '.join(MODELS)}, the path of a config.json, or H,I,E,K"
+    path = Path(text)
+    if text.endswith(".json") or path.is_file():
+        return _shape_of_config(path)
+    if (path / "config.json").is_file():
+        return _shape_of_config(path / "config.json")
+    plain = path.name.lower()
+    for name in sorted(MODELS, key=len, reverse=True):
+        if plain == name.lower() or plain.startswith(f"{name.lower()}-"):
+            return MODELS[name]
+    return MODELS[one_of("model", text, MODELS, ", the path of a config.json, or H,I,E,K")]
+
+
+def model_of_routing(layers: int, experts: int, top_k: int | None = None) -> ModelShape:
+    """The model that routing of these sizes is most likely of, for prices where none is named.
+
+    Of those that choose `top_k` of `experts`: one with so many layers, else `DEFAULT_MODEL`, else the smallest. Where
+    none does so, `DEFAULT_MODEL` with these experts and top-k, under a name that says so.
+
+    top_k: None where only loads are known.
+    """
+    alike = [s for s in MODELS.values() if s.experts == experts and top_k in (None, s.top_k)]
+    if alike:
+        return min(alike, key=lambda s: (s.layers != layers, s.name != DEFAULT_MODEL, s.expert_parameters))
+    like = MODELS[DEFAULT_MODEL]
+    chosen = min(top_k or like.top_k, experts)
+    return replace(
+        like, name=f"{like.name} with {chosen} of {experts} experts", layers=layers, experts=experts, top_k=chosen
     )
 
 

@@ -1,20 +1,20 @@
 """A batch under several policies, priced by cost.py: the paper's comparison on any load table."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..cluster import ClusterSpec
-from ..errors import InputError
+from ..errors import InputError, one_of
 from ..loads import total_loads
 from ..options import PlanOptions
 from ..plan import contiguous_home
 from ..planning import plan_batch
 from ..pricing.cost import Cost, Setting, price
 from ..pricing.outcome import Outcome, outcome_of_plan
-from .baselines import BASELINES
+from .baselines import BASELINES, Policy
 
 OURS = "relibra"
 POLICIES = (*(name for name in BASELINES if name != "balanced"), OURS, "balanced")
@@ -48,10 +48,12 @@ class Result:
     imbalance_worst: float
     fetched: float  # per layer and micro-batch, all ranks
     kept: float  # per layer, all ranks
+    moved: float  # experts that changed their home, per layer
     local_share: float
     fits: bool
     planning_seconds: float
     rank_load: np.ndarray  # [L, M, R]
+    home: np.ndarray | None = None  # [L, E], of our plan: where the next batch finds the experts
 
 
 def simulate(
@@ -59,29 +61,58 @@ def simulate(
     scenario: Scenario,
     policies: Sequence[str] = POLICIES,
     progress: Callable[[str], None] | None = None,
+    *,
+    previous_home: np.ndarray | None = None,
+    others: Mapping[str, Policy] | None = None,
 ) -> dict[str, Result]:
-    """Every policy's result by name. Ours is what `plan_batch` returns for the scenario's options."""
+    """Every policy's result by name. Ours is what `plan_batch` returns for the scenario's options.
+
+    previous_home: [L, E], where our plan of the batch before left the experts; None: contiguous homes
+    others: policies of the caller's own, by the names that `policies` has for them
+    """
+    known = BASELINES | dict(others or {})
     table = total_loads(loads)
     layers, _, experts = table.shape
     scenario = replace(
         scenario, options=replace(scenario.options, shape=replace(scenario.options.shape, experts=experts))
     )
-    unknown = [name for name in policies if name not in POLICIES]
-    if unknown:
-        raise InputError(f"policy {unknown[0]!r} is not known; known are {', '.join(POLICIES)}")
+    policies = [name if name in known else one_of("policy", name, POLICIES) for name in policies]
     results = {}
     for name in policies:
         start = time.perf_counter()
         if name == OURS:
-            plan = plan_batch(loads, scenario.cluster, options=scenario.options)
+            plan = plan_batch(loads, scenario.cluster, previous_home=previous_home, options=scenario.options)
             before = contiguous_home(layers, experts, scenario.cluster.num_ranks)
-            outcome = outcome_of_plan(plan, loads, before)
+            outcome = outcome_of_plan(plan, loads, before if previous_home is None else previous_home)
+            home = plan.home
         else:
-            outcome = BASELINES[name](table, scenario.cluster)
-        results[name] = _result(name, outcome, scenario, time.perf_counter() - start)
+            outcome, home = _outcome(name, known[name], table, scenario.cluster), None
+        results[name] = replace(_result(name, outcome, scenario, time.perf_counter() - start), home=home)
         if progress is not None:
             progress(name)
     return results
+
+
+def unable(name: str, experts: int, cluster: ClusterSpec, others: Mapping[str, Policy] | None = None) -> str:
+    """Why a policy cannot serve a cluster, found on a table of one micro-batch; empty where it can."""
+    try:
+        cluster.home_slots(experts)
+        if name != OURS:
+            known = BASELINES | dict(others or {})
+            _outcome(name, known[name], np.ones((1, 1, experts), np.int64), cluster)
+    except InputError as error:
+        return str(error)
+    return ""
+
+
+def _outcome(name: str, policy: Policy, table: np.ndarray, cluster: ClusterSpec) -> Outcome:
+    """What a policy makes of a table. Raises: InputError where it loses or adds assignments."""
+    outcome = policy(table, cluster)
+    if not isinstance(outcome, Outcome):
+        raise InputError(f"policy {name!r} returned a {type(outcome).__name__}, but must return an Outcome")
+    if not np.array_equal(outcome.rank_load.sum(2), table.sum(2)):
+        raise InputError(f"policy {name!r} computes other assignments than the table has")
+    return outcome
 
 
 def _result(name: str, outcome: Outcome, scenario: Scenario, seconds: float) -> Result:
@@ -96,6 +127,7 @@ def _result(name: str, outcome: Outcome, scenario: Scenario, seconds: float) -> 
         imbalance_worst=float(np.nanmax(ratio)) if known else 1.0,
         fetched=float((outcome.pushed_in + outcome.far_in).sum() / (layers * micro_batches)),
         kept=float(kept.sum() / layers),
+        moved=float(outcome.moved_in.sum() / layers),
         local_share=outcome.local_share,
         fits=bool(outcome.kept_copies.max() <= scenario.options.kept_copies),
         planning_seconds=seconds,

@@ -82,15 +82,19 @@ def plan_layers(problem: Problem) -> Solution:
     if problem.options.balance is None:
         _leave_alone(problem, solution)
     else:
-        _insist(problem, solution, effort)
+        _insist(problem, solution, effort, best)
     return solution
 
 
-def _insist(problem: Problem, solution: Solution, effort: Effort) -> None:
+def _insist(problem: Problem, solution: Solution, effort: Effort, first: Member) -> None:
     """Plan layers that miss the balance asked for again, in place: with fewer kept replicas, so that slots are free for
-    fetched ones, and with homes moved, where that is allowed. Of each layer the most even solution stays."""
+    fetched ones, and with homes moved, where that is allowed. Of each layer the most even solution stays.
+
+    first: the member that `solution` comes from. No member is solved twice for the same layers.
+    """
     options, slots = problem.options, problem.cluster.replica_slots
     may_move = options.max_moves != 0 and problem.table_LME.shape[2] % problem.cluster.num_ranks == 0
+    tried = {(tuple(range(len(problem.table_LME))), first)}
     for moves_allowed in (0, options.max_moves) if may_move else (0,):
         for kept in (float(slots), float(slots - 1), 0.0):
             missed = np.flatnonzero(_over(problem, solution) > _MISSED)
@@ -105,7 +109,11 @@ def _insist(problem: Problem, solution: Solution, effort: Effort) -> None:
                 home=problem.home[missed],
                 copies=problem.copies - int(elsewhere.max()),
             )
-            home, copies = _hosts(part, Member(min(kept, part.copies / len(missed)), True, moves_allowed))
+            member = Member(min(kept, part.copies / len(missed)), True, moves_allowed)
+            if (tuple(missed.tolist()), member) in tried:
+                continue
+            tried.add((tuple(missed.tolist()), member))
+            home, copies = _hosts(part, member)
             again = _drop_idle(_solve(part, home, copies, effort))
             before = Solution(*(value[missed] for value in vars(solution).values()))
             better = _over(part, again) < _over(part, before)

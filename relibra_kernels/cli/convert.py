@@ -17,7 +17,7 @@ import numpy as np
 from ..planner import RoutingTrace, formats
 from ..planner.errors import FormatError, InputError, ReLibraError
 from ..planner.files import load_npz, save_npz
-from ..planner.formats.parts import STARTS, VERSIONS
+from ..planner.formats.parts import DTYPE, STARTS, VERSIONS
 from ..planner.formats.reading import read_arrays, read_json, read_json_lines
 from ..planner.formats.sequences import HOLES, SequenceOptions
 from ..planner.trace_writer import TraceWriter
@@ -213,7 +213,7 @@ def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:
             fields = {**line, **choice, **meta}
             if "routed_experts" not in fields:
                 raise FormatError(f"{path}: line {number} has no 'routed_experts', only {sorted(fields)}")
-            sample = {key: fields[key] for key in (*STARTS, *VERSIONS) if fields.get(key) is not None}
+            sample = {key: fields[key] for key in (*STARTS, *VERSIONS, DTYPE) if fields.get(key) is not None}
             sample["routed_experts"] = _joined_prompt(fields)
             tokens = _token_ids(fields, f"{path}: line {number}")
             yield sample if tokens is None else {**sample, "token_ids": tokens}

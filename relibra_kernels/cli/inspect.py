@@ -1,4 +1,4 @@
-"""`relibra inspect`: what is in a trace, a plan or a load table, in one screen."""
+"""`relibra inspect`: what is in a trace, a plan or a load table, in one screen; two plans side by side."""
 
 import argparse
 import json
@@ -13,41 +13,79 @@ from ..planner.errors import FormatError, InputError
 from ..planner.files import load_npz, npz_keys
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home
+from .inputs import SHAPE_HELP
 
 LAYERS_SHOWN = 6
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE.npz", type=Path, help="a trace, a plan or a load table")
+    parser.add_argument("other", metavar="OTHER.npz", type=Path, nargs="?", help="a second plan, to compare with")
     parser.add_argument("--num-experts", type=int, metavar="E", help="for a trace that does not say it")
     parser.add_argument(
         "--loads", type=Path, metavar="LOADS.npz", help="of a plan: what it was made for, for its balance"
     )
     parser.add_argument("--previous", type=Path, metavar="PLAN.npz", help="of a plan: the one before, for what moves")
-    parser.add_argument("--model", metavar="NAME", help="of a plan: the model whose experts it moves, for bytes")
+    parser.add_argument("--shape", help=f"of a plan: whose experts it moves, for bytes: {SHAPE_HELP}")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead")
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.other is not None:
+        return _compare(args)
     keys = npz_keys(args.file)
     if "expert_ids" in keys:
         found = inspect_trace(RoutingTrace.load(args.file, args.num_experts))
     elif "home" in keys:
         loads = None if args.loads is None else _loads(args.loads)
         previous = None if args.previous is None else BatchPlan.load(args.previous).home
-        found = inspect_plan(BatchPlan.load(args.file, loads), loads, previous, args.model)
+        found = inspect_plan(BatchPlan.load(args.file, loads), loads, previous, args.shape)
     elif "loads" in keys:
         found = inspect_loads(_loads(args.file))
     else:
         raise FormatError(f"{args.file}: is no trace, plan or load table; it has {sorted(keys)}")
-    if "home" not in keys and any(value is not None for value in (args.loads, args.model, args.previous)):
-        raise InputError(f"--loads, --previous and --model are for a plan, but {args.file} is a {found['kind']}")
+    if "home" not in keys and any(value is not None for value in (args.loads, args.shape, args.previous)):
+        raise InputError(f"--loads, --previous and --shape are for a plan, but {args.file} is a {found['kind']}")
     found["bytes_on_disk"] = args.file.stat().st_size
     if args.json:
         print(json.dumps(found))
     else:
         print("\n".join(lines_of(args.file, found)))
     return 0
+
+
+def _compare(args: argparse.Namespace) -> int:
+    """Two plans side by side; the second one's moves are counted from the first one's homes."""
+    loads = None if args.loads is None else _loads(args.loads)
+    previous = None if args.previous is None else BatchPlan.load(args.previous).home
+    first, second = (BatchPlan.load(path) for path in (args.file, args.other))
+    if _sizes(first) != _sizes(second):
+        raise InputError(
+            f"{args.other} is for [layers, experts, ranks] {_sizes(second)}, but {args.file} for {_sizes(first)}: "
+            "they must be alike"
+        )
+    plans = [inspect_plan(plan, loads, previous, args.shape) for plan in (first, second)]
+    differing = int((first.home != second.home).sum())
+    same = first.replicas.shape == second.replicas.shape and np.array_equal(first.replicas, second.replicas)
+    if args.json:
+        print(json.dumps({"plans": plans, "homes_that_differ": differing, "same_replicas": bool(same)}))
+        return 0
+    print(f"{'':44}{'A':>14}{'B':>14}   A = {args.file}, B = {args.other}")
+    for key, value in plans[0].items():
+        if key != "kind" and (value or plans[1][key]):
+            print(f"{key.replace('_', ' '):44}{_cell(key, value):>14}{_cell(key, plans[1][key]):>14}")
+    print(f"homes that differ: {differing} of {first.home.size}; replicas are {'the same' if same else 'others'}")
+    return 0
+
+
+def _sizes(plan: BatchPlan) -> tuple[int, int, int]:
+    return plan.num_layers, plan.num_experts, plan.num_ranks
+
+
+def _cell(key: str, value: Any) -> str:
+    if "bytes" in key:
+        return _bytes(value)
+    return f"{value:,.4f}" if isinstance(value, float) else str(value)
 
 
 def inspect_trace(trace: RoutingTrace) -> dict[str, Any]:

@@ -2,44 +2,51 @@
 
 import argparse
 import json
+import shlex
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
-from ..planner import (
-    DEVICES,
-    MODELS,
-    ClusterSpec,
-    PlanOptions,
-    Result,
-    Scenario,
-    find_device,
-    find_model,
-    simulate,
-)
-from ..planner.errors import InputError
+from .. import __version__
+from ..planner import DEVICES, MODELS, ClusterSpec, ModelShape, PlanOptions, Scenario, find_device, find_model, simulate
+from ..planner.errors import InputError, one_of
 from ..planner.options import EFFORTS, TRANSPORTS
-from ..planner.simulation.simulate import POLICIES
+from ..planner.simulation.baselines import Policy
+from ..planner.simulation.simulate import OURS, POLICIES, unable
 from ..planner.simulation.workloads import WORKLOADS, workload
 from ..progress import Progress
-from .plan import naming_flags, read_loads
-from .simulation_report import write_report
+from .inputs import SHAPE_HELP, Input, add_trace_arguments, naming_flags, read_input
+from .policy_file import load_policy
+from .report import write_report
+from .simulation_table import Case, lines_of, record_of
 
 _MODELS = "Qwen3-30B-A3B,GLM-4.5-Air,Qwen3-235B-A22B"
+_MAX_MEAN = 7.3  # Qwen3-30B-A3B on DAPO-Math
+_SEQUENCE_LENGTH = 8192  # of generated routing
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "input", nargs="?", type=Path, metavar="INPUT.npz", help="`loads` or a trace; default: generated"
     )
-    parser.add_argument("--models", default=_MODELS, metavar="A,B", help=f"of {', '.join(MODELS)}; default {_MODELS}")
+    parser.add_argument("--models", metavar="A,B", help=f"of {', '.join(MODELS)}; default: a trace's own, or {_MODELS}")
+    parser.add_argument("--shape", action="append", default=[], help=f"{SHAPE_HELP}; may be repeated")
     parser.add_argument("--ep", default="16,32,64", metavar="R,R", help="ranks; default 16,32,64")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G")
-    parser.add_argument("--replica-slots", type=int, default=2, metavar="S")
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
+    parser.add_argument("--replica-slots", type=int, default=2, metavar="S", help="default 2")
     parser.add_argument("--device", default="8xH100", help=f"one of {', '.join(DEVICES)}; default 8xH100")
     parser.add_argument("--policies", default=",".join(POLICIES), metavar="A,B", help=f"of {', '.join(POLICIES)}")
+    parser.add_argument(
+        "--policy",
+        action="append",
+        default=[],
+        metavar="FILE.py:FUNCTION",
+        help="one of your own beside them: from loads [L, M, E] and a ClusterSpec to an Outcome; may be repeated",
+    )
     parser.add_argument("--balance", type=float, metavar="X", help="for our plan; default: the least time")
-    parser.add_argument("--effort", choices=EFFORTS, default="full")
+    parser.add_argument("--effort", choices=EFFORTS, default="full", help="default full")
     parser.add_argument(
         "--kept-bytes",
         type=float,
@@ -48,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--transport", choices=TRANSPORTS, default="one", help="hops of tokens; default one")
     parser.add_argument(
+        "--batches", type=int, default=1, metavar="N", help="in a row, each from the homes of the one before; default 1"
+    )
+    parser.add_argument(
         "--workload", choices=WORKLOADS, default="drift", help="generated routing; default drift, see docs/simulator.md"
     )
     parser.add_argument("--micro-batches", type=int, default=32, metavar="M", help="of generated routing; default 32")
@@ -55,118 +65,163 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--layers", type=int, default=16, metavar="L", help="of generated routing, a sample; default 16"
     )
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch, a rank, generated; default 8192")
-    parser.add_argument("--max-mean", type=float, default=7.3, help="hottest over mean expert; default 7.3")
-    parser.add_argument("--sequence-length", type=int, default=8192, help="for attention; default 8192")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--micro-batch-sequences", type=int, metavar="B", help="for a trace: sequences a micro-batch")
-    parser.add_argument("--num-experts", type=int, metavar="E", help="for a trace that does not say")
+    parser.add_argument(
+        "--max-mean",
+        type=float,
+        help=f"hottest over mean expert; default {_MAX_MEAN}, or half of E/K where that is less",
+    )
+    parser.add_argument(
+        "--sequence-length", type=int, help=f"for attention; default: a trace's mean, or {_SEQUENCE_LENGTH}"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of generated routing; default 0")
+    add_trace_arguments(parser)
     parser.add_argument("--html", type=Path, metavar="REPORT.html", help="also write one self-contained page")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.html is not None and (not args.html.parent.is_dir() or args.html.is_dir()):
-        raise InputError(f"--html is {args.html}, but must be a file in a directory that exists")
-    for name in ("micro_batches", "tokens", "sequence_length", "gpus_per_node", "layers"):
-        value = getattr(args, name)
-        if value < 1:
-            raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
-    if args.seed < 0:
-        raise InputError(f"--seed is {args.seed}, but must not be negative")
-    scenarios = _scenarios(args)
-    policies = args.policies.split(",")
-    for policy in policies:
-        if policy not in POLICIES:
-            raise InputError(f"--policies names {policy!r}; known are {', '.join(POLICIES)}")
+    _check_numbers(args)
+    others = dict(load_policy(text) for text in args.policy)
+    with naming_flags(policy="--policies"):
+        chosen = args.policies.split(",")
+        policies = [*(one_of("policy", name, POLICIES) for name in chosen), *(name for name in others)]
+    ranks = _ranks(args)
     recorded = None
     if args.input is not None:
-        recorded = read_loads(args.input, args.micro_batch_sequences, args.num_experts)
+        recorded = read_input(args.input, args, ranks[0] if len(ranks) == 1 else None)
+        if recorded.loads.shape[1] < args.batches:
+            raise InputError(
+                f"--batches is {args.batches}, but {args.input} has {recorded.loads.shape[1]} micro-batches"
+            )
+    work, skipped = _able(_scenarios(args, ranks, recorded), policies, others)
+    for line in skipped:
+        print(f"skipped: {line}")
+    if not work:
+        raise InputError("nothing is left to simulate: --ep and --models do not go together")
 
-    results: list[tuple[Scenario, dict[str, Result]]] = []
-    with Progress("simulating", len(scenarios) * len(policies)) as bar:
-        for scenario in scenarios:
-            loads = recorded if recorded is not None else _generated(args, scenario)
-            results.append((scenario, simulate(loads, scenario, policies, lambda _name: bar.step())))
-    print(f"Modelled, not measured: {args.device}, sequences of {args.sequence_length} tokens, see docs/simulator.md.")
-    for scenario, by_policy in results:
-        layers, micro_batches = next(iter(by_policy.values())).rank_load.shape[:2]
-        print(
-            f"\n{scenario.options.shape.name}, EP {scenario.cluster.num_ranks}: {layers} layers x {micro_batches} "
-            "micro-batches"
-        )
-        print("\n".join(table(by_policy)))
+    cases = []
+    with Progress("simulating", sum(len(names) for _, names in work) * args.batches) as bar:
+        for scenario, names in work:
+            home = None
+            for batch, loads in enumerate(_batches(args, scenario, recorded)):
+                rows = simulate(loads, scenario, names, lambda _name: bar.step(), previous_home=home, others=others)
+                home = rows[OURS].home if OURS in rows else None
+                cases.append(Case(scenario, batch, args.batches, rows))
+    length = cases[0].scenario.options.sequence_length
+    print(f"Modelled, not measured: {args.device}, sequences of {length} tokens, see docs/simulator.md.")
+    for case in cases:
+        layers, micro_batches = next(iter(case.rows.values())).rank_load.shape[:2]
+        print(f"\n{case.title}: {layers} layers x {micro_batches} micro-batches")
+        print("\n".join(lines_of(case.rows)))
     if args.html is not None:
-        write_report(args.html, results)
+        write_report(args.html, cases, _inputs(args, cases))
         print(f"\nreport written to {args.html}")
     if args.json:
-        print(json.dumps([_row(scenario, result) for scenario, r in results for result in r.values()]))
+        print(json.dumps([record_of(case, result) for case in cases for result in case.rows.values()]))
     return 0
 
 
-def table(by_policy: dict[str, Result]) -> list[str]:
-    """Lines of text, one a policy; throughput relative to static and to balanced where these were simulated."""
-    lines = [
-        f"{'policy':18s} {'x static':>9s} {'of balanced':>11s} {'max/mean':>9s} {'worst':>7s} {'fetched':>8s} "
-        f"{'kept':>6s} {'local':>6s} {'MB fast':>8s} {'MB slow':>8s} {'step':>8s}"
-    ]
-    for result in by_policy.values():
-        relative = [relative_to(by_policy, name, result) for name in ("static", "balanced")]
-        shown = [f"{value:.3f}" if value is not None else "-" for value in relative]
-        lines.append(
-            f"{result.policy:18s} {shown[0]:>9s} {shown[1]:>11s} {result.imbalance_mean:9.4f} "
-            f"{result.imbalance_worst:7.3f} {result.fetched:8.1f} {result.kept:6.1f} {result.local_share:6.3f} "
-            f"{result.cost.bytes_fast / 1e6:8.0f} {result.cost.bytes_slow / 1e6:8.0f} {result.cost.seconds:7.2f}s"
-            f"{'' if result.fits else '  beyond the cap'}"
-        )
-    return lines
+def _check_numbers(args: argparse.Namespace) -> None:
+    if args.html is not None and (not args.html.parent.is_dir() or args.html.is_dir()):
+        raise InputError(f"--html is {args.html}, but must be a file in a directory that exists")
+    for name in ("micro_batches", "tokens", "sequence_length", "gpus_per_node", "layers", "batches"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+    if args.seed < 0:
+        raise InputError(f"--seed is {args.seed}, but must not be negative")
 
 
-def relative_to(by_policy: dict[str, Result], name: str, result: Result) -> float | None:
-    """Throughput of `result` over that of the policy `name`."""
-    return by_policy[name].cost.seconds / result.cost.seconds if name in by_policy else None
+def _ranks(args: argparse.Namespace) -> list[int]:
+    for text in args.ep.split(","):
+        if not text.isdigit() or int(text) < 1 or int(text) % args.gpus_per_node:
+            raise InputError(f"--ep names {text!r}, but must be multiples of --gpus-per-node {args.gpus_per_node}")
+    return [int(text) for text in args.ep.split(",")]
 
 
-def _scenarios(args: argparse.Namespace) -> list[Scenario]:
-    scenarios = []
-    for name in args.models.split(","):
-        for text in args.ep.split(","):
-            if not text.isdigit() or int(text) < 1 or int(text) % args.gpus_per_node:
-                raise InputError(f"--ep names {text!r}, but must be multiples of --gpus-per-node {args.gpus_per_node}")
-            with naming_flags(model="--models", shape="--models"):
-                cluster = ClusterSpec(int(text) // args.gpus_per_node, args.gpus_per_node, args.replica_slots)
+def _shapes(args: argparse.Namespace, recorded: Input | None) -> list[ModelShape]:
+    """The models that are named; those of a recorded batch must choose as it does."""
+    names = [*(args.models.split(",") if args.models else []), *args.shape]
+    with naming_flags(model="--models" if args.models else "--shape"):
+        if recorded is not None:
+            return [recorded.shape(name) for name in names or [None]]
+        return [find_model(name) for name in names or _MODELS.split(",")]
+
+
+def _scenarios(args: argparse.Namespace, ranks: list[int], recorded: Input | None) -> list[Scenario]:
+    found = []
+    length = args.sequence_length or (recorded.sequence_length if recorded else _SEQUENCE_LENGTH)
+    for shape in _shapes(args, recorded):
+        for count in ranks:
+            with naming_flags():
+                cluster = ClusterSpec(count // args.gpus_per_node, args.gpus_per_node, args.replica_slots)
                 options = PlanOptions(
                     balance=args.balance,
                     effort=args.effort,
                     kept_bytes=args.kept_bytes,
                     transport=args.transport,
-                    shape=find_model(name),
+                    shape=shape,
                     device=find_device(args.device),
-                    sequence_length=args.sequence_length,
+                    sequence_length=length,
                 )
-            scenarios.append(Scenario(cluster, options))
-    return scenarios
+            found.append(Scenario(cluster, options))
+    return found
 
 
-def _generated(args: argparse.Namespace, scenario: Scenario) -> np.ndarray:
-    """Of as many layers as are asked for, a sample of the model's."""
-    shape = scenario.options.shape
-    sizes = min(shape.layers, args.layers), args.micro_batches, shape.experts, shape.top_k
-    tokens = args.tokens * scenario.cluster.num_ranks
-    return workload(args.workload, *sizes, tokens, max_mean=args.max_mean, seed=args.seed)
+def _able(
+    scenarios: list[Scenario], policies: list[str], others: dict[str, Policy]
+) -> tuple[list[tuple[Scenario, list[str]]], list[str]]:
+    """Scenarios with the policies that can serve them, and a line for what cannot be, before any of the work."""
+    work, lines = [], []
+    for scenario in scenarios:
+        experts, title = scenario.options.shape.experts, Case(scenario, 0, 1, {}).title
+        why = {name: unable(name, experts, scenario.cluster, others) for name in policies}
+        if all(why.values()):
+            lines.append(f"{title}: {next(iter(why.values()))}")
+            continue
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in why.items():
+            by_reason.setdefault(reason, []).append(name)
+        lines += [f"{title}, {', '.join(names)}: {reason}" for reason, names in by_reason.items() if reason]
+        work.append((scenario, by_reason[""]))
+    return work, lines
 
 
-def _row(scenario: Scenario, result: Result) -> dict[str, object]:
+def _batches(args: argparse.Namespace, scenario: Scenario, recorded: Input | None) -> Iterator[np.ndarray]:
+    """Load tables, one a batch: of recorded routing its micro-batches in order, of generated one the drift goes on."""
+    if recorded is not None:
+        loads = recorded.loads
+    else:
+        shape = scenario.options.shape
+        sizes = min(shape.layers, args.layers), args.micro_batches * args.batches, shape.experts, shape.top_k
+        tokens = args.tokens * scenario.cluster.num_ranks
+        loads = workload(args.workload, *sizes, tokens, max_mean=_max_mean(args, shape), seed=args.seed)
+    yield from np.array_split(loads, args.batches, axis=1)
+
+
+def _max_mean(args: argparse.Namespace, shape: ModelShape) -> float:
+    return min(_MAX_MEAN, max(1.0, shape.experts / shape.top_k / 2)) if args.max_mean is None else args.max_mean
+
+
+def _inputs(args: argparse.Namespace, cases: list[Case]) -> dict[str, str]:
+    """What was simulated, for a reader who has only the page."""
+    options = cases[0].scenario.options
+    routing = f"recorded: {args.input}" if args.input is not None else (
+        f"generated: {args.workload}, seed {args.seed}, {args.tokens} tokens a micro-batch and rank, hottest over mean "
+        f"expert {_max_mean(args, options.shape):g}; {args.layers} layers at most, {args.micro_batches} micro-batches"
+    )  # fmt: skip
+    shapes = {case.scenario.options.shape.name: case.scenario.options.shape for case in cases}
     return {
-        "model": scenario.options.shape.name,
-        "ep": scenario.cluster.num_ranks,
-        "policy": result.policy,
-        "modelled_seconds": result.cost.seconds,
-        "imbalance_mean": result.imbalance_mean,
-        "imbalance_worst": result.imbalance_worst,
-        "fetched_mean": result.fetched,
-        "kept_mean": result.kept,
-        "local_share": None if np.isnan(result.local_share) else result.local_share,
-        "fits": result.fits,
-        "bytes_fast": result.cost.bytes_fast,
-        "bytes_slow": result.cost.bytes_slow,
+        "command": shlex.join(["relibra", *(sys.argv[1:] if sys.argv[1:2] == ["simulate"] else ["simulate"])]),
+        "version": f"relibra-kernels {__version__}",
+        "routing": routing,
+        "batches": f"{args.batches}{', each from the homes of the one before' if args.batches > 1 else ''}",
+        "models": "; ".join(
+            f"{s.name}: {s.top_k} of {s.experts} experts, hidden {s.hidden_size}, intermediate {s.intermediate_size}"
+            for s in shapes.values()
+        ),
+        "machine": f"{options.device.name}, {args.gpus_per_node} GPUs a node, {args.replica_slots} replica slots",
+        "sequence length": f"{options.sequence_length} tokens",
+        "memory for kept replicas": f"{options.kept_copies * options.shape.copy_bytes / 1e9:.2f} GB a rank",
+        "goal of our plan": "the least time" if args.balance is None else f"max/mean {args.balance:g}",
     }

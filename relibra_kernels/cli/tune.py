@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..planner.errors import InputError
+from .inputs import SHAPE_HELP
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_mutually_exclusive_group()
     names = ", ".join(map(str, MODELS))
     what.add_argument("--model", action="append", default=[], help=f"'all' or one of {names}; may be repeated")
-    what.add_argument("--shape", help="H,I,E,K: hidden size, intermediate size, experts, experts a token")
-    parser.add_argument("--form", choices=["plain", "gpt-oss"], default="plain", help="of --shape's weights")
+    what.add_argument("--shape", help=f"{SHAPE_HELP}: hidden and intermediate size, experts, experts a token")
+    parser.add_argument(
+        "--form", choices=["plain", "gpt-oss"], help="of --shape's weights; default: the model's, or plain"
+    )
     parser.add_argument("--device", default="auto", help=f"auto: the GPU that is here; or one of {', '.join(PRODUCTS)}")
     parser.add_argument(
         "--tokens", type=int, nargs="+", default=[], help="of a micro-batch on a rank; default: a grid of rows a slot"
@@ -74,10 +77,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _models(args: argparse.Namespace) -> list:
     from ..form import GPT_OSS, ExpertForm
-    from ..tuning.models import MODELS, model_named, model_of_shape
+    from ..tuning.models import MODELS, model_named
 
     if args.shape is not None:
-        return [model_of_shape(args.shape, GPT_OSS if args.form == "gpt-oss" else ExpertForm())]
+        return [model_named(args.shape, {"plain": ExpertForm(), "gpt-oss": GPT_OSS, None: None}[args.form])]
     if args.model == ["all"]:
         return list(MODELS)
     if not args.model:

@@ -1,8 +1,8 @@
 """Which config a launch gets: looked up, never searched. Nothing here compiles or times.
 
 Asked in this order: `RELIBRA_CONFIG`, configs agreed on by `warmup`, the user's folder, the shipped folder (of both,
-what was measured before what was only compiled), and a heuristic that always answers. `RELIBRA_LOG=tuning` prints
-which one did.
+what was measured before what was only compiled), and a heuristic that always answers. The logger of this
+module says at level INFO which one did.
 
 A file answers for a layer with exactly its sizes and layout, with the bucket whose slots and rows a slot are nearest,
 in powers of two (rows count first; between two equally near ones the larger), up to a factor of `REACH`. What was
@@ -11,7 +11,6 @@ found for another generation of a kernel (`config.GENERATIONS`) is not used.
 
 import logging
 import os
-import warnings
 from typing import NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from .files import SHIPPED, Entry, load_entries, path_of, user_folder
 from .limits import Device
 from .spaces import SPACE, config_for
 
+_LOGGER = logging.getLogger(__name__)
 REACH = 2, 3  # octaves of rows a slot, octaves of slots
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _OTHER_DTYPES = {"bf16": ("bf16",), "fp16": ("fp16", "bf16"), "fp32": ("fp32",)}
@@ -86,8 +86,7 @@ def answer(problem: Problem) -> Answer:
     found = _answers.get(problem)
     if found is None:
         _answers[problem] = found = _asked(problem)
-        if "tuning" in os.environ.get("RELIBRA_LOG", ""):
-            _log(problem, found)
+        _log(problem, found)
     return found
 
 
@@ -183,13 +182,14 @@ def _entries(source: str, folder: object, problem: Problem) -> list[Entry]:
             _files[key] = entries = load_entries(path, device.product, kernel)
         except FormatError as error:
             _files[key] = entries = []
-            warnings.warn(f"{error}; it is not used", RuntimeWarning, stacklevel=2)
+            _LOGGER.warning("%s; it is not used", error)
         for entry in entries:
             for bucket in entry.buckets:
                 fault = misfit(kernel, parse_config(bucket.config), device, torch.bfloat16)
                 if fault:
-                    message = f"{path}: {bucket.config} does not fit a {device.product}: {fault}; it is not used"
-                    warnings.warn(message, RuntimeWarning, stacklevel=2)
+                    _LOGGER.warning(
+                        "%s: %s does not fit a %s: %s; it is not used", path, bucket.config, device.product, fault
+                    )
     return _files[key]
 
 
@@ -208,12 +208,8 @@ def _from_environment() -> dict[str, Config]:
 
 
 def _log(problem: Problem, found: Answer) -> None:
-    log = logging.getLogger("relibra.tuning")
-    if not log.handlers:
-        log.addHandler(logging.StreamHandler())
-        log.setLevel(logging.INFO)
-    log.info(
-        "relibra tuning: %s %s N=%d D=%d, %d slots and %d rows a slot or more: %s (%s)",
+    _LOGGER.info(
+        "%s %s N=%d D=%d, %d slots and %d rows a slot or more: %s (%s)",
         f"{problem.kernel} {problem.part}".rstrip(),
         problem.dtype,
         problem.n,

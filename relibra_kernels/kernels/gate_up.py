@@ -13,10 +13,11 @@ from ..configs.config import GemmConfig
 from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
+from .activations import activate
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
-from .swiglu import activate, form_constants
+from .swiglu import form_constants
 from .tiles import (
     contract,
     describe_rows,
@@ -56,7 +57,7 @@ def _gate_up_kernel(
     TOP_K: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
     CONCATENATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     FAST: tl.constexpr,
@@ -124,7 +125,7 @@ def _gate_up_kernel(
             # from h as it is stored, which is what backward sees
             gate = gate.to(h_ptr.dtype.element_ty).to(tl.float32)
             up = up.to(h_ptr.dtype.element_ty).to(tl.float32)
-            a = activate(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+            a = activate(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
             a_at = row_of_tile * I + column[None, :]
             tl.store(a_tile + a_at, a.to(a_ptr.dtype.element_ty), mask=stored_R[:, None] & inside[None, :])
 

@@ -13,10 +13,11 @@ from ..configs.config import GemmConfig
 from ..form import ExpertForm
 from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
+from .activations import derivatives
 from .constants import chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
-from .swiglu import derivatives, form_constants
+from .swiglu import form_constants
 from .tiles import contract, describe_rows, describe_weights, first_program, tile_of, weight_of, weight_store
 
 
@@ -32,7 +33,7 @@ def _finish(
     n0,
     I: tl.constexpr,  # noqa: E741
     CONCATENATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     FAST: tl.constexpr,
@@ -48,15 +49,16 @@ def _finish(
         left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         partial_R = _finish(
             left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-            I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         return partial_R + _finish(
             right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
-            I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         return _finish_columns(
-            g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0, I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, BLOCK_M, BLOCK_N
+            g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -72,7 +74,7 @@ def _finish_columns(
     n0,
     I: tl.constexpr,  # noqa: E741
     CONCATENATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     FAST: tl.constexpr,
@@ -91,7 +93,7 @@ def _finish_columns(
         h_at = row * (2 * I) + column
         gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
-        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+        act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
         da = g * w_R[:, None]
         tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
         tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
@@ -101,7 +103,7 @@ def _finish_columns(
         here_wide = (row0 + row < end) & (wide < 2 * I)
         h = tl.load(h_ptr + h_at, mask=here_wide, other=0.0).to(tl.float32)
         gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
-        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+        act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
         da = g * w_R[:, None]
         dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
         tl.store(dh_ptr + h_at, dh, mask=here_wide)
@@ -143,7 +145,7 @@ def _grad_hidden_kernel(
     TOP_K: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
     CONCATENATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     FAST: tl.constexpr,
@@ -182,7 +184,7 @@ def _grad_hidden_kernel(
             w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
             partial_R = _finish(
                 g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                I, CONCATENATED, CLAMPED, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
+                I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 

@@ -20,7 +20,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 # compile in the middle of training. For `@triton.jit(do_not_specialize_on_alignment=TABLES)`.
 TABLES = [
     "assignment_of_ptr", "cumulative_ptr", "expert_of_shard_ptr", "experts_ptr", "ids_ptr", "position_ptr",
-    "row_of_ptr", "slot_offsets_ptr", "slot_ptr", "tiles_ptr", "weight_of_slot_ptr", "weights_ptr",
+    "slot_offsets_ptr", "slot_ptr", "tiles_ptr", "weight_of_slot_ptr", "weights_ptr",
 ]  # fmt: skip
 
 

@@ -8,18 +8,10 @@ import torch
 import triton
 import triton.language as tl
 
-from ..payload import PayloadLayout, check_payload, check_tables, check_tokens
+from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
+from ..schedule import Schedule
 from .constants import block_of, chosen_block
 from .launch import TABLES, launch
-
-
-@triton.jit
-def _first_rows(row_of_ptr, token, TOP_K: tl.constexpr, LANES: tl.constexpr):
-    """(rows, rows that no earlier k of the token names) by k; -1 where there is none."""
-    lane = tl.arange(0, LANES)
-    rows = tl.load(row_of_ptr + token * TOP_K + lane, mask=lane < TOP_K, other=-1)
-    earlier = (rows[None, :] == rows[:, None]) & (lane[None, :] < lane[:, None])
-    return rows, tl.where(tl.sum(earlier.to(tl.int32), 1) == 0, rows, -1)
 
 
 @triton.jit
@@ -32,39 +24,39 @@ def _pack_payload_kernel(
     x_ptr,
     weights_ptr,
     slot_ptr,
-    row_of_ptr,
+    position_ptr,
     hidden_out_ptr,
     slots_out_ptr,
     weights_out_ptr,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
     SLOTS_AT: tl.constexpr,
+    SLOTS_ROW: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
+    WEIGHTS_ROW: tl.constexpr,
     ROW: tl.constexpr,
-    SIZE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One token into all of its rows; ROW, SLOTS_AT and WEIGHTS_AT are in bytes, SIZE is an element's."""
+    """One token into all of its rows; all lengths in elements."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     real = lane < TOP_K
-    rows, first_rows = _first_rows(row_of_ptr, token, TOP_K, LANES)
-    slots = tl.load(slot_ptr + token * TOP_K + lane, mask=real, other=-1)
-    weights = tl.load(weights_ptr + token * TOP_K + lane, mask=real, other=0.0).to(tl.float32)
+    rows = tl.load(position_ptr + token * TOP_K + lane, mask=real, other=-1)
+    weights = tl.load(weights_ptr + token * TOP_K + lane, mask=real, other=0.0)
     for k in tl.static_range(TOP_K):
-        row = _at(first_rows, k, LANES).to(tl.int64)
-        mine = rows == row
+        row = _at(rows, k, LANES).to(tl.int64)
         here = real & (row >= 0)
-        tl.store(slots_out_ptr + row * (ROW // 2) + SLOTS_AT // 2 + lane, tl.where(mine, slots, -1), mask=here)
-        tl.store(weights_out_ptr + row * (ROW // 4) + WEIGHTS_AT // 4 + lane, tl.where(mine, weights, 0.0), mask=here)
+        slots = tl.load(slot_ptr + row * TOP_K + lane, mask=here, other=-1)
+        tl.store(slots_out_ptr + row * SLOTS_ROW + SLOTS_AT + lane, slots, mask=here)
+        tl.store(weights_out_ptr + row * WEIGHTS_ROW + WEIGHTS_AT + lane, weights, mask=here)
     for first in range(0, H, BLOCK_H):
         column = first + tl.arange(0, BLOCK_H)
         inside = column < H
         x = tl.load(x_ptr + token * H + column, mask=inside, other=0.0)
         for k in tl.static_range(TOP_K):
-            row = _at(first_rows, k, LANES).to(tl.int64)
-            tl.store(hidden_out_ptr + row * (ROW // SIZE) + column, x, mask=inside & (row >= 0))
+            row = _at(rows, k, LANES).to(tl.int64)
+            tl.store(hidden_out_ptr + row * ROW + column, x, mask=inside & (row >= 0))
 
 
 @triton.jit(do_not_specialize_on_alignment=TABLES)
@@ -93,7 +85,7 @@ def _copy_payload_kernel(
     lane = tl.arange(0, LANES)
     real = lane < TOP_K
     weights = tl.load(weights_ptr + row * WEIGHTS_ROW_IN + WEIGHTS_IN + lane, mask=real, other=0.0)
-    tl.store(weights_out_ptr + row * WEIGHTS_ROW_OUT + WEIGHTS_OUT + lane, weights.to(tl.float32), mask=real)
+    tl.store(weights_out_ptr + row * WEIGHTS_ROW_OUT + WEIGHTS_OUT + lane, weights, mask=real)
     if slots_ptr is not None:
         slots = tl.load(slots_ptr + row * SLOTS_ROW + SLOTS_AT + lane, mask=real, other=-1)
         tl.store(slots_out_ptr + row * TOP_K + lane, slots, mask=real)
@@ -108,97 +100,101 @@ def _copy_payload_kernel(
 def _unpack_gradients_kernel(
     hidden_ptr,
     weights_in_ptr,
-    row_of_ptr,
+    position_ptr,
     dx_ptr,
     dweights_ptr,
     H: tl.constexpr,
     TOP_K: tl.constexpr,
     WEIGHTS_AT: tl.constexpr,
+    WEIGHTS_ROW: tl.constexpr,
     ROW: tl.constexpr,
-    SIZE: tl.constexpr,
     LANES: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One token: its rows added up in the order of k, each once, and its gate gradients."""
+    """One token: its rows and their gate gradients, added up in fp32 in the order of k."""
     token = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, LANES)
     real = lane < TOP_K
-    rows, first_rows = _first_rows(row_of_ptr, token, TOP_K, LANES)
-    at = weights_in_ptr + rows.to(tl.int64) * (ROW // 4) + WEIGHTS_AT // 4 + lane
-    tl.store(dweights_ptr + token * TOP_K + lane, tl.load(at, mask=real & (rows >= 0), other=0.0), mask=real)
+    rows = tl.load(position_ptr + token * TOP_K + lane, mask=real, other=-1)
+    dweights = tl.zeros([LANES], dtype=tl.float32)
+    for k in tl.static_range(TOP_K):
+        row = _at(rows, k, LANES).to(tl.int64)
+        at = weights_in_ptr + row * WEIGHTS_ROW + WEIGHTS_AT + lane
+        dweights += tl.load(at, mask=real & (row >= 0), other=0.0).to(tl.float32)
+    tl.store(dweights_ptr + token * TOP_K + lane, dweights.to(dweights_ptr.dtype.element_ty), mask=real)
     for first in range(0, H, BLOCK_H):
         column = first + tl.arange(0, BLOCK_H)
         inside = column < H
         total = tl.zeros([BLOCK_H], dtype=tl.float32)
         for k in tl.static_range(TOP_K):
-            row = _at(first_rows, k, LANES).to(tl.int64)
-            dx = tl.load(hidden_ptr + row * (ROW // SIZE) + column, mask=inside & (row >= 0), other=0.0)
+            row = _at(rows, k, LANES).to(tl.int64)
+            dx = tl.load(hidden_ptr + row * ROW + column, mask=inside & (row >= 0), other=0.0)
             total += dx.to(tl.float32)
         tl.store(dx_ptr + token * H + column, total.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
 def pack_payload(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, slot_TK: torch.Tensor, row_of_TK: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """Payload rows of tokens on their way to other ranks, uint8 `[num_rows, row_bytes]`: see the reference."""
-    check_tokens(x_TH, weights_TK, slot_TK=slot_TK, row_of_TK=row_of_TK)
-    layout = PayloadLayout(x_TH.shape[1], weights_TK.shape[1], x_TH.dtype)
-    payload = layout.new(num_rows, x_TH.device)
-    views = payload.view(layout.dtype), payload.view(torch.int16), payload.view(torch.float32)
-    how = _constants(layout, x_TH, len(x_TH), "permute")
-    at = {"SLOTS_AT": layout.slots_at, "WEIGHTS_AT": layout.weights_at, "ROW": layout.row_bytes}
-    size = layout.dtype.itemsize
-    launch(_pack_payload_kernel, (len(x_TH),), x_TH, weights_TK, slot_TK, row_of_TK, *views, **how, **at, SIZE=size)
-    return payload
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, slots_NK: torch.Tensor, send: Schedule, out: torch.Tensor
+) -> None:
+    """Write payload rows of tokens on their way to other ranks: see the reference."""
+    check_tokens(x_TH, weights_TK)
+    check_sent(weights_TK, slots_NK, send)
+    layout = PayloadLayout(x_TH.shape[1], send.top_k, x_TH.dtype, weights_TK.dtype)
+    check_payload(out, layout, send.num_rows)
+    views = out.view(layout.dtype), out.view(torch.int16), out.view(layout.weights_dtype)
+    how = {**_constants(layout, x_TH, len(x_TH), "permute"), **_places(layout)}
+    slots = {"SLOTS_AT": layout.slots_at // 2, "SLOTS_ROW": layout.row_bytes // 2}
+    launch(_pack_payload_kernel, (len(x_TH),), x_TH, weights_TK, slots_NK, send.position_of, *views, **how, **slots)
 
 
 def unpack_payload(payload: torch.Tensor, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(x [rows, H], slots int16 [rows, K], weights fp32 [rows, K])` of received rows, contiguous."""
+    """`(x [rows, H], weights [rows, K], slots int16 [rows, K])` of received rows, contiguous."""
     check_payload(payload, layout)
     rows = len(payload)
     x_RH = torch.empty(rows, layout.hidden_size, dtype=layout.dtype, device=payload.device)
-    slot_RK = torch.empty(rows, layout.top_k, dtype=torch.int16, device=payload.device)
-    weights_RK = torch.empty(rows, layout.top_k, dtype=torch.float32, device=payload.device)
-    _copy(layout, (payload, payload, payload), (x_RH, slot_RK, weights_RK), rows, unpack=True)
-    return x_RH, slot_RK, weights_RK
+    weights_RK = torch.empty(rows, layout.top_k, dtype=layout.weights_dtype, device=payload.device)
+    slots_RK = torch.empty(rows, layout.top_k, dtype=torch.int16, device=payload.device)
+    _copy(layout, (payload, payload, payload), (x_RH, slots_RK, weights_RK), rows, unpack=True)
+    return x_RH, weights_RK, slots_RK
 
 
-def pack_gradients(dx_RH: torch.Tensor, dweights_RK: torch.Tensor) -> torch.Tensor:
-    """Payload rows on their way back: a received row's gradient and those of its gate weights; slots are undefined."""
+def pack_gradients(dx_RH: torch.Tensor, dweights_RK: torch.Tensor, out: torch.Tensor) -> None:
+    """Write payload rows on their way back: a received row's gradient and those of its gate weights."""
     check_tokens(dx_RH, dweights_RK)
-    layout = PayloadLayout(dx_RH.shape[1], dweights_RK.shape[1], dx_RH.dtype)
-    payload = layout.new(len(dx_RH), dx_RH.device)
-    _copy(layout, (dx_RH, None, dweights_RK), (payload, None, payload), len(dx_RH), unpack=False)
-    return payload
+    layout = PayloadLayout(dx_RH.shape[1], dweights_RK.shape[1], dx_RH.dtype, dweights_RK.dtype, has_slots=False)
+    check_payload(out, layout, len(dx_RH))
+    _copy(layout, (dx_RH, None, dweights_RK), (out, None, out), len(dx_RH), unpack=False)
 
 
-def unpack_gradients(
-    payload: torch.Tensor, row_of_TK: torch.Tensor, layout: PayloadLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(dx [T, H], dweights fp32 [T, K])`: a token's rows are added up in fp32, in the order of k, each once."""
-    check_payload(payload, layout)
-    check_tables(row_of_TK=row_of_TK)
-    tokens = len(row_of_TK)
+def unpack_gradients(payload: torch.Tensor, send: Schedule, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(dx [T, H], dweights [T, K])`: a token's rows are added up in fp32, in the order of k."""
+    check_payload(payload, layout, send.num_rows)
+    tokens = send.num_tokens
     dx_TH = torch.empty(tokens, layout.hidden_size, dtype=layout.dtype, device=payload.device)
-    dweights_TK = torch.empty(tokens, layout.top_k, dtype=torch.float32, device=payload.device)
-    views = payload.view(layout.dtype), payload.view(torch.float32)
-    how = _constants(layout, views[0], tokens, "unpermute")
-    at = {"WEIGHTS_AT": layout.weights_at, "ROW": layout.row_bytes, "SIZE": layout.dtype.itemsize}
-    launch(_unpack_gradients_kernel, (tokens,), *views, row_of_TK, dx_TH, dweights_TK, **how, **at)
+    dweights_TK = torch.empty(tokens, layout.top_k, dtype=layout.weights_dtype, device=payload.device)
+    views = payload.view(layout.dtype), payload.view(layout.weights_dtype)
+    how = {**_constants(layout, views[0], tokens, "unpermute"), **_places(layout)}
+    launch(_unpack_gradients_kernel, (tokens,), *views, send.position_of, dx_TH, dweights_TK, **how)
     return dx_TH, dweights_TK
+
+
+def _places(layout: PayloadLayout) -> dict[str, int]:
+    """Lengths of a row and where its weights are, in elements."""
+    size = layout.weights_dtype.itemsize
+    row = layout.row_bytes
+    return {"ROW": row // layout.dtype.itemsize, "WEIGHTS_AT": layout.weights_at // size, "WEIGHTS_ROW": row // size}
 
 
 def _copy(layout: PayloadLayout, sources: tuple, targets: tuple, rows: int, *, unpack: bool) -> None:
     """Rows of a payload into the parts' own tensors, or of those into a payload."""
-    types = layout.dtype, torch.int16, torch.float32
+    types = layout.dtype, torch.int16, layout.weights_dtype
 
     def typed(part, dtype):
         return part.view(dtype) if part is not None and part.dtype == torch.uint8 else part
 
-    packed = {"ROW": layout.row_bytes // layout.dtype.itemsize, "WEIGHTS": layout.weights_at // 4}
-    plain = {"ROW": layout.hidden_size, "WEIGHTS": 0}
+    packed = _places(layout)
+    plain = {"ROW": layout.hidden_size, "WEIGHTS_AT": 0, "WEIGHTS_ROW": layout.top_k}
     source, target = (packed, plain) if unpack else (plain, packed)
-    weights_row = layout.row_bytes // 4, layout.top_k
     views = [[typed(part, dtype) for part, dtype in zip(parts, types, strict=True)] for parts in (sources, targets)]
     launch(
         _copy_payload_kernel,
@@ -210,10 +206,10 @@ def _copy(layout: PayloadLayout, sources: tuple, targets: tuple, rows: int, *, u
         ROW_OUT=target["ROW"],
         SLOTS_AT=layout.slots_at // 2,
         SLOTS_ROW=layout.row_bytes // 2,
-        WEIGHTS_IN=source["WEIGHTS"],
-        WEIGHTS_OUT=target["WEIGHTS"],
-        WEIGHTS_ROW_IN=weights_row[0 if unpack else 1],
-        WEIGHTS_ROW_OUT=weights_row[1 if unpack else 0],
+        WEIGHTS_IN=source["WEIGHTS_AT"],
+        WEIGHTS_OUT=target["WEIGHTS_AT"],
+        WEIGHTS_ROW_IN=source["WEIGHTS_ROW"],
+        WEIGHTS_ROW_OUT=target["WEIGHTS_ROW"],
     )
 
 

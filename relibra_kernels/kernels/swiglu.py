@@ -1,9 +1,5 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
-"""The gated activation and its gradient, element by element: what the fused GEMMs compute on their accumulators.
-
-`gate_and_up` pairs are handled by `activate` and `derivatives`, which the GEMM kernels call as well; the two
-kernels here apply them alone.
-"""
+"""The activation and its gradient alone, element by element: what the fused GEMMs compute on their accumulators."""
 
 import torch
 import triton
@@ -11,62 +7,9 @@ import triton.language as tl
 
 from ..configs.config import BlockConfig
 from ..form import ExpertForm
+from .activations import activate, derivatives
 from .constants import block_of, chosen_block
 from .launch import launch, target
-
-
-@triton.jit
-def sigmoid_of(x, SCALE: tl.constexpr, FAST: tl.constexpr):
-    """`1 / (1 + exp(-SCALE * x))` in fp32.
-
-    FAST: by NVIDIA's approximate exponential and reciprocal, for values that are rounded to 2 bytes in the end. The
-    relative error is below 2^-20 where |SCALE * x| <= 8, and below 2^-17 down to SCALE * x = -87. Further down the
-    result is 0 instead of less than 2^-125. (`tests/relibra_kernels/test_sigmoid.py`)
-    """
-    if FAST:
-        exponential = tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;",
-            "=f,f",
-            [x * (SCALE * -1.4426950408889634)],
-            dtype=tl.float32,
-            is_pure=True,
-            pack=1,
-        )
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + exponential], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return 1.0 / (1.0 + tl.exp(-SCALE * x))
-
-
-@triton.jit
-def activate(gate, up, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, FAST: tl.constexpr):
-    """a from fp32 gate and up."""
-    if CLAMPED:
-        gate = tl.minimum(gate, LIMIT)
-        up = tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0
-        return gate * sigmoid_of(gate, ALPHA, FAST) * up
-    else:
-        return gate * sigmoid_of(gate, 1.0, FAST) * up
-
-
-@triton.jit
-def derivatives(gate, up, CLAMPED: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, FAST: tl.constexpr):
-    """(act, factor, slope, act_open) with a = act * factor, dgate = da * factor * slope, dup = da * act_open.
-
-    A clamped element on its limit passes the gradient.
-    """
-    if CLAMPED:
-        clamped = tl.minimum(gate, LIMIT)
-        sigmoid = sigmoid_of(clamped, ALPHA, FAST)
-        act = clamped * sigmoid
-        slope = tl.where(gate <= LIMIT, sigmoid + ALPHA * act * (1.0 - sigmoid), 0.0)
-        act_open = tl.where((up <= LIMIT) & (up >= -LIMIT), act, 0.0)
-        return act, tl.minimum(tl.maximum(up, -LIMIT), LIMIT) + 1.0, slope, act_open
-    else:
-        sigmoid = sigmoid_of(gate, 1.0, FAST)
-        act = gate * sigmoid
-        return act, up, sigmoid + act * (1.0 - sigmoid), act
 
 
 @triton.jit
@@ -77,7 +20,7 @@ def _swiglu_kernel(
     a_ptr,
     I: tl.constexpr,  # noqa: E741
     CONCATENATED: tl.constexpr,
-    CLAMPED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
     ALPHA: tl.constexpr,
     FAST: tl.constexpr,
@@ -92,22 +35,22 @@ def _swiglu_kernel(
     gate = tl.load(h_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + up_at, mask=inside, other=0.0).to(tl.float32)
     if da_ptr is None:
-        a = activate(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+        a = activate(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
         tl.store(out_ptr + row * I + column, a.to(out_ptr.dtype.element_ty), mask=inside)
     else:
         da = tl.load(da_ptr + row * I + column, mask=inside, other=0.0).to(tl.float32)
-        act, factor, slope, act_open = derivatives(gate, up, CLAMPED, LIMIT, ALPHA, FAST)
+        act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
         tl.store(out_ptr + gate_at, (da * factor * slope).to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(out_ptr + up_at, (da * act_open).to(out_ptr.dtype.element_ty), mask=inside)
         tl.store(a_ptr + row * I + column, act * factor, mask=inside)
 
 
-def form_constants(form: ExpertForm, tensor: torch.Tensor) -> dict[str, bool | float]:
+def form_constants(form: ExpertForm, tensor: torch.Tensor) -> dict[str, bool | float | str]:
     """`form` as the kernels' constants, for tensors like this one: 2-byte types get the fast sigmoid on NVIDIA."""
     device = target(tensor)
     return {
         "CONCATENATED": form.is_concatenated,
-        "CLAMPED": form.activation == "clamped",
+        "ACTIVATION": form.activation,
         "LIMIT": form.limit,
         "ALPHA": form.alpha,
         "FAST": tensor.element_size() == 2 and device.backend == "cuda" and not device.interpreted,

@@ -1,12 +1,15 @@
 """What stands between a MoE layer and the runtime that runs it: copies, state dicts, torch.compile."""
 
 import weakref
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..alignment import Alignment
 from ..nn import ReplicatedExperts, ReplicatedMoE
 from ..planner.errors import InputError
 from . import opaque
@@ -24,6 +27,9 @@ class Runner(Protocol):
 
     def recorded(self, layer: int) -> tuple[Tensor, bool] | None:
         """(expert ids int64 [tokens, K], whether none is -1) that the router is to choose; None: it chooses."""
+
+    def alignment(self, layer: int) -> Alignment | None:
+        """What is to compare the router's own choice with what is recorded; None where nobody wants to know."""
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H] in their own dtype."""
@@ -83,6 +89,12 @@ class Replay:
 
     def __call__(self) -> tuple[Tensor, bool] | None:
         return self._dispatcher.runner.recorded(self._dispatcher.layer)
+
+    def compare(self) -> Callable[[Tensor, Tensor], None] | None:
+        """What takes (the router's own choice, the recorded ids) of this forward; None: the choice is not wanted."""
+        layer = self._dispatcher.layer
+        alignment = self._dispatcher.runner.alignment(layer)
+        return None if alignment is None else partial(alignment.compare, layer)
 
     def compiled(self, scores_TE: Tensor, top_k: int) -> Tensor:
         """int64 [T, K] where torch.compile traces: -1 where the router is to choose."""

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import InputError
+from ..planner.errors import InputError, ReLibraError
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
+from .comm.devices import download_later
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, effective_weights
@@ -78,6 +80,7 @@ class OpenBatch:
         self._tables = None
         if batch is not None and loads_LMRE is not None:
             self._tables = BatchTables(groups.host, plan, loads_LMRE, batch, placements, device)
+        self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,
             groups=groups,
@@ -89,6 +92,7 @@ class OpenBatch:
             sums=self._sums,
             buffers=buffers,
             device=device,
+            alignment=self.alignment,
             fetch_ahead=store.rows is not None,
         )
         self._records: dict[int, list[Record]] = {}
@@ -115,6 +119,7 @@ class OpenBatch:
             fed = fed.astype(np.int64)  # an empty list has no integers in it
 
         def check(prepared: Prepared) -> None:
+            self.alignment.judge("the trace")  # after the first micro-batch
             if fed is not None:
                 check_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
 
@@ -128,7 +133,7 @@ class OpenBatch:
     def finish(self) -> None:
         """Kept replicas' gradients go home; routing that left what was recorded is refused. Collective.
 
-        Raises: InputError where more tokens chose other experts than `spare_rows` allows.
+        Raises: InputError where more tokens chose other experts than `spare_rows` allows, or the record is shifted.
         """
         self._parts.pushes.finish()
         with self._session.ledger.span("replica", self.device):
@@ -141,13 +146,18 @@ class OpenBatch:
             self._kept.give_back(gradients)
             self._sums.close(weights_of)
             late.finish()
-        spare, problem = self._session.options.spare_rows, None
+        spare = self._session.options.spare_rows
+        problem: ReLibraError | None = None
         worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
         if worst > spare:
             problem = InputError(
                 f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; spare_rows "
                 f"is {spare}: replay the recorded routing, or raise spare_rows"
             )
+        try:
+            self.alignment.judge("the trace")
+        except InputError as error:
+            problem = error
         self._groups.agree(problem, {}, self.device, "closing the batch")
 
     def close(self) -> None:
@@ -168,8 +178,10 @@ class OpenBatch:
             actual[:, index] = np.maximum.reduce([record.loads for record in seen])
             unknown += seen[-1].num_live
             differing += int(torch.stack([record.differing for record in seen]).max(0).values.sum())
-        loads = self._comm.gather_arrays(np.append(actual, [unknown, differing]), device, "gathering the statistics")
-        actual_RLM = loads[:, :-2].reshape(-1, *shape)
+        counts = [unknown, differing, self.alignment.same, self.alignment.known]
+        loads = self._comm.gather_arrays(np.append(actual, counts), device, "gathering the statistics")
+        actual_RLM = loads[:, :-4].reshape(-1, *shape)
+        unknown, differing, same, known = loads[:, -4:].sum(0).tolist()
         ran = np.asarray((actual_RLM >= 0).all(0))
         planned_RLM = actual_RLM if self._loads is None else plan.rank_loads(self._loads).transpose(2, 0, 1)
         sent = ledger.batch_bytes()
@@ -179,8 +191,9 @@ class OpenBatch:
             "planned_max_mean": _max_mean(planned_RLM, ran),
             "actual_max_mean": _max_mean(actual_RLM, ran),
             "layers_run": int(ran.sum()),
-            "unknown_tokens": int(loads[:, -2].sum()),
-            "differing_tokens": int(loads[:, -1].sum()),
+            "unknown_tokens": unknown,
+            "differing_tokens": differing,
+            "agreeing_share": same / known if known else None,
             "replicas": int((plan.replicas >= 0).sum()),
             "replicas_kept": int(self._kept.kept_LRS.sum()),
             "seconds": ledger.seconds(),

@@ -39,6 +39,9 @@ class LiveRouting:
         """Nothing: routers choose."""
         return None
 
+    def alignment(self, _layer: int) -> None:
+        """Nothing: there is nothing to compare with."""
+
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H]. Collective."""
         session, where = self._session, f"layer {layer}, live"

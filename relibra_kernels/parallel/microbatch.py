@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..alignment import LAYERS, Alignment
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ShapeError
 from .ahead import MicroBatchTables
@@ -27,6 +28,7 @@ class BatchParts:
     """What the micro-batches of one batch share.
 
     `sources` int32 [L, M, R, S]: the rank that sends each fetched replica.
+    `alignment`: compares the record with what routers would choose, in the first micro-batch that says enough.
     `fetch_ahead`: replicas are fetched one layer before they are needed, for which that layer's weights must be there.
     """
 
@@ -40,6 +42,7 @@ class BatchParts:
     sums: GradientSums
     buffers: Buffers
     device: torch.device
+    alignment: Alignment
     fetch_ahead: bool = True
 
 
@@ -73,6 +76,10 @@ class AnyMicroBatch:
     def recorded(self, layer: int) -> tuple[Tensor, bool] | None:
         """(expert ids int64 [tokens, K], whether none is -1), for the router; None: it chooses."""
         raise NotImplementedError
+
+    def alignment(self, layer: int) -> Alignment | None:
+        """What is to compare the router's own choice with the record; None where nobody wants to know."""
+        return None
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H]."""
@@ -174,6 +181,10 @@ class MicroBatch(AnyMicroBatch):
 
     def recorded(self, layer: int) -> tuple[Tensor, bool]:
         return self._recorded[layer], self.complete
+
+    def alignment(self, layer: int) -> Alignment | None:
+        alignment = self._parts.alignment
+        return alignment if layer < LAYERS and alignment.wanted else None
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         if len(x_TH) != self.num_tokens:

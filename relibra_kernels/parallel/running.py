@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..alignment import Alignment
 from ..planner import RoutingTrace
 from ..planner.errors import InputError
 from .live import LiveRouting
@@ -41,6 +42,12 @@ class ModelRunner:
     def recorded(self, layer: int) -> tuple[Tensor, bool] | None:
         found = self._find(layer)
         return None if found is None else found.recorded(layer)
+
+    def alignment(self, layer: int) -> Alignment | None:
+        if self.forwards.recomputes:  # its forward was compared
+            return None
+        found = self._find(layer)
+        return None if found is None else found.alignment(layer)
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         found = self._find(layer)

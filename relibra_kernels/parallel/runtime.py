@@ -28,7 +28,7 @@ from .experts import checkpoint, gradients
 from .experts.adapters import find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
-from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, moe_layers
+from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, layers_to_share
 from .live import LiveRouting
 from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
@@ -84,7 +84,7 @@ class ExpertParallel:
         self.reduction, self.options = reduction, options or RuntimeOptions()
         self.groups = Groups(mesh, cluster)
         self.comm = self.groups.experts
-        self.layers = moe_layers(model)
+        self.layers = layers_to_share(model)
         find_adapters(model, self.layers)
         self.num_experts = all_experts(self.layers[0].experts)
         if self.num_experts < cluster.num_ranks:

@@ -9,6 +9,7 @@ from typing import Generic, TypeVar
 
 import torch
 
+from ..alignment import Shift, check_on_shift
 from ..forwards import OpenForwards, backward_task, forwards_now, opened
 from ..planner.errors import InputError
 from .comm.ledger import Ledger
@@ -31,6 +32,10 @@ class RuntimeOptions:
     compare_dense: the first batch compares parameters outside of the experts between ranks; False where ranks hold
                    different parts of them as plain tensors (tensor parallelism)
     spare_rows:    tokens a rank and micro-batch that may choose other experts than were recorded
+    on_shift:      what to do where, in the first micro-batch of a batch, the model's own choice in the first MoE layers
+                   is another than the record says: "refuse" (an error below 50 % of equal top-k sets, a warning below
+                   90 %), "warn", or "ignore", which compares nothing, for records of a stale policy. None: "refuse"
+                   where 1,000 token-layers or more of a rank were compared, "warn" below
     watchdog_seconds: after so long in one collective a warning in the log says for whom a rank waits
     """
 
@@ -42,6 +47,7 @@ class RuntimeOptions:
     gradient_dtype: torch.dtype | None = torch.float32
     compare_dense: bool = True
     spare_rows: int = 0
+    on_shift: Shift | None = None
     watchdog_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -49,6 +55,7 @@ class RuntimeOptions:
             raise InputError(f"combine_dtype is {self.combine_dtype}; it must be torch.float32, torch.float64 or None")
         if self.gradient_dtype not in (None, torch.float32):
             raise InputError(f"gradient_dtype is {self.gradient_dtype}; it must be torch.float32 or None")
+        check_on_shift(self.on_shift)
         if not self.watchdog_seconds > 0:
             raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
         for name in ("kept_bytes", "spare_rows"):

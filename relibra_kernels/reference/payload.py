@@ -2,72 +2,61 @@
 
 import torch
 
-from ..payload import PayloadLayout, check_payload, check_tables, check_tokens
+from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
+from ..schedule import Schedule
+from .permute import unpermute
 
 
 def pack_payload(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, slot_TK: torch.Tensor, row_of_TK: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """Payload rows of tokens on their way to other ranks, uint8 `[num_rows, row_bytes]`.
+    x_TH: torch.Tensor, weights_TK: torch.Tensor, slots_NK: torch.Tensor, send: Schedule, out: torch.Tensor
+) -> None:
+    """Write payload rows of tokens on their way to other ranks.
 
-    A token has one row for each rank that it visits. Assignments of a token that go to the same rank name the same row,
-    which carries all of their slots and gate weights; the row's other slots are -1 and its other weights 0.
+    A token has one row for each rank that it visits, with all K of its gate weights.
 
     Args:
         x_TH: hidden states, contiguous. weights_TK: gate weights, any floating dtype.
-        slot_TK: int16, the slot of each assignment on the rank that computes it.
-        row_of_TK: int32, the payload row that carries each assignment; -1: it goes nowhere.
-        num_rows: rows of the payload; each is named by some assignment.
+        slots_NK: int16, the slot of each choice of a row on the rank that it goes to; -1 for those elsewhere.
+        send: which token each of the N rows is of: rows by the first choice that goes with them.
+        out: uint8 [N, row_bytes], contiguous.
 
     Raises: ShapeError where these do not go together.
     """
-    check_tokens(x_TH, weights_TK, slot_TK=slot_TK, row_of_TK=row_of_TK)
-    layout = PayloadLayout(x_TH.shape[1], weights_TK.shape[1], x_TH.dtype)
-    payload = layout.new(num_rows, x_TH.device)
-    token, k = (row_of_TK >= 0).nonzero(as_tuple=True)
-    row = row_of_TK[token, k].long()
-    layout.hidden(payload)[row] = x_TH[token]
-    layout.slots(payload).fill_(-1)[row, k] = slot_TK[token, k]
-    layout.weights(payload).fill_(0)[row, k] = weights_TK[token, k].float()
-    return payload
+    check_tokens(x_TH, weights_TK)
+    check_sent(weights_TK, slots_NK, send)
+    layout = PayloadLayout(x_TH.shape[1], send.top_k, x_TH.dtype, weights_TK.dtype)
+    check_payload(out, layout, send.num_rows)
+    token_N = torch.div(send.assignment_of, send.top_k, rounding_mode="floor")
+    layout.hidden(out).copy_(x_TH.index_select(0, token_N))
+    layout.weights(out).copy_(weights_TK.index_select(0, token_N))
+    layout.slots(out).copy_(slots_NK)
 
 
 def unpack_payload(payload: torch.Tensor, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(x [rows, H], slots int16 [rows, K], weights fp32 [rows, K])` of received rows, contiguous."""
+    """`(x [rows, H], weights [rows, K], slots int16 [rows, K])` of received rows, contiguous."""
     check_payload(payload, layout)
-    parts = layout.hidden(payload), layout.slots(payload), layout.weights(payload)
-    x_RH, slot_RK, weights_RK = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return x_RH, slot_RK, weights_RK
+    parts = layout.hidden(payload), layout.weights(payload), layout.slots(payload)
+    x_RH, weights_RK, slots_RK = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return x_RH, weights_RK, slots_RK
 
 
-def pack_gradients(dx_RH: torch.Tensor, dweights_RK: torch.Tensor) -> torch.Tensor:
-    """Payload rows on their way back: a received row's gradient and those of its gate weights; slots are undefined."""
+def pack_gradients(dx_RH: torch.Tensor, dweights_RK: torch.Tensor, out: torch.Tensor) -> None:
+    """Write payload rows on their way back, uint8 `[R, row_bytes]`: a received row's gradient and its gate weights'."""
     check_tokens(dx_RH, dweights_RK)
-    layout = PayloadLayout(dx_RH.shape[1], dweights_RK.shape[1], dx_RH.dtype)
-    payload = layout.new(len(dx_RH), dx_RH.device)
-    layout.hidden(payload).copy_(dx_RH)
-    layout.weights(payload).copy_(dweights_RK)
-    return payload
+    layout = PayloadLayout(dx_RH.shape[1], dweights_RK.shape[1], dx_RH.dtype, dweights_RK.dtype, has_slots=False)
+    check_payload(out, layout, len(dx_RH))
+    layout.hidden(out).copy_(dx_RH)
+    layout.weights(out).copy_(dweights_RK)
 
 
-def unpack_gradients(
-    payload: torch.Tensor, row_of_TK: torch.Tensor, layout: PayloadLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(dx [T, H], dweights fp32 [T, K])`: a token's rows are added up in fp32, in the order of k, each once.
+def unpack_gradients(payload: torch.Tensor, send: Schedule, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """`(dx [T, H], dweights [T, K])`: a token's rows are added up in fp32, in the order of k.
 
     Args:
         payload: rows as they came back, where `pack_payload` had put them.
-        row_of_TK: int32, as given to `pack_payload`. Assignments with -1 have gate gradient 0.
+        send: as given to `pack_payload`.
     """
-    check_payload(payload, layout)
-    check_tables(row_of_TK=row_of_TK)
-    rows, dx_RH = row_of_TK.long(), layout.hidden(payload)
-    total_TH = dx_RH.new_zeros(len(rows), layout.hidden_size, dtype=torch.promote_types(dx_RH.dtype, torch.float32))
-    for choice in range(layout.top_k):
-        row = rows[:, choice]
-        is_first = (row >= 0) & (rows[:, :choice] != row[:, None]).all(1)
-        total_TH[is_first] += dx_RH[row[is_first]]
-    dweights_TK = torch.zeros(rows.shape, dtype=torch.float32, device=rows.device)
-    token, k = (rows >= 0).nonzero(as_tuple=True)
-    dweights_TK[token, k] = layout.weights(payload)[rows[token, k], k]
-    return total_TH.to(layout.dtype), dweights_TK
+    check_payload(payload, layout, send.num_rows)
+    parts = layout.hidden(payload), layout.weights(payload)
+    dx_NH, dweights_NK = (part.clone(memory_format=torch.contiguous_format) for part in parts)
+    return unpermute(dx_NH, None, send), unpermute(dweights_NK, None, send)

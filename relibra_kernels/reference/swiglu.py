@@ -1,6 +1,9 @@
-"""The gated activation a = act(gate) * up and its gradient, in the layouts of `ExpertForm`, computed in fp32."""
+"""The gated activation a = act * factor and its gradient, in the layouts of `ExpertForm`, computed in fp32."""
+
+import math
 
 import torch
+from torch.nn import functional
 
 from ..form import ExpertForm
 
@@ -9,9 +12,11 @@ def swiglu(h_RJ: torch.Tensor, form: ExpertForm) -> torch.Tensor:
     """`[R, 2I] -> [R, I]`."""
     gate, up = _gate_and_up(h_RJ, form)
     if form.activation == "silu":
-        return torch.nn.functional.silu(gate).mul_(up).to(h_RJ.dtype)
-    gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
-    return (torch.sigmoid(form.alpha * gate).mul_(gate).mul_(up + 1)).to(h_RJ.dtype)
+        return functional.silu(gate).mul_(up).to(h_RJ.dtype)
+    if form.activation == "gelu_tanh":
+        return functional.gelu(gate, approximate="tanh").mul_(up).to(h_RJ.dtype)
+    act, factor, _, _ = _derivatives(gate, up, form)
+    return act.mul_(factor).to(h_RJ.dtype)
 
 
 def swiglu_backward(da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:
@@ -23,22 +28,35 @@ def swiglu_backward(da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm) -
     da = da_RI.to(gate.dtype)
     dh_RJ = torch.empty_like(h_RJ)
     dgate, dup = split_gate_up(dh_RJ, form)
-    if form.activation == "silu":
-        sigmoid = torch.sigmoid(gate)
+    act, factor, slope, up_open = _derivatives(gate, up, form)
+    dup.copy_(da * act if up_open is None else da * act * up_open)
+    dgate.copy_(slope.mul_(factor).mul_(da))
+    return dh_RJ, act.mul_(factor)
+
+
+def _derivatives(
+    gate: torch.Tensor, up: torch.Tensor, form: ExpertForm
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(act, factor, slope, where up is not clamped or None): a = act * factor, da/dgate = factor * slope."""
+    if form.activation == "gelu_tanh":
+        c, k = math.sqrt(2 / math.pi), 0.044715
+        sigmoid = torch.sigmoid(2 * c * gate * (1 + k * gate * gate))  # (1 + tanh(u)) / 2
         act = gate * sigmoid
-        dup.copy_(da * act)
-        # silu' = s * (1 + g * (1 - s)) = s + silu * (1 - s)
-        slope = torch.addcmul(sigmoid, act, 1 - sigmoid)
-        dgate.copy_(slope.mul_(up).mul_(da))
-        return dh_RJ, act.mul_(up)
-    gate_open, up_open = gate <= form.limit, up.abs() <= form.limit
-    gate, up = gate.clamp(max=form.limit), up.clamp(-form.limit, form.limit)
-    sigmoid = torch.sigmoid(form.alpha * gate)
+        slope = sigmoid + act * (1 - sigmoid) * (2 * c * (1 + 3 * k * gate * gate))
+        return act, up, slope, None
+    if form.activation in ("clamped", "clamped_silu"):
+        is_open, gate = gate <= form.limit, gate.clamp(max=form.limit)
+    alpha = form.alpha if form.activation == "clamped" else 1.0
+    sigmoid = torch.sigmoid(gate if alpha == 1.0 else alpha * gate)
     act = gate * sigmoid
-    dup.copy_(da * act * up_open)
-    slope = torch.addcmul(sigmoid, act, 1 - sigmoid, value=form.alpha)
-    dgate.copy_(slope * (up + 1) * da * gate_open)
-    return dh_RJ, act.mul_(up + 1)
+    # silu' = s * (1 + alpha * g * (1 - s)) = s + alpha * silu * (1 - s)
+    slope = torch.addcmul(sigmoid, act, 1 - sigmoid, value=alpha)
+    if form.activation == "silu":
+        return act, up, slope, None
+    if form.activation == "capped_silu":
+        is_open, act = act <= form.limit, act.clamp(max=form.limit)
+    factor = up.clamp(-form.limit, form.limit)
+    return act, factor + 1 if form.activation == "clamped" else factor, slope.mul_(is_open), up.abs() <= form.limit
 
 
 def split_gate_up(h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:

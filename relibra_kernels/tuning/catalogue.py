@@ -3,6 +3,7 @@
 The launchers themselves choose arguments and constants, so what is compiled is what would run.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +14,7 @@ import torch
 from .. import kernels
 from ..configs.config import GEMM_KERNELS, BlockConfig, Config, GemmConfig
 from ..configs.limits import Device
-from ..form import GPT_OSS, ExpertForm
+from ..form import GPT_OSS, Activation, ExpertForm
 from ..kernels.launch import Launch, recording
 from ..payload import PayloadLayout
 from ..schedule import Schedule, Splits, tile_bound
@@ -21,6 +22,8 @@ from ..schedule import Schedule, Splits, tile_bound
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
 QWEN, OSS = (2048, 768, ExpertForm()), (2880, 2880, GPT_OSS)  # hidden size, intermediate size, form
+ACTIVATES = ("gate_up", "swiglu", "grad_hidden")
+OTHERS: tuple[Activation, ...] = ("clamped_silu", "capped_silu", "gelu_tanh")
 
 # kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {
@@ -231,6 +234,13 @@ def calls(kernel: str, config: Config | None, dtype: torch.dtype) -> Iterator[tu
             for part in PARTS[kernel]:
                 of = f", {part}" if len(PARTS[kernel]) > 1 else ""
                 yield name + (", replicas" if replicas else "") + of, layer.call(kernel, part, config)
+    if kernel in ACTIVATES:  # the other activations, in the first of the layouts
+        for activation in OTHERS:
+            hidden_size, intermediate_size, form = QWEN
+            form = dataclasses.replace(form, activation=activation)
+            layer = Layer(hidden_size, intermediate_size, form, meta_schedule(), dtype=dtype)
+            for part in PARTS[kernel]:
+                yield f"{activation}, {part}", layer.call(kernel, part, config)
     yield from _besides(kernel, config, dtype)
 
 
@@ -255,13 +265,19 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
 def _payload(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
     """Packing, unpacking, and both for gradients: two rows a token."""
     layout = PayloadLayout(QWEN[0], TOP_K, dtype)
+    back = layout._replace(has_slots=False)
     x, weights = meta(TOKENS, QWEN[0], dtype=dtype), meta(TOKENS, TOP_K, dtype=torch.float32)
-    slots, rows = meta(TOKENS, TOP_K, dtype=torch.int16), meta(TOKENS, TOP_K, dtype=torch.int32)
-    payload = layout.new(2 * TOKENS, torch.device("meta"))
-    yield "pack_payload", partial(kernels.pack_payload, x, weights, slots, rows, 2 * TOKENS)
+    count, index = 2 * TOKENS, torch.int32
+    send = Schedule(meta(2, dtype=index), meta(count, dtype=index), meta(TOKENS, TOP_K, dtype=index))
+    payload = layout.new(count, torch.device("meta"))
+    yield (
+        "pack_payload",
+        partial(kernels.pack_payload, x, weights, meta(count, TOP_K, dtype=torch.int16), send, payload),
+    )
     yield "unpack_payload", partial(kernels.unpack_payload, payload, layout)
-    yield "pack_gradients", partial(kernels.pack_gradients, x, weights)
-    yield "unpack_gradients", partial(kernels.unpack_gradients, payload, rows, layout)
+    yield "pack_gradients", partial(kernels.pack_gradients, x, weights, back.new(TOKENS, torch.device("meta")))
+    returned = back.new(count, torch.device("meta"))
+    yield "unpack_gradients", partial(kernels.unpack_gradients, returned, send, back)
 
 
 def recorded(device: Device, call: Callable[[], object]) -> list[Launch]:

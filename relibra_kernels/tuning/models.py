@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 
 from ..form import GPT_OSS, ExpertForm
-from ..planner.errors import InputError
 from ..planner.pricing.models import MODELS as SHAPES
-from ..planner.pricing.models import ModelShape, shape_of_text
+from ..planner.pricing.models import ModelShape, find_model
 
 
 @dataclass(frozen=True)
@@ -31,17 +30,23 @@ def _of_shape(shape: ModelShape, form: ExpertForm) -> Model:
     return Model(shape.name, shape.hidden_size, shape.intermediate_size, shape.experts, shape.top_k, form)
 
 
-_FORMS = {"gpt-oss-120b": GPT_OSS}
-MODELS = [_of_shape(shape, _FORMS.get(shape.name, ExpertForm())) for shape in SHAPES.values()]
+_FORMS = {"gpt-oss-120b": GPT_OSS, "gpt-oss-20b": GPT_OSS}
+# Those that shipped configs are made for; siblings of the same sizes use the same ones.
+_SHIPPED = (
+    "Qwen3-30B-A3B",
+    "Qwen3-235B-A22B",
+    "GLM-4.5-Air",
+    "DeepSeek-V3",
+    "Moonlight-16B-A3B",
+    "OLMoE",
+    "Mixtral-8x7B",
+    "gpt-oss-120b",
+    "Kimi-K2",
+)
+MODELS = [_of_shape(SHAPES[name], _FORMS.get(name, ExpertForm())) for name in _SHIPPED]
 
 
-def model_named(name: str) -> Model:
-    for model in MODELS:
-        if model.name.lower() == name.lower():
-            return model
-    raise InputError(f"model is {name!r}; it must be one of {', '.join(map(str, MODELS))}, or give --shape")
-
-
-def model_of_shape(text: str, form: ExpertForm) -> Model:
-    """`H,I,E,K` as a model without a name of its own."""
-    return _of_shape(shape_of_text(text), form)
+def model_named(text: str, form: ExpertForm | None = None) -> Model:
+    """The layer of a model in any form that `find_model` takes; `form` is that of its weights, where it is known."""
+    shape = find_model(text)
+    return _of_shape(shape, form or _FORMS.get(shape.name, ExpertForm()))

@@ -29,6 +29,7 @@ from relibra_kernels.planner import (
     scaled_loads,
     static_plan,
 )
+from relibra_kernels.planner.solver import search
 
 SHAPE = MODELS["Qwen3-30B-A3B"]
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -292,3 +293,19 @@ def test_balance_is_reached_whatever_it_costs(experts, top_k, slots, mean, worst
     assert plan.imbalance_worst(loads) <= worst
     stay = plan_batch(loads, cluster, options=PlanOptions(balance=1.0, max_moves=0))
     np.testing.assert_array_equal(stay.home, static_plan(loads, cluster).home)
+
+
+def test_layers_that_miss_the_balance_are_not_planned_twice_alike(monkeypatch):
+    solved = []
+
+    def spy(problem, home, copies, *rest, solve=search._solve):
+        if len(problem.table_LME) == len(loads):  # not the sample
+            solved.append(tuple(array.tobytes() for array in (home, copies.layer, copies.expert, copies.rank)))
+        return solve(problem, home, copies, *rest)
+
+    monkeypatch.setattr(search, "_solve", spy)
+    loads = generate_loads(5, 3, 32, 4, 1 << 14, seed=21)
+    options = PlanOptions(balance=1.0, kept_bytes=SHAPE.copy_bytes, max_moves=0)
+    plan = plan_batch(loads, ClusterSpec(4, 4), options=options)
+    assert (plan.imbalance(loads).max(1) > 1.005).all()  # every layer was tried again
+    assert len(solved) == len(set(solved)) > 1

@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from records import ENGINES, PARTS, b64, envelope, in_parts, in_place, load, npy, padded, payload, random_ids
 
@@ -15,6 +15,8 @@ from relibra_kernels.cli import build_parser, convert
 from relibra_kernels.planner import (
     ReLibraError,
     RoutingTrace,
+    from_megatron,
+    from_megatron_lines,
     from_nemo_rl,
     from_prime_rl,
     from_sglang,
@@ -64,7 +66,7 @@ def test_what_an_engine_wrote_comes_back_or_names_the_token(batch, engine, data)
     token = data.draw(st.integers(0, lengths[sequence] - 2))
     layer = data.draw(st.integers(dense, routing[0].shape[1] - 1))
     spoiled = [ids.copy() for ids in routing]
-    spoiled[sequence][token, layer] = spoiled[sequence][token, layer, 0] or 1
+    spoiled[sequence][token, layer] = spoiled[sequence][token, layer].min() or 1  # the largest number is no routing
     with pytest.raises(ReLibraError, match=rf"sequence {sequence} of token {token}, layer {layer} are"):
         load(engine, spoiled, experts, num_tokens=lengths, moe_layer_ids=layers)
 
@@ -87,6 +89,61 @@ def test_parts_with_starts_make_the_whole(batch, engine, data):
         cuts.append((end, ids[end:]))
     trace = in_parts(engine, cuts, experts, num_tokens=[len(ids) + 1], moe_layer_ids=range(dense, ids.shape[1]))
     np.testing.assert_array_equal(trace.expert_ids[:-1], ids[:, dense:])
+
+
+@SMALL
+@given(batches(), st.sampled_from(ENGINES), st.data())
+def test_holes_are_unknown_or_named(batch, engine, data):
+    """Some layers of some tokens were not recorded, whatever stands there: zeros, -1, the largest number."""
+    routing, dense, experts = batch
+    lengths, layers = [len(ids) + 1 for ids in routing], range(dense, routing[0].shape[1])
+    dtype, top_k = np.iinfo(routing[0].dtype), routing[0].shape[2]
+    counts_up = (np.concatenate(routing) == np.arange(top_k)).all((1, 2)).any()
+    assume(engine != "nemo-rl" or not counts_up)  # its filler
+    values = [0] if dtype.min == 0 else [0, -1]
+    if dtype.min == 0 and dtype.max >= experts and engine not in ("vllm as lists", "sglang", "sglang response"):
+        values.append(dtype.max)
+    tokens = st.tuples(*(st.sets(st.integers(0, max(0, n - 2)), max_size=2 if n > 1 else 0) for n in lengths))
+    holes = data.draw(tokens.filter(any))
+    for ids, of_sequence in zip(routing, holes, strict=True):
+        for token in of_sequence:
+            missing = data.draw(st.sets(st.sampled_from(layers), min_size=1))
+            ids[token, sorted(missing)] = data.draw(st.sampled_from(values))
+    trace = load(engine, routing, experts, num_tokens=lengths, moe_layer_ids=layers, holes="unknown")
+    for index, (ids, of_sequence) in enumerate(zip(routing, holes, strict=True)):
+        expected = in_place(ids[:, dense:].astype(np.int64), -1)
+        expected[sorted(of_sequence)] = -1
+        np.testing.assert_array_equal(trace.sequence(index), expected)
+    first = next(index for index, of_sequence in enumerate(holes) if of_sequence)
+    count, token = len(holes[first]), min(holes[first])
+    said = f"sequence {first} has no routing for {count} tokens, the first is token {token} in layers"
+    with pytest.raises(ReLibraError, match=said):
+        load(engine, routing, experts, num_tokens=lengths, moe_layer_ids=layers)
+
+
+@SMALL
+@given(batches(), st.data())
+def test_megatron_gives_the_same_trace(batch, data):
+    """Routers and lines of a trace, with the routers of layers that predict later tokens between them."""
+    routing, _, experts = batch
+    routing = [ids for ids in routing if len(ids)]
+    layers, top_k = routing[0].shape[1:]
+    for ids in routing:  # without dense layers, which have no router
+        ids[:] = random_ids(np.random.default_rng(len(ids)), len(ids), layers, top_k, experts)
+    numbers = sorted(data.draw(st.sets(st.integers(0, 40), min_size=layers, max_size=layers)))
+    whole, lengths = np.concatenate(routing), [len(ids) for ids in routing]
+    of_routers = from_megatron(list(whole.swapaxes(0, 1)), experts, sequence_lengths=lengths, moe_layer_ids=numbers)
+    lines = [
+        {"step": step, "rank": 0, "layer": number, "num_tokens": len(ids), "topk": top_k, "block": "decoder",
+         "top_indices": ids[:, layer].tolist()}
+        for step, ids in enumerate(routing) for layer, number in enumerate(numbers)
+    ]  # fmt: skip
+    mtp = {**lines[0], "block": "mtp", "mtp_idx": 0}
+    of_lines = from_megatron_lines(data.draw(st.permutations([mtp, *lines])), experts)
+    for trace in (of_routers, of_lines):
+        np.testing.assert_array_equal(trace.expert_ids, whole)
+        assert trace.moe_layer_ids == tuple(numbers)
+        assert np.diff(trace.offsets).tolist() == lengths
 
 
 E, L, K = 8, 2, 2

@@ -135,7 +135,7 @@ def test_small_batches_are_not_drowned_in_weights():
 
 
 def test_unknown_policies_are_refused():
-    with pytest.raises(InputError, match="policy 'magic'"):
+    with pytest.raises(InputError, match="policy is 'magic', but must be one of static"):
         simulate(skewed_loads(1, 1, 128), Scenario(ClusterSpec(1, 8), PlanOptions()), ["magic"])
 
 

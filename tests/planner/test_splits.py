@@ -58,7 +58,7 @@ def test_margins_are_exact(problem):
 def test_near_comes_first(problem):
     loads, cluster = problem
     plan = plan_batch(loads, cluster, options=LEVEL)
-    node = cluster.node_of_rank
+    node = np.arange(cluster.num_ranks) // cluster.gpus_per_node
     split = split_over_sources(plan, loads, 0, 0)
     hosts = split.sum(0)
     for expert in range(plan.num_experts):

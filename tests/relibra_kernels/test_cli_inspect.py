@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from relibra_kernels.cli import main
-from relibra_kernels.planner import ClusterSpec, RoutingTrace, from_vllm, plan_batch
+from relibra_kernels.planner import ClusterSpec, PlanOptions, RoutingTrace, from_vllm, plan_batch, static_plan
 from relibra_kernels.planner.files import save_npz
 
 
@@ -47,11 +47,26 @@ def test_a_plan_and_its_loads(tmp_path, capsys):
     found = json.loads(inspected(capsys, tmp_path / "plan.npz", "--loads", tmp_path / "loads.npz", "--json"))
     assert found["imbalance_mean"] == plan.imbalance_mean(loads)
     assert found["kept_replicas"] == plan.kept.sum() and found["assignments_at_replicas"] == plan.quota.sum()
-    text = inspected(capsys, tmp_path / "plan.npz", "--model", "Qwen3-235B-A22B", "--previous", tmp_path / "plan.npz")
+    text = inspected(capsys, tmp_path / "plan.npz", "--shape", "Qwen3-235B-A22B", "--previous", tmp_path / "plan.npz")
     assert "experts moved: 0" in text and "migration bytes: 0 B" in text and len(text.splitlines()) <= 24
     found = json.loads(inspected(capsys, tmp_path / "loads.npz", "--json"))
     assert found["kind"] == "load table" and found["assignments"] == loads.sum()
     np.testing.assert_allclose(found["skew_of_layer"], loads.sum(1).max(1) / loads.sum(1).mean(1))
+
+
+def test_two_plans_side_by_side(tmp_path, capsys):
+    loads = np.random.default_rng(0).integers(0, 90, (2, 3, 16)).astype(np.int32)
+    static_plan(loads, ClusterSpec(1, 4, 2)).save(tmp_path / "a.npz")
+    plan_batch(loads, ClusterSpec(1, 4, 2), options=PlanOptions(balance=1.0)).save(tmp_path / "b.npz")
+    static_plan(loads, ClusterSpec(1, 8, 2)).save(tmp_path / "c.npz")
+    save_npz(tmp_path / "loads.npz", loads=loads)
+    both = tmp_path / "a.npz", tmp_path / "b.npz", "--loads", tmp_path / "loads.npz"
+    found = json.loads(inspected(capsys, *both, "--json"))
+    assert found["plans"][0]["imbalance_mean"] > found["plans"][1]["imbalance_mean"] and not found["same_replicas"]
+    text = inspected(capsys, *both)
+    assert "imbalance mean" in text and "homes that differ: " in text
+    assert main(["inspect", str(tmp_path / "a.npz"), str(tmp_path / "c.npz")]) == 2
+    assert "they must be alike" in capsys.readouterr().err
 
 
 def test_other_files_are_refused(tmp_path, trace, capsys):
@@ -59,7 +74,7 @@ def test_other_files_are_refused(tmp_path, trace, capsys):
     for arguments, message in (
         ((tmp_path / "other.npz",), "is no trace, plan or load table"),
         ((tmp_path / "none.npz",), "no such file"),
-        ((trace, "--model", "Mixtral-8x7B"), "--model are for a plan"),
+        ((trace, "--shape", "Mixtral-8x7B"), "--shape are for a plan"),
     ):
         assert main(["inspect", *map(str, arguments)]) == 2
         assert message in capsys.readouterr().err

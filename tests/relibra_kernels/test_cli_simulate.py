@@ -1,12 +1,16 @@
 """`relibra simulate`, as a user starts it."""
 
+import html
 import json
 import re
 
 import numpy as np
 import pytest
+from browser import chromium, screenshot
 
 from relibra_kernels.cli import main
+from relibra_kernels.cli.simulation_table import COLUMNS
+from relibra_kernels.planner import generate_trace
 
 SMALL = ["--models", "Qwen3-30B-A3B", "--ep", "8,16", "--layers", "2", "--micro-batches", "4"]
 
@@ -26,10 +30,94 @@ def test_the_report_is_one_page_without_a_network(tmp_path):
     page = tmp_path / "report.html"
     assert main(["simulate", *SMALL, "--html", str(page)]) == 0
     text = page.read_text()
-    assert text.count("<h2>") == 3
-    assert text.count("<svg") >= 8
+    assert text.index("<h2>Summary") < text.index("<h2>What was simulated") < text.index("<h2>Qwen3-30B-A3B, EP 8")
+    assert text.count("<svg") == 4 and len(text) < 400_000
+    assert all(f"<th scope=col title='{html.escape(column.meaning)}'>{column.name}" in text for column in COLUMNS)
+    assert "seed 0" in text and "prefers-color-scheme:dark" in text
     assert not re.search(r"(src|href)=|https?:|@import|url\(", text)
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_flat_heat_map_says_that_this_is_the_result(tmp_path):
+    np.savez(tmp_path / "loads.npz", loads=np.full((2, 3, 128), 640))
+    arguments = [str(tmp_path / "loads.npz"), "--ep", "16", "--policies", "static", "--html", str(tmp_path / "r.html")]
+    assert main(["simulate", *arguments]) == 0
+    assert "static: flat, and that is the result" in (tmp_path / "r.html").read_text()
+
+
+def test_the_report_renders_in_a_browser(tmp_path):
+    """In light, in dark and on a narrow screen: a picture with the page's colours in it."""
+    browser = chromium()
+    page = tmp_path / "report.html"
+    assert main(["simulate", *SMALL, "--html", str(page)]) == 0
+    pictures = {}
+    for name, width, options in (
+        ("light", 1200, []),
+        ("dark", 1200, ["--force-dark-mode", "--blink-settings=preferredColorScheme=0"]),
+        ("narrow", 500, []),
+    ):
+        pictures[name] = screenshot(browser, page, tmp_path / f"{name}.png", width, *options)
+    light, dark, narrow = (pictures[name].reshape(-1, 3).mean() for name in ("light", "dark", "narrow"))
+    assert light > 200 and narrow > 190 and dark < 80
+    for picture in pictures.values():
+        assert len(np.unique(picture.reshape(-1, 3) // 16, axis=0)) > 30  # bars and letters, not an empty page
+
+
+def test_impossible_sizes_are_skipped_before_any_work(capsys):
+    arguments = ["--models", "Mixtral-8x7B", "--layers", "2", "--micro-batches", "2", "--policies", "static,relibra"]
+    assert main(["simulate", *arguments, "--ep", "8,16"]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("skipped: Mixtral-8x7B, EP 16: 8 experts are fewer than the 16 ranks")
+    assert "Mixtral-8x7B, EP 8: 2 layers" in out
+    assert main(["simulate", *arguments, "--ep", "16"]) == 2
+    assert "nothing is left to simulate" in capsys.readouterr().err
+    odd = ["--shape", "64,32,60,4", "--ep", "16", "--layers", "1", "--micro-batches", "2"]
+    assert main(["simulate", *odd, "--policies", "eplb-global,relibra"]) == 0
+    assert "skipped: 64,32,60,4, EP 16, eplb-global: 92 experts and copies do not divide" in capsys.readouterr().out
+
+
+def test_a_trace_brings_its_own_model_and_length(tmp_path, capsys):
+    generate_trace(24, 16, 32, 4, 10, max_mean=3).save(tmp_path / "trace.npz")
+    arguments = ["simulate", str(tmp_path / "trace.npz"), "--sequences-per-rank", "1", "--ep", "8"]
+    assert main([*arguments, "--policies", "static,relibra"]) == 0
+    out = capsys.readouterr().out
+    assert "sequences of 10 tokens" in out and "gpt-oss-20b, EP 8: 24 layers x 2 micro-batches" in out
+    assert main([*arguments, "--models", "Mixtral-8x7B"]) == 2
+    assert "the trace chooses 4 of 32 experts, but Mixtral-8x7B chooses 2 of 8" in capsys.readouterr().err
+
+
+def test_batches_in_a_row_start_from_the_homes_before(tmp_path, capsys):
+    loads = np.random.default_rng(1).integers(0, 99, (1, 1, 32)).astype(np.int64) ** 2 * 40
+    np.savez(tmp_path / "loads.npz", loads=np.repeat(loads, 4, 1))
+    arguments = ["simulate", str(tmp_path / "loads.npz"), "--shape", "64,32,32,4", "--ep", "8", "--batches", "2"]
+    assert main([*arguments, "--replica-slots", "0", "--balance", "1", "--policies", "relibra", "--json"]) == 0
+    first, second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert first["moved_mean"] > second["moved_mean"] and (first["batch"], second["batch"]) == (0, 1)
+
+
+POLICY = """
+import numpy as np
+from relibra_kernels.planner import Outcome
+
+def spread(loads, cluster):
+    load = loads.sum(2)[:, :, None]
+    even = load // cluster.num_ranks + (np.arange(cluster.num_ranks) < load % cluster.num_ranks)
+    return Outcome.of(even[..., None])
+
+def loses(loads, cluster):
+    return spread(loads // 2, cluster)
+"""
+
+
+def test_a_policy_from_a_file(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(POLICY)
+    arguments = ["simulate", *SMALL, "--policies", "static", "--policy"]
+    assert main([*arguments, f"{tmp_path}/mine.py:spread"]) == 0
+    assert capsys.readouterr().out.count("\nspread ") == 2
+    assert main([*arguments, f"{tmp_path}/mine.py:loses"]) == 0
+    assert "loses: policy 'loses' computes other assignments" in capsys.readouterr().out
+    assert main([*arguments, f"{tmp_path}/mine.py:none"]) == 2
+    assert "has no such function, only Outcome, spread, loses" in capsys.readouterr().err
 
 
 def test_on_recorded_loads(tmp_path, capsys):
@@ -43,8 +131,13 @@ def test_on_recorded_loads(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["--models", "nope"], "--models is 'nope'"),
+        (["--models", "qwen3-30b-a3"], "(did you mean Qwen3-30B-A3B?)"),
+        (["--policies", "RELIBA"], "(did you mean relibra?)"),
+        (["--device", "8xh10"], "(did you mean 8xH100?)"),
+        (["--policy", "nope.py"], "must be FILE.py:FUNCTION"),
+        (["--batches", "0"], "--batches is 0"),
         (["--device", "nope"], "--device is 'nope'"),
-        (["--policies", "nope"], "--policies names 'nope'"),
+        (["--policies", "nope"], "--policies is 'nope', but must be one of static"),
         (["--ep", "12"], "--ep names '12'"),
         (["--ep", "x"], "--ep names 'x'"),
         (["--tokens", "0"], "--tokens is 0"),

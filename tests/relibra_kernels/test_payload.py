@@ -19,27 +19,29 @@ def test_both_ways(tokens, top_k, ranks, dtype):
 
 def test_the_layout():
     layout = PayloadLayout(2048, 8, torch.bfloat16)
-    assert (layout.slots_at, layout.weights_at, layout.row_bytes) == (4096, 4112, 4144)
-    odd = PayloadLayout(3, 3, torch.bfloat16)  # weights at a multiple of 4, rows of 16
-    assert (odd.slots_at, odd.weights_at, odd.row_bytes) == (6, 12, 32)
+    assert (layout.weights_at, layout.slots_at, layout.row_bytes) == (4096, 4128, 4144)
+    odd = PayloadLayout(3, 3, torch.bfloat16, torch.float64)  # weights at a multiple of 8, rows of 16
+    assert (odd.weights_at, odd.slots_at, odd.row_bytes) == (8, 32, 48)
+    assert odd._replace(has_slots=False).row_bytes == 32
 
 
 def test_what_does_not_fit_is_refused():
-    slot, row_of, rows = tables(4, 2, 2)
+    slots, send = tables(4, 2, 2)
     x, weights = torch.zeros(4, 8), torch.zeros(4, 2)
+    layout = PayloadLayout(8, 2, torch.float32)
+    out = layout.new(len(slots), x.device)
 
-    def refuse(match, x=x, weights=weights, slot=slot, row_of=row_of):
+    def refuse(match, x=x, weights=weights, slots=slots, out=out):
         with pytest.raises(ShapeError, match=match):
-            ops.pack_payload(x, weights, slot, row_of, rows)
+            ops.pack_payload(x, weights, slots, send, out)
 
     refuse("x is torch.int8", x=x.to(torch.int8))
     refuse(r"x is .* contiguous with 4 rows", x=x[:3])
     refuse("weights is torch.int64", weights=weights.long())
-    refuse(r"slot_TK is \(4, 1\)", slot=slot[:, :1])
-    refuse(r"slot_TK is torch.int32 .* torch.int16", slot=slot.int())
-    refuse(r"row_of_TK is torch.int64 .* torch.int32", row_of=row_of.long())
-    layout = PayloadLayout(8, 2, torch.float32)
+    refuse(r"weights is \(4, 1\)", weights=weights[:, :1].contiguous())
+    refuse(r"slots is torch.int32 .* torch.int16", slots=slots.int())
+    refuse(r"payload is torch.uint8 \(1, 48\)", out=out[:1])
     with pytest.raises(ShapeError, match=r"payload is torch.uint8 \(3, 40\).*uint8 \[rows, 48\]"):
         ops.unpack_payload(torch.zeros(3, 40, dtype=torch.uint8), layout)
-    with pytest.raises(ShapeError, match=r"row_of_TK is torch.int64"):
-        ops.unpack_gradients(torch.zeros(3, 48, dtype=torch.uint8), row_of.long(), layout)
+    with pytest.raises(ShapeError, match=r"payload is torch.uint8 \(1, 48\)"):
+        ops.unpack_gradients(out[:1], send, layout)

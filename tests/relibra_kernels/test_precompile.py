@@ -198,9 +198,6 @@ def test_launches_of_a_layer(tokens, most):
 
 # Kernels without a caller yet, and what will call them.
 WAITING = {
-    "_pack_payload_kernel": "dispatch in one payload",
-    "_copy_payload_kernel": "the same, where rows are received",
-    "_unpack_gradients_kernel": "the same, where gradients come back",
     "_permute_kernel": "rows that grouped_gemm reads by TMA instead of gathering them",
     "_swiglu_kernel": "LoRA on unmerged experts, between two plain grouped GEMMs",
 }

@@ -150,3 +150,20 @@ def refusals(family: str, ranks: int, trace: RoutingTrace, plan: BatchPlan) -> l
     attempt(other_tokens)
     attempt(lambda: ours.micro_batch(0).__enter__())
     return messages
+
+
+def shifted(family: str, ranks: int, trace: RoutingTrace, on_shift: str) -> str:
+    """What a batch says whose record the model would not choose: "" where it trains on it."""
+    from relibra_kernels.integrations import transformers as ours
+    from relibra_kernels.planner.errors import ReLibraError
+
+    model = load(family, ranks)
+    mine, groups = micro_batches_of(dist.get_rank(), ranks)
+    own = trace.select(mine)
+    plan = ours.plan(model, own, groups, MICRO_BATCHES)
+    try:
+        with ours.batch(model, plan, own, groups, on_shift=on_shift):
+            step(model, lambda m: [ours.micro_batch(m)], all_tokens()[mine], groups)
+    except ReLibraError as error:
+        return str(error)
+    return ""

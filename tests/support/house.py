@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+MODULE_NAME = re.compile(r"relibra_kernels(\.[a-z_]\w*)+")
 PICTURE = re.compile(r"(?<=<!-- rooms -->\n\n).*?(?=\n\n<!-- end of rooms -->)", re.DOTALL)
 
 
@@ -50,15 +51,15 @@ ROOMS = (
     Room(
         "parallel",
         "what a user drives",
-        f"parallel.tokens parallel.experts parallel.session parallel.comm nn {BASE} {PLANNER}",
+        f"parallel.tokens parallel.experts parallel.session parallel.comm nn {BASE} alignment {PLANNER}",
     ),
     Room(
         "parallel.tokens",
         "a routed token's way",
         f"parallel.experts parallel.session parallel.comm nn autograd ops {BASE} planner plan errors",
     ),
-    Room("parallel.experts", "an expert's way", f"parallel.comm nn ops {BASE} planner plan errors"),
-    Room("parallel.session", "options, what a forward is bound to", "parallel.comm forwards errors"),
+    Room("parallel.experts", "an expert's way", f"parallel.comm nn ops frameworks {BASE} planner plan errors"),
+    Room("parallel.session", "options, what a forward is bound to", "parallel.comm alignment forwards errors"),
     Room("parallel.comm", "collectives, groups, watchdog", "planner errors"),
     Room("nn", "the layer as modules", f"router compiled autograd ops {BASE} errors"),
     Room("router", "top-k routers, replay and recording", "errors"),
@@ -70,13 +71,14 @@ ROOMS = (
     Room("kernels", "one family of Triton kernels a file", f"reference configs {BASE} errors"),
     Room("reference", "the same functions in plain torch", f"{BASE} errors"),
     Room("configs", "what a launch asks", "pricing files errors"),
-    Room("payload", "what a token takes to another rank", "operands errors"),
-    Room("operands", "checks of what an operation gets", "schedule errors"),
+    Room("payload", "what a token takes to another rank", "operands schedule errors"),
+    Room("operands", "checks of what an operation gets", "schedule weights form errors"),
     Room("schedule", "which rows each slot computes", "errors"),
     Room("weights", "the experts' tensors, their gradients", "errors"),
     Room("form", "activation, bias, layout of an expert", "errors"),
     Room("alignment", "whether a record is of these tokens", "errors"),
     Room("forwards", "which forward runs or is recomputed"),
+    Room("frameworks", "who takes over another framework's layers"),
     Room("progress", "a line that says how far it is"),
     Room("planner", "what users import of the planner", PLANNER.removeprefix("planner ")),
     Room(
@@ -92,7 +94,8 @@ ROOMS = (
         "traces, loads, plans, splits",
         "files errors",
         "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.cluster "
-        "planner.trace planner.trace_rules planner.trace_report planner.trace_files planner.trace_writer",
+        "planner.trace planner.trace_rules planner.trace_report planner.trace_files planner.trace_writer "
+        "planner.showing",
     ),
     Room("files", "files written whole or not at all", "errors", "planner.files planner.npz_rows"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),
@@ -124,11 +127,16 @@ def source_files() -> dict[str, str]:
 
 
 def imports(module: str, sources: Mapping[str, str]) -> Iterator[str]:
-    """What a module imports of the product, in functions too; what only type checkers read is left out."""
+    """What a module imports of the product, in functions too; what only type checkers read is left out.
+
+    A text that is the name of a module counts as an import of it: `importlib` and `python -m` get modules so.
+    """
     is_package = any(other.startswith(f"{module}.") for other in sources)
     package = module.split(".") if is_package else module.split(".")[:-1]
     for node in _import_statements(sources[module]):
-        if isinstance(node, ast.Import):
+        if isinstance(node, ast.Constant):
+            names = [_absolute(str(node.value), package)]
+        elif isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         else:
             base = node.module.split(".") if node.module else []
@@ -145,9 +153,39 @@ def imports(module: str, sources: Mapping[str, str]) -> Iterator[str]:
                 yield inner
 
 
+def _absolute(name: str, package: list[str]) -> str:
+    """`..a.b` as `import_module` reads it within a package."""
+    inner = name.lstrip(".")
+    dots = len(name) - len(inner)
+    return ".".join(["relibra_kernels", *package[: len(package) - dots + 1], inner]) if dots else name
+
+
 @functools.cache
-def _import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom, ...]:
-    return tuple(node for node in _executed(ast.parse(source)) if isinstance(node, ast.Import | ast.ImportFrom))
+def _import_statements(source: str) -> tuple[ast.Import | ast.ImportFrom | ast.Constant, ...]:
+    """The statements, and the texts that are the whole name of a module or are given to `import_module`."""
+    found: list[ast.Import | ast.ImportFrom | ast.Constant] = []
+    for node in _executed(ast.parse(source)):
+        is_name = isinstance(node, ast.Constant) and MODULE_NAME.fullmatch(str(node.value))
+        if isinstance(node, ast.Import | ast.ImportFrom) or is_name:
+            found.append(node)
+        elif isinstance(node, ast.Call) and _gets_a_module(node) and isinstance(node.args[0], ast.Constant):
+            found.append(node.args[0])
+    return tuple(found)
+
+
+def _gets_a_module(call: ast.Call) -> bool:
+    return ast.unparse(call.func).split(".")[-1] in ("import_module", "__import__")
+
+
+def computed_imports(sources: Mapping[str, str]) -> dict[str, list[str]]:
+    """Module -> what it passes to `import_module` or `__import__` that is not written out there."""
+    found: dict[str, list[str]] = {}
+    for module, source in sources.items():
+        calls = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+        for call in calls:
+            if _gets_a_module(call) and not isinstance(call.args[0], ast.Constant):
+                found.setdefault(module, []).append(ast.unparse(call.args[0]))
+    return found
 
 
 def _executed(tree: ast.AST) -> Iterator[ast.AST]:

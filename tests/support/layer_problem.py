@@ -21,6 +21,9 @@ FORMS = {
     "transposed": ExpertForm(is_transposed=True),
     "clamped": ExpertForm(activation="clamped", limit=0.7),
     "gpt-oss": GPT_OSS,
+    "clamped silu": ExpertForm(activation="clamped_silu", limit=0.7),
+    "capped silu": ExpertForm(activation="capped_silu", limit=0.3),
+    "gelu": ExpertForm(activation="gelu_tanh"),
 }
 
 

@@ -3,15 +3,21 @@
 import torch
 
 
-def gated(h: torch.Tensor, *, concatenated: bool, clamped: bool, limit: float = 7.0, alpha: float = 1.702):
+def gated(h: torch.Tensor, form) -> torch.Tensor:
     """The activation of one row `[2I]`."""
     intermediate_size = h.shape[0] // 2
-    gate, up = (h[:intermediate_size], h[intermediate_size:]) if concatenated else (h[::2], h[1::2])
-    if not clamped:
-        return gate / (1 + torch.exp(-gate)) * up
-    gate = torch.minimum(gate, torch.tensor(limit, dtype=h.dtype))
-    up = torch.maximum(torch.minimum(up, torch.tensor(limit, dtype=h.dtype)), torch.tensor(-limit, dtype=h.dtype))
-    return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+    gate, up = (h[:intermediate_size], h[intermediate_size:]) if form.is_concatenated else (h[::2], h[1::2])
+    limit = torch.tensor(form.limit, dtype=h.dtype)
+    if form.activation in ("clamped", "clamped_silu"):
+        gate = torch.minimum(gate, limit)
+    if form.activation in ("clamped", "clamped_silu", "capped_silu"):
+        up = torch.maximum(torch.minimum(up, limit), -limit)
+    if form.activation == "gelu_tanh":
+        return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    if form.activation == "clamped":
+        return gate / (1 + torch.exp(-form.alpha * gate)) * (up + 1)
+    silu = gate / (1 + torch.exp(-gate))
+    return (torch.minimum(silu, limit) if form.activation == "capped_silu" else silu) * up
 
 
 def moe_mlp_oracle(x, weights, slots, form, gate_up, down, gate_up_bias=None, down_bias=None, weight_of_slot=None):
@@ -28,7 +34,7 @@ def moe_mlp_oracle(x, weights, slots, form, gate_up, down, gate_up_bias=None, do
             h = w1 @ x[t]
             if gate_up_bias is not None:
                 h = h + gate_up_bias[e]
-            a = gated(h, concatenated=form.is_concatenated, clamped=form.activation == "clamped", limit=form.limit)
+            a = gated(h, form)
             y = w2 @ a
             if down_bias is not None:
                 y = y + down_bias[e]

@@ -8,7 +8,17 @@ import numpy as np
 from relibra_kernels.planner import from_nemo_rl, from_prime_rl, from_sglang, from_slime, from_verl, from_vllm
 
 IN_PLACE = ("verl, jagged", "verl, padded", "verl, packed", "prime-rl", "nemo-rl")
-PARTS = ("vllm", "vllm over HTTP", "vllm as lists", "sglang", "sglang response", "slime", "prime-rl, payloads")
+PARTS = (
+    "verl, jagged",
+    "nemo-rl",
+    "vllm",
+    "vllm over HTTP",
+    "vllm as lists",
+    "sglang",
+    "sglang response",
+    "slime",
+    "prime-rl, payloads",
+)
 
 
 def random_ids(rng, rows, layers, top_k, experts):
@@ -118,6 +128,12 @@ def in_parts(engine, cuts, experts, **options):
             return from_sglang([turns], experts, num_layers=layers, top_k=top_k, **options)
         case "slime":
             return from_slime([[ids for _, ids in cuts]], experts, starts=[starts], **options)
+        case "verl, jagged" | "nemo-rl":  # a row for the last token too
+            turns = [ids for _, ids in cuts]
+            turns[-1] = in_place(turns[-1], 0)
+            if engine == "nemo-rl":
+                return from_nemo_rl([[envelope(ids) for ids in turns]], experts, starts=[starts], **options)
+            return from_verl([turns], experts, starts=[starts], **options)
         case "prime-rl, payloads":
             return from_prime_rl([[payload(ids, start) for start, ids in cuts]], experts, **options)
     raise AssertionError(engine)

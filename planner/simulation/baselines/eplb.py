@@ -9,6 +9,7 @@ the best split per micro-batch instead, which its authors do not have.
 import numpy as np
 
 from ...cluster import ClusterSpec
+from ...errors import InputError
 from ...pricing.outcome import Outcome
 from .copies import outcome_of_instances
 
@@ -32,6 +33,8 @@ def eplb_hierarchical(table_LME: np.ndarray, cluster: ClusterSpec, split: bool =
 def pack(weight_BI: np.ndarray, bins: int) -> np.ndarray:
     """int64 [B, bins, items/bins]: heaviest first, to the lightest bin with room."""
     problems, items = weight_BI.shape
+    if items % bins:
+        raise InputError(f"{items} experts and copies do not divide over {bins} ranks or nodes, as this policy needs")
     size = items // bins
     load, filled = np.zeros((problems, bins)), np.zeros((problems, bins), np.int64)
     members = np.empty((problems, bins, size), np.int64)

@@ -60,8 +60,14 @@ def _notes(summary: dict[str, Any]) -> str:
     gained = "what forced balance gives is within this run's noise"
     if summary["recovered"] is not None:
         gained = f"{summary['recovered']:.0%} of what forced balance gives"
+    verdict = f"The planned step is {summary['speedup']:.2f}x as fast as the static one: {gained}. "
+    if too_noisy(summary):
+        verdict = (
+            "WARNING: this run was too noisy to say which is faster: quartiles of static and planned steps overlap. "
+            "Repeat it on an idle machine, or with more --repeats. "
+        )
     return (
-        f"The planned step is {summary['speedup']:.2f}x as fast as the static one: {gained}. "
+        f"{verdict}"
         f"Parity with one process, fp32, largest relative error: loss {summary['parity_loss']:.1e}, "
         f"gradients {summary['parity_grad']:.1e}, parameters after a migration {summary['parity_parameters']:.1e}. "
         f"Times are measured on this machine's CPU: {RANKS} ranks of one thread, {summary['repeats']} interleaved "
@@ -69,6 +75,12 @@ def _notes(summary: dict[str, Any]) -> str:
         "The routing is real, its skew partly made: "
         f"in the toy training a loss of weight {POPULARITY_WEIGHT} makes some experts popular."
     )
+
+
+def too_noisy(summary: dict[str, Any]) -> bool:
+    """Whether the times of static and planned steps cannot be told apart: their quartiles overlap."""
+    static, planned = summary["static_s_quartiles"], summary["planned_s_quartiles"]
+    return bool(static[0] <= planned[1] and planned[0] <= static[1])
 
 
 def save_summary(summary: dict[str, Any], path: Path) -> None:

@@ -1,6 +1,7 @@
 """How a router is made to choose recorded experts: its own selection is answered, all that it computes stays its own.
 
-Almost every family selects with `torch.topk` over its scores; Phi-3.5-MoE with `max`, one expert after the other.
+Almost every family selects with `torch.topk` over its scores; Phi-3.5-MoE with `max`, one expert after the other; the
+first layers of DeepSeek-V4 look the token id up in a table.
 """
 
 from typing import Any
@@ -93,5 +94,28 @@ class AnswerMax(TorchFunctionMode):
         return torch.return_types.max((scores.gather(-1, at).reshape(out[0].shape), indices))
 
 
-def answer_of(router: nn.Module) -> type[AnswerTopK] | type[AnswerMax]:
-    return AnswerMax if type(router).__name__ == "PhimoeTopKRouter" else AnswerTopK
+class AnswerTable(TorchFunctionMode):
+    """The same for DeepSeek-V4's hash router, which reads the experts of a token from its table of token ids."""
+
+    def __init__(self, router: nn.Module, num_experts: int, top_k: int, recorded_TK: Tensor, all_known: bool):
+        super().__init__()
+        self._table, self._recorded = router.tid2eid, recorded_TK
+        self.keep_live = self.answered = False
+        self.live: Tensor | None = None
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not torch.Tensor.__getitem__ or args[0] is not self._table:
+            return out
+        self.answered, self.live = True, out
+        return torch.where(self._recorded < 0, out, self._recorded.to(out.dtype))
+
+
+_OTHERS: dict[str, type[AnswerMax] | type[AnswerTable]] = {
+    "PhimoeTopKRouter": AnswerMax,
+    "DeepseekV4HashRouter": AnswerTable,
+}
+
+
+def answer_of(router: nn.Module) -> type[AnswerTopK] | type[AnswerMax] | type[AnswerTable]:
+    return _OTHERS.get(type(router).__name__, AnswerTopK)

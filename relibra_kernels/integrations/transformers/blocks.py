@@ -42,6 +42,8 @@ def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: 
     if len(recorded_TK) != tokens:
         raise ShapeError(f"the router of {router.name} got {tokens} tokens; its replay is for {len(recorded_TK)}")
     mode = answer_of(module)(module, router.num_experts, router.top_k, recorded_TK, complete)
+    compare = router.replay.compare() if router.replay is not None and hasattr(router.replay, "compare") else None
+    mode.keep_live = compare is not None
     with mode:
         out = original(module, hidden_states, *args, **kwargs)
     if not mode.answered:
@@ -49,6 +51,8 @@ def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: 
             f"the router of {router.name} ({type(module).__name__}) does not choose {router.top_k} of "
             f"{router.num_experts} experts with torch.topk, so that nothing can be replayed in it"
         )
+    if compare is not None and mode.live is not None:
+        compare(mode.live, recorded_TK)
     return out
 
 

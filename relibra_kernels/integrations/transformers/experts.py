@@ -5,7 +5,7 @@ computes, so a family that nobody listed here works too, or is refused by the na
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from transformers.integrations.moe import ExpertsInterface
 from ... import ops
 from ...autograd import moe_mlp
 from ...compiled import moe_mlp_functional
-from ...form import ExpertForm
+from ...form import Activation, ExpertForm
 from ...nn import ReplicatedExperts
 from ...operands import check_computable
 from ...planner.errors import InputError
@@ -25,7 +25,7 @@ from ...weights import ExpertWeights
 _COMPILES_AFTER_A_FORWARD = torch.__version__.startswith("2.11.")
 
 # Of an ExpertForm, as constants that torch.compile takes.
-Flags = tuple[bool, bool, bool, Literal["silu", "clamped"], float, float]
+Flags = tuple[bool, bool, bool, Activation, float, float]
 
 
 def experts_forward(
@@ -127,17 +127,19 @@ def expert_form(experts: Any) -> ExpertForm:
             return form
     act = getattr(experts, "act_fn", None)
     raise InputError(
-        f"_apply_gate of {name} (act_fn {type(act).__name__}) computes neither silu(gate) * up nor gpt-oss's clamped "
-        f"gate, with is_concatenated={layout[1]}; relibra computes no other"
+        f"_apply_gate of {name} (act_fn {type(act).__name__}) is none of {', '.join(get_args(Activation))} with "
+        f"is_concatenated={layout[1]}; relibra computes no other"
     )
 
 
 def _candidates(experts: Any, layout: tuple[bool, bool, bool]) -> list[ExpertForm]:
-    forms = [ExpertForm(*layout)]
+    forms = [ExpertForm(*layout), ExpertForm(*layout, "gelu_tanh")]
     limit = getattr(experts, "limit", getattr(experts, "swiglu_limit", None))
     alpha = getattr(experts, "alpha", getattr(experts, "swiglu_alpha", None))
-    if limit is not None and alpha is not None:
-        forms.append(ExpertForm(*layout, "clamped", float(limit), float(alpha)))
+    if limit is not None:
+        forms += [ExpertForm(*layout, activation, float(limit)) for activation in ("clamped_silu", "capped_silu")]
+        if alpha is not None:
+            forms.append(ExpertForm(*layout, "clamped", float(limit), float(alpha)))
     return forms
 
 

@@ -1,7 +1,7 @@
 """What the MoE layers of a Hugging Face model are, whatever wraps the model or parts of it."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -31,21 +31,35 @@ class MoeLayer:
     @property
     def num_experts(self) -> int:
         """What the router chooses from, over all ranks; ZAYA's last choice is to skip the experts."""
-        for name in ("num_router_classes", "num_experts"):
-            count = getattr(self.router, name, None)
-            if isinstance(count, int):
-                return count
-        weight: Any = self.router.weight
-        return weight.shape[0]
+        return _num_experts(self.router)
 
     @property
     def top_k(self) -> int:
-        top_k: Any = self.router.top_k
-        return top_k
+        return _top_k(self.router)
+
+    @property
+    def part(self) -> str:
+        """Why it may run some of the tokens only, for messages."""
+        if ".text_moe." not in self.name:
+            return ""
+        return ": image tokens go to experts of their own (vision_moe), whose routing is neither recorded nor replayed"
 
     @property
     def device(self) -> torch.device:
         return next((parameter.device for parameter in self.router.parameters()), torch.device("cpu"))
+
+
+def _num_experts(router: Any) -> int:
+    for name in ("num_router_classes", "num_experts"):
+        if isinstance(count := getattr(router, name, None), int):
+            return count
+    if getattr(router, "weight", None) is not None:
+        return int(router.weight.shape[0])
+    return int(router.config.num_experts)  # Gemma 4 looks both numbers up
+
+
+def _top_k(router: Any) -> int:
+    return int(router.top_k if hasattr(router, "top_k") else router.config.top_k_experts)
 
 
 def moe_layers(model: nn.Module) -> list[MoeLayer]:
@@ -62,9 +76,9 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         if len(path) > 1 and path[-2] in _PASSED_OVER:
             continue
         router = next((unwrapped(getattr(block, key)) for key in ("gate", "router") if hasattr(block, key)), None)
-        if router is None or not hasattr(router, "top_k"):
+        if router is None or not _says(_top_k, router):
             raise InputError(f"{name} ({type(experts).__name__}) has no router as `gate` or `router` beside it")
-        if not hasattr(router, "num_experts") and getattr(router, "weight", None) is None:
+        if not _says(_num_experts, router):
             raise InputError(f"{name} has a router ({type(router).__name__}) that does not say how many experts it has")
         numbers = re.findall(r"(?:^|\.)(\d+)(?=\.)", name)
         layers.append(MoeLayer(name, int(numbers[-1]) if numbers else len(layers), experts, router))
@@ -74,6 +88,13 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
             "replaced them (Liger does with swiglu=True), switch that off"
         )
     return layers
+
+
+def _says(number: Callable[[Any], int], router: nn.Module) -> bool:
+    try:
+        return number(router) > 0
+    except AttributeError:
+        return False
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -111,7 +132,7 @@ def not_compiled(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def check_trace(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
+def check_trace_of_model(trace: RoutingTrace, layers: list[MoeLayer]) -> None:
     """Refuse a trace of another model."""
     first = layers[0]
     checks.check_trace(trace, len(layers), first.top_k, first.num_experts, [layer.layer_id for layer in layers])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from ...alignment import Shift
 from ...parallel.batch import ExpertStore, OpenBatch
 from ...parallel.comm.alarm import Alarm
 from ...parallel.digests import checksum
@@ -25,7 +26,7 @@ from ...weights import ExpertWeights
 from .expert_parallel import RelibraEP, collective_device, implementations_of
 from .fed import Fed
 from .feeder import Feeder
-from .layers import MoeLayer, check_trace, moe_layers
+from .layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .routers import replaying_routers
 
@@ -80,6 +81,8 @@ def batch(
     plan: BatchPlan,
     trace: RoutedBatch | RoutingTrace | None = None,
     micro_batch_of_sequence: np.ndarray | None = None,
+    *,
+    on_shift: Shift | None = None,
 ) -> Iterator[None]:
     """Run a batch of a model that was loaded with `ep_implementation="relibra"` under `plan`. Collective.
 
@@ -88,6 +91,7 @@ def batch(
             With it the routers replay, and every size is known on the host before a layer runs. Without it routing is
             as the routers (or a `replay`) have it, and every layer exchanges its counts; the plan's copies of an expert
             then share its tokens alike.
+        on_shift: what to do where the record is not what the model would choose: as in `RuntimeOptions`.
 
     Raises: PlanError for a plan that moves experts, or is for another model, group or routing; InputError.
     """
@@ -118,7 +122,8 @@ def batch(
     if routed is not None:
         cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
         loads = _planning(model, first, cluster).loads_of(plan, routed, None)
-    session, buffers, options = Session(RuntimeOptions(), comm.ledger), Buffers(), RuntimeOptions()
+    options, buffers = RuntimeOptions(on_shift=on_shift), Buffers()
+    session = Session(options, comm.ledger)
     runner = ModelRunner(LiveRouting(groups, plan.home, options, buffers))
     store = ExpertStore(lambda layer: _weights_of(implementations[layer]), len(implementations), None, device)
     opened = OpenBatch(session, groups, plan, loads, routed, store, buffers)
@@ -173,7 +178,7 @@ def micro_batch(index: int, rows: np.ndarray | None = None) -> Iterator[None]:
         forwards.current = now.batch.micro_batch(index, feeder.feed(fed))
 
     with ExitStack() as stack:
-        stack.enter_context(replaying_routers(layers, feeder))
+        stack.enter_context(replaying_routers(layers, feeder, now.batch.alignment))
         if rows is not None:
             feeder.use_rows(checked_rows(rows, trace))
             stack.enter_context(forwards.entered(now.batch.micro_batch(index, np.asarray(rows))))
@@ -201,7 +206,7 @@ def _routed(
 def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec) -> Planning:
     layers, groups = moe_layers(model), implementation.groups
     return Planning(
-        lambda trace: check_trace(trace, layers),
+        lambda trace: check_trace_of_model(trace, layers),
         groups,
         cluster,
         "",

@@ -105,7 +105,7 @@ class RoutingRecord:
         for layer, top_k_index in zip(self._layers, self._chosen, strict=True):
             if top_k_index is None or len(top_k_index) != fed.real.size:
                 rows = "did not run" if top_k_index is None else f"ran {len(top_k_index)} of {fed.real.size} tokens"
-                raise InputError(f"{layer.name} {rows} in this forward, so that its routing is not known")
+                raise InputError(f"{layer.name} {rows} in this forward, so that its routing is not known{layer.part}")
             chosen.append(top_k_index)
         ids_TLK = torch.stack([ids.to(chosen[0].device) for ids in chosen], 1).to(torch.int32).numpy(force=True)
         ids_TLK = ids_TLK.astype(compact_dtype(self._layers[0].num_experts))

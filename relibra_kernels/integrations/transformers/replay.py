@@ -18,7 +18,7 @@ from ...planner import RoutingTrace
 from ...planner.errors import InputError, ShapeError
 from .fed import Fed, fed_tokens
 from .feeder import Feeder
-from .layers import check_trace, model_inside, moe_layers, not_compiled
+from .layers import check_trace_of_model, model_inside, moe_layers, not_compiled
 from .routers import replaying_routers
 
 
@@ -51,7 +51,7 @@ def replay(
     Raises: InputError where the trace is not of this model, or a forward is not fed its tokens.
     """
     layers = moe_layers(model)
-    check_trace(trace, layers)
+    check_trace_of_model(trace, layers)
     alignment = Alignment(on_shift or ("refuse" if token_ids is None else "warn"))
     feeder = Feeder(trace, layers, token_ids)
     with ExitStack() as stack:

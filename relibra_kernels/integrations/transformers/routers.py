@@ -39,7 +39,7 @@ class _ReplacedForward:
     """What a router's forward is replaced by, as long as a replay or a backward needs it."""
 
     def __init__(self, layer: MoeLayer):
-        self._name, self._router = layer.name, layer.router
+        self._name, self._router, self._part = layer.name, layer.router, layer.part
         self._num_experts, self._top_k = layer.num_experts, layer.top_k
         self._answer, self._key = answer_of(layer.router), id(layer.router)
         self._before = layer.router.__dict__.get("forward")
@@ -89,7 +89,7 @@ class _ReplacedForward:
         tokens = hidden_states.numel() // hidden_states.shape[-1]
         if len(recorded_TK) != tokens:
             raise ShapeError(
-                f"the router of {self._name} got {tokens} tokens, but the replay is for {len(recorded_TK)}"
+                f"the router of {self._name} got {tokens} tokens, but the replay is for {len(recorded_TK)}{self._part}"
             )
         mode = self._answer(self._router, self._num_experts, self._top_k, recorded_TK, state.all_known)
         alignment = None if compiling or backward_task() is not None or layer >= LAYERS else owner.alignment
@@ -102,8 +102,8 @@ class _ReplacedForward:
                 f"{self._num_experts} experts with torch.topk, so that nothing can be replayed in it"
             )
         if alignment is not None and mode.live is not None and mode.keep_live:
-            alignment.compare(mode.live, recorded_TK)
-            if layer + 1 == min(LAYERS, len(owner.layer_of_router)):
+            alignment.compare(layer, mode.live, recorded_TK)
+            if not alignment.judged_later and layer + 1 == min(LAYERS, len(owner.layer_of_router)):
                 alignment.judge("the trace")
         return out
 

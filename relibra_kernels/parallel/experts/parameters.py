@@ -1,21 +1,17 @@
 """The MoE layers of a model, their expert parameters on one rank, and the tensors that go with those."""
 
-import importlib
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from ...frameworks import TAKE_OVER
 from ...nn import ReplicatedExperts, ReplicatedMoE
 from ...planner.errors import InputError
 from .adapters import keep_adapted, kept_rows
 from .migration import expert_tensors
 
 EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
-
-
-# What takes over the MoE layers of another framework's models: by the package that their classes are from.
-ADAPTERS = {"transformers": "relibra_kernels.integrations.transformers.blocks"}
 
 
 def take_over(model: nn.Module) -> list[ReplicatedMoE]:
@@ -25,13 +21,12 @@ def take_over(model: nn.Module) -> list[ReplicatedMoE]:
     """
     layers = _layers_of(model)
     packages = {type(module).__module__.partition(".")[0] for module in model.modules()}
-    for package in () if layers else sorted(packages & ADAPTERS.keys()):
-        importlib.import_module(ADAPTERS[package]).replace_moe_blocks(model)
+    for package in () if layers else sorted(packages & TAKE_OVER.keys()):
+        TAKE_OVER[package](model)
         layers = _layers_of(model)
     if not layers:
-        raise InputError(
-            f"model {type(model).__name__} has no ReplicatedMoE, and no experts of {' or '.join(ADAPTERS)} to take over"
-        )
+        others = " or ".join(TAKE_OVER)
+        raise InputError(f"model {type(model).__name__} has no ReplicatedMoE, and no experts of {others} to take over")
     return layers
 
 
@@ -45,7 +40,7 @@ def _layers_of(model: nn.Module) -> list[ReplicatedMoE]:
     return layers
 
 
-def moe_layers(model: nn.Module) -> list[ReplicatedMoE]:
+def layers_to_share(model: nn.Module) -> list[ReplicatedMoE]:
     """All of a model, as `take_over` finds them, each still with all of its experts, equally many.
 
     Raises: InputError where that is not so.

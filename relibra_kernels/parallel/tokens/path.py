@@ -12,12 +12,11 @@ import torch
 from torch import Tensor
 
 from ... import ops
+from ...payload import PayloadLayout
 from ...schedule import Schedule
 from ..comm.collectives import Comm
 from ..session import RuntimeOptions
-from . import payload
 from .buffers import Buffers
-from .payload import Layout
 from .tables import SendTables, Sizes
 
 
@@ -116,12 +115,12 @@ class TokenPath:
 
     def dispatch(self, x_TH: Tensor, weights_TK: Tensor, kind: str) -> list[Callable[[], Chunk]]:
         """Begin to send tokens to the ranks that compute them; what arrives, as chunks to be waited for in turn."""
-        layout = Layout(x_TH.shape[1], x_TH.dtype, self.top_k, weights_TK.dtype, self.top_k)
+        layout = PayloadLayout(x_TH.shape[1], self.top_k, x_TH.dtype, weights_TK.dtype)
         away = sum(self._leave)
         suffix = " again" if kind == "redispatch" else ""  # which is under way beside backward's dispatch
-        send = self._take(f"send{suffix}", (away + self._stay, layout.num_bytes), x_TH, torch.uint8)
-        payload.pack(layout, x_TH, weights_TK, self._slots, self._token_of_sent, send)
-        received = self._take(f"received{suffix}", (self.received, layout.num_bytes), x_TH, torch.uint8)
+        send = self._take(f"send{suffix}", (away + self._stay, layout.row_bytes), x_TH, torch.uint8)
+        ops.pack_payload(x_TH.contiguous(), weights_TK.contiguous(), self._slots, self._send, send)
+        received = self._take(f"received{suffix}", (self.received, layout.row_bytes), x_TH, torch.uint8)
         come = sum(self._come)
         exchange = self._comm.start(
             send[:away], self._leave, self._come, kind, f"{kind} of {self._where}", received[:come]
@@ -170,22 +169,21 @@ class TokenPath:
     def combine_gradients(self, partials: Sequence[tuple[Tensor, Tensor]], kind: str) -> tuple[Tensor, Tensor]:
         """The same for (gradients of rows [rows, H], of their gate weights [rows, K]): [T, H] and [T, K]."""
         dx, dweights = partials[-1]
-        layout = Layout(dx.shape[1], dx.dtype, self.top_k, dweights.dtype)
-        rows = self._take("returned", (sum(len(part) for part, _ in partials), layout.num_bytes), dx, torch.uint8)
+        layout = PayloadLayout(dx.shape[1], self.top_k, dx.dtype, dweights.dtype, has_slots=False)
+        rows = self._take("returned", (sum(len(part) for part, _ in partials), layout.row_bytes), dx, torch.uint8)
         start = 0
         for part, dweight in reversed(partials):  # what came from other ranks first
-            payload.join(layout, part, dweight, rows[start : start + len(part)])
+            ops.pack_gradients(part.contiguous(), dweight.contiguous(), rows[start : start + len(part)])
             start += len(part)
         come, away = sum(self._come), sum(self._leave)
-        into = self._take("combined", (away + self._stay, layout.num_bytes), dx, torch.uint8)
+        into = self._take("combined", (away + self._stay, layout.row_bytes), dx, torch.uint8)
         exchange = self._comm.start(rows[:come], self._come, self._leave, kind, f"{kind} of {self._where}", into[:away])
         into[away:].copy_(rows[come:])
         exchange.wait()
-        dx_NH, dweights_NK, _ = payload.unpack(layout, into)
-        return ops.unpermute(dx_NH, None, self._send), ops.unpermute(dweights_NK, None, self._send)
+        return ops.unpack_gradients(into, self._send, layout)
 
-    def _chunk(self, layout: Layout, rows: Tensor, index: int) -> Chunk:
-        x, weights, slots = payload.unpack(layout, rows)
+    def _chunk(self, layout: PayloadLayout, rows: Tensor, index: int) -> Chunk:
+        x, weights, slots = ops.unpack_payload(rows, layout)
         group = self._group(slots, index)
         return Chunk(group, x, group.pick(weights))
 
@@ -223,8 +221,8 @@ def reserve(
         gates = torch.promote_types(dtype, torch.float32)
         out = options.combine_dtype or dtype
         sent, received = sum(of_layer.send_counts), sum(of_layer.receive_counts)
-        forward = Layout(hidden, dtype, top_k, gates, top_k).num_bytes
-        backward = Layout(hidden, out, top_k, gates).num_bytes
+        forward = PayloadLayout(hidden, top_k, dtype, gates).row_bytes
+        backward = PayloadLayout(hidden, top_k, out, gates, has_slots=False).row_bytes
         used = {"send": sent * forward, "received": received * forward, "combined": sent * hidden * out.itemsize}
         if torch.is_grad_enabled():
             used |= {"send rows": sent * hidden * dtype.itemsize, "received rows": received * hidden * dtype.itemsize}

@@ -327,6 +327,27 @@ def test_a_cache_that_was_not_recorded_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------ families
+@pytest.mark.parametrize("image", [slice(2, 5), slice(0, 9), slice(8, 9)])
+def test_image_tokens_of_ernie_are_refused_by_name(image):
+    """They go to experts of their own; text alone records and replays, also where the types are given."""
+    model, tokens = make_rare("ernie4_5_vl_moe"), make_tokens(2, 9)
+    text = torch.zeros(2, 9, dtype=torch.int32)
+    kinds = text.clone()
+    kinds[1, image] = 1
+    with torch.no_grad():
+        with record_routing(model) as record:
+            expected = model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=text)[0]
+        trace = record.trace(tokens.tolist())
+        with replay(model, trace):
+            assert_close(model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=text)[0], expected, 1e-6)
+        for within in (record_routing(model), replay(model, trace)):
+            refused = pytest.raises(
+                (InputError, ShapeError), match=r"text_moe.*image tokens go to experts of their own"
+            )
+            with refused, within:
+                model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)
+
+
 @pytest.mark.parametrize("family", RARE)
 def test_rare_families_record_and_replay(family):
     *_, layers, top_k, choices = RARE[family]

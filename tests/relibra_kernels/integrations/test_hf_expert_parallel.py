@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_process, refusals, run_on_rank
+from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_process, refusals, run_on_rank, shifted
 from ranks import Ranks
 from tolerance import assert_close
 
@@ -100,6 +100,14 @@ def test_quotas_beyond_the_live_load_are_cut(two_ranks):
 def test_replay_without_a_plan(two_ranks):
     trace = skewed(one_process("qwen3_moe")["trace"])
     check(two_ranks.run(run_on_rank, "qwen3_moe", RANKS, "replay", trace, None), one_process("qwen3_moe", trace))
+
+
+def test_a_record_of_something_else_is_refused(two_ranks):
+    trace = one_process("qwen3_moe")["trace"]
+    assert two_ranks.run(shifted, "qwen3_moe", RANKS, trace, "refuse") == ["", ""]
+    for message in two_ranks.run(shifted, "qwen3_moe", RANKS, skewed(trace), "refuse"):
+        assert "agrees with the model's own choice" in message and "layer 0" in message
+    assert two_ranks.run(shifted, "qwen3_moe", RANKS, skewed(trace), "ignore") == ["", ""]
 
 
 def test_refusals(two_ranks):

@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers", reason="needs transformers")
 from hf_families import FAMILIES, experts_modules, logits_and_gradients, make_model, make_tokens
 from tolerance import assert_close
+from torch.nn import functional
 from transformers.integrations.moe import use_experts_implementation
 from versions import TORCH, TRANSFORMERS
 
@@ -63,12 +64,29 @@ def test_forms_are_recognised():
     assert (expert_form(other).limit, expert_form(other).alpha) == (2.5, 1.5)
 
 
-def experts_like(flags: dict, act=torch.nn.SiLU):
+def test_activations_are_recognised():
+    """By what they compute: under the flags that there are, and with the limits that the module has."""
+    found = [
+        expert_form(experts_like({}, torch.nn.GELU, approximate="tanh")),
+        expert_form(gated_like(lambda gate, up: functional.silu(gate.clamp(max=0.5)) * up.clamp(-0.5, 0.5))),
+        expert_form(gated_like(lambda gate, up: functional.silu(gate).clamp(max=0.5) * up.clamp(-0.5, 0.5))),
+    ]
+    assert [form.activation for form in found] == ["gelu_tanh", "clamped_silu", "capped_silu"]
+    assert [form.limit for form in found[1:]] == [0.5, 0.5]
+
+
+def gated_like(gate):
+    experts = experts_like({})
+    experts.limit, experts._apply_gate = 0.5, lambda h: gate(*h.chunk(2, -1))
+    return experts
+
+
+def experts_like(flags: dict, act=torch.nn.SiLU, **how):
     @use_experts_implementation(**flags)
     class OddExperts(torch.nn.Module):
         def __init__(self, config):
             super().__init__()
-            self.num_experts, self.act_fn = 4, act()
+            self.num_experts, self.act_fn = 4, act(**how)
             self.gate_up_proj = torch.nn.Parameter(torch.randn(4, 16, 8))
             self.down_proj = torch.nn.Parameter(torch.randn(4, 8, 8))
 

@@ -15,7 +15,13 @@ from tolerance import assert_close
 @pytest.fixture(scope="module")
 def ranks():
     groups: dict[int, Ranks] = {}
-    yield lambda size: groups.setdefault(size, Ranks(size, daemon=False))
+
+    def of_size(size: int) -> Ranks:
+        if size not in groups:
+            groups[size] = Ranks(size, daemon=False)
+        return groups[size]
+
+    yield of_size
     for group in groups.values():
         group.close()
 

@@ -14,6 +14,8 @@ from relibra_kernels.kernels import launch
 from relibra_kernels.planner.errors import ShapeError
 from relibra_kernels.schedule import Schedule
 
+ACTIVATIONS = ("clamped silu", "capped silu", "gelu")
+
 
 def check(case, form, dtype):
     p = problem(case, form, dtype)
@@ -35,7 +37,7 @@ def test_half_precision(dtype):
     check(REPLICAS, FORMS["qwen"], dtype)
 
 
-@pytest.mark.parametrize("name", ["bias", "interleaved", "transposed", "clamped", "gpt-oss"])
+@pytest.mark.parametrize("name", ["bias", "interleaved", "transposed", "clamped", "gpt-oss", *ACTIVATIONS])
 def test_every_form(name):
     check(CASES[3], FORMS[name], torch.float32)
 

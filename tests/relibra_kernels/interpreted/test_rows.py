@@ -1,6 +1,7 @@
 """Permute, gather-sum, activation, replica reduction: the kernels against the reference in float64."""
 
 import math
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from triton.runtime import interpreter
 
 from relibra_kernels import kernels, reference
 from relibra_kernels.configs.config import BlockConfig
-from relibra_kernels.form import ExpertForm
+from relibra_kernels.form import Activation, ExpertForm
 from relibra_kernels.kernels.permute import _permute_kernel, _unpermute_kernel
 from relibra_kernels.planner.errors import ShapeError
 
@@ -41,7 +42,7 @@ def test_permute_and_back(case, dtype):
 
 
 @pytest.mark.parametrize("concatenated", [True, False])
-@pytest.mark.parametrize("activation", ["silu", "clamped"])
+@pytest.mark.parametrize("activation", get_args(Activation))
 def test_swiglu(activation, concatenated):
     form = ExpertForm(activation=activation, is_concatenated=concatenated, limit=0.7)
     h, da = normal(5, 72, dtype=torch.float32), normal(5, 36, dtype=torch.float32, seed=1)

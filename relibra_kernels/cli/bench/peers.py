@@ -39,6 +39,7 @@ def _gate(form: Any, h: torch.Tensor) -> torch.Tensor:
 def loop_of_matmuls(experts: ReplicatedExperts) -> Run:
     """One expert after the other with plain matmuls: what a user writes by hand."""
     form = experts.form
+    layer: Any = experts  # biases are there where the form has them
 
     def run(x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         out = torch.zeros_like(x)
@@ -46,11 +47,11 @@ def loop_of_matmuls(experts: ReplicatedExperts) -> Run:
             token, k = torch.where(indices == e)
             if not len(token):
                 continue
-            gate_up, down = experts.gate_up_proj[e], experts.down_proj[e]
+            gate_up, down = layer.gate_up_proj[e], layer.down_proj[e]
             gate_up, down = (gate_up, down) if form.is_transposed else (gate_up.t(), down.t())
             h = x[token] @ gate_up
-            y = _gate(form, h + experts.gate_up_proj_bias[e] if form.has_bias else h) @ down
-            y = y + experts.down_proj_bias[e] if form.has_bias else y
+            y = _gate(form, h + layer.gate_up_proj_bias[e] if form.has_bias else h) @ down
+            y = y + layer.down_proj_bias[e] if form.has_bias else y
             out = out.index_add(0, token, y * weights[token, k, None])
         return out
 
@@ -62,18 +63,19 @@ def grouped_mm(experts: ReplicatedExperts) -> Run:
     form = experts.form
     if not hasattr(F, "grouped_mm"):
         raise Unsuitable(f"torch {torch.__version__} has no grouped_mm")
+    layer: Any = experts
 
     def run(x: torch.Tensor, indices: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         tokens, top_k = indices.shape
         expert, order = indices.flatten().sort(stable=True)
         # how often each occurs, without bincount, which waits for the device
         offsets = torch.searchsorted(expert, torch.arange(experts.num_experts, device=x.device), right=True).int()
-        gate_up, down = experts.gate_up_proj, experts.down_proj
+        gate_up, down = layer.gate_up_proj, layer.down_proj
         gate_up, down = (gate_up, down) if form.is_transposed else (gate_up.mT, down.mT)
         h = F.grouped_mm(x[order // top_k], gate_up, offs=offsets)
-        h = h + experts.gate_up_proj_bias[expert] if form.has_bias else h
+        h = h + layer.gate_up_proj_bias[expert] if form.has_bias else h
         y = F.grouped_mm(_gate(form, h), down, offs=offsets)
-        y = y + experts.down_proj_bias[expert] if form.has_bias else y
+        y = y + layer.down_proj_bias[expert] if form.has_bias else y
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
         return ((y * weights.flatten()[order, None])[back]).view(tokens, top_k, -1).sum(1)
 
@@ -90,7 +92,7 @@ def transformers(implementation: str) -> Build:
 
         config = Qwen3MoeConfig(num_experts=1, hidden_size=1, moe_intermediate_size=1)
         config._experts_implementation = implementation
-        theirs = Qwen3MoeExperts(config)
+        theirs: Any = Qwen3MoeExperts(config)
         theirs.num_experts = experts.num_experts
         theirs.gate_up_proj, theirs.down_proj = experts.gate_up_proj, experts.down_proj
         return theirs

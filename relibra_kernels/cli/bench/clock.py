@@ -1,0 +1,79 @@
+"""Milliseconds and memory of implementations that take turns, so that a busy machine slows all of them."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import torch
+
+from .layers import Layer
+from .peers import Run
+
+
+@dataclass
+class Figures:
+    """Of one implementation: seconds of each round; on a GPU the peak of memory beyond what was there, in bytes."""
+
+    forward_s: list[float] = field(default_factory=list)
+    backward_s: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+
+    def record(self) -> dict[str, float | int]:
+        return {
+            "forward_ms": 1e3 * median(self.forward_s),
+            "backward_ms": 1e3 * median(self.backward_s),
+            "peak_bytes": self.peak_bytes,
+        }
+
+
+def measure(layer: Layer, runs: dict[str, Run], rounds: int) -> dict[str, Figures]:
+    """Every implementation once to warm up, then `rounds` times in turns, forward and backward."""
+    on_gpu = layer.x.is_cuda
+    found = {name: Figures() for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            layer.clear()
+            if on_gpu:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            out, forward = _timed(on_gpu, lambda run=run: run(layer.x, layer.indices, layer.weights))  # type: ignore[misc]
+            _, backward = _timed(on_gpu, lambda out=out: out.backward(layer.dout))  # type: ignore[misc]
+            if number:
+                found[name].forward_s.append(forward)
+                found[name].backward_s.append(backward)
+                found[name].peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    layer.clear()
+    return found
+
+
+def _timed(on_gpu: bool, work: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, float]:
+    start = time.perf_counter()
+    out = work()
+    if on_gpu:
+        torch.cuda.synchronize()
+    return out, time.perf_counter() - start
+
+
+def lines_of(found: dict[str, Figures], assignments: int, layer: Layer) -> list[str]:
+    """A line an implementation; TFLOP/s of forward and backward, three products a weight."""
+    gate_up, down = layer.experts.gate_up_proj, layer.experts.down_proj
+    flops = 6 * assignments * (gate_up[0].numel() + down[0].numel())
+    ours = _total(found["relibra"])
+    lines = [f"{'implementation':26} {'forward ms':>22} {'backward ms':>22} {'TFLOP/s':>8} {'peak GB':>8} {'time':>7}"]
+    for name, figures in found.items():
+        peak = f"{figures.peak_bytes / 1e9:.2f}" if figures.peak_bytes else "-"
+        lines.append(
+            f"{name:26} {_spread(figures.forward_s):>22} {_spread(figures.backward_s):>22} "
+            f"{flops / _total(figures) / 1e12:>8.2f} {peak:>8} {_total(figures) / ours:>6.2f}x"
+        )
+    return lines
+
+
+def _total(figures: Figures) -> float:
+    return median(figures.forward_s) + median(figures.backward_s)
+
+
+def _spread(seconds: list[float]) -> str:
+    return f"{1e3 * median(seconds):.2f} ({1e3 * min(seconds):.2f}-{1e3 * max(seconds):.2f})"

@@ -1,0 +1,74 @@
+"""`relibra watch`: a training run in the terminal, from the lines of `ep.stats_line()` that it logs."""
+
+import argparse
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+_SHOWN = 12  # newest batches on a screen
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("log", metavar="RUN.jsonl", type=Path, help="a line of JSON a batch, as ep.stats_line() gives")
+    parser.add_argument("--once", action="store_true", help="show what is there and end, instead of following")
+    parser.add_argument("--every", type=float, default=1.0, metavar="S", help="seconds between looks; default 1")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..planner.errors import FormatError, InputError
+
+    if args.every <= 0:
+        raise InputError(f"--every is {args.every}, but must be positive")
+    if not args.log.is_file():
+        raise FormatError(f"{args.log}: no such file")
+    shown = 0
+    while True:
+        batches = list(batches_of(args.log))
+        if len(batches) > shown or args.once:
+            print("\n".join(lines_of(batches, shown)), flush=True)
+            shown = len(batches)
+        if args.once:
+            return 0
+        time.sleep(args.every)
+
+
+def batches_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The log's objects with a plan's figures; a last line that is still being written waits, others are passed by."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(found, dict) and "planned_max_mean" in found:
+            yield found
+
+
+def lines_of(batches: list[dict[str, Any]], shown: int = 0) -> list[str]:
+    """A line a batch that was not shown yet, under headings where none were; the newest where there are many."""
+    if not batches:
+        return ["no batch yet: the log has no line of ep.stats_line()"]
+    lines = []
+    if not shown:
+        lines.append(
+            f"{'batch':>6} {'rank':>4} {'static':>7} {'planned':>7} {'actual':>7} {'seconds':>8} {'exchange':>8} "
+            f"{'replicas':>8} {'moves':>7} {'MB fast':>8} {'MB slow':>8} {'deviating':>9}"
+        )
+    first = max(shown, len(batches) - _SHOWN)
+    if first > shown:
+        lines.append(f"... {first - shown} batches before")
+    return lines + [_line(number, batches[number]) for number in range(first, len(batches))]
+
+
+def _line(number: int, stats: dict[str, Any]) -> str:
+    seconds, sent = stats.get("seconds", {}), stats.get("bytes", {})
+    part = {name: float(seconds.get(name, 0.0)) for name in ("dispatch", "combine", "replica", "migration")}
+    fast, slow = (sum(by_network.get(way, 0) for by_network in sent.values()) / 1e6 for way in ("fast", "slow"))
+    static = stats.get("static_max_mean")
+    return (
+        f"{stats.get('batch', number):>6} {stats.get('rank', 0):>4} {'-' if static is None else f'{static:.3f}':>7} "
+        f"{stats['planned_max_mean']:>7.3f} {stats.get('actual_max_mean', float('nan')):>7.3f} "
+        f"{sum(map(float, seconds.values())):>8.3f} {part['dispatch'] + part['combine']:>8.3f} {part['replica']:>8.3f} "
+        f"{part['migration']:>7.3f} {fast:>8.1f} {slow:>8.1f} {stats.get('differing_tokens', 0):>9}"
+    )

@@ -1,0 +1,28 @@
+"""`relibra bench`, small, on a CPU: every implementation is timed, ours among them."""
+
+import json
+
+import pytest
+
+from relibra_kernels.cli import main
+
+SMALL = ["bench", "--shape", "64,32,4,2", "--tokens", "32", "--rounds", "2", "--device", "cpu", "--dtype", "fp32"]
+
+
+def test_a_table_and_json(capsys):
+    assert main([*SMALL, "--json"]) == 0
+    *lines, record = capsys.readouterr().out.splitlines()
+    found = json.loads(record)
+    assert {"relibra", "loop", "grouped_mm"} <= found.keys()
+    assert all(figures["forward_ms"] > 0 and figures["backward_ms"] > 0 for figures in found.values())
+    assert any(line.startswith("relibra ") and line.endswith(" 1.00x") for line in lines)
+    assert "2 of 4 experts of 64,32,4,2, fp32; measured here" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--tokens", "0"], "--tokens is 0"), (["--device", "tpu"], "--device is 'tpu'"), (["--shape", "x"], "'x'")],
+)
+def test_what_cannot_be_is_refused(arguments, message, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert message in capsys.readouterr().err
