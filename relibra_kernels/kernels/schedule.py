@@ -104,7 +104,7 @@ def _build(
     }
     if total <= MOST_COUNTED:
         how = {**sizes, **shape, **padded, **placing, "COUNTED": _COUNTED}
-        how["num_warps"] = max(8, block // 256)  # fewer spill
+        how["num_warps"] = 2 * warps  # fewer spill
         launch(_schedule_kernel, (num_blocks,), ids_TK, shift, *offsets, *parts_of_key, *result, **how)
     else:
         launch(_count_kernel, (num_blocks,), ids_TK, shift, total, **sizes, BLOCK=block, num_warps=warps)

@@ -185,6 +185,17 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
             assert len(needed) >= 10 and needed <= set(compiled)
 
 
+@pytest.mark.parametrize(("tokens", "most"), [(64, 10), (4096, 10), (65536, 12)])
+def test_launches_of_a_layer(tokens, most):
+    """Forward and backward of a layer without biases, as many experts a token as the models have."""
+    how = {"dtype": torch.bfloat16, "device": "meta"}
+    layer = ReplicatedMoE(TopKRouter(HIDDEN, 16, 10, **how), ReplicatedExperts(16, HIDDEN, HALF, **how))
+    launches = []
+    with recording(H100, launches.append):
+        train(layer, tokens)
+    assert len(launches) == most
+
+
 # Kernels without a caller yet, and what will call them.
 WAITING = {
     "_permute_kernel": "rows that grouped_gemm reads by TMA instead of gathering them",
