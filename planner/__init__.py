@@ -19,6 +19,7 @@ from .plan import BatchPlan, static_plan
 from .planning import plan_batch, replan, scaled_loads
 from .pricing.cost import Cost, Setting, distinct_rows, price, replica_bytes
 from .pricing.devices import DEVICES, DeviceSpec, find_device
+from .pricing.estimate import Estimate, estimate_plan
 from .pricing.models import MODELS, ModelShape, find_model
 from .pricing.outcome import Outcome, outcome_of_plan
 from .simulation.generator import generate_loads, generate_trace
@@ -63,6 +64,8 @@ __all__ = [
     "Cost",
     "replica_bytes",
     "distinct_rows",
+    "Estimate",
+    "estimate_plan",
     "generate_loads",
     "generate_trace",
     "Scenario",

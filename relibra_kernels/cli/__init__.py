@@ -17,6 +17,7 @@ COMMANDS = {
     "convert": "turn routing that an engine or a trainer recorded into a trace",
     "demo": "the whole loop on this machine: record routing, plan, train expert-parallel under the plan",
     "doctor": "say what is installed, what will be used and why, and which traps are set",
+    "estimate": "say what a planned batch takes before it runs: bytes, memory, modelled time, and whether it pays",
     "inspect": "show what is in a trace, a plan or a load table, in one screen",
     "plan": "plan a batch from load tables or a recorded trace",
     "tune": "find the fastest configs for a GPU: measured on it, or compiled and ranked where it is not here",

@@ -22,7 +22,7 @@ from ..planner.options import EFFORTS, TRANSPORTS
 from ..planner.simulation.simulate import POLICIES
 from ..planner.simulation.workloads import WORKLOADS, workload
 from ..progress import Progress
-from .plan import naming_flags, read_loads
+from .problem import naming_flags, read_loads
 from .simulation_report import write_report
 
 _MODELS = "Qwen3-30B-A3B,GLM-4.5-Air,Qwen3-235B-A22B"
