@@ -65,7 +65,8 @@ class ExpertParallel:
         reduction: "sum" over all ranks, or "mean", as DDP and FSDP2 do with what they reduce.
         options: how memory, exactness and time are traded; the same on every rank.
 
-    Raises: InputError where the model has no such layer, or fewer experts than there are ranks.
+    Raises: InputError where the model has no such layer, experts that are DTensors already, or fewer experts than there
+        are ranks; for a mesh of more than two dimensions, or with "pp", "tp", "cp" or "sp" beside "ep".
     """
 
     def __init__(

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from toy_training import Case, ToyModel, loss_sum, make_batch, shuffled_plan
 
 from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
@@ -175,6 +176,30 @@ def refusal(name: str) -> tuple[str, str, bool]:
 
     def mesh_without_ep():
         ExpertParallel(ToyModel(CASE), cluster, init_device_mesh("cpu", (2, 1), mesh_dim_names=("dp", "tp")))
+
+    def mesh_of_three():
+        mesh = init_device_mesh("cpu", (1, 1, 2), mesh_dim_names=("pp", "copies", "ep"))
+        ExpertParallel(ToyModel(CASE), cluster, mesh)
+
+    def beside(other: str) -> None:
+        ExpertParallel(ToyModel(CASE), cluster, init_device_mesh("cpu", (1, 2), mesh_dim_names=(other, "ep")))
+
+    def mesh_with_pp():
+        beside("pp")
+
+    def mesh_with_tp():
+        beside("tp")
+
+    def mesh_with_cp():
+        beside("cp")
+
+    def mesh_with_sp():
+        beside("sp")
+
+    def experts_sharded_before():
+        model = ToyModel(CASE)
+        fully_shard(model.moe[1])
+        ExpertParallel(model, cluster)
 
     def unknown_reduction():
         ExpertParallel(ToyModel(CASE), cluster, reduction="median")

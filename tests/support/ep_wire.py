@@ -12,11 +12,15 @@ import torch.distributed as dist
 from toy_training import Case, ToyModel, loss_sum, make_batch, model_input, shuffled_plan
 
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch
-from relibra_kernels.planner import BatchPlan, ClusterSpec
+from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
 
 
-def count_wire(case: Case) -> dict[str, Any]:
-    """One batch of bf16 training with fp32 masters: bytes by kind, bytes at the boundary, and what they belong to."""
+def count_wire(case: Case, by_hand: bool = True) -> dict[str, Any]:
+    """One batch of bf16 training with fp32 masters: bytes by kind, bytes at the boundary, and what they belong to.
+
+    Args:
+        by_hand: False: the plan is the planner's, for full balance.
+    """
     rank = dist.get_rank()
     cluster = ClusterSpec(case.ranks // case.gpus_per_node, case.gpus_per_node, case.replica_slots)
     model = ToyModel(case)
@@ -35,8 +39,8 @@ def count_wire(case: Case) -> dict[str, Any]:
     my_trace, my_groups = trace.select(mine), groups[mine]
     loads = ep.gather_loads(my_trace, my_groups, case.micro_batches)
     previous = ep.home.copy()
-    plan = kept_and_fetched(loads, cluster)
     routed = RoutedBatch(my_trace, my_groups, case.micro_batches)
+    plan = kept_and_fetched(loads, cluster) if by_hand else ep.plan(routed, options=PlanOptions(balance=1.0))
     estimate, unplanned = ep.estimate(routed, plan), ep.estimate(routed)
     with counted_at_the_boundary(case.gpus_per_node) as wire, ep.batch(plan, my_trace, my_groups, optimizer):
         for m in range(case.micro_batches):

@@ -22,6 +22,9 @@ class _Made:
     users: int = 0
 
 
+# Dimensions whose ranks hold other layers, or share the tokens of one sequence: their experts are no copies.
+_NOT_COPIES = {"pp": "pipeline", "tp": "tensor", "cp": "context", "sp": "sequence"}
+
 _MADE: dict[tuple[object, ...], _Made] = {}
 
 
@@ -47,6 +50,13 @@ class Groups:
             if mesh.ndim > 2 or (mesh.ndim == 2 and "ep" not in names):
                 raise InputError(
                     f"mesh has {mesh.ndim} dimensions, named {names}; it must have one, or two of which one is 'ep'"
+                )
+            split = next((name for name in names if name in _NOT_COPIES), None) if mesh.ndim == 2 else None
+            if split is not None:
+                raise InputError(
+                    f"mesh has the dimension {split!r} beside 'ep', but {_NOT_COPIES[split]} parallelism is not "
+                    "supported there: the other dimension must be of ranks that hold copies of the experts and train "
+                    "other sequences"
                 )
             inner = names.index("ep") if mesh.ndim == 2 else 0
             group = mesh.get_group(inner)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from ...frameworks import TAKE_OVER
 from ...nn import ReplicatedExperts, ReplicatedMoE
@@ -46,6 +47,13 @@ def layers_to_share(model: nn.Module) -> list[ReplicatedMoE]:
     Raises: InputError where that is not so.
     """
     layers = take_over(model)
+    for layer, moe in enumerate(layers):
+        for name, parameter in expert_parameters(moe.experts):
+            if isinstance(parameter, DTensor) and moe.experts.all_experts is None:
+                raise InputError(
+                    f"{name} of MoE layer {layer} is a DTensor on {parameter.device_mesh}, but must be a plain tensor: "
+                    "leave experts out of tensor parallelism, and make ExpertParallel before fully_shard"
+                )
     counts = {all_experts(moe.experts) for moe in layers}
     if len(counts) > 1 or any(moe.experts.dispatcher is not None for moe in layers):
         raise InputError(f"every MoE layer must have all of its experts, equally many; they have {sorted(counts)}")

@@ -65,7 +65,7 @@ def test_gradients_are_rounded_once(ranks):
 @pytest.mark.parametrize("closing", [False, True])
 def test_runs_leave_nothing_behind(ranks, closing):
     for counts in ranks(2).run(ep_hands.made_again_and_again, closing):
-        assert all(last - second <= 1 for last, second in zip(counts[-1], counts[1], strict=True))
+        assert counts[1:] == [counts[1]] * 4  # threads, open files
 
 
 def test_a_closed_runtime_refuses_to_run(ranks):

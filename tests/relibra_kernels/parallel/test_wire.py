@@ -100,6 +100,22 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
             assert sent[kind, net] == int((rows * mask).sum()) * -(-size // 16) * 16
 
 
+def test_bytes_of_the_planners_own_plan_are_what_estimate_says(ranks):
+    results = ranks(4).run(count_wire, CASE, False)
+    estimate = results[0]["estimate"]
+    sent: Counter[tuple[str, str]] = Counter()
+    for result in results:
+        sent.update({(kind, net): n for kind, nets in result["stats"]["bytes"].items() for net, n in nets.items()})
+    replicas = {
+        net: sum(sent[f"{kind}_{part}", net] for kind in ("kept", "replica") for part in ("weights", "gradients"))
+        for net in ("fast", "slow")
+    }
+    assert replicas["fast"] == estimate.fetched_fast_bytes + estimate.kept_fast_bytes
+    assert replicas["slow"] == estimate.kept_slow_bytes > 0
+    assert sum(sent["migration", net] for net in ("fast", "slow")) == estimate.migration_bytes
+    assert estimate.planned_max_mean < 1.05 < estimate.static_max_mean
+
+
 def test_kept_replicas_without_room_are_fetched_for_every_micro_batch(ranks):
     """Weights twice and gradients once a micro-batch, instead of once each."""
     fetching = replace(CASE, options=RuntimeOptions(kept_bytes=0))
