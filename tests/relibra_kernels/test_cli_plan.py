@@ -225,10 +225,11 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
 
 def test_estimate_says_what_the_plan_of_the_same_arguments_takes(tmp_path, loads, capsys):
     source = tmp_path / "loads.npz"
-    assert run(tmp_path, source, "--balance", "1") == 0
+    how = ("--balance", "1", "--shape", PlanOptions().shape.name)
+    assert run(tmp_path, source, *how) == 0
     plan = BatchPlan.load(tmp_path / "plan.npz", loads=loads)
     capsys.readouterr()
-    assert main(["estimate", str(source), *CLUSTER, "--balance", "1", "--json"]) == 0
+    assert main(["estimate", str(source), *CLUSTER, *how, "--json"]) == 0
     *table, line = capsys.readouterr().out.splitlines()
     options = PlanOptions(balance=1)
     expected = estimate_plan(plan, loads, options.setting(8, 2))
