@@ -49,7 +49,7 @@ docs: .venv/docs/installed
 
 .venv/docs/installed: mkdocs.yml
 	$(PYTHON) -m venv .venv/docs
-	.venv/docs/bin/python -m pip install --quiet mkdocs-material
+	.venv/docs/bin/python -m pip install --quiet mkdocs-material==9.8.2
 	touch $@
 
 wheel: .venv/installed

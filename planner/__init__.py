@@ -19,6 +19,7 @@ from .plan import BatchPlan, static_plan
 from .planning import plan_batch, replan, scaled_loads
 from .pricing.cost import Cost, Setting, distinct_rows, price, replica_bytes
 from .pricing.devices import DEVICES, DeviceSpec, find_device
+from .pricing.estimate import Estimate, estimate_plan
 from .pricing.models import MODELS, ModelShape, find_model, model_of_routing
 from .pricing.outcome import Outcome, outcome_of_plan
 from .simulation.generator import generate_loads, generate_trace
@@ -54,6 +55,7 @@ __all__ = [
     "ModelShape",
     "DEVICES",
     "MODELS",
+    "estimate_plan",
     "find_device",
     "find_model",
     "model_of_routing",
@@ -62,6 +64,7 @@ __all__ = [
     "price",
     "Setting",
     "Cost",
+    "Estimate",
     "replica_bytes",
     "distinct_rows",
     "generate_loads",

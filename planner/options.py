@@ -1,9 +1,10 @@
 """What a plan is to achieve, under which caps, and what it is priced for: one object, the same everywhere."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .errors import InputError
+from .pricing.cost import Setting
 from .pricing.devices import DEFAULT_DEVICE, DEVICES, DeviceSpec
 from .pricing.models import DEFAULT_MODEL, MODELS, SEQUENCE_LENGTH, ModelShape
 
@@ -61,3 +62,8 @@ class PlanOptions:
         """Kept replicas for which a rank has memory, over all layers."""
         cap = self.device.memory * KEPT_SHARE if self.kept_bytes is None else self.kept_bytes
         return int(cap // self.shape.copy_bytes)
+
+    def setting(self, experts: int, gpus_per_node: int, *, keep_replicas: bool = False) -> Setting:
+        """What a batch of so many experts a layer is priced for."""
+        shape = replace(self.shape, experts=experts)
+        return Setting(shape, self.device, gpus_per_node, self.sequence_length, self.transport, keep_replicas)

@@ -1,7 +1,5 @@
 """plan_batch: from a load table to a complete plan."""
 
-from dataclasses import replace
-
 import numpy as np
 
 from .cluster import ClusterSpec
@@ -10,7 +8,6 @@ from .loads import check_loads, total_loads
 from .options import PlanOptions
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
-from .pricing.cost import Setting
 from .pricing.outcome import wanted_by_nodes
 from .solver.again import split_over
 from .solver.search import Problem, plan_layers
@@ -59,13 +56,7 @@ def plan_batch(
     skewed = np.flatnonzero(~_even_enough(table, as_is, cluster.num_ranks, options.balance or 1.0))
     if len(skewed):
         wanted = wanted_by_nodes(loads, cluster.num_nodes)
-        setting = Setting(
-            replace(options.shape, experts=experts),
-            options.device,
-            cluster.gpus_per_node,
-            options.sequence_length,
-            options.transport,
-        )
+        setting = options.setting(experts, cluster.gpus_per_node)
         problem = Problem(table[skewed], wanted[skewed], home[skewed], options.kept_copies, cluster, options, setting)
         better = plan_layers(problem)
         for name in ("home", "replicas", "quota", "kept"):

@@ -20,6 +20,7 @@ token chooses ranks independently, in proportion to what they compute for its no
 """
 
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 
@@ -27,6 +28,7 @@ from .devices import DeviceSpec
 from .models import ModelShape
 from .outcome import Outcome
 
+EXCHANGES = 4  # of tokens in a layer and micro-batch: dispatch and combine, forward and backward
 _TILE = 128  # rows of a GEMM tile: each slot computes whole tiles
 
 
@@ -88,7 +90,7 @@ def seconds_by_pair(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | 
         "fixed": np.where(dense > 0, setting.device.layer_seconds, 0.0),
         "dense": dense,
         "experts": _slot_seconds(outcome.slot_load, setting).sum(3).max(2),
-        "exchange": _exchange(outcome, setting, rows_LMRR),
+        "exchange": exchange(outcome, setting, rows_LMRR).seconds,
         "fetched": _fetched(outcome, setting, dense),
     }
 
@@ -147,13 +149,24 @@ def _fetched(outcome: Outcome, setting: Setting, dense: np.ndarray) -> np.ndarra
     )
 
 
-def _exchange(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None) -> np.ndarray:
-    if setting.transport == "auto":
-        return np.minimum(*(_hops(outcome, setting, way, rows_LMRR) for way in ("one", "two")))
-    return _hops(outcome, setting, setting.transport, rows_LMRR)
+class Exchange(NamedTuple):
+    """[L, M] of the four exchanges of tokens: seconds, and rows of the busiest rank inside its node and between."""
+
+    seconds: np.ndarray
+    near_rows: np.ndarray
+    far_rows: np.ndarray
 
 
-def _hops(outcome: Outcome, setting: Setting, way: str, rows_LMRR: np.ndarray | None) -> np.ndarray:
+def exchange(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None) -> Exchange:
+    """What the exchanges of tokens take; rows are those of one of the four."""
+    if setting.transport != "auto":
+        return _hops(outcome, setting, setting.transport, rows_LMRR)
+    one, two = (_hops(outcome, setting, way, rows_LMRR) for way in ("one", "two"))
+    pairs = zip(one, two, strict=True)
+    return Exchange(*(np.where(one.seconds <= two.seconds, of_one, of_two) for of_one, of_two in pairs))
+
+
+def _hops(outcome: Outcome, setting: Setting, way: str, rows_LMRR: np.ndarray | None) -> Exchange:
     ranks, device = outcome.slot_load.shape[2], setting.device
     if rows_LMRR is not None:
         near, far = _known_rows(rows_LMRR, setting.gpus_per_node)
@@ -164,7 +177,8 @@ def _hops(outcome: Outcome, setting: Setting, way: str, rows_LMRR: np.ndarray | 
     if way == "two" and ranks > setting.gpus_per_node:
         launch += device.launch_fast
     busy = np.maximum(near * row_bytes / device.fast, far * row_bytes / device.slow)
-    return np.where((near > 0) | (far > 0), 4 * (busy + launch), 0.0) if ranks > 1 else np.zeros(near.shape)
+    moves = ((near > 0) | (far > 0)) & (ranks > 1)
+    return Exchange(np.where(moves, EXCHANGES * (busy + launch), 0.0), near, far)
 
 
 def _known_rows(rows_LMRR: np.ndarray, gpus_per_node: int) -> tuple[np.ndarray, np.ndarray]:
@@ -223,12 +237,31 @@ def replica_bytes(outcome: Outcome, model: ModelShape, *, keep_replicas: bool = 
     A fetched replica's weights travel twice (forward, backward), or once where it stays in between, and its gradient
     once; a kept one's once each in a batch. Migration counts as between nodes.
     """
-    trip = (1 if keep_replicas else 2) * model.expert_bytes + model.gradient_bytes
     pairs = outcome.pushed_in.shape[0] * outcome.pushed_in.shape[1]
-    fast = outcome.pushed_in.sum() * trip + outcome.kept_near_in.sum() * model.copy_bytes
-    slow = outcome.far_in.sum() * trip + outcome.kept_in.sum() * model.copy_bytes
-    slow += outcome.moved_in.sum() * model.migration_bytes
-    return float(fast / pairs), float(slow / pairs)
+    sent = bytes_of_ranks(outcome, model, keep_replicas=keep_replicas)
+    fast = sent["fetched_fast"] + sent["kept_fast"]
+    slow = sent["fetched_slow"] + sent["kept_slow"] + sent["migration"]
+    return float(fast.sum() / pairs), float(slow.sum() / pairs)
+
+
+def bytes_of_ranks(
+    outcome: Outcome, model: ModelShape, direction: str = "in", *, keep_replicas: bool = False
+) -> dict[str, np.ndarray]:
+    """int64 [R] by kind and network: what the replicas and moves that come to a rank cost over the batch.
+
+    Args:
+        direction: "in", or "out" for those that leave it. Gradients, which travel the other way, count with weights.
+    """
+    trip = (1 if keep_replicas else 2) * model.expert_bytes + model.gradient_bytes
+    each = {
+        "fetched_fast": ("pushed", trip),
+        "fetched_slow": ("far", trip),
+        "kept_fast": ("kept_near", model.copy_bytes),
+        "kept_slow": ("kept", model.copy_bytes),
+        "migration": ("moved", model.migration_bytes),
+    }
+    counts = {kind: getattr(outcome, f"{name}_{direction}") for kind, (name, _) in each.items()}
+    return {kind: n.reshape(-1, n.shape[-1]).sum(0) * each[kind][1] for kind, n in counts.items()}
 
 
 def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:

@@ -18,6 +18,7 @@ COMMANDS = {
     "convert": "turn routing that an engine or a trainer recorded into a trace",
     "demo": "the whole loop on this machine: record routing, plan, train expert-parallel under the plan",
     "doctor": "say what is installed, what will be used and why, and which traps are set",
+    "estimate": "say what a planned batch takes before it runs: bytes, memory, modelled time, and whether it pays",
     "inspect": "show what is in a trace, a plan or a load table, in one screen, or compare two plans",
     "plan": "plan a batch from load tables or a recorded trace, and say what the plan gains",
     "simulate": "price policies against each other on generated or recorded routing, and write a report",

@@ -8,7 +8,7 @@ import numpy as np
 from ..planner import BatchPlan, ClusterSpec, PlanOptions, Setting, outcome_of_plan, price, static_plan
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home
-from ..planner.simulation.baselines.balanced import forced_balanced
+from ..planner.pricing.balanced import forced_balanced
 
 
 def report_of(plan: BatchPlan, loads: np.ndarray, options: PlanOptions, previous: np.ndarray | None) -> dict[str, Any]:

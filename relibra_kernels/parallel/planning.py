@@ -7,7 +7,17 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ..planner import DEVICES, BatchPlan, ClusterSpec, ModelShape, PlanOptions, RoutingTrace, plan_batch
+from ..planner import (
+    DEVICES,
+    BatchPlan,
+    ClusterSpec,
+    Estimate,
+    ModelShape,
+    PlanOptions,
+    RoutingTrace,
+    estimate_plan,
+    plan_batch,
+)
 from ..planner.errors import ReLibraError
 from ..planner.pricing.devices import machine_of
 from .comm.groups import Groups
@@ -80,6 +90,27 @@ class Planning:
         everyone = self._groups.gather_over_copies(loads, self._device())  # [groups, L, M, R, E]
         here = self._groups.copy, self._cluster, home.copy(), self._model_name, self._priced(options)
         return executor.submit(plan_group, everyone, *here)
+
+    def estimate(
+        self,
+        batch: RoutedBatch | None,
+        problem: ReLibraError | None,
+        home: np.ndarray,
+        plan: BatchPlan | None,
+        options: PlanOptions | None,
+        keep_replicas: bool,
+    ) -> Estimate:
+        """What a batch takes under `plan`, or under one made here, from the placement `home` [L, E]. Collective."""
+        if plan is None:
+            plan = self.plan(batch, problem, home, options)
+            assert self._counted is not None
+            loads = self._counted[1]
+        else:
+            counted = self.gather_loads(batch, problem)
+            assert batch is not None  # else a problem was raised
+            loads = self.loads_of(plan, batch, counted)
+        setting = self._priced(options).setting(plan.num_experts, plan.gpus_per_node, keep_replicas=keep_replicas)
+        return estimate_plan(plan, loads, setting, home)
 
     def _priced(self, options: PlanOptions | None) -> PlanOptions:
         """The options, priced for this model; and for this machine, where its GPU is listed."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace
+from ..planner import BatchPlan, ClusterSpec, Estimate, PlanOptions, RoutingTrace
 from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
@@ -193,6 +193,22 @@ class ExpertParallel:
         *short, executor = rest
         routed = self._routed(batch, *(short or (None, None)))
         return self._planning.plan_later(*routed, self.home, options, executor)
+
+    def estimate(
+        self, batch: RoutedBatch, plan: BatchPlan | None = None, *, options: PlanOptions | None = None
+    ) -> Estimate:
+        """What a batch would take: bytes, memory by kind, modelled time, and whether planning it pays. Collective.
+
+        Nothing moves. Weights are taken to be bf16, and what the plan keeps to fit into `RuntimeOptions.kept_bytes`.
+
+        Args:
+            batch: the routed batch, of the group or of this rank.
+            plan: what `plan` made of it; None: one is made here. Given on every rank or on none.
+            options: as for `plan`.
+        Raises: PlanError where the plan was made for other loads.
+        """
+        routed = self._routed(batch, None, None)
+        return self._planning.estimate(*routed, self.home, plan, options, self.options.keep_replicas)
 
     def _routed(
         self, batch: Any, micro_batch_of_sequence: Any, num_micro_batches: int | None

@@ -4,12 +4,13 @@ import json
 import subprocess
 import sys
 import zipfile
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 
 from relibra_kernels.cli import main
-from relibra_kernels.planner import BatchPlan, ClusterSpec, InputError
+from relibra_kernels.planner import BatchPlan, ClusterSpec, InputError, PlanOptions, estimate_plan
 
 CLUSTER = ["--nodes", "2", "--gpus-per-node", "2", "--replica-slots", "2"]
 
@@ -220,3 +221,24 @@ def test_wrong_arguments_are_one_line(tmp_path, capsys):
         run(tmp_path, tmp_path / "loads.npz", "--effort", "slow")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("relibra plan: error: argument --effort: invalid choice")
+
+
+def test_estimate_says_what_the_plan_of_the_same_arguments_takes(tmp_path, loads, capsys):
+    source = tmp_path / "loads.npz"
+    assert run(tmp_path, source, "--balance", "1") == 0
+    plan = BatchPlan.load(tmp_path / "plan.npz", loads=loads)
+    capsys.readouterr()
+    assert main(["estimate", str(source), *CLUSTER, "--balance", "1", "--json"]) == 0
+    *table, line = capsys.readouterr().out.splitlines()
+    options = PlanOptions(balance=1)
+    expected = estimate_plan(plan, loads, options.setting(8, 2))
+    assert expected.fetched_fast_bytes + expected.kept_fast_bytes + expected.kept_slow_bytes > 0
+    report = json.loads(line)
+    assert report.items() >= asdict(expected).items() and report["memory_bytes"] == expected.memory_bytes
+    assert any(row.split()[:1] == ["planned"] for row in table)
+    assert table[-1] == f"does not pay: {expected.does_not_pay}"  # tiny loads
+
+
+def test_estimate_refuses_what_plan_refuses(tmp_path, loads, capsys):
+    assert main(["estimate", str(tmp_path / "loads.npz"), *CLUSTER, "--balance", "0.5"]) == 2
+    assert "--balance is 0.5" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from relibra_kernels.planner import ClusterSpec, PlanOptions
 
 
 def train_composed(case: Case, groups: int, dense: str, max_norm: float) -> dict[str, object]:
-    """Losses, gradient norms and final parameters.
+    """Losses, gradient norms and final parameters; experts moved; replicas of the plans that were not made by hand.
 
     Args:
         groups: expert-parallel groups. dense: "ours" | "fsdp" | "ddp", who reduces the other gradients.
@@ -42,14 +42,16 @@ def train_composed(case: Case, groups: int, dense: str, max_norm: float) -> dict
             warnings.simplefilter("ignore")
             called = DistributedDataParallel(model)
     optimizer = make_optimizer(case, model)
-    losses, norms, moved = [], [], 0
+    losses, norms, moved, replicas = [], [], 0, 0
     for step in range(case.steps):
         trace, micro_batches, tokens = make_batch(case, step)
         mine = np.arange(rank, trace.num_sequences, world)
         my_trace, my_groups = trace.select(mine), micro_batches[mine]
         plan = ep.plan(my_trace, my_groups, case.micro_batches, options=PlanOptions(balance=1.0))
-        if step % 2 == 0:  # homes that move whether or not that pays, the same ones in every group
+        if step == 0:  # homes that move whether or not that pays, the same ones in every group
             plan = shuffled_plan(ep.gather_loads(my_trace, my_groups, case.micro_batches), cluster, step)
+        else:
+            replicas += int((plan.replicas >= 0).sum())
         moved += int((plan.home != ep.home).sum())
         optimizer.zero_grad()
         total = torch.zeros((), dtype=torch.float64)
@@ -71,4 +73,11 @@ def train_composed(case: Case, groups: int, dense: str, max_norm: float) -> dict
         dist.all_reduce(total)
         losses.append(float(total))
     parameters = {name: value.double().numpy().copy() for name, value in ep.named_logical_parameters()}
-    return {"losses": losses, "norms": norms, "parameters": parameters, "moved": moved, "home": ep.home}
+    return {
+        "losses": losses,
+        "norms": norms,
+        "parameters": parameters,
+        "moved": moved,
+        "replicas": replicas,
+        "home": ep.home,
+    }

@@ -12,16 +12,29 @@ from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_
 
 from relibra_kernels.nn import replay_routing
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
+from relibra_kernels.parallel.tokens import layer
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
 
 
-def stats_of_batch(case: Case) -> tuple[dict, str, list[str]]:
-    """The statistics of one batch, as a dict and as a line, and the profiler's ranges."""
+def stats_of_batch(case: Case) -> tuple[dict, str, list[str], list[int]]:
+    """The statistics of one batch, as a dict and as a line, the profiler's ranges, and the assignments that the experts
+    of this rank were given in every (micro-batch, layer)."""
     ep, optimizer = start(case)
-    with profile() as profiler:
-        train_steps(case, ep, optimizer, range(1))
+    computed: list[int] = []
+    original = layer.moe_mlp_forward
+
+    def counting(x, weights, schedule, *rest, **options):
+        computed.append(int(schedule.slot_offsets[-1]))
+        return original(x, weights, schedule, *rest, **options)
+
+    layer.moe_mlp_forward = counting
+    try:
+        with profile() as profiler:
+            train_steps(case, ep, optimizer, range(1))
+    finally:
+        layer.moe_mlp_forward = original
     stats = ep.stats()
-    return stats, ep.stats_line(), [event.key for event in profiler.key_averages()]
+    return stats, ep.stats_line(), [event.key for event in profiler.key_averages()], computed
 
 
 def planned_elsewhere(case: Case, executor: str) -> tuple[BatchPlan, BatchPlan]:

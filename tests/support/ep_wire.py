@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from toy_training import Case, ToyModel, loss_sum, make_batch, model_input, shuffled_plan
 
-from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.parallel import ExpertParallel, RoutedBatch
 from relibra_kernels.planner import BatchPlan, ClusterSpec
 
 
@@ -36,12 +36,22 @@ def count_wire(case: Case) -> dict[str, Any]:
     loads = ep.gather_loads(my_trace, my_groups, case.micro_batches)
     previous = ep.home.copy()
     plan = kept_and_fetched(loads, cluster)
+    routed = RoutedBatch(my_trace, my_groups, case.micro_batches)
+    estimate, unplanned = ep.estimate(routed, plan), ep.estimate(routed)
     with counted_at_the_boundary(case.gpus_per_node) as wire, ep.batch(plan, my_trace, my_groups, optimizer):
         for m in range(case.micro_batches):
             ids, rows, counted = model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m))
             with ep.micro_batch(m, rows):
                 loss_sum(model(ids), ids, counted).backward()
-    return {"stats": ep.stats(), "wire": dict(wire), "plan": plan, "previous": previous, "loads": loads}
+    return {
+        "stats": ep.stats(),
+        "wire": dict(wire),
+        "plan": plan,
+        "previous": previous,
+        "loads": loads,
+        "estimate": estimate,
+        "unplanned": unplanned,
+    }
 
 
 def kept_and_fetched(loads_LMRE: np.ndarray, cluster: ClusterSpec) -> BatchPlan:

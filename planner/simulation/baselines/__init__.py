@@ -8,8 +8,8 @@ from functools import partial
 import numpy as np
 
 from ...cluster import ClusterSpec
+from ...pricing.balanced import forced_balanced
 from ...pricing.outcome import Outcome
-from .balanced import forced_balanced
 from .eplb import eplb_global, eplb_hierarchical
 from .flashlb import flashlb
 from .lplb import lplb

@@ -26,7 +26,7 @@ def test_is_training_alone(ranks, alone, groups, dense):
     assert max(norms) > MAX_NORM  # or clipping would not be tested
     results = ranks(4).run(train_composed, CASE, groups, dense, MAX_NORM)
     if groups < 4:
-        assert results[0]["moved"] > 0
+        assert results[0]["moved"] > 0 and results[0]["replicas"] > 0
     for result in results:
         np.testing.assert_array_equal(result["home"], results[0]["home"])
         np.testing.assert_allclose(result["losses"], losses, rtol=1e-12)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from ep_stats import differing_routes, planned_elsewhere, stats_of_batch
 from ranks import Ranks
-from toy_training import Case
+from toy_training import Case, make_batch
 from training_checks import worst_error
 
 from relibra_kernels.planner import BatchPlan
@@ -17,13 +17,17 @@ from relibra_kernels.planner import BatchPlan
 def test_stats_of_a_batch(ranks, unrecorded):
     case = Case(plan="planned", unrecorded=unrecorded, sequence_lengths=(12,) * 8)
     results = ranks(2).run(stats_of_batch, case)
-    for rank, (stats, line, ranges) in enumerate(results):
+    recorded = int((make_batch(case, 0)[0].expert_ids >= 0).sum())
+    computed = np.array([counts for *_, counts in results])  # [ranks, micro-batches * layers]
+    assert computed.shape == (2, 2 * 2) and computed.min() > 0
+    for rank, (stats, line, ranges, _) in enumerate(results):
         assert json.loads(line) == stats and "\n" not in line
         assert stats["rank"] == rank and stats["layers_run"] == 2 * 2
         assert stats["planned_max_mean"] >= 1 and stats["differing_tokens"] == 0
-        if unrecorded:  # the plan does not know what unrecorded tokens choose; their work is in what was computed
-            assert stats["unknown_tokens"] > 0 and stats["actual_max_mean"] >= 1
-        else:
+        assert stats["actual_max_mean"] == pytest.approx((computed.max(0) / computed.mean(0)).mean(), rel=1e-12)
+        assert computed.sum() - stats["unknown_tokens"] * case.layers * case.top_k == recorded
+        assert (stats["unknown_tokens"] > 0) == (unrecorded > 0)
+        if not unrecorded:  # the plan does not know what unrecorded tokens choose
             assert stats["actual_max_mean"] == pytest.approx(stats["planned_max_mean"])
         assert {"dispatch", "compute", "combine", "replica", "migration", "tables", "live"} == stats["seconds"].keys()
         assert all(stats["seconds"][part] > 0 for part in ("dispatch", "compute", "combine", "tables"))

@@ -77,6 +77,15 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
     assert sent["kept_weights", "slow"] == kept * model.expert_bytes
     assert sent["kept_gradients", "slow"] == kept * model.gradient_bytes
 
+    estimate = results[0]["estimate"]  # made before the batch ran
+    assert all(result["estimate"] == estimate for result in results)
+    assert sum(sent[kind, net] for kind in kinds[:2] for net in ("fast", "slow")) == estimate.fetched_fast_bytes
+    assert sum(sent[kind, "fast"] for kind in kinds[2:4]) == estimate.kept_fast_bytes
+    assert sum(sent[kind, "slow"] for kind in kinds[2:4]) == estimate.kept_slow_bytes
+    assert sum(sent["migration", net] for net in ("fast", "slow")) == estimate.migration_bytes
+    assert results[0]["unplanned"].static_seconds == estimate.static_seconds
+    assert results[0]["unplanned"].planned_seconds <= estimate.planned_seconds  # that of `ep.plan`
+
     rows = rows_between_ranks(case, plan, loads)
     node = np.arange(size) // case.gpus_per_node
     near = (node[:, None] == node) & ~np.eye(size, dtype=bool)

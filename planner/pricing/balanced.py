@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from ...cluster import ClusterSpec
-from ...pricing.outcome import Outcome
+from ..cluster import ClusterSpec
+from .outcome import Outcome
 
 
 def forced_balanced(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
