@@ -78,6 +78,9 @@ def _build(
 
     config = config or chosen_block("schedule", ids_TK, 0, total, num_slots=num_keys)
     block, warps = config.columns, config.num_warps
+    if total <= MOST_COUNTED:
+        # what spills no registers: blocks of 4096 keys do, and so do tables of splits in four warps
+        block, warps = block if block <= 2048 else 1024, 2 * warps
     num_blocks = max(1, triton.cdiv(total, block))
     rows = num_blocks if total <= MOST_COUNTED else 1  # of the small tables: one a block, or one
     bins = triton.next_power_of_2(num_keys + 1)
@@ -104,7 +107,6 @@ def _build(
     }
     if total <= MOST_COUNTED:
         how = {**sizes, **shape, **padded, **placing, "COUNTED": _COUNTED}
-        how["num_warps"] = 2 * warps  # fewer spill
         launch(_schedule_kernel, (num_blocks,), ids_TK, shift, *offsets, *parts_of_key, *result, **how)
     else:
         launch(_count_kernel, (num_blocks,), ids_TK, shift, total, **sizes, BLOCK=block, num_warps=warps)
