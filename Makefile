@@ -108,8 +108,8 @@ SEED ?= $(shell git rev-parse HEAD)
 check-configs: .venv/installed
 	$(BIN)/relibra tune --check $(if $(SAMPLE),--sample $(SAMPLE) --seed "$(SEED)")
 
-# The versions of Python, torch, Triton, numpy and transformers that are supported; one of VERSIONS takes ten minutes.
-VERSIONS ?= image pins newest
+# The versions of Python, torch, Triton, numpy and transformers that are supported. VERSIONS names environments, checks or both.
+VERSIONS ?=
 
 test-versions: .venv/installed
 	bash tests/versions.sh $(VERSIONS)

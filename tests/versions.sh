@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Makes environments of the versions that we support, on a machine without a GPU, and runs in each what each must pass:
-# imports, the kernels in Triton's interpreter, the compile gate, the Hugging Face tests. Prints a table; 1 where one fails.
+# Makes environments of the versions that we support, on a machine without a GPU, runs in each what each must pass, and
+# writes what came out into the rows of docs/versions.md as it goes; 1 where a check fails. Needs no GPU.
 #
-#   tests/versions.sh [image] [pins] [newest]
+#   tests/versions.sh [ENVIRONMENT...] [CHECK...]        all of them where none is named
 #
-# image: of GPU machines, Python 3.12 with torch 2.11.0, Triton 3.6.0, numpy 2.5, transformers 5.17; its interpreter tests
-# run with numpy 2.3.5, since Triton 3.6's interpreter needs one before 2.4. pins: constraints.txt. newest: what the package
-# index has, and Triton 3.9.0. An environment takes 6 GB in .venv/versions and is kept.
+# Environments: image: of GPU machines, Python 3.12 with torch 2.11.0, Triton 3.6.0, numpy 2.5, transformers 5.17; what
+# needs Triton's interpreter runs with numpy 2.3.5, since Triton 3.6's needs one before 2.4. pins: constraints.txt. newest:
+# what the package index has, and Triton 3.9.0. One takes 6 GB in .venv/versions and is kept.
+# Checks: versions; imports: of every module; planner: its tests; rehearsal: bench/gpu.py without a GPU; huggingface: its
+# tests; interpreter: the kernels' tests; sm_80, sm_90, sm_100, gfx942, gfx950: one config a kernel compiled for that GPU.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 folder=$PWD/.venv/versions
+page=docs/versions.md
 mkdir -p "$folder"
-table=()
+environments=()
+checks=()
 failed=0
 
 python312() {
@@ -38,15 +42,15 @@ make_environment() {
             nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx "$3" && touch "$env/made"
 }
 
-# check NAME WHAT COMMAND...: run it, and keep its last line for the table
+# check NAME CHECK PYTHON: run it, and write its last line of output, without times, into its row of the page
 check() {
-    local name=$1 what=$2 log status=passed last
-    log=$folder/$1-${2// /-}.log
-    shift 2
-    "$@" > "$log" 2>&1 || { status=FAILED failed=1; tail -40 "$log" >&2; }
-    last=$(grep -v '^ *$' "$log" | tail -1 | cut -c1-90)
-    table+=("$(printf '| %-16s | %-17s | %-6s | %s |' "$name" "$what" "$status" "$last")")
-    echo "${table[-1]}"
+    local log=$folder/$1-$2.log status=passed counts row
+    "$2" "$3" > "$log" 2> "$log.errors" || { status=FAILED failed=1; tail -40 "$log" "$log.errors" >&2; }
+    counts=$(grep -v '^ *$' "$log" | grep -v '^|' | tail -1 | sed -E 's/ in [0-9.]+s.*//; s/^=+ //; s/, [0-9]+ warnings?//; s/\|/ /g' | cut -c1-150)
+    row="| $1 | $2 | $status | ${counts:--} | $(date +%F) |"
+    echo "$row"
+    awk -v key="| $1 | $2 |" -v row="$row" 'index($0, key) == 1 { print row; found = 1; next } { print } END { exit !found }' \
+        "$page" > "$folder/page" && cp "$folder/page" "$page" || { echo "$page has no row for $1 $2" >&2 && failed=1; }
 }
 
 versions() {
@@ -55,52 +59,68 @@ print(f"Python {sys.version.split()[0]}, torch {torch.__version__}, Triton {trit
       f"numpy {numpy.__version__}, transformers {t.__version__}")'
 }
 
-import_all() {
+imports() {
     "$1" -c 'import importlib, pkgutil, relibra_kernels as package
 count = 0
 for module in pkgutil.walk_packages(package.__path__, "relibra_kernels."):
     if not module.name.endswith("__main__"):
         importlib.import_module(module.name)
         count += 1
-print(count, "modules imported")'
+print(count, "modules")'
 }
 
-gate() {
-    local target
-    for target in sm_80 sm_90 sm_100 gfx942 gfx950; do
-        "$1" -m relibra_kernels compile --target "$target" --first || return
-    done
+tests() { "$1" -m pytest -q -p no:cacheprovider "${@:2}"; }
+
+planner() { tests "$1" tests/planner; }
+
+huggingface() { tests "$1" tests/relibra_kernels/integrations/test_hf_*.py; }
+
+interpreter() { PYTHONPATH=$PYTHONPATH$front tests "$1" tests/relibra_kernels/test_interpreted.py; }
+
+rehearsal() {
+    local out
+    out=$(mktemp -d)
+    OUT=$out PYTHONPATH=$PYTHONPATH$front "$1" bench/gpu.py --rehearse
+    local status=$?
+    rm -r "$out"
+    return "$status"
 }
 
-interpreted() { "$1" -m pytest -q -p no:cacheprovider tests/relibra_kernels/test_interpreted.py; }
+for target in sm_80 sm_90 sm_100 gfx942 gfx950; do
+    eval "$target() { \"\$1\" -m relibra_kernels compile --target $target --first; }"
+done
 
-hugging_face() { "$1" -m pytest -q -p no:cacheprovider tests/relibra_kernels/integrations/test_hf_*.py; }
+for word in "$@"; do
+    case $word in
+    image | pins | newest) environments+=("$word") ;;
+    versions | imports | planner | rehearsal | huggingface | interpreter | sm_80 | sm_90 | sm_100 | gfx942 | gfx950) checks+=("$word") ;;
+    *)
+        echo "$word is neither an environment (image, pins, newest) nor a check (versions, imports, planner, rehearsal," \
+            "huggingface, interpreter, sm_80, sm_90, sm_100, gfx942, gfx950)" >&2
+        exit 2
+        ;;
+    esac
+done
+[ ${#environments[@]} -gt 0 ] || environments=(image pins newest)
+[ ${#checks[@]} -gt 0 ] ||
+    checks=(versions imports planner rehearsal huggingface interpreter sm_80 sm_90 sm_100 gfx942 gfx950)
 
-# all NAME PYTHON [FRONT]: FRONT is a folder of packages that replace others for the interpreter tests
-all() {
-    local python=$2 front=${3:-}
-    export PYTHONPATH=$PWD
-    check "$1" versions versions "$python"
-    check "$1" imports import_all "$python"
-    check "$1" "compile gate" gate "$python"
-    PYTHONPATH=$PWD${front:+:$front} check "$1" "interpreter tests" interpreted "$python"
-    check "$1" "Hugging Face" hugging_face "$python"
-}
-
-for name in "${@:-image pins newest}"; do
-    for one in $name; do
-        case $one in
-        image)
-            make_environment image torch==2.11.0 triton==3.6.0 numpy==2.5.2 transformers==5.17.0 || exit
-            [ -d "$folder/numpy-2.3.5" ] || "$folder/image/bin/python" -m pip install --quiet --no-deps \
-                --target "$folder/numpy-2.3.5" numpy==2.3.5 || exit
-            all image "$folder/image/bin/python" "$folder/numpy-2.3.5"
-            ;;
-        pins) make .venv/installed > /dev/null && all pins "$PWD/.venv/bin/python" || exit ;;
-        newest) make_environment newest torch triton==3.9.0 numpy transformers && all newest "$folder/newest/bin/python" || exit ;;
-        *) echo "no environment is called $one; there are image, pins and newest" >&2 && exit 2 ;;
-        esac
+export PYTHONPATH=$PWD
+for environment in "${environments[@]}"; do
+    python=$folder/$environment/bin/python
+    front= # a folder of packages that replace others where Triton's interpreter runs
+    case $environment in
+    image)
+        make_environment image torch==2.11.0 triton==3.6.0 numpy==2.5.2 transformers==5.17.0 || exit
+        [ -d "$folder/numpy-2.3.5" ] ||
+            "$python" -m pip install --quiet --no-deps --target "$folder/numpy-2.3.5" numpy==2.3.5 || exit
+        front=:$folder/numpy-2.3.5
+        ;;
+    pins) make .venv/installed > /dev/null && python=$PWD/.venv/bin/python || exit ;;
+    newest) make_environment newest torch triton==3.9.0 numpy transformers || exit ;;
+    esac
+    for one in "${checks[@]}"; do
+        check "$environment" "$one" "$python"
     done
 done
-printf '%s\n' "${table[@]}" | tee "$folder/table.md"
 exit "$failed"
