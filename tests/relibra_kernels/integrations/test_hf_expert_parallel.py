@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
+pytest.importorskip("transformers.distributed.expert_parallel", reason="needs transformers 5.23")
 from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_process, refusals, run_on_rank, shifted
 from ranks import Ranks
 from tolerance import assert_close
