@@ -253,7 +253,9 @@ def main() -> None:
     args = parser.parse_args()
     sizes = args.ranks, args.tokens, args.hidden, args.intermediate, args.experts, args.top_k
     shape = Shape(*sizes, args.layers, args.micro_batches)
-    options = RuntimeOptions(overlap=args.overlap, redispatch=args.redispatch, keep_replicas=args.keep_replicas)
+    options = RuntimeOptions(
+        overlap=args.overlap, redispatch=args.redispatch, keep_replicas=args.keep_replicas, on_shift="ignore"
+    )  # routing is generated: no router would choose it
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(

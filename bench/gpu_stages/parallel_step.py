@@ -17,6 +17,7 @@ import torch.distributed as dist
 from relibra_kernels import ClusterSpec, ExpertParallel, RoutingTrace
 from relibra_kernels.cli.bench.layers import routing
 from relibra_kernels.integrations.transformers import replace_moe_blocks
+from relibra_kernels.parallel import RuntimeOptions
 
 from .setting import Setting
 from .step import make_model
@@ -56,7 +57,9 @@ class ParallelStep:
         model = make_model(setting)
         config = model.config
         replace_moe_blocks(model)
-        ep = ExpertParallel(model, ClusterSpec(1, 1, replica_slots=2), model_name="gpu", reduction="mean")
+        generated = RuntimeOptions(on_shift="ignore")  # no router would choose this routing
+        cluster = ClusterSpec(1, 1, replica_slots=2)
+        ep = ExpertParallel(model, cluster, model_name="gpu", reduction="mean", options=generated)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
         layers, experts, top_k = config.num_hidden_layers, config.num_experts, config.num_experts_per_tok
         ids = [routing(sequences * length, experts, top_k, 1.1, seed=layer).numpy() for layer in range(layers)]
