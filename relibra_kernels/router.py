@@ -10,6 +10,12 @@ from torch import nn
 from .planner.errors import InputError, ShapeError
 
 
+def comparison_of(replay: object) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """What is to be told (live ids, recorded ids) of this forward; None where the replay does not ask for it."""
+    compare = getattr(replay, "compare", None)
+    return None if compare is None else compare()
+
+
 class TopKRouter(nn.Module):
     """Scores every expert and picks `top_k`, live or as recorded.
 
@@ -134,9 +140,7 @@ class TopKRouter(nn.Module):
             return self._select(scores_TE)
         if recorded.shape[0] != scores_TE.shape[0]:
             raise ShapeError(f"recorded has {recorded.shape[0]} rows and the input {scores_TE.shape[0]} tokens")
-        compare = None
-        if self.replay is not None and hasattr(self.replay, "compare") and not torch.compiler.is_compiling():
-            compare = self.replay.compare()
+        compare = None if torch.compiler.is_compiling() else comparison_of(self.replay)
         if all_recorded and compare is None:
             return recorded
         live = self._select(scores_TE)

@@ -27,6 +27,7 @@ from ..nn import ReplicatedExperts
 from ..parallel import ExpertParallel, RuntimeOptions
 from ..planner import ClusterSpec
 from ..planner.errors import InputError
+from ..router import comparison_of
 from .taken import TakenLayer
 
 
@@ -115,9 +116,7 @@ class RecordedChoice:
             return found
         if recorded is not None and recorded.shape != (len(scores), topk):
             raise InputError(f"a router got {len(scores)} tokens and chooses {topk}; its replay is {recorded.shape}")
-        compare = None
-        if recorded is not None and self.replay is not None and hasattr(self.replay, "compare"):
-            compare = self.replay.compare()
+        compare = None if recorded is None else comparison_of(self.replay)
         if recorded is None or not self._complete or compare is not None:
             live: Tensor = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
             if compare is not None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...nn import ReplicatedExperts
 from ...planner.errors import InputError, ShapeError
+from ...router import comparison_of
 from ..taken import TakenLayer
 from .answers import answer_of
 from .experts import FamilyExperts
@@ -42,7 +43,7 @@ def _forward(router: FamilyRouter, hidden_states: Tensor, *args: Any, **kwargs: 
     if len(recorded_TK) != tokens:
         raise ShapeError(f"the router of {router.name} got {tokens} tokens; its replay is for {len(recorded_TK)}")
     mode = answer_of(module)(module, router.num_experts, router.top_k, recorded_TK, complete)
-    compare = router.replay.compare() if router.replay is not None and hasattr(router.replay, "compare") else None
+    compare = comparison_of(router.replay)
     mode.keep_live = compare is not None
     with mode:
         out = original(module, hidden_states, *args, **kwargs)
