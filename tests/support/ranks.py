@@ -26,7 +26,7 @@ class Ranks:
     """`size` processes that run the same function at the same time; daemons may not start processes themselves."""
 
     def __init__(self, size: int, daemon: bool = True):
-        context = fork_context()
+        context, self.size = fork_context(), size
         self._folder = tempfile.TemporaryDirectory()
         self._pipes, self._processes = [], []
         self.broken = False  # an exchange may hang half-way: no further use
