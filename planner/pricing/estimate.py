@@ -34,7 +34,7 @@ class Estimate:
         one micro-batch in flight keeps of all layers for backward, without activation recomputation (both modelled).
     Seconds of the step (modelled):
         static_seconds: contiguous homes, no replicas. planned_seconds: under the plan. balanced_seconds: under routing
-        forced to be balanced, the bound.
+        forced to be balanced, without replicas; a plan whose copies keep tokens on their node may take less.
     static_max_mean, planned_max_mean: max/mean over ranks, mean over layers and micro-batches.
     does_not_pay: why planning this batch is not worth while; empty where it is.
     """

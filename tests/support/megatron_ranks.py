@@ -45,9 +45,10 @@ def train(steps: int, options: dict) -> dict:
         if step == 0:
             gradients = logical(trainer, lambda p: p.main_grad)
         moved |= bool((trainer.ep.home != np.arange(8) // (8 // dist.get_world_size())).any())
-    copies = trainer.ep.stats()["replicas"]
+    stats = trainer.ep.stats()
     parameters = logical(trainer, lambda p: p.data)
-    return {"losses": losses, "gradients": gradients, "parameters": parameters, "moved": moved, "copies": copies}
+    results = {"losses": losses, "gradients": gradients, "parameters": parameters, "moved": moved}
+    return results | {"copies": stats["replicas"], "agreeing_share": stats["agreeing_share"]}
 
 
 def save(folder: str, steps: int) -> float:

@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("transformers", reason="needs transformers")
-pytest.importorskip("transformers.distributed.expert_parallel", reason="needs transformers 5.23")
+pytest.importorskip("transformers", minversion="5.23", reason="earlier ones have no expert parallelism to join")
 from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_process, refusals, run_on_rank, shifted
 from ranks import Ranks
 from tolerance import assert_close

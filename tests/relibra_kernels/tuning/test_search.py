@@ -117,6 +117,12 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_text() for path in folder.glob("*/*.json")}
 
 
+def test_one_kernel_alone_is_tuned(tmp_path, monkeypatch):
+    monkeypatch.setattr(reports, "compiled", instead(needs))
+    assert run_cli(tmp_path, "--kernel", "grad_weight", "--kernel", "schedule") == 0
+    assert set(files(tmp_path)) == {"H100/grad_weight.json", "H100/schedule.json"}
+
+
 def test_stopped_half_way_and_resumed_it_writes_the_same_files(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(reports, "compiled", instead(needs))
     assert run_cli(tmp_path / "whole") == 0
