@@ -116,10 +116,10 @@ class RecordedChoice:
             return found
         if recorded is not None and recorded.shape != (len(scores), topk):
             raise InputError(f"a router got {len(scores)} tokens and chooses {topk}; its replay is {recorded.shape}")
-        compare = None if recorded is None else comparison_of(self.replay)
+        compare = comparison_of(self.replay)
         if recorded is None or not self._complete or compare is not None:
             live: Tensor = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
-            if compare is not None:
+            if compare is not None and recorded is not None:
                 compare(live, recorded)
             recorded = live if recorded is None else torch.where(recorded < 0, live, recorded)
         return scores.gather(1, recorded), recorded

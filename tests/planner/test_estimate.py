@@ -57,6 +57,15 @@ def test_bytes_and_memory_by_hand():
     assert staying.migration_bytes == 0
 
 
+def test_memory_of_one_rank_by_hand():
+    """24 tokens of 8 elements, one expert each: six buffers of rows; rows, and gate and up of 4, stay for backward."""
+    loads = np.array([[[12, 4, 4, 4]]])
+    found = estimate_plan(static_plan(loads, ClusterSpec(1, 1)), loads, PlanOptions(shape=TINY).setting(4, 1))
+    assert found.token_buffer_bytes == 6 * 24 * 8 * 2
+    assert found.activation_bytes == 24 * 8 * 2 + 24 * 2 * 4 * 2
+    assert (found.token_fast_bytes, found.token_slow_bytes, found.planned_max_mean) == (0, 0, 1.0)
+
+
 @pytest.mark.parametrize("transport", ["one", "two", "auto"])
 def test_seconds_and_bytes_are_those_of_the_price(transport):
     loads, cluster = skewed_loads(layers=2, micro_batches=3, experts=32), ClusterSpec(2, 4, 2)

@@ -180,3 +180,19 @@ def recorded_and_replayed(family: str) -> tuple[float, int, int]:
         with replay(model, trace, on_shift="refuse"):
             got = loss_of(model, tokens)
     return float((got - expected).abs() / expected.abs()), trace.num_sequences, int(trace.unknown.sum())
+
+
+def replayed_choices(family: str) -> tuple[np.ndarray, np.ndarray]:
+    """(ids that routing at random names, ids that the experts were given under its replay), [tokens, L, K], sorted."""
+    from relibra_kernels.integrations.transformers import replay
+    from relibra_kernels.integrations.transformers.layers import moe_layers
+
+    model = prepared(family)
+    layers = moe_layers(model)
+    shape = (len(layers), tuple(layer.layer_id for layer in layers), layers[0].num_experts, layers[0].top_k)
+    trace, given = random_trace(*shape, 0, whole=True), []
+    for layer in layers:
+        layer.experts.register_forward_pre_hook(lambda _, args: given.append(args[1].numpy()))
+    with torch.no_grad(), replay(model, trace, on_shift="ignore"):
+        loss_of(model, make_tokens(0))
+    return np.sort(trace.expert_ids), np.sort(np.stack(given, 1))

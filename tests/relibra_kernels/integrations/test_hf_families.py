@@ -5,11 +5,12 @@ A sample of them; all with RELIBRA_FAMILIES=all, which is `make test-families`.
 
 import os
 
+import numpy as np
 import pytest
 
 pytest.importorskip("transformers", reason="needs transformers")
 from hf_all_families import FAMILIES
-from hf_under_plan import compare, kernels_against_eager, recorded_and_replayed
+from hf_under_plan import compare, kernels_against_eager, recorded_and_replayed, replayed_choices
 from ranks import Ranks
 
 SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe")
@@ -37,6 +38,12 @@ def test_what_was_recorded_is_replayed(family):
     error, sequences, unknown = recorded_and_replayed(family)
     assert error <= 1e-6
     assert (sequences, unknown) == (8, 0)
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "gemma4", "hy_v4"])
+def test_the_experts_get_what_is_replayed(family):
+    """In layers whose router reads a table of token ids, too."""
+    np.testing.assert_array_equal(*replayed_choices(family))
 
 
 @pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "diffusion_gemma"])
