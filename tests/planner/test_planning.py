@@ -183,7 +183,7 @@ def test_recorded_routing_is_balanced(tmp_path, nodes, gpus, bound):
     loads, plan = tmp_path / "loads.npz", tmp_path / "plan.npz"
     cluster = ["--gpus-per-node", str(gpus), "--replica-slots", "2"]
     command = [sys.executable, "-m", "relibra_kernels", "plan", str(TRACE), "--nodes", str(nodes), *cluster]
-    command += ["--micro-batch-sequences", "16", "--save-loads", str(loads), "--out", str(plan)]
+    command += ["--micro-batch-sequences", "16", "--balance", "1", "--save-loads", str(loads), "--out", str(plan)]
     subprocess.run(command, check=True, capture_output=True)
     checker = [sys.executable, str(SHARED / "tools" / "check_plan.py"), str(loads), str(plan), *cluster]
     done = subprocess.run([*checker, "--max-mean", str(bound)], capture_output=True, text=True)
