@@ -47,11 +47,10 @@ def test_wandb(tmp_path, monkeypatch):
     with wandb.init(project="relibra", mode="offline", dir=str(tmp_path)) as run:
         for step, stats in enumerate(BATCHES):
             loggers.to_wandb(run, stats, step)
-        assert run.summary["relibra/compute_seconds"] == 0.75 and run.summary["relibra/kept_slow_bytes"] == 0
-        assert run.summary["relibra/saved_seconds"] == 0.25
     (written,) = tmp_path.rglob("*.wandb")
     content = written.read_bytes()
-    assert b"relibra/static_max_mean" in content and content.count(b"relibra/compute_seconds") >= 2
+    assert b"relibra/static_max_mean" in content and content.count(b"relibra/compute_seconds") >= len(BATCHES)
+    assert all(value in content for value in (b"1.75", b"0.75", b"1.25"))  # values are written as JSON
 
 
 def test_prometheus(tmp_path):
