@@ -44,9 +44,10 @@ def test_wandb(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed: make test-extras runs this")
     for variable in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):
         monkeypatch.setenv(variable, str(tmp_path))
-    with wandb.init(project="relibra", mode="offline", dir=str(tmp_path)) as run:
-        for step, stats in enumerate(BATCHES):
-            loggers.to_wandb(run, stats, step)
+    run = wandb.init(project="relibra", mode="offline", dir=str(tmp_path))
+    for step, stats in enumerate(BATCHES):
+        loggers.to_wandb(run, stats, step)
+    run.finish()
     (written,) = tmp_path.rglob("*.wandb")
     content = written.read_bytes()
     assert b"relibra/static_max_mean" in content and content.count(b"relibra/compute_seconds") >= len(BATCHES)
