@@ -51,6 +51,7 @@ def test_the_summary_says_where_another_is_level(tmp_path):
     for rival in ("llep", "eplb-global"):
         arguments = ["--ep", "16", "--policies", f"static,{rival},relibra", "--html", str(tmp_path / "r.html")]
         assert main(["simulate", str(tmp_path / "loads.npz"), *arguments]) == 0
+        assert "Another policy is faster" not in (tmp_path / "r.html").read_text()
         level = "level with another to 0.1% in: " in (tmp_path / "r.html").read_text()
         assert level == (rival == "llep")
 

@@ -32,10 +32,10 @@ def write_report(path: Path, cases: Sequence[Case], inputs: dict[str, str]) -> N
 
 
 def _best(case: Case) -> tuple[str | None, str | None]:
-    """(the fastest policy within the cap, the fastest of the others' ones); balanced is none."""
+    """(the fastest policy within the cap, the fastest of the others' ones); balanced is none. Of equals ours is first."""
     able = sorted(
         (r for r in case.rows.values() if r.fits and r.policy not in ("balanced", "static")),
-        key=lambda r: r.cost.seconds,
+        key=lambda r: (r.cost.seconds, r.policy != OURS),
     )
     rivals = [r.policy for r in able if r.policy != OURS]
     return (able[0].policy if able else None), (rivals[0] if rivals else None)
