@@ -32,7 +32,7 @@ def write_report(path: Path, cases: Sequence[Case], inputs: dict[str, str]) -> N
 
 
 def _best(case: Case) -> tuple[str | None, str | None]:
-    """(the fastest policy within the cap, the fastest of the others' ones); balanced is none. Of equals ours is first."""
+    """(the fastest policy within the cap, the fastest of the others); balanced is none. Of equals ours comes first."""
     able = sorted(
         (r for r in case.rows.values() if r.fits and r.policy not in ("balanced", "static")),
         key=lambda r: (r.cost.seconds, r.policy != OURS),
