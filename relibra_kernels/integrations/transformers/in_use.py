@@ -1,6 +1,7 @@
 """`layers(model)`: which MoE layers of a model our kernels compute, and why the others are not ours."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -45,7 +46,8 @@ def layers(model: nn.Module) -> list[LayerInUse]:
 def _in_use(layer: MoeLayer) -> LayerInUse:
     computed_by, why_not = OURS, ""
     if not isinstance(layer.experts, ReplicatedExperts):
-        computed_by = str(layer.experts.config._experts_implementation)  # what transformers looks up in every forward
+        config: Any = layer.experts.config
+        computed_by = str(config._experts_implementation)  # what transformers looks up in every forward
         try:
             expert_form(layer.experts)
         except InputError as error:
