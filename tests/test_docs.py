@@ -61,9 +61,10 @@ def test_python_blocks_run_in_order(page, folder):
 
 @pytest.mark.parametrize("page", pages_with("python torchrun"))
 def test_programs_for_two_ranks_run(page, folder):
-    for package in ("transformers", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"from_pretrained with a DistributedConfig needs {package}")
+    programs = "".join(blocks(page, "python torchrun"))
+    for package, word in (("transformers", "transformers"), ("accelerate", "from_pretrained")):
+        if word in programs and importlib.util.find_spec(package) is None:
+            pytest.skip(f"the page's programs need {package}")
     for number, block in enumerate(blocks(page, "python torchrun")):
         Path(f"program{number}.py").write_text(block)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
