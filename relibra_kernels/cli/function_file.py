@@ -1,5 +1,6 @@
 """`FILE.py:FUNCTION`: a policy or a loader of the user's own, from the file that it is in."""
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 from ..planner.errors import InputError
 
 
+@functools.cache
 def load_function(flag: str, text: str) -> tuple[str, Callable[..., Any]]:
     """(its name, the function). Raises: InputError where the file or the function in it is not there."""
     file, _, name = text.rpartition(":")
