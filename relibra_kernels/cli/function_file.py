@@ -1,6 +1,5 @@
 """`FILE.py:FUNCTION`: a policy or a loader of the user's own, from the file that it is in."""
 
-import functools
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 from ..planner.errors import InputError
 
 
-@functools.cache
 def load_function(flag: str, text: str) -> tuple[str, Callable[..., Any]]:
     """(its name, the function). Raises: InputError where the file or the function in it is not there."""
     file, _, name = text.rpartition(":")
