@@ -53,7 +53,6 @@ def _by_device(function: Function) -> Function:
 
 
 build_schedule = _by_device(reference.build_schedule)
-build_split_schedule = _by_device(reference.build_split_schedule)
 pack_payload = _by_device(reference.pack_payload)
 unpack_payload = _by_device(reference.unpack_payload)
 pack_gradients = _by_device(reference.pack_gradients)

@@ -17,7 +17,7 @@ from ..configs.limits import Device
 from ..form import GPT_OSS, Activation, ExpertForm
 from ..kernels.launch import Launch, recording
 from ..payload import PayloadLayout
-from ..schedule import Schedule, Splits, tile_bound
+from ..schedule import Schedule, tile_bound
 
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
@@ -254,10 +254,7 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
     """What a kernel's config is for as well."""
     schedule, index, (hidden_size, intermediate_size, _) = meta_schedule(), torch.int32, QWEN
     if kernel == "schedule":
-        splits = Splits(meta(128, 4, dtype=index), meta(128, 4, dtype=index))
-        for name, tokens in {"": TOKENS, ", many tokens": 4 * TOKENS}.items():  # one launch, and three
-            ids = meta(tokens, TOP_K, dtype=torch.int64)
-            yield "splits" + name, partial(kernels.build_split_schedule, ids, splits, 144, config=config)
+        ids = meta(4 * TOKENS, TOP_K, dtype=torch.int64)  # three launches
         yield "many tokens", partial(kernels.build_schedule, ids, 128, config=config)
     elif kernel == "permute":
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
