@@ -105,11 +105,6 @@ class BatchPlan:
         """Home slots a rank: E / R, rounded up. Where that is not whole, some ranks leave their last one empty."""
         return self._held.shape[2]
 
-    @property
-    def experts_per_rank(self) -> int:
-        """`home_slots`, for callers whose experts divide over the ranks."""
-        return self.home_slots
-
     def home_experts(self, layer: int) -> np.ndarray:
         """int32 [R, home_slots]: the experts that each rank owns, ascending, which is the order of its home slots.
 
