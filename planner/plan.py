@@ -126,7 +126,7 @@ class BatchPlan:
         return kept_sources(self.home, self.replicas, self.kept, self.gpus_per_node)
 
     def has_replicas(self, layer: int, micro_batch: int) -> bool:
-        """Whether any replica slot is in use; where not, the replica path must cost nothing."""
+        """Whether any replica slot is in use. Where none is, the runtime skips all that it does for replicas."""
         return bool((self.replicas[layer, micro_batch] >= 0).any())
 
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:

@@ -41,7 +41,7 @@ class ModelShape:
 
     @property
     def expert_parameters(self) -> int:
-        """gate, up and down projection."""
+        """Parameters of one expert: its gate, up and down projections."""
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
@@ -65,11 +65,11 @@ class ModelShape:
         return (2 + 4 + 4 + 4) * self.expert_parameters
 
     def assignment_flops(self) -> int:
-        """Forward, of one token in one expert: a multiply and an add per parameter."""
+        """FLOPs of one token in one expert, forward: a multiply and an add per parameter."""
         return 2 * self.expert_parameters
 
     def dense_flops(self, sequence_length: int) -> int:
-        """Forward, of one token outside the routed experts: projections, causal attention, shared experts."""
+        """FLOPs of one token outside the routed experts, forward: projections, causal attention, shared experts."""
         value_dim = self.value_dim or self.head_dim
         query_dim = self.head_dim + self.rope_dim
         if self.kv_rank:

@@ -1,9 +1,9 @@
-"""Few fetched replicas: each leads out of a set of ranks that cannot get rid of what it has.
+"""Fetched replicas, as few as possible: each gives a set of overloaded ranks a way to ranks with room.
 
-Where a pair of layer and micro-batch stays above its target, the exact split says why: from some ranks no path leads to
-a rank with room. A replica helps if it opens one: an expert that these ranks compute much of, fetched by a rank outside
-with a free slot, from a holder on that rank's node. One a node is added at a time, no more than the excess asks for;
-then the split is made level again, over the new replicas too.
+Where a (layer, micro-batch) stays above its target, the exact split says why: there are ranks from which no path leads
+to a rank with room. A replica opens such a path: a rank outside of the set, with a free slot, fetches from its own node
+an expert that the set computes much of. At most one a node is added at a time, and no more than the excess needs. Then
+the split is made level again, with the new replicas.
 """
 
 import numpy as np

@@ -2,7 +2,7 @@
 
 Members differ in where homes are (as they are, or moved), in how much is kept (shares of what memory allows), and in
 whether copies of an expert are spread over nodes. Each is solved and priced on a fixed sample of layers and
-micro-batches; the cheapest is then solved for all. A layer that comes out dearer than leaving it alone is left alone.
+micro-batches; the cheapest is then solved for all. A layer whose plan costs more than no change is left as it is.
 """
 
 from dataclasses import dataclass, replace
