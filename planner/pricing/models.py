@@ -11,6 +11,11 @@ SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says ot
 DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
 
 
+def kept_replica_bytes(parameters: int, parameter_bytes: int) -> int:
+    """Memory of kept copies of so many parameters: the weights, and a gradient in fp32 or in their own, wider dtype."""
+    return parameters * (parameter_bytes + max(4, parameter_bytes))
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one MoE layer and of the attention beside it, from the model's published config.json.
@@ -56,8 +61,8 @@ class ModelShape:
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one kept replica: its weights and a gradient of its own, 18 * H * I bytes."""
-        return self.expert_bytes + self.gradient_bytes
+        """Memory of one kept replica, 18 * H * I bytes in bf16: see `kept_replica_bytes`."""
+        return kept_replica_bytes(self.expert_parameters, 2)
 
     @property
     def migration_bytes(self) -> int:

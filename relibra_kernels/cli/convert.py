@@ -185,8 +185,9 @@ def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
         }
         payloads = [sample if len(sample) > 1 else sample["routed_experts"] for sample in batch]
         if args.form == "sglang":
-            sizes = {"num_layers": args.num_layers, "top_k": args.top_k}
-            yield formats.from_sglang(payloads, args.num_experts, **sizes, **options)
+            yield formats.from_sglang(
+                payloads, args.num_experts, num_layers=args.num_layers, top_k=args.top_k, **options
+            )
         else:
             yield LOADERS[args.form](payloads, args.num_experts, **options)
         done += len(batch)
