@@ -85,9 +85,9 @@ def _exits(
     open_ = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0] >= 0
     to = local + np.arange(nodes) * gpus_per_node
     score = np.where(on_node & open_[:, :, None], inside, 0.0)
-    rows, columns = np.arange(pairs)[:, None, None], np.arange(nodes)[None, :, None]
     here = slots.expert[np.arange(pairs)[:, None], to]  # [P, N, Q]: what the rank with room has already
-    score[rows, columns, np.where((here >= 0) & (here < experts), here, 0)] = 0.0
+    row, column, place = np.nonzero((here >= 0) & (here < experts))
+    score[row, column, here[row, column, place]] = 0.0
     best = score.argmax(2)
     gain = np.take_along_axis(score, best[:, :, None], 2)[:, :, 0]
     order = np.argsort(-gain, axis=1, kind="stable")
