@@ -4,6 +4,7 @@ families whose routers are unlike the others."""
 import copy
 import logging
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -156,9 +157,17 @@ def test_a_shift_is_noticed(caplog):
         with pytest.raises(InputError, match=r"agrees .* on \d+% of the top-k sets"), replay(model, record):
             model(tokens, use_cache=False)
         caplog.clear()
-        with replay(model, record, token_ids=tokens.tolist()) as alignment:  # ids are checked: only a warning
+        ids = tokens.tolist()  # which are checked: only what is shifted for certain is refused
+        with (
+            nullcontext() if record is other else pytest.raises(InputError, match=f"it is one {name[2:]} late"),
+            replay(model, record, token_ids=ids) as alignment,
+        ):
             model(tokens, use_cache=False)
-        assert alignment.share < 0.5 and "shifted by a token or a layer" in caplog.text, name
+        assert alignment.share < 0.5 and ("of an older policy" in caplog.text) is (record is other)
+        caplog.clear()
+        with replay(model, record, on_shift="warn") as alignment:
+            model(tokens, use_cache=False)
+        assert alignment.share < 0.5 and "of the top-k sets in the first MoE layers" in caplog.text
         caplog.clear()
         with replay(model, record, on_shift="ignore") as ignored:
             model(tokens, use_cache=False)
