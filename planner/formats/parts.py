@@ -84,15 +84,18 @@ def _with_said(parts: list[Part], said: Said) -> list[Part]:
 
 def array_of(value: Any, name: str) -> np.ndarray:
     """An array or tensor, or nested lists of integers, as an array. Raises: FormatError."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
     try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:
+        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # torch: bfloat16, jagged tensors
         raise FormatError(f"{name} is no array of [rows, layers, k]: {error}") from None
     if array.dtype.kind not in "iufb":
         raise FormatError(f"{name} is {str(value)[:40]!r}, but must be an array of numbers")
     return array
+
+
+def rows_of(value: Any) -> Any:
+    """A jagged tensor as the list of what it holds, anything else as it is."""
+    return list(value.unbind()) if getattr(value, "is_nested", False) else value
 
 
 def stage_dtype(num_experts: int, top_k: int) -> np.dtype:

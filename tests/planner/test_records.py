@@ -330,6 +330,29 @@ def test_masks_say_which_tokens_need_routing(fill):
         from_verl(ids, E, response_mask=masks)
 
 
+def test_jagged_tensors_are_taken_as_they_are():
+    """As verl keeps all of a batch once padding was removed."""
+
+    def jagged(arrays):
+        return torch.nested.as_nested_tensor([torch.from_numpy(array) for array in arrays], layout=torch.jagged)
+
+    ids = [in_place(rows.astype(np.int16), 0) for rows in make()]
+    ids[2][:] = 0  # verl's padding sample
+    masks = [np.ones(2, np.int64), np.ones(3, np.int64), np.zeros(1, np.int64)]
+    trace = from_verl(jagged(ids), E, num_tokens=LENGTHS, response_mask=jagged(masks))
+    assert trace.report.sequences_without_routing == () and (trace.sequence(2) == -1).all()
+    for index in (0, 1):
+        np.testing.assert_array_equal(trace.sequence(index)[:-1], ids[index][:-1])
+    kept = [np.arange(len(rows)) < 2 for rows in ids]
+    replayed = from_verl(jagged(ids[:2]), E, num_tokens=LENGTHS[:2], replay_mask=jagged(kept[:2]))
+    assert np.flatnonzero(~replayed.unknown).tolist() == [0, 1, 5, 6]
+    for loader in (from_vllm, from_slime, from_prime_rl):
+        with pytest.raises(FormatError, match="is no array"):
+            loader([jagged(ids)], E)
+        with pytest.raises(FormatError, match="is no array"):
+            loader([torch.zeros(4, L, K, dtype=torch.bfloat16)], E)
+
+
 def test_a_replay_mask_says_what_is_replayed():
     ids = [in_place(rows, 0) for rows in make()]
     replay = [np.ones(n, int) for n in LENGTHS]
