@@ -265,6 +265,8 @@ def test_retyped_arguments_are_refused(value):
         lambda: from_nemo_rl([value], E, num_tokens=[4]),
         lambda: RoutingTrace(ids, [0, 3], value, range(L)),
         lambda: RoutingTrace(ids, [0, 3], E, value),
+        lambda: loads_from_sglang(value, E),
+        lambda: loads_from_sglang({"logical_count": value}, E),
     ]
     for number, call in enumerate(calls):
         with contextlib.suppress(ReLibraError):
