@@ -336,25 +336,42 @@ def test_a_cache_that_was_not_recorded_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------ families
-@pytest.mark.parametrize("image", [slice(2, 5), slice(0, 9), slice(8, 9)])
-def test_image_tokens_of_ernie_are_refused_by_name(image):
-    """They go to experts of their own; text alone records and replays, also where the types are given."""
+@pytest.mark.parametrize("image", [slice(0, 0), slice(2, 5), slice(0, 9), slice(8, 9)])
+def test_image_tokens_of_ernie_are_routed_live(image):
+    """They go to experts of their own: unknown in a record, live in a replay, and text beside them is replayed."""
     model, tokens = make_rare("ernie4_5_vl_moe"), make_tokens(2, 9)
-    text = torch.zeros(2, 9, dtype=torch.int32)
-    kinds = text.clone()
+    kinds = torch.zeros(2, 9, dtype=torch.int32)
     kinds[1, image] = 1
+    text = (kinds == 0).flatten().numpy()
+
+    def logits():
+        return model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)[0]
+
     with torch.no_grad():
         with record_routing(model) as record:
-            expected = model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=text)[0]
+            expected = logits()
         trace = record.trace(tokens.tolist())
-        with replay(model, trace):
-            assert_close(model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=text)[0], expected, 1e-6)
-        for within in (record_routing(model), replay(model, trace)):
-            refused = pytest.raises(
-                (InputError, ShapeError), match=r"text_moe.*image tokens go to experts of their own"
-            )
-            with refused, within:
-                model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)
+        np.testing.assert_array_equal(trace.unknown, ~text)
+        with replay(model, trace, token_ids=tokens.tolist()) as alignment:
+            assert_close(logits(), expected, 1e-6)
+        assert alignment.share == 1.0
+        other = other_trace([9, 9], 3, trace.moe_layer_ids)
+        with record_routing(model) as record, replay(model, other, on_shift="ignore"):
+            changed = logits()
+        np.testing.assert_array_equal(record.trace().expert_ids[text], other.expert_ids[text])
+        assert not torch.allclose(changed, expected)
+
+
+def test_image_tokens_of_ernie_that_nobody_names_are_refused():
+    model, tokens = make_rare("ernie4_5_vl_moe"), make_tokens(2, 9)
+    kinds = torch.zeros(2, 9, dtype=torch.int32)
+    kinds[1, 2:5] = 1
+    trace = other_trace([9, 9], 3, tuple(layer.layer_id for layer in moe_layers(model)))
+    said = pytest.raises(
+        ShapeError, match=r"got 15 tokens, but the replay is for 18: image tokens go to experts of their"
+    )
+    with torch.no_grad(), said, replay(model, trace, rows=np.arange(18), on_shift="ignore"):
+        model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)
 
 
 @pytest.mark.parametrize("family", RARE)
