@@ -487,6 +487,26 @@ def test_slime_pads_with_minus_one_after_a_tool():
     assert np.flatnonzero(trace.reasons == NOT_RECORDED).tolist() == [10, 11, 12]
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8, np.int16, np.int32, np.int64])
+def test_megatron_ids_of_every_dtype(dtype):
+    ids = np.concatenate(make()).astype(dtype)
+    check_rows(from_megatron([ids[:, layer] for layer in range(L)], E), ids)
+    if np.dtype(dtype).itemsize == 1:
+        with pytest.raises(ShapeError, match="have wrapped around"):
+            from_megatron([ids[:, layer] for layer in range(L)], 384)
+
+
+@pytest.mark.parametrize("fill", [0, -1])
+def test_a_megatron_router_without_routing_is_refused(fill):
+    """Every router of the model has a layer: one that was not recorded is no dense layer."""
+    ids = np.concatenate(make())
+    routers = [ids[:, layer].copy() for layer in range(L)]
+    for lost in (0, L - 1):
+        gone = [np.full_like(rows, fill) if layer == lost else rows for layer, rows in enumerate(routers)]
+        with pytest.raises(InputError, match=rf"no routing for {len(ids) - 1} tokens, .* in layers \[{lost}\]"):
+            from_megatron(gone, E)
+
+
 def test_megatron_holes():
     ids = np.concatenate(make())
     routers = [ids[:, layer].copy() for layer in range(L)]
