@@ -1,5 +1,6 @@
 """Recording the routing of a Hugging Face model, in `generate` and in plain forwards, as a trace."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ class _Sequence:
     known of, bool [n], of every forward."""
 
     sampled: bool  # a token was sampled after the last one that was fed
+    padding: int = 0  # how many of its tokens may be padding behind it, to a multiple of the packed row
     token_ids: list[np.ndarray | None] = field(default_factory=list)
     expert_ids: list[np.ndarray] = field(default_factory=list)
     known: list[np.ndarray] = field(default_factory=list)
@@ -53,7 +55,7 @@ class RoutingRecord:
 
         Args:
             token_ids: of every sequence, without padding, as `generate` returned them: they say how long sequences
-                are, and recorded routing that was not theirs is refused. Padding behind packed sequences needs none.
+                are, and recorded routing that was not theirs is refused. Padding behind packed sequences is left out.
 
         Raises: InputError where nothing was recorded, or the ids are not what was fed.
         """
@@ -147,11 +149,11 @@ class RoutingRecord:
             lengths.pop()
         while len(lengths) > 1 and lengths[-1] == 1:  # padding whose positions are all 0
             lengths.pop()
-        place = 0
+        place, most = 0, math.gcd(*lengths) - 1
         for length in lengths:
             own = slice(place, place + length)
             token_ids = None if fed.token_ids is None else fed.token_ids[0, own]
-            self._sequences.append(_Sequence(False, [token_ids], [ids_TLK[own]], [known_T[own]]))
+            self._sequences.append(_Sequence(False, most, [token_ids], [ids_TLK[own]], [known_T[own]]))
             place += length
         self._open, self._cache = [], None
 
@@ -159,6 +161,8 @@ class RoutingRecord:
 def _checked_length(index: int, sequence: _Sequence, fed: np.ndarray | None, rows: int, given: np.ndarray) -> int:
     most = rows + 1 if sequence.sampled else rows
     least = len(sequence.expert_ids[0]) if sequence.sampled else rows
+    if sequence.padding and fed is not None and len(given) < rows and len(np.unique(fed[len(given) :])) == 1:
+        least = rows - sequence.padding
     if not least <= len(given) <= most:
         raise InputError(
             f"token_ids of sequence {index} has {len(given)} tokens, but {rows} were fed; it must be {least} to {most}"

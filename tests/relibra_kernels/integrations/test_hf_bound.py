@@ -210,9 +210,10 @@ def test_packed_rows_with_tails_record_and_replay(told_by, tail, multiple):
     trace = other_trace(lengths)
     with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=token_ids):
         model(ids, **options)
-    if multiple == 1:
-        np.testing.assert_array_equal(record.trace(token_ids).expert_ids, trace.expert_ids)
-    else:  # without their lengths, padding behind a sequence looks like more of it
+    np.testing.assert_array_equal(record.trace(token_ids).expert_ids, trace.expert_ids)
+    with pytest.raises(InputError, match=r"has 4 tokens, but \d+ were fed"):
+        record.trace([token_ids[0][:4], *token_ids[1:]])
+    if multiple > 1:  # without their lengths, padding behind a sequence looks like more of it
         starts = bounds.tolist()
         rows = record.trace()
         for index, length in enumerate(lengths):
