@@ -1,4 +1,4 @@
-"""A replay is bound to its forward: late backward, checkpointing, several in flight, wrappers, layouts, shifts, and the
+"""A replay is bound to its forward: late backward, checkpointing, several in flight, layouts, shifts, and the
 families whose routers are unlike the others."""
 
 import copy
@@ -10,10 +10,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_families import make_model, make_tokens
+from hf_families import loss_of, make_model, make_tokens, other_trace
 from hf_rare_families import RARE, make_rare
 from tolerance import assert_close
 
@@ -28,20 +27,10 @@ E, K = 8, 2
 LAYERS = (0, 2)
 
 
-def other_trace(lengths, seed=0, layers=LAYERS, experts=E, top_k=K):
-    """Routing that the model would hardly choose."""
-    ids = np.random.default_rng(seed).random((sum(lengths), len(layers), experts)).argsort(-1)[..., :top_k]
-    return RoutingTrace(ids.astype(np.int8), np.cumsum([0, *lengths]), experts, layers)
-
-
 def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def loss_of(model, tokens):
-    return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def forward(model, tokens, seed):
@@ -267,62 +256,7 @@ def test_masks_of_every_form_say_the_same():
         fed(torch.ones(2, 3))
 
 
-# ------------------------------------------------------------------------------------------------ wrappers
-class Passing(nn.Module):
-    """Like the wrappers of PEFT, DDP, FSDP and checkpointing: it calls what it wraps and passes its attributes on."""
-
-    def __init__(self, inner, name):
-        super().__init__()
-        self._inner_name = name
-        setattr(self, name, inner)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__(self.__dict__["_inner_name"]), name)
-
-    def forward(self, *args, **kwargs):
-        return self._modules[self._inner_name](*args, **kwargs)
-
-
-def wrapped(kind):
-    model = make_model("qwen3_moe").eval()
-    match kind:
-        case "experts twice":
-            for layer in LAYERS:
-                mlp = model.model.layers[layer].mlp
-                mlp.experts = Passing(Passing(mlp.experts, "base_layer"), "base_layer")
-        case "blocks and routers":
-            for layer in LAYERS:
-                mlp = model.model.layers[layer].mlp
-                mlp.gate = Passing(mlp.gate, "_checkpoint_wrapped_module")
-                model.model.layers[layer] = Passing(model.model.layers[layer], "_fsdp_wrapped_module")
-        case "whole":
-            model = Passing(Passing(model, "_fsdp_wrapped_module"), "module")
-        case "compiled":
-            model = torch.compile(model, backend="eager")
-        case "compiled in place":
-            model.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize("kind", ["experts twice", "blocks and routers", "whole", "compiled", "compiled in place"])
-def test_wrappers_of_every_kind(kind):
-    model, tokens, trace = wrapped(kind), make_tokens(), other_trace([11] * 3)
-    if kind.startswith("compiled"):
-        model(tokens, use_cache=False)  # what was compiled before must not be what runs
-    assert [layer.layer_id for layer in moe_layers(model)] == list(LAYERS)
-    with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=tokens.tolist()):
-        model(tokens, use_cache=False)
-        model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    found = record.trace()
-    assert np.diff(found.offsets).tolist() == [11] * 3 + [14] * 3
-    np.testing.assert_array_equal(found.select(range(3)).expert_ids, trace.expert_ids)
-    for sequence in range(3):
-        np.testing.assert_array_equal(found.sequence(3 + sequence)[:11], trace.sequence(sequence))
-
-
+# ------------------------------------------------------------------------------------------------ caches
 def test_a_cache_that_was_not_recorded_is_refused():
     model, tokens = make_model("qwen3_moe").eval(), make_tokens()
     with torch.no_grad():

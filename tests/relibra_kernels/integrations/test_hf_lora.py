@@ -6,15 +6,13 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
 pytest.importorskip("peft", reason="needs peft")
-from hf_families import make_model, make_tokens
+from hf_families import make_model, make_tokens, other_trace
 from lora_under_plan import alone, together, traces_of, wrapped
 from ranks import Ranks
-from records import random_ids
 from tolerance import assert_close
 
 from relibra_kernels.integrations.transformers import record_routing, replay
 from relibra_kernels.integrations.transformers.layers import moe_layers
-from relibra_kernels.planner import RoutingTrace
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +47,8 @@ def test_adapters_are_recorded_and_replayed(family, reentrant):
         losses = []
         layers = moe_layers(model)
         for seed, tokens in enumerate((make_tokens(3, 9, 1), make_tokens(2, 7, 2))):
-            ids = random_ids(np.random.default_rng(seed), tokens.numel(), len(layers), 2, 8)
-            ends = np.arange(len(tokens) + 1) * tokens.shape[1]
-            other = RoutingTrace(ids, ends, 8, tuple(layer.layer_id for layer in layers))
+            numbers = tuple(layer.layer_id for layer in layers)
+            other = other_trace([tokens.shape[1]] * len(tokens), seed, numbers)
             with replay(model, other, token_ids=tokens.tolist()), record_routing(model) as record:
                 losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
             np.testing.assert_array_equal(record.trace(tokens.tolist()).expert_ids, other.expert_ids)
