@@ -35,7 +35,8 @@ class RuntimeOptions:
     on_shift:      what to do where, in the first micro-batch of a batch, the model's own choice in the first MoE layers
                    is another than the record says: "refuse" (an error below 50 % of equal top-k sets, a warning below
                    90 %), "warn", or "ignore", which compares nothing, for records of a stale policy. None: "refuse"
-                   where 1,000 token-layers or more of a rank were compared, "warn" below
+                   where the model's choice agrees with the record of the next token or layer instead, and where 1,000
+                   token-layers or more of a rank were compared; "warn" for other records of a few tokens
     watchdog_seconds: after so long in one collective a warning in the log says for whom a rank waits
     """
 
