@@ -19,7 +19,7 @@ from .placement import WORTH_MOVING, place
 from .solution import Effort, Solution, fetch_price, solve, target_load
 
 EFFORTS = {
-    "full": Effort(rounds=24, sweeps=4, slack=1 / 1024, within=0.02, again=4, near=0.002, hard=10),
+    "full": Effort(rounds=24, sweeps=4, slack=1 / 1024, within=0.02, again=4, exits=4, near=0.002),
     "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
@@ -69,12 +69,12 @@ def plan_layers(problem: Problem) -> Solution:
     """The cheapest solution of the family."""
     effort = EFFORTS[problem.options.effort]
     if problem.options.balance is not None:
-        effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, exits=16)
+        effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, exits=16, near=0.0)
     members = _members(problem)
     best = members[0]
     if len(members) > 1:
         sample = problem.sample()
-        quick = replace(effort, again=min(effort.again, 1), hard=0)
+        quick = replace(effort, again=min(effort.again, 1), exits=0)
         costs = [_sample_seconds(sample, member, quick) for member in members]
         best = members[int(np.argmin(costs))]
     home, copies = _hosts(problem, best)
