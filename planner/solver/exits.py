@@ -98,7 +98,9 @@ def _exits(
     score[rows, columns, np.where((here >= 0) & (here < experts), here, 0)] = 0.0
     best = score.argmax(2)
     gain = np.take_along_axis(score, best[:, :, None], 2)[:, :, 0]
-    order = np.argsort(-gain, axis=1, kind="stable")
+    # First where a rank can take most itself; as many as would take away the excess if all could be passed on.
+    most = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0]
+    order = np.argsort(-np.minimum(gain, np.maximum(most, 0)), axis=1, kind="stable")
     ranked = np.take_along_axis(gain, order, 1)
     at, position = np.nonzero((np.cumsum(ranked, 1) - ranked < excess[:, None]) & (ranked > 0))
     node = order[at, position]

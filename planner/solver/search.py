@@ -24,19 +24,23 @@ EFFORTS = {
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
 _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried below what memory allows
+_FAR = (4, 3, 2, 1)
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
 _NEARLY = 1.3  # max/mean of layers that may be better left alone
 _SAMPLE_LAYERS, _SAMPLE_MICRO_BATCHES = 4, 6
+_REACHED = 1.001  # max/mean over the balance asked for, at which a member of the family reaches it
 _MISSED = 1.005  # max/mean over the balance asked for, above which a layer is planned again
 
 
 @dataclass(frozen=True)
 class Member:
-    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move, None without a limit."""
+    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move, None without a limit. far:
+    so many times a home sends kept replicas of a layer to other nodes, None without a limit."""
 
     kept: float
     spread: bool = True
     moves: int | None = 0
+    far: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,6 +192,8 @@ def _members(problem: Problem) -> list[Member]:
     if options.effort == "fast":
         return [Member(levels[0] if levels else 0.0, moves=0 if levels else options.max_moves)]
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
+    if cluster.num_nodes > 1:
+        family += [Member(level, far=far) for level in levels for far in _FAR]
     if most < 1.5:
         family.append(Member(0.0))
     experts = problem.table_LME.shape[2]
@@ -217,7 +223,7 @@ def _hosts(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     share = shares(problem.table_LME, cluster.num_ranks)
     total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
     layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
-    copies = pack(share, home, layer, expert, cluster, problem.copies, spread=member.spread)
+    copies = pack(share, home, layer, expert, cluster, problem.copies, spread=member.spread, far=member.far)
     return home, copies
 
 
@@ -253,7 +259,7 @@ def _sample_seconds(sample: Problem, member: Member, effort: Effort) -> float:
     seconds = float(pairs) + once * len(some) / sample.table_LME.shape[1]
     if sample.options.balance is not None:
         ratio = outcome.imbalance()
-        missed = np.nan_to_num(np.maximum(ratio - sample.options.balance, 0)).mean()
+        missed = np.nan_to_num(np.maximum(ratio - sample.options.balance * _REACHED, 0)).mean()
         return float(missed) * 1e6 + seconds
     return seconds
 

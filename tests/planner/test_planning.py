@@ -295,6 +295,26 @@ def test_balance_is_reached_whatever_it_costs(experts, top_k, slots, mean, worst
     np.testing.assert_array_equal(stay.home, static_plan(loads, cluster).home)
 
 
+@pytest.mark.parametrize(("balance", "mean", "worst"), [(None, 1.006, 1.06), (1.0, 1.001, 1.02)])
+def test_half_a_copy_a_rank_and_fetched_replicas_balance_many_nodes(balance, mean, worst):
+    """Nodes must be level before replicas are fetched, which even out a node alone."""
+    loads = generate_loads(2, 12, 256, 8, 64 * 8192, max_mean=8.0, seed=65)
+    shape = MODELS["DeepSeek-V3"]
+    options = PlanOptions(balance=balance, kept_bytes=shape.copy_bytes, shape=shape, max_moves=0)
+    plan = plan_batch(loads, ClusterSpec(8, 8), options=options)
+    assert plan.imbalance_mean(loads) <= mean
+    assert plan.imbalance_worst(loads) <= worst
+
+
+def test_few_replicas_are_fetched_where_one_copy_a_rank_is_kept():
+    """A pair of which a few sweeps do not show yet what is stuck must not be given up."""
+    loads = generate_loads(2, 16, 128, 8, 64 * 8192, max_mean=7.3, seed=4)
+    options = PlanOptions(balance=1.0, kept_bytes=2 * SHAPE.copy_bytes, fetched_slots=1, max_moves=0, shape=SHAPE)
+    plan = plan_batch(loads, ClusterSpec(8, 8), options=options)
+    assert plan.imbalance_mean(loads) <= 1.005
+    assert ((plan.replicas >= 0) & ~plan.kept[:, None]).sum() <= 7 * 2 * 16
+
+
 def test_layers_that_miss_the_balance_are_not_planned_twice_alike(monkeypatch):
     solved = []
 
