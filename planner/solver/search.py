@@ -14,6 +14,7 @@ from ..options import PlanOptions
 from ..plan import BatchPlan, rank_loads
 from ..pricing.cost import Setting, kept_seconds, migration_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
+from .exchange import exchange
 from .kept import Copies, choose_copies, pack, shares
 from .placement import WORTH_MOVING, place
 from .solution import Effort, Solution, fetch_price, solve, target_load
@@ -34,8 +35,8 @@ _MISSED = 1.005  # max/mean over the balance asked for, above which a layer is p
 
 @dataclass(frozen=True)
 class Member:
-    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move, None without a limit. far:
-    so many times a home sends kept replicas of a layer to other nodes, None without a limit."""
+    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move. far: so many times a home
+    sends kept replicas of a layer to other nodes. None is without a limit."""
 
     kept: float
     spread: bool = True
@@ -86,8 +87,22 @@ def plan_layers(problem: Problem) -> Solution:
     if problem.options.balance is None:
         _leave_alone(problem, solution)
     else:
+        _exchange_kept(problem, solution)
         _insist(problem, solution, effort, best)
     return solution
+
+
+def _exchange_kept(problem: Problem, solution: Solution) -> None:
+    """Other kept replicas, in place, in the layers that miss the balance asked for without any fetched ones."""
+    fetched = ((solution.replicas >= 0) & ~solution.kept[:, None]).any((1, 2, 3))
+    missed = np.flatnonzero((_over(problem, solution) > _REACHED) & ~fetched & solution.kept.any((1, 2)))
+    if len(missed):
+        part = Solution(*(value[missed] for value in vars(solution).values()))
+        table = problem.table_LME[missed]
+        target = target_load(table, problem.cluster.num_ranks, problem.options.balance, 0.0)
+        exchange(table, part, target)
+        for name, value in vars(part).items():
+            getattr(solution, name)[missed] = value
 
 
 def _insist(problem: Problem, solution: Solution, effort: Effort, first: Member) -> None:
