@@ -17,7 +17,8 @@ from .relaxed import level_nodes, preference, relaxed_split, whole_split
 _NODE_ROUNDS = 24
 _MISSED = 0.002  # above its target by more than this after few were fetched, a pair gets many
 _FEW = 2.6  # ranks' loads that are above the target in all: what few fetched replicas may take away
-_FIRST_SWEEPS = 8  # of the exact split before replicas are fetched
+_AGAIN_SWEEPS = 3  # between rounds of fetching many
+_FIRST_SWEEPS = 4  # of the exact split before replicas are fetched
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,12 @@ def target_load(table_LME: np.ndarray, ranks: int, balance: float | None, slack:
 
 
 def fetch_price(
-    setting: Setting, dense_seconds: float, cluster: ClusterSpec, balance: float | None, slots: int
+    setting: Setting,
+    dense_seconds: float,
+    cluster: ClusterSpec,
+    balance: float | None,
+    slots: int,
+    tolerance: float = 0.0,
 ) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
     them."""
@@ -70,7 +76,7 @@ def fetch_price(
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
     exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
     return FetchPrice(
-        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch
+        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch, tolerance
     )
 
 
@@ -107,7 +113,7 @@ def solve(
         layer, micro_batch = np.nonzero(busiest > target_LM)
         if len(layer):
             pairs = layer, micro_batch
-            target = target_LM[pairs]
+            target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * (1 + price.tolerance)).astype(np.int64))
             if len(copies.layer) and cluster.num_nodes > 1:
                 split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
             slots = dense.slots(layer, best[pairs], price.slots)
@@ -174,7 +180,7 @@ def _fetch_many(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
             return
         part = slots.of_pairs(over)
         if turn < effort.again:
-            level_slots(part, target_P[over], experts, min(effort.sweeps, _FIRST_SWEEPS))
+            level_slots(part, target_P[over], experts, min(effort.sweeps, _AGAIN_SWEEPS))
             fetch(part, target_P[over], gpus_per_node)
         else:
             fetch_exits(part, target_P[over], experts, gpus_per_node, effort.exits, effort.sweeps)
