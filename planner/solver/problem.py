@@ -127,6 +127,11 @@ def outcome_of(solution: Solution, problem: Problem) -> Outcome:
     return outcome_of_plan(plan, problem.table_LME)
 
 
+def pair_seconds(problem: Problem, solution: Solution) -> np.ndarray:
+    """float [L, M]: modelled seconds of every micro-batch."""
+    return np.sum(list(seconds_by_pair(outcome_of(solution, problem), problem.setting).values()), axis=0)
+
+
 def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     """float [L]: modelled seconds, moves of homes included."""
     outcome = outcome_of(solution, problem)
@@ -134,7 +139,7 @@ def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
     once = kept_seconds(outcome, problem.setting)
     once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
-    return sum(part.sum(1) for part in seconds_by_pair(outcome, problem.setting).values()) + once
+    return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
 
 
 def spaced(count: int, most: int) -> np.ndarray:

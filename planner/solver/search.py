@@ -1,6 +1,6 @@
 """Which of a small family of plans takes the least time.
 
-Members differ in where homes are (as they are, or moved), in how much is kept (shares of what memory allows), in whether
+Members differ in where homes are (as they are, or moved), in how much is kept (shares of what memory allows), whether
 copies of an expert are spread over nodes, how often a home may send to other nodes, and what fetched replicas may leave
 over. Each is solved and priced on a fixed sample of layers and micro-batches; the cheapest is then solved for all.
 """
@@ -11,7 +11,8 @@ import numpy as np
 
 from ..pricing.cost import exchange, kept_seconds, migration_seconds, seconds_by_pair
 from ..pricing.outcome import moves
-from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, solve_over, spaced
+from .kept import Copies
+from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
 from .refine import REACHED, exchange_kept, insist, leave_alone
 from .solution import Effort, Solution
 
@@ -23,9 +24,10 @@ _EXACT = 1 << 20  # sweeps: as many as it takes
 _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried below what memory allows
 _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to other nodes
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
-_LOOSER = 0.002  # part of the time that a tolerance must save
+_LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
-_SAMPLE_MICRO_BATCHES = 4
+_FIRST_LOOK, _SECOND_LOOK = 4, 12  # micro-batches that all members are priced on, and those close to the best again
+_CLOSE = 1.015
 
 
 def plan_layers(problem: Problem) -> Solution:
@@ -38,14 +40,21 @@ def plan_layers(problem: Problem) -> Solution:
     if len(members) > 1:
         sample = problem.sample()
         quick = replace(effort, again=min(effort.again, 1), exits=0)
-        costs = [_sample_seconds(sample, member, quick) for member in members]
-        best, least = members[int(np.argmin(costs))], min(costs)
+        costs = {member: _sample_seconds(sample, member, quick, _FIRST_LOOK) for member in members}
+        close = [member for member, cost in costs.items() if cost <= min(costs.values()) * _CLOSE]
+        best = min(close, key=lambda member: _sample_seconds(sample, member, quick, _SECOND_LOOK))
         if problem.options.balance is None:
-            looser = [replace(best, tolerance=tolerance) for tolerance in _TOLERANCES]
-            costs = [_sample_seconds(sample, member, quick) for member in looser]
-            best = looser[int(np.argmin(costs))] if min(costs) < least * (1 - _LOOSER) else best
+            least = costs[best] * (1 - _LOOSER)
+            for tolerance in _TOLERANCES:
+                looser = replace(best, tolerance=tolerance)
+                cost = _sample_seconds(sample, looser, quick, _FIRST_LOOK)
+                if cost < least:
+                    best, least = looser, cost
     home, copies = hosts_of(problem, best)
-    solution = drop_idle(solve_over(problem, home, copies, effort, best.tolerance))
+    solution = solve_over(problem, home, copies, effort, best.tolerance)
+    if best.tolerance:
+        _loosen_singly(problem, solution, home, copies, effort)
+    drop_idle(solution)
     if problem.options.balance is None:
         if problem.options.effort == "full":
             exchange_kept(problem, solution, effort.slack)
@@ -54,6 +63,17 @@ def plan_layers(problem: Problem) -> Solution:
         exchange_kept(problem, solution, 0.0)
         insist(problem, solution, effort, best)
     return solution
+
+
+def _loosen_singly(problem: Problem, solution: Solution, home: np.ndarray, copies: Copies, effort: Effort) -> None:
+    """The cheapest tolerance for every single micro-batch, in place."""
+    seconds = pair_seconds(problem, solution)
+    for tolerance in (0.0, *_TOLERANCES):
+        other = solve_over(problem, home, copies, effort, tolerance)
+        of_other = pair_seconds(problem, other)
+        cheaper = of_other < seconds
+        seconds[cheaper] = of_other[cheaper]
+        solution.replicas[cheaper], solution.quota[cheaper] = other.replicas[cheaper], other.quota[cheaper]
 
 
 def _members(problem: Problem) -> list[Member]:
@@ -77,10 +97,10 @@ def _members(problem: Problem) -> list[Member]:
     return list(dict.fromkeys(family))
 
 
-def _sample_seconds(sample: Problem, member: Member, effort: Effort) -> float:
+def _sample_seconds(sample: Problem, member: Member, effort: Effort, micro_batches: int) -> float:
     """Modelled seconds of the sample under a member; with a balance to reach, those that miss it come last."""
     home, copies = hosts_of(sample, member)
-    some = spaced(sample.table_LME.shape[1], _SAMPLE_MICRO_BATCHES)
+    some = spaced(sample.table_LME.shape[1], micro_batches)
     part = replace(sample, table_LME=sample.table_LME[:, some], wanted_LMNE=sample.wanted_LMNE[:, some])
     solution = solve_over(part, home, copies, effort, member.tolerance)
     outcome = outcome_of(solution, part)
