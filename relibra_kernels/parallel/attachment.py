@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -58,10 +59,11 @@ class AttachedLayer:
 
     def run(self, experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
-        dtype, device = experts.down_proj.dtype, x_TH.device.type
-        with torch.autocast(device, enabled=False):
-            own = Experts(experts.form, experts.recompute, experts.weights)
-            out_TH = self.runner.run(self.layer, own, x_TH.to(dtype), index_TK, weights_TK)
+        device = x_TH.device.type
+        own = Experts(experts.form, experts.recompute, experts.weights)
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)
         return out_TH.to(x_TH.dtype)
 
     def expert_ids(self) -> Tensor:
