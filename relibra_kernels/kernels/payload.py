@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
 from ..schedule import Schedule
-from .constants import block_of, chosen_block
+from .constants import block_of, chosen_block, next_power_of_2
 from .launch import TABLES, launch
 
 
@@ -217,5 +217,5 @@ def _constants(layout: PayloadLayout, hidden: torch.Tensor, count: int, part: st
     """How hidden states are walked: as the rows of that part of permute are."""
     config = chosen_block("permute", hidden, layout.hidden_size, count, part=part)
     block, warps = block_of(config, layout.hidden_size, layout.dtype.itemsize)
-    lanes = triton.next_power_of_2(layout.top_k)
+    lanes = next_power_of_2(layout.top_k)
     return {"H": layout.hidden_size, "TOP_K": layout.top_k, "LANES": lanes, "BLOCK_H": block, "num_warps": warps}

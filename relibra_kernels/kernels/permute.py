@@ -51,7 +51,7 @@ def permute(x_TH: torch.Tensor, schedule: Schedule, *, config: BlockConfig | Non
     check_rows("x", x_TH, schedule.num_tokens)
     rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
     how = _constants("permute", x_TH, schedule, config)
-    launch(_permute_kernel, (len(x_TH),), x_TH, schedule.position_of, rows_RH, **how)
+    launch(_permute_kernel, (x_TH.shape[0],), x_TH, schedule.position_of, rows_RH, **how)
     return rows_RH
 
 
@@ -69,7 +69,7 @@ def unpermute(
         check_gate_weights(weights_TK, schedule)
     out_TH = y_RH.new_empty(schedule.num_tokens, y_RH.shape[1])
     how = _constants("unpermute", y_RH, schedule, config)
-    launch(_unpermute_kernel, (len(out_TH),), y_RH, weights_TK, schedule.position_of, out_TH, **how)
+    launch(_unpermute_kernel, (schedule.num_tokens,), y_RH, weights_TK, schedule.position_of, out_TH, **how)
     return out_TH
 
 

@@ -4,12 +4,11 @@ import os
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from ..configs.config import BlockConfig, row_blocks
 from ..planner.errors import InputError
 from ..schedule import Schedule, Splits, check_slot_of_assignment, check_splits, tile_bound
-from .constants import chosen_block
+from .constants import ceil_div, chosen_block, next_power_of_2
 from .launch import launch, target
 from .schedule_kernels import _count_kernel, _scan_kernel, _scatter_kernel, _schedule_kernel
 
@@ -81,9 +80,9 @@ def _build(
     if total <= MOST_COUNTED:
         # what spills no registers: blocks of 4096 keys do, and so do tables of splits in four warps
         block, warps = block if block <= 2048 else 1024, 2 * warps
-    num_blocks = max(1, triton.cdiv(total, block))
+    num_blocks = max(1, ceil_div(total, block))
     rows = num_blocks if total <= MOST_COUNTED else 1  # of the small tables: one a block, or one
-    bins = triton.next_power_of_2(num_keys + 1)
+    bins = next_power_of_2(num_keys + 1)
     num_parts = 0 if splits is None else splits.slot_EP.shape[1]
     bounds = [tile_bound(num_rows, num_slots, size) for size in block_sizes]
     starts = [bound + bound % 2 for bound in bounds]  # of 8 bytes each: every table begins at 16 bytes
@@ -96,11 +95,11 @@ def _build(
     sizes = {"NUM_KEYS": num_keys, "BINS": bins}
     shape = {"NUM_SLOTS": num_slots, "NUM_PARTS": num_parts, "BLOCK_SIZES": block_sizes}
     padded = {
-        "SLOTS": triton.next_power_of_2(num_slots),
-        "PARTS": triton.next_power_of_2(max(num_keys * num_parts, 1)),
+        "SLOTS": next_power_of_2(num_slots),
+        "PARTS": next_power_of_2(max(num_keys * num_parts, 1)),
     }
     placing = {
-        "STRIPE": triton.next_power_of_2(triton.cdiv(max(bounds), num_blocks)),
+        "STRIPE": next_power_of_2(ceil_div(max(bounds), num_blocks)),
         "SEARCH_STEPS": num_slots.bit_length() + 1,
         "BLOCK": block,
         "num_warps": warps,
