@@ -14,7 +14,15 @@ from .schedule_kernels import _count_kernel, _scan_kernel, _scatter_kernel, _sch
 
 MOST_SLOTS = 512  # a row of counts is one vector
 MOST_COUNTED = 1 << 16  # assignments that every block counts by itself: 4096 tokens with up to 16 experts each
-_COUNTED = 2048  # of them at a time
+COUNTED = 2048  # of them at a time
+
+
+def counting_block(config: BlockConfig) -> tuple[int, int]:
+    """(assignments, warps) of a block that counts all assignments by itself.
+
+    What spills no registers: blocks of 4096 keys do, and so do tables of splits in four warps.
+    """
+    return config.columns if config.columns <= 2048 else 1024, 2 * config.num_warps
 
 
 def build_schedule(
@@ -76,10 +84,7 @@ def _build(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     config = config or chosen_block("schedule", ids_TK, 0, total, num_slots=num_keys)
-    block, warps = config.columns, config.num_warps
-    if total <= MOST_COUNTED:
-        # what spills no registers: blocks of 4096 keys do, and so do tables of splits in four warps
-        block, warps = block if block <= 2048 else 1024, 2 * warps
+    block, warps = counting_block(config) if total <= MOST_COUNTED else (config.columns, config.num_warps)
     num_blocks = max(1, ceil_div(total, block))
     rows = num_blocks if total <= MOST_COUNTED else 1  # of the small tables: one a block, or one
     bins = next_power_of_2(num_keys + 1)
@@ -105,7 +110,7 @@ def _build(
         "num_warps": warps,
     }
     if total <= MOST_COUNTED:
-        how = {**sizes, **shape, **padded, **placing, "COUNTED": _COUNTED}
+        how = {**sizes, **shape, **padded, **placing, "COUNTED": COUNTED}
         launch(_schedule_kernel, (num_blocks,), ids_TK, shift, *offsets, *parts_of_key, *result, **how)
     else:
         launch(_count_kernel, (num_blocks,), ids_TK, shift, total, **sizes, BLOCK=block, num_warps=warps)
