@@ -81,7 +81,7 @@ nightly: .venv/installed
 	$(MAKE) test-extras
 	$(MAKE) test-versions
 
-# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
+# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
 TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
 
 compile-gate: .venv/triton-3.9.0
@@ -97,7 +97,7 @@ machine-code: .venv/triton-3.9.0
 	done; done
 
 compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
-	for triton in $^; do for target in $(TARGETS); do \
+	for triton in none $^; do for target in $(TARGETS); do \
 		echo "$$triton $$target"; PYTHONPATH=$$triton $(BIN)/relibra compile --target $$target || exit 1; \
 	done; done
 	for triton in none $^; do for device in $(CODE_DEVICES); do \
