@@ -58,15 +58,15 @@ def _goals(setting: Setting, model: str, kernel: str, part: str) -> list[Goal]:
 
     from .problems import model_of
 
-    of, found = model_of(setting, model), []
+    of = model_of(setting, model)
+    found: list[Goal] = []
     for rows in setting.size(TUNED_ROWS, (8,)):
         for slots in setting.size(TUNED_SLOTS, (2,)):
             if kernel == "permute":  # a matter of tokens alone
-                slots, rows_here = 1, rows * max(TUNED_SLOTS) // of.top_k if not setting.rehearse else rows
-                groups = (balanced(1, rows_here),)
+                rows_here = rows if setting.rehearse else rows * max(TUNED_SLOTS) // of.top_k
+                goal = Goal(of, kernel, part, 1, rows_here, (balanced(1, rows_here),))
             else:
-                rows_here, groups = rows, (balanced(slots, rows), skewed(slots, rows))
-            goal = Goal(of, kernel, part, slots, rows_here, groups)
+                goal = Goal(of, kernel, part, slots, rows, (balanced(slots, rows), skewed(slots, rows)))
             if not any((goal.slots, goal.rows_per_slot) == (other.slots, other.rows_per_slot) for other in found):
                 found.append(goal)
     return found
@@ -142,7 +142,7 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
         timings = Timings()
         search = OnlineSearch(
             device, [goal], timings, lambda goal: _prepare(setting, goal), lambda call: _bench(setting, call)
-        )  # type: ignore[arg-type]
+        )
         search.out_of_time = lambda: time.monotonic() > until
         entries, left = search.run(triton.__version__, "", "")
         if left or not entries:
