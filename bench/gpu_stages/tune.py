@@ -32,6 +32,7 @@ PARTS = (
     ("grad_bias", "gate_up"), ("grad_bias", "down"),
 )  # fmt: skip
 REHEARSED = (("grad_weight", "down"), ("grouped_gemm", "dx"))
+_TOO_FEW = "fewer than three configs"
 _SURE = 1.25  # a shipped choice that is slower than the best by more than this is worth a look
 
 
@@ -152,10 +153,10 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
         setting.report.figures(buckets=buckets)
     if not buckets:
         raise Wrong("no bucket was finished")
-    ranked = [bucket["rank_correlation"] for bucket in buckets if bucket["rank_correlation"] is not None]
+    ranked = [bucket["rank_correlation"] for bucket in buckets if bucket["rank_correlation"] != _TOO_FEW]
     setting.report.figures(
         regret_worst=max(bucket["regret"] for bucket in buckets),
-        rank_correlation_least=min(ranked, default=1.0),
+        rank_correlation_least=min(ranked, default=_TOO_FEW),
         look_at=[f"{b['slots']}x{b['rows_per_slot']}" for b in buckets if b["regret"] > _SURE - 1],
     )  # fmt: skip
 
@@ -219,7 +220,7 @@ def _figures(
     }
 
 
-def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, float]) -> float | None:
+def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, float]) -> float | str:
     """Spearman's, of the modelled times of what was compiled and the measured ones."""
     from relibra_kernels.configs.config import parse_config
     from relibra_kernels.configs.products import PRODUCTS
@@ -227,7 +228,7 @@ def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, f
 
     product = PRODUCTS.get(device.product)
     if product is None or len(us) < 3:
-        return None
+        return _TOO_FEW
     modelled = {}
     for config in us:
         resources = _resources(setting, device, goal, parse_config(config))
