@@ -79,6 +79,7 @@ nightly: .venv/installed
 	$(MAKE) check-configs
 	$(MAKE) test-families
 	$(MAKE) test-extras
+	$(MAKE) rehearse WHOLE=--whole
 	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
@@ -133,8 +134,9 @@ gpu:
 carry: .venv/installed
 	PYTHON=$(BIN)/python bash bench/carry.sh
 
+# WHOLE=--whole: every case, not two a stage.
 rehearse: .venv/installed
-	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse
+	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse $(WHOLE)
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
