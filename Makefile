@@ -16,7 +16,7 @@ test: .venv/installed
 
 # Under a minute: the planner, the layer in plain torch, and the rules of the house.
 QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
-	test_permute.py test_replica_reduce.py test_router.py test_schedule.py tuning/test_model.py)
+	test_replica_reduce.py test_router.py test_schedule.py test_unpermute.py tuning/test_model.py)
 
 quick: .venv/installed
 	$(TEST) $(addprefix tests/,$(QUICK))
@@ -79,9 +79,10 @@ nightly: .venv/installed
 	$(MAKE) check-configs
 	$(MAKE) test-families
 	$(MAKE) test-extras
+	$(MAKE) rehearse WHOLE=--whole
 	$(MAKE) test-versions
 
-# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
+# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
 TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
 
 compile-gate: .venv/triton-3.9.0
@@ -97,7 +98,7 @@ machine-code: .venv/triton-3.9.0
 	done; done
 
 compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
-	for triton in $^; do for target in $(TARGETS); do \
+	for triton in none $^; do for target in $(TARGETS); do \
 		echo "$$triton $$target"; PYTHONPATH=$$triton $(BIN)/relibra compile --target $$target || exit 1; \
 	done; done
 	for triton in none $^; do for device in $(CODE_DEVICES); do \
@@ -133,8 +134,9 @@ gpu:
 carry: .venv/installed
 	PYTHON=$(BIN)/python bash bench/carry.sh
 
+# WHOLE=--whole: every case, not two a stage.
 rehearse: .venv/installed
-	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse
+	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse $(WHOLE)
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*

@@ -12,6 +12,7 @@ from ..planner import BatchPlan
 from ..planner.errors import InputError, ReLibraError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
+from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
@@ -24,9 +25,8 @@ from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, Unrecorde
 from .routed_batch import RoutedBatch
 from .session import Session
 from .stats import BatchStats, bytes_of_kinds
-from .tokens.buffers import Buffers
 from .tokens.destinations import Placements
-from .tokens.path import reserve
+from .tokens.transport import Transport, reserve
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class OpenBatch:
         loads_LMRE: np.ndarray | None,
         batch: RoutedBatch | None,
         store: ExpertStore,
-        buffers: Buffers,
+        transport: Transport,
     ):
         self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
         self._store, self._batch = store, batch
@@ -74,14 +74,14 @@ class OpenBatch:
         self._sums = GradientSums(session.options.gradient_dtype is not None)
         kept = np.zeros_like(plan.kept)
         if store.rows is not None:
-            each = [_expert_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
+            each = [_copy_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
             kept = replicas_to_keep(plan, each, session.options.kept_bytes)
         with session.ledger.span("replica", device):
             self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
-            self._tables = BatchTables(groups.host, plan, loads_LMRE, batch, placements, device)
+            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device)
         self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,
@@ -92,7 +92,7 @@ class OpenBatch:
             kept=self._kept,
             sources=sources_of_fetched(plan, kept),
             sums=self._sums,
-            buffers=buffers,
+            transport=transport,
             device=device,
             alignment=self.alignment,
             fetch_ahead=store.rows is not None,
@@ -129,7 +129,7 @@ class OpenBatch:
             tables = self._tables.get(index, check)
             if store.rows is not None:
                 options = self._session.options
-                reserve(parts.buffers, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
+                reserve(parts.transport, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
             return MicroBatch(parts, tables, index, fed)
 
     def finish(self) -> None:
@@ -238,7 +238,6 @@ def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:
     return float((loads_RLM.max(0)[used] / mean[used]).mean()) if used.any() else 1.0
 
 
-def _expert_bytes(weights: ExpertWeights) -> int:
-    """Weights and fp32 gradient of one expert."""
-    each = [tensor[0].numel() * (tensor.element_size() + max(4, tensor.element_size())) for tensor in weights.tensors()]
-    return sum(each)
+def _copy_bytes(weights: ExpertWeights) -> int:
+    """Memory of a kept replica of one of these experts."""
+    return sum(kept_replica_bytes(tensor[0].numel(), tensor.element_size()) for tensor in weights.tensors())
