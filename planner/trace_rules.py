@@ -32,7 +32,7 @@ def check_num_experts(value: object, name: str = "num_experts") -> int:
 
 
 def check_id_dtype(dtype: np.dtype, num_experts: int, name: str) -> None:
-    """Refuse what holds no ids, and what is too narrow for them: such ids have wrapped around."""
+    """Refuse a dtype that is no integer, or too narrow for the ids: those that did not fit have wrapped around."""
     if dtype.kind not in "iu":
         raise ShapeError(f"{name} is {dtype}, but expert ids must be integers")
     if np.iinfo(dtype).max < num_experts - 1:

@@ -1,4 +1,4 @@
-"""Whether recorded routing is of these tokens: a record that is shifted by one token or layer has no other sign.
+"""Whether recorded routing belongs to these tokens: a record that is shifted by a token or layer shows in no other way.
 
 In the first MoE layers a model's own choice agrees with its record on 98 to 100 % of the top-k sets, also where the
 engine computed in bf16; shifted by one token it agrees on 1 % in the first layer. (Measured on gpt-oss-20b.)

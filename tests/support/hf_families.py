@@ -60,6 +60,12 @@ FAMILIES = {
 }
 
 
+def checkpoint_activations(model: torch.nn.Module, use_reentrant: bool) -> None:
+    """By the name that transformers has for it; the older one warns in newer versions."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": use_reentrant})
+
+
 def make_model(family: str, **options: object) -> torch.nn.Module:
     """Random weights large enough that clamps clamp and routing differs between tokens."""
     name, of_family, _ = FAMILIES[family]

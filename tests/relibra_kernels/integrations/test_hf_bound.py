@@ -12,14 +12,14 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_families import loss_of, make_model, make_tokens, other_trace
+from hf_families import checkpoint_activations, loss_of, make_model, make_tokens, other_trace
 from hf_rare_families import RARE, make_rare
 from tolerance import assert_close
 
 from relibra_kernels.integrations.megatron import rows_of_context_parallel
 from relibra_kernels.integrations.transformers import record_routing, replay
 from relibra_kernels.integrations.transformers.fed import fed_tokens
-from relibra_kernels.integrations.transformers.layers import moe_layers
+from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError, ShapeError
 
@@ -44,7 +44,7 @@ def checkpointed(request):
     model = make_model("qwen3_moe").train()
     expected = copy.deepcopy(model)
     if request.param != "plain":
-        model.gradient_checkpointing_enable({"use_reentrant": request.param == "reentrant"})
+        checkpoint_activations(model, use_reentrant=request.param == "reentrant")
     return model, expected
 
 
@@ -80,7 +80,7 @@ def test_in_one_backward_each_forward_has_its_own(checkpointed):
 def test_two_models_one_in_the_other(checkpointed):
     model, plain = checkpointed
     critic = make_model("mixtral").train()
-    critic.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(critic, use_reentrant=False)
     tokens, results = make_tokens(), []
     for policy in (plain, model):
         with replay(policy, other_trace([11] * 3, 5), token_ids=tokens.tolist()):
@@ -96,7 +96,7 @@ def test_two_models_one_in_the_other(checkpointed):
 
 def test_what_hides_the_forward_is_an_error_and_leaves_nothing_behind():
     model, tokens = make_model("qwen3_moe").train(), make_tokens()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     with replay(model, other_trace([11] * 3), token_ids=tokens.tolist()):
         with torch.autograd.graph.save_on_cpu():
             loss = loss_of(model, tokens)
@@ -107,7 +107,7 @@ def test_what_hides_the_forward_is_an_error_and_leaves_nothing_behind():
 
 def test_a_backward_that_failed_leaves_no_router_replaced():
     model, tokens = make_model("qwen3_moe").train(), make_tokens()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     loss = forward(model, tokens, 5)
     handle = model.model.layers[0].mlp.gate.weight.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
