@@ -12,7 +12,7 @@ import torch.distributed as dist
 from hf_under_plan import LENGTH, MICRO_BATCHES, SEQUENCES, STEPS, loss_of, make_tokens, moving_plan, prepared
 from torch import Tensor, nn
 
-from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutingTrace
+from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutedBatch, RoutingTrace
 from relibra_kernels.parallel.experts.adapters import find_adapters
 
 RANK = 3
@@ -116,6 +116,8 @@ def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, fold
         gradients = {name: g.clone() for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
         results.append(gradients if rank == 0 else {})
         optimizer.step()
+    found = ep.estimate(RoutedBatch(trace, groups, MICRO_BATCHES), plan)
+    assert found.gradient_bytes == len(ep.layers) * ep.num_experts // ranks * factor_bytes(ep)  # priced so
     ep.save_checkpoint(folder, optimizer)
     again, fresh = spread(how, family, ranks)
     with torch.no_grad():

@@ -94,6 +94,20 @@ def adapted_weights(experts: ReplicatedExperts) -> ExpertWeights:
     return weights
 
 
+def adapter_rank(experts: ReplicatedExperts) -> int:
+    """What a plan is priced for: the rank of adapters of all projections of as many elements, rounded up.
+
+    0 where the weights are trained, or nothing is.
+    """
+    weights = adapted_weights(experts)
+    pairs = ((weights.gate_up_left, weights.gate_up_right), (weights.down_left, weights.down_right))
+    trained = [f for pair in pairs for f in pair if f is not None and f.requires_grad]
+    if weights.gate_up.requires_grad or weights.down.requires_grad or not trained:
+        return 0
+    elements = sum(factor[0].numel() for factor in trained)
+    return -(-elements // (2 * experts.hidden_size + 3 * experts.intermediate_size))
+
+
 def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]:
     """(wrapper, adapter) of what is added to a parameter in a forward."""
     found = []
