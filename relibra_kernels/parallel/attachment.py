@@ -54,14 +54,13 @@ class AttachedLayer:
             return opaque.run(self.handle, experts.weights, x_TH, index_TK, weights_TK)
         if self.module is None:
             self.module = weakref.ref(experts)
-        return self.run(experts, x_TH, index_TK, weights_TK)
+        return self.run(Experts(experts.form, experts.recompute, experts.weights), x_TH, index_TK, weights_TK)
 
-    def run(self, experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
-        dtype, device = experts.down_proj.dtype, x_TH.device.type
-        with torch.autocast(device, enabled=False):
-            own = Experts(experts.form, experts.recompute, experts.weights)
-            out_TH = self.runner.run(self.layer, own, x_TH.to(dtype), index_TK, weights_TK)
+        with torch.autocast(x_TH.device.type, enabled=False):
+            x = x_TH.to(own.weights.down.dtype)
+            out_TH = self.runner.run(self.layer, own, x, index_TK, weights_TK)
         return out_TH.to(x_TH.dtype)
 
     def expert_ids(self) -> Tensor:

@@ -1,5 +1,6 @@
 """ExpertParallel: train a model whose MoE layers live on many ranks, under a plan."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..planner import BatchPlan, ClusterSpec, Estimate, PlanOptions, RoutingTrace
+from ..planner import BatchPlan, ClusterSpec, Estimate, ModelShape, PlanOptions, RoutingTrace
 from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
@@ -25,7 +26,7 @@ from .comm.groups import Groups
 from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
-from .experts.adapters import find_adapters
+from .experts.adapters import adapter_rank, find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
 from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, layers_to_share
@@ -104,14 +105,14 @@ class ExpertParallel:
             comm.alarm = self._alarm
         self._stop_watchdog = start_watchdog(self.comm, self.options.watchdog_seconds)
         self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
-        layers, top_k, experts = len(self.layers), self.layers[0].router.top_k, self.layers[0].experts
+        layers, top_k = len(self.layers), self.layers[0].router.top_k
         self._planning = Planning(
             lambda trace: check_trace(trace, layers, top_k, self.num_experts),
             self.groups,
             cluster,
             model_name,
             lambda: self.device,
-            shape_of_sizes(experts.hidden_size, experts.intermediate_size, self.num_experts, top_k, layers=layers),
+            self._shape,
         )
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
@@ -376,6 +377,14 @@ class ExpertParallel:
         experts = [moe.experts for moe in self.layers]
         rows = [(of_layer.hidden_size, of_layer.down_proj.dtype) for of_layer in experts]
         return ExpertStore(lambda layer: experts[layer].weights, len(experts), rows, self.device, experts)
+
+    def _shape(self) -> ModelShape:
+        """Of the MoE layers, with the adapters that they have now."""
+        find_adapters(self.model, self.layers)
+        experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
+        sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k
+        shape = shape_of_sizes(*sizes, layers=len(self.layers))
+        return dataclasses.replace(shape, adapter_rank=adapter_rank(experts))
 
     def _check_between_batches(self, what: str) -> None:
         if self._batch is not None:

@@ -211,7 +211,7 @@ def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec)
         cluster,
         "",
         lambda: collective_device(groups.experts),
-        _shape_of(layers, implementation),
+        lambda: _shape_of(layers, implementation),
     )
 
 
