@@ -54,6 +54,17 @@ def check_offsets(value: object, tokens: int) -> np.ndarray:
     return offsets
 
 
+def checked_numbers(value: object, name: str) -> np.ndarray:
+    """`value` as int64 [n]: the numbers of sequences or layers. Raises: InputError, for masks too."""
+    try:
+        numbers = np.asarray(value if hasattr(value, "__array__") else list(value))  # type: ignore[call-overload]
+    except (TypeError, ValueError, RuntimeError):
+        numbers = np.zeros((), object)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise InputError(f"{name} is {str(value)[:60]}, but must be integers (of a mask: np.flatnonzero(mask))")
+    return numbers.astype(np.int64)
+
+
 def token_chunks(num_tokens: int, per_token: int) -> Iterator[slice]:
     """Slices of whole tokens, of about _CHUNK assignments each."""
     step = max(1, _CHUNK // per_token)

@@ -197,11 +197,14 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     tokens, weights = _meta(x, count, experts.hidden_size), _meta(gates, count, top_k)
     there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
     back = there._replace(has_slots=False)
-    ops.pack_payload(
-        tokens, weights, _meta(sent, len(sent), top_k, dtype=torch.int16), send, there.new(len(sent), x.device)
-    )
+    slots_of_sent = _meta(sent, len(sent), top_k, dtype=torch.int16)
+    ops.pack_payload(tokens, weights, slots_of_sent, send, there.new(len(sent), x.device))
     ops.unpack_gradients(back.new(len(sent), x.device), send, back)
     for rows in received:
+        handed_on = Schedule(_meta(sent, 2), sent, _meta(sent, rows, top_k))  # with two hops, as tokens are sent
+        as_tokens = _meta(x, rows, experts.hidden_size), _meta(gates, rows, top_k)
+        ops.pack_payload(*as_tokens, slots_of_sent, handed_on, there.new(len(sent), x.device))
+        ops.unpack_gradients(back.new(len(sent), x.device), handed_on, back)
         ops.unpack_payload(there.new(rows, x.device), there)
         ops.pack_gradients(_meta(dx, rows, experts.hidden_size), _meta(gates, rows, top_k), back.new(rows, x.device))
     for of_rows in schedules:  # how rows are summed may depend on how many there are

@@ -15,12 +15,14 @@ import numpy as np
 @dataclass(frozen=True)
 class FetchPrice:
     """What a fetched replica costs and saves. slots: of a rank that may be fetched; assignment: seconds of one on the
-    busiest rank; replica: of one more from the busiest sender; any: of fetching at all."""
+    busiest rank; replica: of one more from the busiest sender; any: of fetching at all. tolerance: how far above its
+    target, as a part of it, a rank may stay."""
 
     slots: int
     assignment: float
     replica: float
     any: float
+    tolerance: float = 0.0
 
 
 @dataclass(eq=False)

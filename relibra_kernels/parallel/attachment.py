@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -58,9 +59,10 @@ class AttachedLayer:
 
     def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
-        with torch.autocast(x_TH.device.type, enabled=False):
-            x = x_TH.to(own.weights.down.dtype)
-            out_TH = self.runner.run(self.layer, own, x, index_TK, weights_TK)
+        device = x_TH.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)
         return out_TH.to(x_TH.dtype)
 
     def expert_ids(self) -> Tensor:

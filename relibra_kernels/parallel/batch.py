@@ -23,9 +23,8 @@ from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
 from .routed_batch import RoutedBatch
 from .session import Session
-from .tokens.buffers import Buffers
 from .tokens.destinations import Placements
-from .tokens.path import reserve
+from .tokens.transport import Transport, reserve
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class OpenBatch:
         loads_LMRE: np.ndarray | None,
         batch: RoutedBatch | None,
         store: ExpertStore,
-        buffers: Buffers,
+        transport: Transport,
     ):
         self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
         self._store, self._batch = store, batch
@@ -90,7 +89,7 @@ class OpenBatch:
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
-            self._tables = BatchTables(groups.host, plan, loads_LMRE, batch, placements, device)
+            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device)
         self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,
@@ -101,7 +100,7 @@ class OpenBatch:
             kept=self._kept,
             sources=sources_of_fetched(plan, kept),
             sums=self._sums,
-            buffers=buffers,
+            transport=transport,
             device=device,
             alignment=self.alignment,
             fetch_ahead=store.rows is not None,
@@ -138,7 +137,7 @@ class OpenBatch:
             tables = self._tables.get(index, check)
             if store.rows is not None:
                 options = self._session.options
-                reserve(parts.buffers, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
+                reserve(parts.transport, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
             return MicroBatch(parts, tables, index, fed)
 
     def finish(self) -> None:

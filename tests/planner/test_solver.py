@@ -109,6 +109,24 @@ def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
     assert {1, 2, 3} <= set((kept.rank[kept.expert == 3] // 2).tolist())
 
 
+@pytest.mark.parametrize("far", [3, 5])
+def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
+    table, ranks, gpus = skewed_loads(3, 4, 64, sigma=1.5), 32, 4
+    home, share = contiguous_home(3, 64, ranks), shares(table, ranks)
+    layer, expert = choose_copies(share, 3 * ranks, ranks, ranks)
+    sent = []
+    for limit in (None, far):
+        kept = pack(share, home, layer, expert, ClusterSpec(8, gpus, 2), 6, spread=True, far=limit)
+        assert len(kept.layer) == 3 * ranks
+        owner = home[kept.layer, kept.expert]
+        trips = {*zip(kept.layer, kept.expert, owner, kept.rank // gpus, strict=True)}
+        of_home = np.zeros((3, ranks), int)
+        for at, _, rank, node in trips:
+            of_home[at, rank] += rank // gpus != node
+        sent.append(of_home.max())
+    assert sent[1] == far < sent[0]
+
+
 def test_layers_compete_for_memory():
     table = np.concatenate([skewed_loads(1, 4, 32, sigma=0.1), skewed_loads(1, 4, 32, sigma=1.5)])
     layer, _ = choose_copies(shares(table, 8), 8, 16, 8)

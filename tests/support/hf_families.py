@@ -1,7 +1,10 @@
 """Tiny random Hugging Face MoE models, one a family, and what tests ask of them."""
 
+import numpy as np
 import torch
 import transformers
+
+from relibra_kernels.planner import RoutingTrace
 
 VOCABULARY = 64
 _COMMON = {
@@ -84,6 +87,16 @@ def make_model(family: str, **options: object) -> torch.nn.Module:
 def make_tokens(sequences: int = 3, length: int = 11, seed: int = 1) -> torch.Tensor:
     """int64 [sequences, length] without special tokens."""
     return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def other_trace(lengths, seed=0, layers=(0, 2), experts=8, top_k=2):
+    """Routing that the model would hardly choose."""
+    ids = np.random.default_rng(seed).random((sum(lengths), len(layers), experts)).argsort(-1)[..., :top_k]
+    return RoutingTrace(ids.astype(np.int8), np.cumsum([0, *lengths]), experts, layers)
+
+
+def loss_of(model, tokens):
+    return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def logits_and_gradients(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

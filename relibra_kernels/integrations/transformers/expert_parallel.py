@@ -18,8 +18,8 @@ from ...parallel.comm.groups import Groups
 from ...parallel.live import LiveRouting
 from ...parallel.running import ModelRunner
 from ...parallel.session import RuntimeOptions
-from ...parallel.tokens.buffers import Buffers
 from ...parallel.tokens.layer import Experts
+from ...parallel.tokens.one_hop import OneHop
 from ...planner import ClusterSpec
 from ...planner.errors import InputError
 from ...planner.plan import contiguous_home
@@ -46,7 +46,7 @@ class RelibraEP(EPImplementation):
         self.groups = _groups_of(ep_mesh)
         self.num_experts = self.num_local_experts * self.groups.experts.size
         home = contiguous_home(1, self.num_experts, self.groups.experts.size)
-        self.alone: Runner = LiveRouting(self.groups, home, RuntimeOptions(), Buffers())
+        self.alone: Runner = LiveRouting(OneHop(self.groups.experts, self.groups.host), home, RuntimeOptions())
         self.runner: ModelRunner | None = None  # of the model that this layer is in, once it has one
         self.layer = 0  # among that model's
         self.weights: ExpertWeights | None = None  # as FSDP last gathered them

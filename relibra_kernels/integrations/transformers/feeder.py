@@ -59,7 +59,7 @@ class Feeder(OpenForwards):
         rows = self._whole(fed) if fed.cached is None else self._continued(fed)
         if self._token_ids is not None and fed.token_ids is not None:
             self._check_token_ids(fed, rows)
-        self.use_rows(rows.reshape(-1))
+        self.use_rows(rows.reshape(-1) if fed.elsewhere is None else rows[~fed.elsewhere])
         return rows.reshape(-1)
 
     def use_rows(self, rows_T: np.ndarray) -> None:

@@ -42,7 +42,10 @@ class MoeLayer:
         """Why the layer may run on a part of the tokens only; for messages."""
         if ".text_moe." not in self.name:
             return ""
-        return ": image tokens go to experts of their own (vision_moe), whose routing is neither recorded nor replayed"
+        return (
+            ": image tokens go to experts of their own (vision_moe), so that only a forward that is given the model's "
+            "`moe_mm_token_type_ids` and no `rows` says which these are"
+        )
 
     @property
     def device(self) -> torch.device:

@@ -35,22 +35,43 @@ def model_shape(case: Case) -> ModelShape:
     return ModelShape("toy", case.layers, case.experts, case.top_k, case.hidden, case.intermediate, 1, 1, 1)
 
 
-def rows_between_ranks(case: Case, plan, loads) -> np.ndarray:
-    """int64 [L, M, R, R]: distinct rows from each source to each rank, from the trace and the splits alone."""
+def rows_between_ranks(case: Case, plan, loads, together: int = 1) -> np.ndarray:
+    """int64 [L, M, R, R / together]: distinct rows from each source to each rank, from the trace and the splits alone.
+
+    Args:
+        together: ranks that a row goes to once.
+    """
     trace, groups, _ = make_batch(case, 0)
-    rows = np.zeros((case.layers, case.micro_batches, case.ranks, case.ranks), np.int64)
+    rows = np.zeros((case.layers, case.micro_batches, case.ranks, case.ranks // together), np.int64)
     for m, source in np.ndindex(case.micro_batches, case.ranks):
         sequences = np.flatnonzero((groups == m) & (np.arange(len(groups)) % case.ranks == source))
         ids = trace.select(sequences).expert_ids
         for layer in range(case.layers):
             split = split_over_sources(plan, loads, layer, m)[source]
-            rows[layer, m, source] = distinct_rows(destinations(ids[:, layer], split), case.ranks)
+            there = destinations(ids[:, layer], split)
+            rows[layer, m, source] = distinct_rows(np.where(there < 0, -1, there // together), case.ranks // together)
     return rows
 
 
+def rows_on_networks(case: Case, plan, loads) -> dict[str, int]:
+    """Rows of one exchange inside nodes and between them, over all layers and micro-batches."""
+    rows = rows_between_ranks(case, plan, loads)
+    rank = np.arange(case.ranks)
+    node, place = rank // case.gpus_per_node, rank % case.gpus_per_node
+    far = node[:, None] != node
+    if case.options.transport == "one":
+        return {"fast": int((rows * (~far & ~np.eye(case.ranks, dtype=bool))).sum()), "slow": int((rows * far).sum())}
+    crossing = rows_between_ranks(case, plan, loads, case.gpus_per_node)
+    handed_on = rows * (place[:, None] != place)  # by the rank of the sender's place, on every node
+    abroad = node[:, None] != np.arange(case.ranks // case.gpus_per_node)
+    return {"fast": int(handed_on.sum()), "slow": int((crossing * abroad).sum())}
+
+
+@pytest.mark.parametrize("transport", ["one", "two"])
 @pytest.mark.parametrize(("size", "keep"), [(4, False), (4, True), (8, False)])
-def test_bytes_are_what_cost_predicts(ranks, size, keep):
-    case = replace(CASE, ranks=size, gpus_per_node=size // 2, options=RuntimeOptions(keep_replicas=keep))
+def test_bytes_are_what_cost_predicts(ranks, size, keep, transport):
+    options = RuntimeOptions(keep_replicas=keep, transport=transport)
+    case = replace(CASE, ranks=size, gpus_per_node=size // 2, options=options)
     results = ranks(size).run(count_wire, case)
     plan, loads, previous = (results[0][name] for name in ("plan", "loads", "previous"))
     outcome, model = outcome_of_plan(plan, loads, previous), model_shape(case)
@@ -86,10 +107,7 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
     assert results[0]["unplanned"].static_seconds == estimate.static_seconds
     assert results[0]["unplanned"].planned_seconds <= estimate.planned_seconds  # that of `ep.plan`
 
-    rows = rows_between_ranks(case, plan, loads)
-    node = np.arange(size) // case.gpus_per_node
-    near = (node[:, None] == node) & ~np.eye(size, dtype=bool)
-    for net, mask in (("fast", near), ("slow", node[:, None] != node)):
+    for net, count in rows_on_networks(case, plan, loads).items():
         row, gates, slots = 2 * case.hidden, 4 * case.top_k, 2 * case.top_k  # bf16, fp32, int16
         for kind, size in (
             ("dispatch", row + gates + slots),
@@ -97,7 +115,7 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
             ("backward dispatch", row),
             ("backward combine", row + gates),
         ):
-            assert sent[kind, net] == int((rows * mask).sum()) * -(-size // 16) * 16
+            assert sent[kind, net] == count * -(-size // 16) * 16
 
 
 def test_bytes_of_the_planners_own_plan_are_what_estimate_says(ranks):
