@@ -1,6 +1,7 @@
 """One open batch on one rank: its plan, its tables, its replicas; and what it reports when it is over."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
@@ -169,6 +170,19 @@ class OpenBatch:
         except InputError as error:
             problem = error
         self._groups.agree(problem, {}, self.device, "closing the batch")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        try:
+            yield
+            self.finish()
+        except BaseException as error:
+            if self._comm.alarm is not None and not isinstance(error, CommunicationError):  # about another rank
+                self._comm.alarm.sound(self._comm.rank, error)
+            raise
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Nothing of this batch runs from here on."""

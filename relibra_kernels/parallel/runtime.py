@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..planner import BatchPlan, ClusterSpec, Estimate, ModelShape, PlanOptions, RoutingTrace
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner.errors import InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
 from .agreement import Opening
@@ -285,14 +285,9 @@ class ExpertParallel:
         self._batch = self._last = opened
         self._runner.in_batch = True
         try:
-            yield
-            opened.finish()
-        except BaseException as error:
-            if not isinstance(error, CommunicationError):  # which is about another rank that stopped
-                self._alarm.sound(self.comm.rank, error)
-            raise
+            with opened.running():
+                yield
         finally:
-            opened.close()
             self._batch, self._runner.in_batch = None, False
 
     @contextmanager
