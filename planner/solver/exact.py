@@ -4,8 +4,8 @@ of layer and micro-batch at once.
 What a rank has above the limit is pushed along shortest paths to ranks below it: from a rank to an expert that it
 computes some of, and on to that expert's other hosts. Distances are found anew before every sweep, and a sweep pushes
 from the farthest ranks inwards, so this is push-relabel with exact labels. Where a rank above the limit reaches none
-below it, the ranks that can be reached no further hold what no split can take from them: their mean, rounded up, is a
-lower bound, and becomes the limit. So the limit that is met in the end is the optimum.
+below it, take all ranks that it reaches: no split can move assignments out of this set. Its mean, rounded up, is a
+lower bound for the busiest rank, and becomes the limit. So the limit that is met in the end is the optimum.
 """
 
 import numpy as np

@@ -1,9 +1,9 @@
-"""Few fetched replicas: each leads out of a set of ranks that cannot get rid of what it has.
+"""Fetched replicas, as few as possible: each gives a set of overloaded ranks a way to ranks with room.
 
-Where a pair of layer and micro-batch stays above its target, the exact split says why: from some ranks no path leads to
-a rank with room. A replica helps if it opens one: an expert that these ranks compute much of, fetched by a rank outside
-with a free slot, from a holder on that rank's node. One a node is added at a time, no more than the excess asks for;
-then the split is made level again, over the new replicas too.
+Where a (layer, micro-batch) stays above its target, the exact split says why: there are ranks from which no path leads
+to a rank with room. A replica opens such a path: a rank outside of the set, with a free slot, fetches from its own node
+an expert that the set computes much of. At most one a node is added at a time, and no more than the excess needs. Then
+the split is made level again, with the new replicas.
 """
 
 import numpy as np
@@ -93,9 +93,9 @@ def _exits(
     open_ = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0] >= 0
     to = local + np.arange(nodes) * gpus_per_node
     score = np.where(on_node & open_[:, :, None], inside, 0.0)
-    rows, columns = np.arange(pairs)[:, None, None], np.arange(nodes)[None, :, None]
     here = slots.expert[np.arange(pairs)[:, None], to]  # [P, N, Q]: what the rank with room has already
-    score[rows, columns, np.where((here >= 0) & (here < experts), here, 0)] = 0.0
+    row, column, place = np.nonzero((here >= 0) & (here < experts))
+    score[row, column, here[row, column, place]] = 0.0
     best = score.argmax(2)
     gain = np.take_along_axis(score, best[:, :, None], 2)[:, :, 0]
     # First where a rank can take most itself; as many as would take away the excess if all could be passed on.

@@ -1,10 +1,10 @@
 """Kept replicas: which experts get one for the batch, and on which ranks.
 
-How many: again and again, the expert whose share, in the worst micro-batch for it, is the largest gets one more host.
-All layers compete for the memory: a copy is worth the share that it halves, thirds, ... , in units of a rank's mean
-load. Where: largest shares first, to the rank whose load over the micro-batches overlaps least with the expert's.
-Loads are vectors over micro-batches, since experts that are hot in turn may live together and those hot at once may
-not.
+How many: an expert's share is its load, in its worst micro-batch, divided by the number of its hosts. Again and again
+the expert with the largest share gets one more host. Shares are counted in units of a rank's mean load, so that experts
+of all layers compete for the same memory.
+Where: largest shares first, each to the rank whose load overlaps least with the expert's. Loads are vectors over
+micro-batches: experts that are hot in different micro-batches may share a rank, those that are hot in the same may not.
 """
 
 from dataclasses import dataclass

@@ -2,7 +2,8 @@
 
 Members differ in where homes are (as they are, or moved), in how much is kept (shares of what memory allows), whether
 copies of an expert are spread over nodes, how often a home may send to other nodes, and what fetched replicas may leave
-over. Each is solved and priced on a fixed sample of layers and micro-batches; the cheapest is then solved for all.
+over. Each is solved and priced on a fixed sample of layers and micro-batches; the cheapest is then solved for all. A
+layer whose plan costs more than no change is left as it is.
 """
 
 from dataclasses import replace

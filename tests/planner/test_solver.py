@@ -9,6 +9,7 @@ from skewed_loads import skewed_loads
 from relibra_kernels.planner import ClusterSpec
 from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
+from relibra_kernels.planner.solver.exits import fetch_exits
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.hosts import Hosts
 from relibra_kernels.planner.solver.kept import choose_copies, pack, shares
@@ -140,3 +141,18 @@ def test_fetching_fills_a_node_exactly():
     assert slots.load.sum(2).tolist() == [[50, 50, 50, 50]]
     assert sent.tolist() == [3]
     assert slots.fetched.sum() == 3
+
+
+def test_of_ranks_that_are_as_good_the_lowest_hosts_a_replica():
+    share = np.array([[[80.0], [20.0], [20.0], [20.0]]])
+    kept = pack(share, np.arange(4)[None], np.array([0]), np.array([0]), ClusterSpec(1, 4, 1), 1, spread=False)
+    assert kept.rank.tolist() == [1]
+    for fetching in (
+        lambda slots: fetch(slots, np.array([50]), 4),
+        lambda slots: fetch_exits(slots, np.array([50]), 4, 4, 1, 8),
+    ):
+        expert = np.stack([np.arange(4), np.full(4, -1)], 1)[None]
+        load = np.array([[[80, 0], [20, 0], [20, 0], [20, 0]]])
+        slots = Slots(expert, load, np.full((1, 4), 1), np.zeros((1, 4, 2), bool))
+        fetching(slots)
+        assert np.argwhere(slots.fetched[0]).tolist() == [[1, 1]]
