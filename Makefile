@@ -16,7 +16,7 @@ test: .venv/installed
 
 # Under a minute: the planner, the layer in plain torch, and the rules of the house.
 QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
-	test_permute.py test_replica_reduce.py test_router.py test_schedule.py tuning/test_model.py)
+	test_replica_reduce.py test_router.py test_schedule.py test_unpermute.py tuning/test_model.py)
 
 quick: .venv/installed
 	$(TEST) $(addprefix tests/,$(QUICK))

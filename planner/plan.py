@@ -105,11 +105,6 @@ class BatchPlan:
         """Home slots a rank: E / R, rounded up. Where that is not whole, some ranks leave their last one empty."""
         return self._held.shape[2]
 
-    @property
-    def experts_per_rank(self) -> int:
-        """`home_slots`, for callers whose experts divide over the ranks."""
-        return self.home_slots
-
     def home_experts(self, layer: int) -> np.ndarray:
         """int32 [R, home_slots]: the experts that each rank owns, ascending, which is the order of its home slots.
 
@@ -131,7 +126,7 @@ class BatchPlan:
         return kept_sources(self.home, self.replicas, self.kept, self.gpus_per_node)
 
     def has_replicas(self, layer: int, micro_batch: int) -> bool:
-        """Whether any replica slot is in use; where not, the replica path must cost nothing."""
+        """Whether any replica slot is in use. Where none is, the runtime skips all that it does for replicas."""
         return bool((self.replicas[layer, micro_batch] >= 0).any())
 
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:

@@ -19,7 +19,15 @@ from .trace_report import (
     report_of,
     selected_versions,
 )
-from .trace_rules import check_id_dtype, check_ids, check_num_experts, check_offsets, compact_dtype, id_dtype
+from .trace_rules import (
+    check_id_dtype,
+    check_ids,
+    check_num_experts,
+    check_offsets,
+    checked_numbers,
+    compact_dtype,
+    id_dtype,
+)
 
 
 class RoutingTrace:
@@ -198,7 +206,7 @@ class RoutingTrace:
 
     def select(self, sequence_indices: Sequence[int] | np.ndarray) -> "RoutingTrace":
         """A trace of these sequences, in this order. Nothing of the others is kept."""
-        chosen = [int(index) for index in sequence_indices]
+        chosen = checked_numbers(sequence_indices, "sequence_indices").tolist()
         parts = [self._slice(index) for index in chosen]
         offsets = np.cumsum([0, *(part.stop - part.start for part in parts)], dtype=np.int64)
         return self._part(
@@ -210,7 +218,7 @@ class RoutingTrace:
 
     def slice_layers(self, moe_layer_ids: Iterable[int]) -> "RoutingTrace":
         """A trace of these layers, by the model's layer numbers: a pipeline stage's. Nothing of the others is kept."""
-        layers = tuple(int(layer) for layer in moe_layer_ids)
+        layers = tuple(checked_numbers(moe_layer_ids, "moe_layer_ids").tolist())
         missing = sorted(set(layers) - set(self._layers))
         if missing or not layers or list(layers) != sorted(set(layers)):
             raise InputError(f"moe_layer_ids is {list(layers)}, but must be some of {list(self._layers)} in order")
@@ -267,7 +275,13 @@ class RoutingTrace:
             sequences: the numbers of the sequences to read, in the order wanted. None: all.
             layers: the model's numbers of the layers to read, in order. None: all.
         """
-        return load_arrays(cls, path, num_experts, sequences, None if layers is None else list(layers))
+        return load_arrays(
+            cls,
+            path,
+            num_experts,
+            None if sequences is None else checked_numbers(sequences, "sequences"),
+            None if layers is None else tuple(checked_numbers(layers, "layers").tolist()),
+        )
 
     def _slice(self, index: int) -> slice:
         if not 0 <= index < self.num_sequences:

@@ -155,7 +155,7 @@ def moe_mlp_backward(
         replica_weight=replicas.gate_up,
         weight_of_slot=weight_of_slot,
     )
-    return ops.permute_backward(dx_RH.to(out_dtype or dx_RH.dtype), schedule), dweights_TK
+    return ops.unpermute(dx_RH.to(out_dtype or dx_RH.dtype), None, schedule), dweights_TK
 
 
 def _gate_up(

@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,7 @@ from .parallel.experts.parameters import take_over
 from .payload import PayloadLayout
 from .planner.errors import InputError
 from .schedule import Schedule
-from .weights import ExpertWeights, zeros_fp32
+from .weights import zeros_fp32
 
 if TYPE_CHECKING:
     from .configs.limits import Device
@@ -163,13 +163,24 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
     grad = home.map(zeros_fp32)
-    into: dict[str, Any] = {"grad": grad, "replica": replica, "weight_of_slot": table}
-    into["replica_grad"] = replica.map(zeros_fp32) if replica is not None else None
+    replica_grad = replica.map(zeros_fp32) if replica is not None else None
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
-        how = {"accumulate": accumulate, **into}
-        dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **how)
+        dx, dgates = moe_mlp_backward(
+            _meta(x),
+            x,
+            kept,
+            gates,
+            schedule,
+            home,
+            form,
+            grad=grad,
+            replica=replica,
+            replica_grad=replica_grad,
+            weight_of_slot=table,
+            accumulate=accumulate,
+        )
     sent = torch.empty(received[-1], dtype=torch.int32, device="meta")
     send = Schedule(_meta(sent, 2), sent, _meta(sent, count, top_k))
     tokens, weights = _meta(x, count, experts.hidden_size), _meta(gates, count, top_k)
@@ -193,7 +204,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for weight in home.tensors():
             ops.pack_replicas(weight, owners)
-        for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
+        assert replica_grad is not None
+        for shard, owner in zip(replica_grad.tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
 
 

@@ -11,6 +11,11 @@ SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says ot
 DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
 
 
+def kept_replica_bytes(parameters: int, parameter_bytes: int) -> int:
+    """Memory of kept copies of so many parameters: the weights, and a gradient in fp32 or in their own, wider dtype."""
+    return parameters * (parameter_bytes + max(4, parameter_bytes))
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one MoE layer and of the attention beside it, from the model's published config.json.
@@ -41,7 +46,7 @@ class ModelShape:
 
     @property
     def expert_parameters(self) -> int:
-        """gate, up and down projection."""
+        """Parameters of one expert: its gate, up and down projections."""
         return 3 * self.hidden_size * self.intermediate_size
 
     @property
@@ -56,8 +61,8 @@ class ModelShape:
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one kept replica: its weights and a gradient of its own, 18 * H * I bytes."""
-        return self.expert_bytes + self.gradient_bytes
+        """Memory of one kept replica, 18 * H * I bytes in bf16: see `kept_replica_bytes`."""
+        return kept_replica_bytes(self.expert_parameters, 2)
 
     @property
     def migration_bytes(self) -> int:
@@ -65,11 +70,11 @@ class ModelShape:
         return (2 + 4 + 4 + 4) * self.expert_parameters
 
     def assignment_flops(self) -> int:
-        """Forward, of one token in one expert: a multiply and an add per parameter."""
+        """FLOPs of one token in one expert, forward: a multiply and an add per parameter."""
         return 2 * self.expert_parameters
 
     def dense_flops(self, sequence_length: int) -> int:
-        """Forward, of one token outside the routed experts: projections, causal attention, shared experts."""
+        """FLOPs of one token outside the routed experts, forward: projections, causal attention, shared experts."""
         value_dim = self.value_dim or self.head_dim
         query_dim = self.head_dim + self.rope_dim
         if self.kv_rank:

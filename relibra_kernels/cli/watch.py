@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def batches_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's objects with a plan's figures; a last line that is still being written waits, others are passed by."""
+    """The log's JSON objects with a batch's figures. Other lines are skipped; an unfinished last one waits."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)

@@ -15,7 +15,7 @@ from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_verl
 from ..planner.errors import InputError
 from ..planner.formats.sequences import Holes, RecordOptions
-from .batches import PlannedBatch, plan_routed_batch, to_numpy
+from .batches import PlannedBatch, plan_routed_batch
 
 
 def trace_of_batch(
@@ -43,11 +43,11 @@ def trace_of_batch(
     routed = batch["routed_experts"]
     jagged, ids = _is_jagged(routed), batch.get("input_ids")
     return from_verl(
-        _rows(routed),
+        routed,
         num_experts,
-        attention_mask=None if jagged else to_numpy(batch["attention_mask"]),
-        response_mask=_rows(batch.get("response_mask")),
-        replay_mask=_rows(batch.get("replay_mask")),
+        attention_mask=None if jagged else batch["attention_mask"],
+        response_mask=batch.get("response_mask"),
+        replay_mask=batch.get("replay_mask"),
         num_tokens=[len(row) for row in ids.unbind()] if jagged and _is_jagged(ids) else None,  # type: ignore[union-attr]
         moe_layer_ids=moe_layer_ids,
         holes=holes,
@@ -56,13 +56,6 @@ def trace_of_batch(
 
 def _is_jagged(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_nested
-
-
-def _rows(value: Any) -> Any:
-    """A list of arrays of a jagged tensor, or the array."""
-    if value is None:
-        return None
-    return [to_numpy(row) for row in value.unbind()] if _is_jagged(value) else to_numpy(value)
 
 
 def plan_for_update(

@@ -1,4 +1,4 @@
-"""What stands between a MoE layer and the runtime that runs it: copies, state dicts, torch.compile."""
+"""How a MoE layer hands its forward to the runtime, and what that means for copies, state dicts and torch.compile."""
 
 import weakref
 from collections.abc import Callable
@@ -30,13 +30,13 @@ class Runner(Protocol):
         """(expert ids int64 [tokens, K], whether none is -1) that the router is to choose; None: it chooses."""
 
     def alignment(self, layer: int) -> Alignment | None:
-        """What is to compare the router's own choice with what is recorded; None where nobody wants to know."""
+        """What compares the router's own choice with the recorded one; None where they are not compared."""
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H] in their own dtype."""
 
     def copy(self) -> "Runner":
-        """For a copy of the model, which must not depend on what becomes of this one."""
+        """A runner for a copy of the model, independent of this one from here on."""
 
 
 class AttachedLayer:

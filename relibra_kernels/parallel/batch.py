@@ -11,6 +11,7 @@ from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ReLibraError
+from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
@@ -71,7 +72,7 @@ class OpenBatch:
         self._sums = GradientSums(session.options.gradient_dtype is not None)
         kept = np.zeros_like(plan.kept)
         if store.rows is not None:
-            each = [_expert_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
+            each = [_copy_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
             kept = replicas_to_keep(plan, each, session.options.kept_bytes)
         with session.ledger.span("replica", device):
             self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
@@ -207,7 +208,6 @@ def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:
     return float((loads_RLM.max(0)[used] / mean[used]).mean()) if used.any() else 1.0
 
 
-def _expert_bytes(weights: ExpertWeights) -> int:
-    """Weights and fp32 gradient of one expert."""
-    each = [tensor[0].numel() * (tensor.element_size() + max(4, tensor.element_size())) for tensor in weights.tensors()]
-    return sum(each)
+def _copy_bytes(weights: ExpertWeights) -> int:
+    """Memory of a kept replica of one of these experts."""
+    return sum(kept_replica_bytes(tensor[0].numel(), tensor.element_size()) for tensor in weights.tensors())

@@ -1,4 +1,4 @@
-"""One micro-batch as the layers see it: the recorded ids, and a site a layer, made when the layer first runs."""
+"""One micro-batch as the layers see it: the recorded ids, and a `LayerSite` for each layer, made when it first runs."""
 
 from dataclasses import dataclass
 
@@ -77,7 +77,7 @@ class AnyMicroBatch:
         raise NotImplementedError
 
     def alignment(self, layer: int) -> Alignment | None:
-        """What is to compare the router's own choice with the record; None where nobody wants to know."""
+        """What compares the router's own choice with the record; None where they are not compared."""
         return None
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:

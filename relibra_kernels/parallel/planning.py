@@ -134,7 +134,7 @@ class Planning:
         """The loads that a batch will have, int32 [L, M, R, E]. Collective.
 
         Args:
-            counted: them, where every rank has them already.
+            counted: the loads, where every rank has them already.
         Raises: PlanError where the plan was made for others.
         """
         problem = None

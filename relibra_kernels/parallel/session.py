@@ -36,7 +36,8 @@ class RuntimeOptions:
     on_shift:      what to do where, in the first micro-batch of a batch, the model's own choice in the first MoE layers
                    is another than the record says: "refuse" (an error below 50 % of equal top-k sets, a warning below
                    90 %), "warn", or "ignore", which compares nothing, for records of a stale policy. None: "refuse"
-                   where 1,000 token-layers or more of a rank were compared, "warn" below
+                   where the model's choice agrees with the record of the next token or layer instead, and where 1,000
+                   token-layers or more of a rank were compared; "warn" for other records of a few tokens
     transport:     how tokens travel between nodes: "one" hop, straight to the rank; "two" hops, once to a node and then
                    inside it, which adds up partial sums in the node first; "auto": what costs less on this cluster by
                    the price model

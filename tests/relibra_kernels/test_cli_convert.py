@@ -180,6 +180,43 @@ def test_token_ids_of_a_response_are_checked(routing, tmp_path, capsys):
     assert "sequence 0 has 4 rows, but its 3 tokens need 2" in capsys.readouterr().err
 
 
+def sglang_answer(ids, prompt, **beside):
+    """An OpenAI-compatible response of SGLang: routing is beside the choices, of the first of them."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(ids) + 1 - prompt}
+    routing = b64(ids.astype("<i4").tobytes())
+    return {"choices": [{"index": 0}], "usage": usage, "sglext": {"routed_experts": routing, **beside}}
+
+
+def test_openai_compatible_responses_of_sglang(routing, tmp_path, capsys):
+    out, sizes = tmp_path / "trace.npz", ("--num-layers", "3", "--top-k", "2")
+    lines = [sglang_answer(ids, 2) for ids in routing]
+    assert convert(save_lines(tmp_path / "in", lines), out, "sglang", *sizes) == 0
+    assert "assumed" not in capsys.readouterr().out  # the usage says how long they are
+    trace = RoutingTrace.load(out)
+    for index, ids in enumerate(routing):
+        np.testing.assert_array_equal(trace.sequence(index)[:-1], ids[:, 1:])
+    suffix = {**lines[2], "sglext": sglang_answer(routing[2][3:], 2)["sglext"]}  # but 7 tokens by its usage
+    assert convert(save_lines(tmp_path / "in", [suffix]), out, "sglang", *sizes, "--holes", "unknown") == 2
+    assert "has 3 rows from token 0 on, but says that it has 7 tokens" in capsys.readouterr().err
+    shorter = sglang_answer(routing[0], 2, input_ids=[1, 2], output_ids=[[3, 4], [5]])
+    assert convert(save_lines(tmp_path / "in", [shorter]), out, "sglang", *sizes) == 2
+    assert "4 rows" in (error := capsys.readouterr().err) and "4 tokens" in error
+    two = {**lines[0], "choices": [{"index": 0}, {"index": 1}]}  # no routing of the second
+    assert convert(save_lines(tmp_path / "in", [two]), out, "sglang", *sizes) == 2
+    assert "line 1 has no 'routed_experts'" in capsys.readouterr().err
+
+
+def test_aborted_requests_of_sglang(routing, tmp_path, capsys):
+    whole = {"meta_info": {"routed_experts": b64(routing[0].astype("<i4").tobytes())}}
+    aborted = {"meta_info": {"prompt_tokens": 3, "completion_tokens": 0, "finish_reason": {"type": "abort"}}}
+    source = save_lines(tmp_path / "in", [whole, aborted])
+    sizes = ("--num-layers", "3", "--top-k", "2")
+    assert convert(source, tmp_path / "trace.npz", "sglang", *sizes) == 2
+    assert "sequence 1 has no routing" in capsys.readouterr().err
+    assert convert(source, tmp_path / "trace.npz", "sglang", *sizes, "--holes", "unknown") == 0
+    assert np.diff(RoutingTrace.load(tmp_path / "trace.npz").offsets).tolist() == [5, 3]
+
+
 def test_holes_and_layers_can_be_named(routing, tmp_path, capsys):
     routing[2][1] = 0
     folder = save_folder(tmp_path / "folder", routing)

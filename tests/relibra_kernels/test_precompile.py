@@ -122,7 +122,7 @@ def blocks_by_tokens(monkeypatch, tmp_path):
     buckets = tuple(Bucket(1, tokens, config, 1.0) for tokens, config in names.items())
     entries = [
         Entry(part, "bf16", HIDDEN, 0, False, False, "measured", "", None, "2026-11-24", buckets)
-        for part in ("permute", "unpermute")
+        for part in ("pack", "unpermute")
     ]
     update(path_of(tmp_path, "H100", "permute"), "H100", "permute", lambda old: entries)
     lookup.forget()
@@ -202,7 +202,6 @@ def test_launches_of_a_layer(tokens, most):
 
 # Kernels without a caller yet, and what will call them.
 WAITING = {
-    "_permute_kernel": "rows that grouped_gemm reads by TMA instead of gathering them",
     "_swiglu_kernel": "LoRA on unmerged experts, between two plain grouped GEMMs",
 }
 

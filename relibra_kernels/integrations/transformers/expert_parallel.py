@@ -69,7 +69,7 @@ _IMPLEMENTATIONS: "WeakKeyDictionary[nn.Module, RelibraEP]" = WeakKeyDictionary(
 
 
 def implementations_of(model: nn.Module) -> list[RelibraEP]:
-    """Of all MoE layers of a model, in order."""
+    """The `RelibraEP` of every MoE layer of a model, in order."""
     if EPImplementationInterface is None:
         raise InputError(
             f"transformers is {transformers.__version__}, which has no hook for expert-parallel implementations; "
@@ -90,7 +90,7 @@ def communication(model: nn.Module) -> Comm:
 
 
 def collective_device(comm: Comm) -> torch.device:
-    """Where this group's collectives want their tensors."""
+    """The device on which this group's collectives take their tensors."""
     on_gpu = "nccl" in dist.get_backend(comm.group)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 

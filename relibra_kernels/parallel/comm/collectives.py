@@ -185,7 +185,7 @@ class Comm:
         what: str,
         also: Sequence[int] = (),
     ) -> np.ndarray:
-        """Let every rank go on, or none: what a rank found wrong, and numbers that must be the same on all. Collective.
+        """Exchange what ranks found wrong, and numbers that must be equal: all ranks go on, or all raise. Collective.
 
         Returns: int64 [R, len(also)], numbers that may differ.
         Raises: `problem` on the rank that has one, else InputError naming the rank that has, or the fact that differs.

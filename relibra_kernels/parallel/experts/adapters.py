@@ -105,7 +105,7 @@ class LateGradients:
         self._arrived: list[tuple[ReplicatedExperts, str, Tensor]] = []
 
     def buffers(self, experts: ReplicatedExperts, own: ExpertWeights) -> ExpertWeights:
-        """Where to add gradients `[E/R, ...]`: where the parameters' own are, and for adapted parameters anew."""
+        """Buffers to add gradients `[E/R, ...]` to: the parameters' own, and new ones for adapted parameters."""
         if not experts.adapters:
             return own
         found = []

@@ -15,8 +15,9 @@ from .tables import Sizes
 class Group:
     """Rows on this rank that are computed together.
 
-    Of a token's K choices few are on one rank. On a CPU, rows have as many places as the row with the most needs. On a
-    GPU they have all K: an empty place costs a table entry there, and another width would compile kernels anew.
+    Few of a token's K choices are on one rank. On a CPU the columns are packed: all rows have as many of them as the
+    fullest row has choices here. On a GPU rows keep all K columns. An empty one costs a table entry there, but another
+    number of columns would compile the kernels again.
 
     `schedule`: rows sorted by the slot on this rank. `columns` int64 [rows, places]: which of the K choices each place
     is; None where all are there.
