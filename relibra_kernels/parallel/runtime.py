@@ -18,7 +18,7 @@ from ..planner.errors import InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
 from .agreement import Opening
-from .attachment import attach
+from .attachment import attach, refuse_to_save
 from .batch import ExpertStore, OpenBatch
 from .checks import check_trace
 from .comm.alarm import Alarm
@@ -97,6 +97,7 @@ class ExpertParallel:
         for layer, moe in enumerate(self.layers):
             keep_experts(moe.experts, np.flatnonzero(home[layer] == self.comm.rank).tolist(), home_slots)
             attach(moe, self._runner, layer, self.comm.rank)
+        refuse_to_save(model)
         self._alarm = Alarm(self.comm.ranks)
         for comm in self.groups.every:
             comm.alarm = self._alarm
