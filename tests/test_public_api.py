@@ -117,7 +117,7 @@ def test_a_function_has_at_most_eight_parameters():
 def hidden_arguments(node):
     """The dicts that a function makes, or annotates as `dict[str, Any]`, and splats into a call.
 
-    Left out are calls that take tensors by name: a kernel's constants, counts of an outcome or of machine code, a named tuple's copy.
+    Left out are calls that take values by name: constants of kernels, counts of outcomes or machine code, named tuples.
     """
     dicts = set()
     for inner in ast.walk(node):
