@@ -117,7 +117,7 @@ def test_a_function_has_at_most_eight_parameters():
 def hidden_arguments(node):
     """The dicts that a function makes, or annotates as `dict[str, Any]`, and splats into a call.
 
-    Left out are calls that take tensors by name: a kernel's constants, an outcome's counts, a named tuple's copy.
+    Left out are calls that take values by name: constants of kernels, counts of outcomes or machine code, named tuples.
     """
     dicts = set()
     for inner in ast.walk(node):
@@ -126,7 +126,11 @@ def hidden_arguments(node):
         elif isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Dict):
             dicts.update(ast.unparse(target) for target in inner.targets)
     calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
-    calls = [call for call in calls if not ast.unparse(call.func).endswith(("launch", "Outcome.of", "._replace"))]
+    calls = [
+        call
+        for call in calls
+        if not ast.unparse(call.func).endswith(("launch", "MachineCode", "Outcome.of", "._replace"))
+    ]
     splats = {ast.unparse(k.value) for call in calls for k in call.keywords if k.arg is None}
     return sorted(dicts & splats)
 
