@@ -55,12 +55,11 @@ class AttachedLayer:
             return opaque.run(self.handle, experts.weights, x_TH, index_TK, weights_TK)
         if self.module is None:
             self.module = weakref.ref(experts)
-        return self.run(experts, x_TH, index_TK, weights_TK)
+        return self.run(Experts(experts.form, experts.recompute, experts.weights), x_TH, index_TK, weights_TK)
 
-    def run(self, experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
         device = x_TH.device.type
-        own = Experts(experts.form, experts.recompute, experts.weights)
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)
@@ -110,6 +109,20 @@ def attach(moe: ReplicatedMoE, runner: Runner, layer: int, rank: int) -> None:
     moe.router.replay = Replay(attached)
     moe.experts.register_state_dict_post_hook(_name_experts)
     moe.experts.register_load_state_dict_pre_hook(_check_experts)
+
+
+def refuse_to_save(model: nn.Module) -> None:
+    """Let `save_pretrained` of transformers' models say that it would write this rank's experts only."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and not type(module).__module__.startswith("peft"):
+            module.save_pretrained = _refuse  # type: ignore[assignment]
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "the model's experts are spread over ranks, of which save_pretrained would write one rank's: use "
+        "relibra_kernels.parallel.save_pretrained(ep, folder), which all ranks call"
+    )
 
 
 def _name_experts(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
