@@ -67,7 +67,7 @@ def of_layers(problem: Problem, layers: np.ndarray) -> Problem:
 def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     cluster = problem.cluster
     layers = len(problem.table_LME)
-    home = problem.home
+    home = problem.home.copy()  # a solution is changed in place
     if member.moves != 0:
         home = place(
             problem.table_LME,
