@@ -64,7 +64,7 @@ def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) 
             continue
         tried.add((tuple(missed.tolist()), member))
         home, copies = hosts_of(part, member)
-        again = drop_idle(solve_over(part, home, copies, effort))
+        again = drop_idle(solve_over(part, home, copies, effort), problem.cluster.gpus_per_node)
         before = Solution(*(value[missed] for value in vars(solution).values()))
         better = _over(part, again).max(1) < _over(part, before).max(1)
         for name, value in vars(again).items():
