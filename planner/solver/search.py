@@ -43,7 +43,7 @@ def plan_layers(problem: Problem) -> Solution:
     solution = solve_over(problem, home, copies, effort, best.tolerance)
     if best.tolerance:
         _loosen_singly(problem, solution, home, copies, effort)
-    drop_idle(solution)
+    drop_idle(solution, problem.cluster.gpus_per_node)
     if problem.options.balance is None:
         if problem.options.effort == "full":
             exchange_kept(problem, solution, effort.slack)
