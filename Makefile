@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: docs demo test test-families test-megatron quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
+.PHONY: docs demo test test-families test-megatron test-extras quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
 .PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
@@ -38,6 +38,17 @@ test-megatron: .venv/megatron/installed
 	.venv/megatron/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1
 	touch $@
 
+# The notebook in a Jupyter kernel, and the loggers' own files: an environment of its own on top of .venv.
+test-extras: .venv/extras/installed
+	MPLBACKEND=agg .venv/extras/bin/python -m pytest -q tests/test_loggers.py tests/test_notebook.py
+
+.venv/extras/installed: pyproject.toml | .venv/installed
+	$(PYTHON) -m venv .venv/extras
+	printf 'import site; site.addsitedir("%s")\n' "$(CURDIR)"/.venv/lib/python3.*/site-packages > beneath.pth
+	mv beneath.pth .venv/extras/lib/python3.*/site-packages/
+	.venv/extras/bin/python -m pip install --quiet tensorboard wandb prometheus-client nbclient ipykernel
+	touch $@
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -67,9 +78,11 @@ nightly: .venv/installed
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
+	$(MAKE) test-extras
+	$(MAKE) rehearse WHOLE=--whole
 	$(MAKE) test-versions
 
-# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
+# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
 TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
 
 compile-gate: .venv/triton-3.9.0
@@ -85,7 +98,7 @@ machine-code: .venv/triton-3.9.0
 	done; done
 
 compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
-	for triton in $^; do for target in $(TARGETS); do \
+	for triton in none $^; do for target in $(TARGETS); do \
 		echo "$$triton $$target"; PYTHONPATH=$$triton $(BIN)/relibra compile --target $$target || exit 1; \
 	done; done
 	for triton in none $^; do for device in $(CODE_DEVICES); do \
@@ -121,8 +134,9 @@ gpu:
 carry: .venv/installed
 	PYTHON=$(BIN)/python bash bench/carry.sh
 
+# WHOLE=--whole: every case, not two a stage.
 rehearse: .venv/installed
-	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse
+	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse $(WHOLE)
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*

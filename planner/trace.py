@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .drawing import plot_load
 from .errors import InputError, ShapeError
 from .showing import line_of, table_of
 from .trace_files import load_arrays, save_arrays
@@ -28,6 +29,9 @@ from .trace_rules import (
     compact_dtype,
     id_dtype,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class RoutingTrace:
@@ -117,6 +121,16 @@ class RoutingTrace:
 
     def _repr_html_(self) -> str:
         return table_of("RoutingTrace", self._facts())
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """A heat map of how often each expert of each layer was chosen, 1 being the mean; returns its axes.
+
+        Args: ax: to draw on; None: a new figure. Raises: InputError where matplotlib is not installed.
+        """
+        known, bins = self._ids[self._reasons == KNOWN], self._num_experts
+        counts = [np.bincount(known[:, layer].reshape(-1), minlength=bins) for layer in range(self.num_layers)]
+        mean = max(known[:, 0].size / bins, 1 / bins)
+        return plot_load(np.stack(counts) / mean, self._layers, ax)
 
     def _facts(self) -> dict[str, object]:
         unknown = int(np.count_nonzero(self._reasons))

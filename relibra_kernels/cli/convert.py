@@ -7,7 +7,7 @@ import argparse
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,37 +15,35 @@ from typing import Any
 import numpy as np
 
 from ..planner import RoutingTrace, formats
-from ..planner.errors import FormatError, InputError, ReLibraError
+from ..planner.errors import FormatError, InputError, ReLibraError, one_of
 from ..planner.files import load_npz, save_npz
 from ..planner.formats.reading import read_arrays, read_json, read_json_lines
+from ..planner.formats.registry import LOADERS
 from ..planner.formats.said import BESIDE, INSIDE, LENGTHS, fields_of
 from ..planner.formats.sequences import HOLES, SequenceOptions
 from ..planner.trace_writer import TraceWriter
+from .function_file import load_function
 
-INPUTS = {
-    "vllm": "a folder of .npy arrays [N-1, L, K], one a sequence in name order, or JSON lines with `routed_experts`",
+WHOLE = {  # what is no record a sequence
     "sglang": "JSON lines with `routed_experts`, also inside `meta_info`; needs --num-layers and --top-k",
     "sglang-statistics": "JSON with `logical_count` [L][E]; what is written is a load table, not a trace",
     "verl": ".npz with `routed_experts` and `attention_mask` (`response_mask`, `replay_mask`) or `cu_seqlens`",
-    "slime": "a folder of .npy arrays [N-1, L, K], one a sample in name order",
-    "prime-rl": "JSON lines with `routed_experts`: {data (base64), shape, dtype, start}",
-    "nemo-rl": "JSON lines with `routed_experts`: 'nrlre1:...'",
     "megatron": "JSON lines of the router trace: step, layer, rank, num_tokens, topk, top_indices",
 }
-LOADERS: dict[str, Callable[..., RoutingTrace]] = {
-    "vllm": formats.from_vllm,
-    "slime": formats.from_slime,
-    "prime-rl": formats.from_prime_rl,
-    "nemo-rl": formats.from_nemo_rl,
-}
+INPUTS = {name: each.holds for name, each in LOADERS.items()} | WHOLE
 AT_ONCE = 64  # sequences in memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "IN, by --from:\n" + "\n".join(f"  {name:18} {text}" for name, text in INPUTS.items())
+    parser.epilog += (
+        "\n  FILE.py:FUNCTION   a loader of your own; a folder of .npy arrays, or JSON lines with `routed_experts`"
+    )
     parser.add_argument("input", metavar="IN", type=Path, help="file or folder that the engine's routing is in")
-    parser.add_argument("--from", dest="form", required=True, choices=list(INPUTS), help="who wrote it")
+    parser.add_argument(
+        "--from", dest="form", required=True, metavar="FORM", help=f"of {', '.join(INPUTS)}, or FILE.py:FUNCTION"
+    )
     parser.add_argument("--num-experts", type=int, required=True, metavar="E", help="routed experts of a layer")
     parser.add_argument("--out", type=Path, required=True, metavar="TRACE.npz")
     parser.add_argument(
@@ -69,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.load = load_function("--from", args.form)[1] if ":" in args.form else None
+    if args.load is None:
+        args.form = one_of("--from", args.form, INPUTS, ", or FILE.py:FUNCTION")
     _check_arguments(args)
     logging.getLogger("relibra_kernels").addHandler(logging.NullHandler())  # what loaders warn of is printed below
     try:
@@ -189,7 +190,8 @@ def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
                 payloads, args.num_experts, num_layers=args.num_layers, top_k=args.top_k, **options
             )
         else:
-            yield LOADERS[args.form](payloads, args.num_experts, **options)
+            load = args.load or LOADERS[args.form].load
+            yield load(payloads, args.num_experts, **options)
         done += len(batch)
     if given is not None and next(given, None) is not None:
         raise InputError(f"num_tokens has more entries than the {done} sequences")

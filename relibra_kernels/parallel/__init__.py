@@ -4,8 +4,10 @@ from .pretrained import load_pretrained, meta_parameters, save_pretrained
 from .routed_batch import RoutedBatch
 from .runtime import ExpertParallel
 from .session import RuntimeOptions
+from .stats import BatchStats
 
 __all__ = [
+    "BatchStats",
     "ExpertParallel",
     "RoutedBatch",
     "RuntimeOptions",

@@ -22,7 +22,6 @@ from .batch import ExpertStore, OpenBatch
 from .checks import check_trace
 from .comm.alarm import Alarm
 from .comm.groups import Groups
-from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
 from .experts.adapters import find_adapters
@@ -34,6 +33,7 @@ from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
 from .running import ModelRunner, RoutingRecord
 from .session import RuntimeOptions, Session
+from .stats import BatchStats
 from .transports import make_transport
 
 
@@ -381,8 +381,8 @@ class ExpertParallel:
         if self._batch is not None:
             raise InputError(f"{what} is used within a batch: leave it first")
 
-    def stats(self) -> dict[str, Any]:
-        """What the last batch did on this rank: loads, seconds by part, bytes by kind and network. Collective.
+    def stats(self) -> BatchStats:
+        """What the last batch did: max/mean, seconds by part, bytes by kind and network. Collective.
 
         Raises: InputError before the first batch.
         """
@@ -392,7 +392,7 @@ class ExpertParallel:
 
     def stats_line(self) -> str:
         """`stats` as one line of JSON, for a log with a line for each batch. Collective."""
-        return json_line(self.stats())
+        return self.stats().json_line()
 
     @contextmanager
     def record(self) -> Iterator[RoutingRecord]:

@@ -60,4 +60,4 @@ def shift_of(
                     done += 1
     except ReLibraError as error:
         kind, message = type(error).__name__, str(error)
-    return kind, message, ep.stats()["agreeing_share"], done
+    return kind, message, ep.stats().agreeing_share, done

@@ -49,6 +49,7 @@ def count_wire(case: Case, by_hand: bool = True) -> dict[str, Any]:
                 loss_sum(model(ids), ids, counted).backward()
     return {
         "stats": ep.stats(),
+        "sent": dict(ep.comm.ledger.batch_bytes()),
         "wire": dict(wire),
         "plan": plan,
         "previous": previous,

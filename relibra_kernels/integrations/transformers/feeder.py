@@ -14,7 +14,7 @@ from ...forwards import OpenForwards
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from .fed import Fed
-from .layers import MoeLayer
+from .moe_layers import MoeLayer
 
 
 @dataclass(frozen=True)

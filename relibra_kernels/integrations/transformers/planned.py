@@ -26,7 +26,7 @@ from ...weights import ExpertWeights
 from .expert_parallel import RelibraEP, collective_device, implementations_of
 from .fed import Fed
 from .feeder import Feeder
-from .layers import MoeLayer, check_trace_of_model, moe_layers
+from .moe_layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .routers import replaying_routers
 

@@ -14,7 +14,7 @@ from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from ...planner.trace_rules import compact_dtype
 from .fed import Fed, cache_of, fed_tokens
-from .layers import MoeLayer, model_inside, moe_layers, not_compiled
+from .moe_layers import MoeLayer, model_inside, moe_layers, not_compiled
 
 
 @dataclass

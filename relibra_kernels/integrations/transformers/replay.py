@@ -18,7 +18,7 @@ from ...planner import RoutingTrace
 from ...planner.errors import InputError, ShapeError
 from .fed import Fed, fed_tokens
 from .feeder import Feeder
-from .layers import check_trace_of_model, model_inside, moe_layers, not_compiled
+from .moe_layers import check_trace_of_model, model_inside, moe_layers, not_compiled
 from .routers import replaying_routers
 
 

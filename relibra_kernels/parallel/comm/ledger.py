@@ -1,11 +1,9 @@
 """What one batch cost on one rank: bytes by kind and network, seconds by part."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -86,8 +84,3 @@ class _DeviceSpan(AbstractContextManager[None]):
 def _shown(span: AbstractContextManager[None], part: str) -> Iterator[None]:
     with record_function(f"relibra::{part}"), span:
         yield
-
-
-def json_line(stats: dict[str, Any]) -> str:
-    """One line of JSON without a newline, keys in a fixed order."""
-    return json.dumps(stats, sort_keys=True, allow_nan=False)

@@ -14,7 +14,7 @@ from ranks import one_rank
 from tolerance import assert_close
 
 from relibra_kernels.integrations.transformers import record_routing, replay
-from relibra_kernels.integrations.transformers.layers import moe_layers
+from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
 LAYERS = (0, 2)
 

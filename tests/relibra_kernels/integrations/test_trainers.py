@@ -199,3 +199,48 @@ def test_sequences_that_are_dealt_out_wrongly(routing, micro_batches, message):
             [[[0, 1, 2, 3]], [[1, 2, 3, 4]]],
             partition_of_rank=[[0, 2, 4, 6], [1, 3, 5, 7]],
         )
+
+
+def as_verl_deals(sequences, ranks, mini, micro, epochs):
+    """As verl's workers do it: a chunk a rank, split into mini-batches, those into micro-batches; [steps][rank][m]."""
+    chunks = torch.arange(sequences).chunk(ranks)
+    steps = []
+    for _ in range(epochs):
+        per_rank = [[part.split(micro) for part in chunk.split(mini)] for chunk in chunks]
+        steps += [[[m.tolist() for m in rank] for rank in step] for step in zip(*per_rank, strict=True)]
+    return steps
+
+
+@pytest.mark.parametrize(("mini", "micro", "epochs"), [(2, 1, 1), (2, 2, 3), (4, 2, 2), (1, 1, 1)])
+def test_verl_has_a_plan_for_every_mini_batch_of_every_epoch(routing, mini, micro, epochs):
+    trace = verl.trace_of_batch(verl_batch(routing), E)
+    steps = list(verl.plan_mini_batches(trace, CLUSTER, mini, micro, epochs=epochs, options=LEVEL))
+    expected = as_verl_deals(len(routing), R, mini, micro, epochs)
+    assert len(steps) == len(expected) == epochs * 4 // mini
+    home = None
+    for (rows, planned), dealt in zip(steps, expected, strict=True):
+        for rank, m in np.ndindex(R, mini // micro):
+            assert rows[planned.batch.sequences(m, rank)].tolist() == dealt[rank][m]
+        np.testing.assert_array_equal(planned.loads, planned.batch.loads())
+        again = plan_micro_batches(
+            trace.select(rows), [[[rows.tolist().index(i) for i in m] for m in rank] for rank in dealt], CLUSTER,
+            previous_home=home, options=LEVEL,
+        )  # fmt: skip
+        np.testing.assert_array_equal(planned.plan.home, again.plan.home)
+        np.testing.assert_array_equal(planned.plan.replicas, again.plan.replicas)
+        home = planned.plan.home
+
+
+@pytest.mark.parametrize(
+    ("mini", "micro", "epochs", "message"),
+    [
+        (3, 1, 1, "mini_batch_size_per_gpu is 3, but must divide 4: 8 sequences over 2 ranks"),
+        (2, 0, 1, "micro_batch_size_per_gpu is 0, but must divide 2"),
+        (4, 3, 1, "micro_batch_size_per_gpu is 3, but must divide 4"),
+        (4, 2, 0, "epochs is 0, but must be at least 1"),
+    ],
+)
+def test_mini_batches_that_do_not_divide_are_refused(routing, mini, micro, epochs, message):
+    trace = verl.trace_of_batch(verl_batch(routing), E)
+    with pytest.raises(InputError, match=message):
+        next(verl.plan_mini_batches(trace, CLUSTER, mini, micro, epochs=epochs))

@@ -79,10 +79,11 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep, transport):
 
     sent: Counter[tuple[str, str]] = Counter()
     for result in results:
-        by_kind = result["stats"]["bytes"]
-        sent.update({(kind, net): n for kind, nets in by_kind.items() for net, n in nets.items()})
-        for net in ("fast", "slow"):  # nothing goes past the ledger
-            assert sum(nets[net] for nets in by_kind.values()) == result["wire"].get(net, 0)
+        sent.update(result["sent"])
+        scalars = result["stats"].scalars()
+        for net in ("fast", "slow"):  # nothing goes past the ledger, or is lost on its way to the statistics
+            assert sum(count for (_, n), count in result["sent"].items() if n == net) == result["wire"].get(net, 0)
+            assert sum(scalars[name] for name in scalars if f"_{net}_" in name) == result["wire"].get(net, 0)
 
     pairs = case.layers * case.micro_batches
     fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model, keep_replicas=keep))
@@ -101,6 +102,8 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep, transport):
     estimate = results[0]["estimate"]  # made before the batch ran
     assert all(result["estimate"] == estimate for result in results)
     assert sum(sent[kind, net] for kind in kinds[:2] for net in ("fast", "slow")) == estimate.fetched_fast_bytes
+    for name in ("fetched_fast_bytes", "kept_fast_bytes", "kept_slow_bytes"):  # statistics have the names of estimates
+        assert sum(getattr(result["stats"], name) for result in results) == getattr(estimate, name)
     assert sum(sent[kind, "fast"] for kind in kinds[2:4]) == estimate.kept_fast_bytes
     assert sum(sent[kind, "slow"] for kind in kinds[2:4]) == estimate.kept_slow_bytes
     assert sum(sent["migration", net] for net in ("fast", "slow")) == estimate.migration_bytes
@@ -123,7 +126,7 @@ def test_bytes_of_the_planners_own_plan_are_what_estimate_says(ranks):
     estimate = results[0]["estimate"]
     sent: Counter[tuple[str, str]] = Counter()
     for result in results:
-        sent.update({(kind, net): n for kind, nets in result["stats"]["bytes"].items() for net, n in nets.items()})
+        sent.update(result["sent"])
     replicas = {
         net: sum(sent[f"{kind}_{part}", net] for kind in ("kept", "replica") for part in ("weights", "gradients"))
         for net in ("fast", "slow")
@@ -138,10 +141,10 @@ def test_kept_replicas_without_room_are_fetched_for_every_micro_batch(ranks):
     """Weights twice and gradients once a micro-batch, instead of once each."""
     fetching = replace(CASE, options=RuntimeOptions(kept_bytes=0))
     kept, fetched = (ranks(4).run(count_wire, case) for case in (CASE, fetching))
-    assert kept[0]["stats"]["replicas_kept"] > 0 and fetched[0]["stats"]["replicas_kept"] == 0
+    assert kept[0]["stats"].replicas_kept > 0 and fetched[0]["stats"].replicas_kept == 0
 
     def slow(results: list[dict], kind: str) -> int:
-        return sum(result["stats"]["bytes"].get(kind, {"slow": 0})["slow"] for result in results)
+        return sum(result["sent"].get((kind, "slow"), 0) for result in results)
 
     weights, gradients = slow(kept, "kept_weights"), slow(kept, "kept_gradients")
     assert slow(fetched, "replica_weights") == 2 * CASE.micro_batches * weights > 0

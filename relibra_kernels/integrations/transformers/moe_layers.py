@@ -87,8 +87,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         layers.append(MoeLayer(name, int(numbers[-1]) if numbers else len(layers), experts, router))
     if not layers:
         raise InputError(
-            f"model is a {type(model).__name__} without experts that transformers or we compute; if another library "
-            "replaced them (Liger does with swiglu=True), switch that off"
+            f"model is a {type(model).__name__} without experts that transformers or we compute: it is dense, and has "
+            "no MoE layer, or another library replaced them (Liger does with swiglu=True): switch that off"
         )
     return layers
 
