@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -12,9 +12,10 @@ from torch import nn
 from torch.func import functional_call
 
 from . import ops
-from .autograd import moe_mlp_backward, moe_mlp_forward
+from .autograd import moe_mlp, moe_mlp_backward, moe_mlp_forward
 from .nn import ReplicatedExperts, ReplicatedMoE
 from .parallel import ExpertParallel
+from .parallel.experts.adapters import adapted_weights, find_adapters
 from .parallel.experts.parameters import take_over
 from .payload import PayloadLayout
 from .planner.errors import InputError
@@ -58,6 +59,7 @@ def warmup(
     module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
     replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
     layers = take_over(module)
+    find_adapters(module, layers)
     where = layers[0].experts.gate_up_proj.device
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
@@ -117,7 +119,7 @@ def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | 
 
 def _shape(experts: ReplicatedExperts) -> tuple:
     main = getattr(experts.gate_up_proj, "main_grad", None) is not None
-    weights = [None if p is None else (tuple(p.shape), p.dtype, p.requires_grad) for p in experts.weights]
+    weights = [None if p is None else (tuple(p.shape), p.dtype, p.requires_grad) for p in adapted_weights(experts)]
     return (experts.form, experts.recompute, main, *weights)
 
 
@@ -142,13 +144,19 @@ def _step_alone(layer: ReplicatedMoE, count: int) -> None:
     index = torch.empty(count, layer.router.top_k, dtype=torch.int64, device="meta")
     for dtype in {weight.dtype, torch.float32}:  # of gate weights, which is the family's choice
         gates = _meta(x, *index.shape, dtype=dtype).requires_grad_()
-        functional_call(module, tensors, (x, index, gates)).sum().backward()
+        if layer.experts.adapters:  # around the module, so that it does not know them
+            own = adapted_weights(layer.experts).map(lambda t: _meta(t).requires_grad_(t.requires_grad))
+            schedule = ops.build_schedule(index, layer.experts.num_experts)
+            moe_mlp(x, gates, schedule, own, layer.experts.form, recompute=layer.experts.recompute).sum().backward()
+        else:
+            functional_call(module, tensors, (x, index, gates)).sum().backward()
 
 
 def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     """What `parallel.layer` computes between its exchanges, for `count` tokens' worth of assignments."""
     experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
-    home = experts.weights.map(_meta)
+    own = adapted_weights(experts)
+    home = own.map(_meta)
     slots = experts.num_experts + replicas
     replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
     table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
@@ -162,24 +170,41 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
-    grad = home.map(zeros_fp32)
-    into: dict[str, Any] = {"grad": grad, "replica": replica, "weight_of_slot": table}
-    into["replica_grad"] = replica.map(zeros_fp32) if replica is not None else None
+    grad = own.map(lambda weight: zeros_fp32(_meta(weight)) if weight.requires_grad else None)
+    replica_grad = None
+    if replica is not None:
+        trained = (None if total is None else weight for weight, total in zip(replica, grad, strict=True))
+        replica_grad = ExpertWeights(*trained).map(zeros_fp32)
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
-        how = {"accumulate": accumulate, **into}
-        dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **how)
+        dx, dgates = moe_mlp_backward(
+            _meta(x),
+            x,
+            kept,
+            gates,
+            schedule,
+            home,
+            form,
+            grad=grad,
+            replica=replica,
+            replica_grad=replica_grad,
+            weight_of_slot=table,
+            accumulate=accumulate,
+        )
     sent = torch.empty(received[-1], dtype=torch.int32, device="meta")
     send = Schedule(_meta(sent, 2), sent, _meta(sent, count, top_k))
     tokens, weights = _meta(x, count, experts.hidden_size), _meta(gates, count, top_k)
     there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
     back = there._replace(has_slots=False)
-    ops.pack_payload(
-        tokens, weights, _meta(sent, len(sent), top_k, dtype=torch.int16), send, there.new(len(sent), x.device)
-    )
+    slots_of_sent = _meta(sent, len(sent), top_k, dtype=torch.int16)
+    ops.pack_payload(tokens, weights, slots_of_sent, send, there.new(len(sent), x.device))
     ops.unpack_gradients(back.new(len(sent), x.device), send, back)
     for rows in received:
+        handed_on = Schedule(_meta(sent, 2), sent, _meta(sent, rows, top_k))  # with two hops, as tokens are sent
+        as_tokens = _meta(x, rows, experts.hidden_size), _meta(gates, rows, top_k)
+        ops.pack_payload(*as_tokens, slots_of_sent, handed_on, there.new(len(sent), x.device))
+        ops.unpack_gradients(back.new(len(sent), x.device), handed_on, back)
         ops.unpack_payload(there.new(rows, x.device), there)
         ops.pack_gradients(_meta(dx, rows, experts.hidden_size), _meta(gates, rows, top_k), back.new(rows, x.device))
     for of_rows in schedules:  # how rows are summed may depend on how many there are
@@ -190,7 +215,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for weight in home.tensors():
             ops.pack_replicas(weight, owners)
-        for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
+        assert replica_grad is not None
+        for shard, owner in zip(replica_grad.tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
 
 

@@ -29,7 +29,7 @@ def examine(folder: str) -> Iterator[tuple[Literal["ok", "note", "problem"], str
 def _of(model: Any) -> Iterator[tuple[Literal["ok", "note", "problem"], str, str]]:
     from ..integrations.transformers import expert_form
     from ..integrations.transformers.experts import expert_weights
-    from ..integrations.transformers.layers import moe_layers
+    from ..integrations.transformers.moe_layers import moe_layers
 
     name = type(model).__name__
     try:

@@ -47,8 +47,14 @@ def grad_hidden(
     check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
     check_operands(h_RJ, schedule.num_rows, down)
     check_gate_weights(weights_TK, schedule)
-    layout = {"layout": form.is_transposed, "interleaved": not form.is_concatenated}
-    config = config or chosen_config("grad_hidden", dout_TH, schedule, (intermediate_size, hidden_size), **layout)
+    config = config or chosen_config(
+        "grad_hidden",
+        dout_TH,
+        schedule,
+        (intermediate_size, hidden_size),
+        layout=form.is_transposed,
+        interleaved=not form.is_concatenated,
+    )
     num_n = ceil_div(intermediate_size, config.block_n)
     dh_RJ, wa_RI = h_RJ.new_empty(h_RJ.shape), h_RJ.new_empty(schedule.num_rows, intermediate_size)
     partials = torch.empty(num_n, schedule.num_rows, dtype=torch.float32, device=h_RJ.device)

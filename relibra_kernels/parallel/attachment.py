@@ -1,7 +1,8 @@
-"""What stands between a MoE layer and the runtime that runs it: copies, state dicts, torch.compile."""
+"""How a MoE layer hands its forward to the runtime, and what that means for copies, state dicts and torch.compile."""
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,13 +30,13 @@ class Runner(Protocol):
         """(expert ids int64 [tokens, K], whether none is -1) that the router is to choose; None: it chooses."""
 
     def alignment(self, layer: int) -> Alignment | None:
-        """What is to compare the router's own choice with what is recorded; None where nobody wants to know."""
+        """What compares the router's own choice with the recorded one; None where they are not compared."""
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H] in their own dtype."""
 
     def copy(self) -> "Runner":
-        """For a copy of the model, which must not depend on what becomes of this one."""
+        """A runner for a copy of the model, independent of this one from here on."""
 
 
 class AttachedLayer:
@@ -54,14 +55,14 @@ class AttachedLayer:
             return opaque.run(self.handle, experts.weights, x_TH, index_TK, weights_TK)
         if self.module is None:
             self.module = weakref.ref(experts)
-        return self.run(experts, x_TH, index_TK, weights_TK)
+        return self.run(Experts(experts.form, experts.recompute, experts.weights), x_TH, index_TK, weights_TK)
 
-    def run(self, experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
-        dtype, device = experts.down_proj.dtype, x_TH.device.type
-        with torch.autocast(device, enabled=False):
-            own = Experts(experts.form, experts.recompute, experts.weights)
-            out_TH = self.runner.run(self.layer, own, x_TH.to(dtype), index_TK, weights_TK)
+        device = x_TH.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)
         return out_TH.to(x_TH.dtype)
 
     def expert_ids(self) -> Tensor:
@@ -108,6 +109,20 @@ def attach(moe: ReplicatedMoE, runner: Runner, layer: int, rank: int) -> None:
     moe.router.replay = Replay(attached)
     moe.experts.register_state_dict_post_hook(_name_experts)
     moe.experts.register_load_state_dict_pre_hook(_check_experts)
+
+
+def refuse_to_save(model: nn.Module) -> None:
+    """Let `save_pretrained` of transformers' models say that it would write this rank's experts only."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and not type(module).__module__.startswith("peft"):
+            module.save_pretrained = _refuse  # type: ignore[assignment]
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "the model's experts are spread over ranks, of which save_pretrained would write one rank's: use "
+        "relibra_kernels.parallel.save_pretrained(ep, folder), which all ranks call"
+    )
 
 
 def _name_experts(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:

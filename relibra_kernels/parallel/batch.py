@@ -1,8 +1,8 @@
 """One open batch on one rank: its plan, its tables, its replicas; and what it reports when it is over."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -10,21 +10,24 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner.loads import total_loads
+from ..planner.plan import contiguous_home, rank_loads
+from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
-from .experts.adapters import LateGradients, effective_weights
+from .experts.adapters import LateGradients, adapted_weights
 from .experts.kept import KeptReplicas, replicas_to_keep, sources_of_fetched
 from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
 from .routed_batch import RoutedBatch
 from .session import Session
-from .tokens.buffers import Buffers
+from .stats import BatchStats, bytes_of_kinds
 from .tokens.destinations import Placements
-from .tokens.path import reserve
+from .tokens.transport import Transport, reserve
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ExpertStore:
     weights_of: of a layer, as they are now
     rows: (elements, dtype) of a token's row in every layer; None: weights are there only while their layer runs, so
         that no replica is kept or fetched ahead, and buffers grow when they are needed
-    experts: of every layer, where they may have adapters
+    experts: of every layer, where they may have adapters; else empty
     """
 
     weights_of: Callable[[int], ExpertWeights]
@@ -45,7 +48,17 @@ class ExpertStore:
 
     def effective(self, layer: int) -> ExpertWeights:
         """What replicas compute with: the weights, and what adapters add to them."""
-        return effective_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
+        if not self.experts:
+            return self.weights_of(layer)
+        with torch.no_grad():
+            return adapted_weights(self.experts[layer])
+
+    def replica_bytes(self, layer: int) -> int:
+        """Memory of one kept replica: see `kept_replica_bytes`."""
+        with torch.enable_grad():
+            weights = adapted_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
+        sizes = [(t[0].numel(), t.requires_grad, t.element_size()) for t in weights.tensors()]
+        return sum(kept_replica_bytes(count, count * trained, size) for count, trained, size in sizes)
 
 
 class OpenBatch:
@@ -63,7 +76,7 @@ class OpenBatch:
         loads_LMRE: np.ndarray | None,
         batch: RoutedBatch | None,
         store: ExpertStore,
-        buffers: Buffers,
+        transport: Transport,
     ):
         self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
         self._store, self._batch = store, batch
@@ -71,15 +84,15 @@ class OpenBatch:
         comm = self._comm = groups.experts
         self._sums = GradientSums(session.options.gradient_dtype is not None)
         kept = np.zeros_like(plan.kept)
-        if store.rows is not None:
-            each = [_expert_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
+        if store.rows is not None and plan.kept.any():
+            each = [store.replica_bytes(layer) for layer in range(store.num_layers)]
             kept = replicas_to_keep(plan, each, session.options.kept_bytes)
         with session.ledger.span("replica", device):
             self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
-            self._tables = BatchTables(groups.host, plan, loads_LMRE, batch, placements, device)
+            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device)
         self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,
@@ -90,7 +103,7 @@ class OpenBatch:
             kept=self._kept,
             sources=sources_of_fetched(plan, kept),
             sums=self._sums,
-            buffers=buffers,
+            transport=transport,
             device=device,
             alignment=self.alignment,
             fetch_ahead=store.rows is not None,
@@ -127,7 +140,7 @@ class OpenBatch:
             tables = self._tables.get(index, check)
             if store.rows is not None:
                 options = self._session.options
-                reserve(parts.buffers, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
+                reserve(parts.transport, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
             return MicroBatch(parts, tables, index, fed)
 
     def finish(self) -> None:
@@ -160,6 +173,19 @@ class OpenBatch:
             problem = error
         self._groups.agree(problem, {}, self.device, "closing the batch")
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        try:
+            yield
+            self.finish()
+        except BaseException as error:
+            if self._comm.alarm is not None and not isinstance(error, CommunicationError):  # about another rank
+                self._comm.alarm.sound(self._comm.rank, error)
+            raise
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Nothing of this batch runs from here on."""
         self._session.is_open = False
@@ -168,7 +194,7 @@ class OpenBatch:
         self._parts.pushes.close()
         self._kept.close()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> BatchStats:
         """What the batch did, over the group. Collective. Also after the batch is closed."""
         plan, ledger, device = self.plan, self._session.ledger, self.device
         shape = (plan.num_layers, plan.num_micro_batches)
@@ -178,27 +204,55 @@ class OpenBatch:
             actual[:, index] = np.maximum.reduce([record.loads for record in seen])
             unknown += seen[-1].num_live
             differing += int(torch.stack([record.differing for record in seen]).max(0).values.sum())
-        counts = [unknown, differing, self.alignment.same, self.alignment.known]
+        seconds = ledger.seconds()
+        nanoseconds = [round(1e9 * each) for each in (seconds["compute"], seconds["replica"] + seconds["migration"])]
+        counts = [unknown, differing, self.alignment.same, self.alignment.known, *nanoseconds]
         loads = self._comm.gather_arrays(np.append(actual, counts), device, "gathering the statistics")
-        actual_RLM = loads[:, :-4].reshape(-1, *shape)
-        unknown, differing, same, known = loads[:, -4:].sum(0).tolist()
+        actual_RLM = loads[:, : -len(counts)].reshape(-1, *shape)
+        unknown, differing, same, known, compute, spent = loads[:, -len(counts) :].sum(0).tolist()
         ran = np.asarray((actual_RLM >= 0).all(0))
-        planned_RLM = actual_RLM if self._loads is None else plan.rank_loads(self._loads).transpose(2, 0, 1)
-        sent = ledger.batch_bytes()
-        kinds = sorted({kind for kind, _ in sent})
-        return {
-            "rank": self._comm.rank,
-            "planned_max_mean": _max_mean(planned_RLM, ran),
-            "actual_max_mean": _max_mean(actual_RLM, ran),
-            "layers_run": int(ran.sum()),
-            "unknown_tokens": unknown,
-            "differing_tokens": differing,
-            "agreeing_share": same / known if known else None,
-            "replicas": int((plan.replicas >= 0).sum()),
-            "replicas_kept": int(self._kept.kept_LRS.sum()),
-            "seconds": ledger.seconds(),
-            "bytes": {kind: {net: sent.get((kind, net), 0) for net in ("fast", "slow")} for kind in kinds},
-        }
+        sent = bytes_of_kinds(ledger.batch_bytes())
+        actual_max_mean = planned = _max_mean(actual_RLM, ran)
+        static = saved = None
+        if self._loads is not None:
+            planned = _max_mean(plan.rank_loads(self._loads).transpose(2, 0, 1), ran)
+            static = _max_mean(_static_loads(plan, self._loads), ran)
+            saved = (compute * (static - actual_max_mean) - spent) / self._comm.size / 1e9
+        return BatchStats(
+            rank=self._comm.rank,
+            static_max_mean=static,
+            planned_max_mean=planned,
+            actual_max_mean=actual_max_mean,
+            saved_seconds=saved,
+            layers_run=int(ran.sum()),
+            unknown_tokens=unknown,
+            differing_tokens=differing,
+            agreeing_share=same / known if known else None,
+            replicas=int((plan.replicas >= 0).sum()),
+            replicas_kept=int(self._kept.kept_LRS.sum()),
+            dispatch_seconds=seconds["dispatch"],
+            compute_seconds=seconds["compute"],
+            combine_seconds=seconds["combine"],
+            replica_seconds=seconds["replica"],
+            live_seconds=seconds["live"],
+            migration_seconds=seconds["migration"],
+            tables_seconds=seconds["tables"],
+            token_fast_bytes=sent["token", "fast"],
+            token_slow_bytes=sent["token", "slow"],
+            fetched_fast_bytes=sent["fetched", "fast"],
+            fetched_slow_bytes=sent["fetched", "slow"],
+            kept_fast_bytes=sent["kept", "fast"],
+            kept_slow_bytes=sent["kept", "slow"],
+            migration_fast_bytes=sent["migration", "fast"],
+            migration_slow_bytes=sent["migration", "slow"],
+        )
+
+
+def _static_loads(plan: BatchPlan, loads_LMRE: np.ndarray) -> np.ndarray:
+    """int64 [R, L, M]: assignments of each rank with contiguous homes and no replicas."""
+    home_LE = contiguous_home(plan.num_layers, plan.num_experts, plan.num_ranks)
+    per_rank = rank_loads(total_loads(loads_LMRE), home_LE, np.full_like(plan.replicas, -1), np.zeros_like(plan.quota))
+    return per_rank.transpose(2, 0, 1)
 
 
 def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:
@@ -206,9 +260,3 @@ def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:
     mean = loads_RLM.mean(0)
     used = ran_LM & (mean > 0)
     return float((loads_RLM.max(0)[used] / mean[used]).mean()) if used.any() else 1.0
-
-
-def _expert_bytes(weights: ExpertWeights) -> int:
-    """Weights and fp32 gradient of one expert."""
-    each = [tensor[0].numel() * (tensor.element_size() + max(4, tensor.element_size())) for tensor in weights.tensors()]
-    return sum(each)

@@ -1,5 +1,6 @@
 """ExpertParallel: train a model whose MoE layers live on many ranks, under a plan."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -12,20 +13,19 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..planner import BatchPlan, ClusterSpec, Estimate, PlanOptions, RoutingTrace
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner import BatchPlan, ClusterSpec, Estimate, ModelShape, PlanOptions, RoutingTrace
+from ..planner.errors import InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
 from .agreement import Opening
-from .attachment import attach
+from .attachment import attach, refuse_to_save
 from .batch import ExpertStore, OpenBatch
 from .checks import check_trace
 from .comm.alarm import Alarm
 from .comm.groups import Groups
-from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
-from .experts.adapters import find_adapters
+from .experts.adapters import adapter_rank, find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
 from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, layers_to_share
@@ -34,7 +34,8 @@ from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
 from .running import ModelRunner, RoutingRecord
 from .session import RuntimeOptions, Session
-from .tokens.buffers import Buffers
+from .stats import BatchStats
+from .transports import make_transport
 
 
 class ExpertParallel:
@@ -88,30 +89,28 @@ class ExpertParallel:
         self.layers = layers_to_share(model)
         find_adapters(model, self.layers)
         self.num_experts = all_experts(self.layers[0].experts)
-        if self.num_experts < cluster.num_ranks:
-            raise InputError(
-                f"the model has {self.num_experts} experts; {cluster.num_ranks} ranks need one each at least"
-            )
-        home_slots = -(-self.num_experts // cluster.num_ranks)
-        self._buffers = Buffers()
+        home_slots = cluster.home_slots(self.num_experts)
+        layers, top_k = len(self.layers), self.layers[0].router.top_k
+        self._transport = make_transport(self.options.transport, self.groups, cluster, self._shape())
         home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
-        self._runner = ModelRunner(LiveRouting(self.groups, home, self.options, self._buffers))
+        self._runner = ModelRunner(LiveRouting(self._transport, home, self.options))
         for layer, moe in enumerate(self.layers):
             keep_experts(moe.experts, np.flatnonzero(home[layer] == self.comm.rank).tolist(), home_slots)
             attach(moe, self._runner, layer, self.comm.rank)
+        refuse_to_save(model)
         self._alarm = Alarm(self.comm.ranks)
-        for comm in (self.comm, self.groups.side, self.groups.host, *self.groups.copies):
+        for comm in self.groups.every:
             comm.alarm = self._alarm
         self._stop_watchdog = start_watchdog(self.comm, self.options.watchdog_seconds)
         self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
-        layers, top_k, experts = len(self.layers), self.layers[0].router.top_k, self.layers[0].experts
         self._planning = Planning(
             lambda trace: check_trace(trace, layers, top_k, self.num_experts),
             self.groups,
             cluster,
             model_name,
             lambda: self.device,
-            shape_of_sizes(experts.hidden_size, experts.intermediate_size, self.num_experts, top_k, layers=layers),
+            self._shape,
+            self._transport.name,
         )
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
@@ -171,8 +170,9 @@ class ExpertParallel:
         Args:
             batch: the routed batch, of the group or of this rank. In its place, for whole sequences of this rank:
                 their trace, int [sequences] `micro_batch_of_sequence`, and `num_micro_batches`.
-            options: what the plan is to achieve, under which caps; the same on every rank. It is priced for this model
-                and this machine, whatever `shape` and `device` say; for `device` where the GPU is not a listed one.
+            options: what the plan is to achieve, under which caps; the same on every rank. It is priced for this model,
+                machine and transport, whatever `shape`, `device` and `transport` say; for `device` where the GPU is not
+                a listed one.
         """
         routed = self._routed(batch, micro_batch_of_sequence, num_micro_batches)
         return self._planning.plan(*routed, self.home, options)
@@ -282,18 +282,13 @@ class ExpertParallel:
         self.comm.ledger.begin_batch()
         move_layers(self.comm, tensors, self.home, plan.home, self.device)
         del tensors
-        opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._buffers)
+        opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._transport)
         self._batch = self._last = opened
         self._runner.in_batch = True
         try:
-            yield
-            opened.finish()
-        except BaseException as error:
-            if not isinstance(error, CommunicationError):  # which is about another rank that stopped
-                self._alarm.sound(self.comm.rank, error)
-            raise
+            with opened.running():
+                yield
         finally:
-            opened.close()
             self._batch, self._runner.in_batch = None, False
 
     @contextmanager
@@ -377,12 +372,20 @@ class ExpertParallel:
         rows = [(of_layer.hidden_size, of_layer.down_proj.dtype) for of_layer in experts]
         return ExpertStore(lambda layer: experts[layer].weights, len(experts), rows, self.device, experts)
 
+    def _shape(self) -> ModelShape:
+        """Of the MoE layers, with the adapters that they have now."""
+        find_adapters(self.model, self.layers)
+        experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
+        sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k
+        shape = shape_of_sizes(*sizes, layers=len(self.layers))
+        return dataclasses.replace(shape, adapter_rank=adapter_rank(experts))
+
     def _check_between_batches(self, what: str) -> None:
         if self._batch is not None:
             raise InputError(f"{what} is used within a batch: leave it first")
 
-    def stats(self) -> dict[str, Any]:
-        """What the last batch did on this rank: loads, seconds by part, bytes by kind and network. Collective.
+    def stats(self) -> BatchStats:
+        """What the last batch did: max/mean, seconds by part, bytes by kind and network. Collective.
 
         Raises: InputError before the first batch.
         """
@@ -392,7 +395,7 @@ class ExpertParallel:
 
     def stats_line(self) -> str:
         """`stats` as one line of JSON, for a log with a line for each batch. Collective."""
-        return json_line(self.stats())
+        return self.stats().json_line()
 
     @contextmanager
     def record(self) -> Iterator[RoutingRecord]:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +14,6 @@ from ..configs.limits import Device
 from ..configs.products import PRODUCTS
 from ..configs.spaces import candidates
 from .compile_task import Task, digest_of
-from .journal import Journal
 from .launch_model import Resources
 from .ranking import estimate
 from .search_goal import Goal, layer_shape, one_time
@@ -42,7 +41,16 @@ class Workload(Protocol):
         """A launch on the next set of inputs, every time it is called."""
 
     def restore(self) -> None:
-        """Put back what launches added to."""
+        """Reset the buffers that launches add to."""
+
+
+class Outcomes(Protocol):
+    """What was timed before, by key; a `Journal` keeps it in a file."""
+
+    known: dict[str, Any]
+
+    def add(self, key: str, note: str, value: Any) -> None:
+        """`note` is for readers."""
 
 
 class OutOfTime(Exception):  # noqa: N818 (nothing is wrong)
@@ -71,7 +79,7 @@ class OnlineSearch:
 
     device: Device
     goals: Sequence[Goal]
-    journal: Journal
+    journal: Outcomes
     prepare: Callable[[Goal], Sequence[Workload]]
     bench: Callable[[Callable[[], object]], Timing]
     out_of_time: Callable[[], bool] = lambda: False
@@ -120,7 +128,7 @@ class OnlineSearch:
     def measure(self, goal: Goal) -> tuple[Config, Measured] | None:
         """The config to use and its time; None where nothing could be timed.
 
-        A rival replaces what is used now only where it is faster by more than either's spread.
+        Another config replaces the one in use only where it is faster by more than the spread of both.
 
         Raises: OutOfTime.
         """

@@ -147,6 +147,21 @@ def test_json_reports_what_a_plan_costs(tmp_path, capsys):
     assert all(report["shape"] == "GLM-4.5-Air" and report["migration_bytes"] >= 0 for report in reports)
 
 
+def test_two_hops_are_compared_with_balance_over_two_hops_and_over_one(tmp_path, capsys):
+    """Between nodes a token travels once instead of up to top-k times, so that balance itself is faster."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "skewed.npz", loads=(np.exp(rng.normal(0, 1.5, (2, 4, 64))) * 9000).astype(np.int64))
+    ratios = {}
+    for transport in ("one", "two"):
+        arguments = ["--shape", "Qwen3-30B-A3B", "--transport", transport, "--json"]
+        assert run(tmp_path, tmp_path / "skewed.npz", *arguments) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        ratios[transport] = [report["modelled_over_balanced"], report["modelled_over_one_hop_balanced"]]
+    assert ratios["one"][0] == ratios["one"][1]
+    assert ratios["two"][1] < 0.95 * ratios["two"][0]
+    assert ratios["two"][1] < ratios["one"][1]
+
+
 def test_a_trace_must_be_of_the_shape_that_is_given(tmp_path, capsys):
     make_trace(tmp_path / "trace.npz")
     arguments = [tmp_path / "trace.npz", "--micro-batch-sequences", 2, "--shape"]
@@ -238,6 +253,17 @@ def test_estimate_says_what_the_plan_of_the_same_arguments_takes(tmp_path, loads
     assert report.items() >= asdict(expected).items() and report["memory_bytes"] == expected.memory_bytes
     assert any(row.split()[:1] == ["planned"] for row in table)
     assert table[-1] == f"does not pay: {expected.does_not_pay}"  # tiny loads
+
+
+def test_adapters_are_priced(tmp_path, loads, capsys):
+    how = (str(tmp_path / "loads.npz"), *CLUSTER, "--json")
+    gradients = []
+    for rank in ("0", "16"):
+        assert main(["estimate", *how, "--adapter-rank", rank]) == 0
+        gradients.append(json.loads(capsys.readouterr().out.splitlines()[-1])["gradient_bytes"])
+    assert 0 < 40 * gradients[1] < gradients[0]
+    assert main(["estimate", *how, "--adapter-rank", "-1"]) == 2
+    assert "--adapter-rank is -1" in capsys.readouterr().err
 
 
 def test_estimate_refuses_what_plan_refuses(tmp_path, loads, capsys):

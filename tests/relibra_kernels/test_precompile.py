@@ -33,10 +33,10 @@ from relibra_kernels.parallel.comm.collectives import Exchange
 from relibra_kernels.parallel.comm.ledger import Ledger
 from relibra_kernels.parallel.experts.replicas import ReplicaPushes, ReplicaRoute, Transfers
 from relibra_kernels.parallel.session import RuntimeOptions, Session
-from relibra_kernels.parallel.tokens.buffers import Buffers
 from relibra_kernels.parallel.tokens.layer import ExpertParallelMLP, LayerSite
-from relibra_kernels.parallel.tokens.path import TokenPath
-from relibra_kernels.parallel.tokens.tables import SendTables, Sizes
+from relibra_kernels.parallel.tokens.one_hop import OneHop
+from relibra_kernels.parallel.tokens.tables import HopSizes, SendTables, Sizes
+from relibra_kernels.parallel.tokens.two_hops import TwoHops
 from relibra_kernels.planner.errors import InputError
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
@@ -44,10 +44,13 @@ H100, MI300X = (device_for(PRODUCTS[name]) for name in ("H100", "MI300X"))
 EXPERTS, TOP_K, HIDDEN, HALF = 8, 2, 256, 128
 
 
-def make_layer(form=None, recompute=False, scoring="softmax"):
+def make_layer(form=None, recompute=False, scoring="softmax", rank=0):
     how = {"dtype": torch.bfloat16, "device": "meta"}
     router = TopKRouter(HIDDEN, EXPERTS, TOP_K, scoring=scoring, **how)
-    return ReplicatedMoE(router, ReplicatedExperts(EXPERTS, HIDDEN, HALF, form=form, recompute=recompute, **how))
+    experts = ReplicatedExperts(EXPERTS, HIDDEN, HALF, form=form, recompute=recompute, **how)
+    if rank:
+        experts.adapt(rank)
+    return ReplicatedMoE(router, experts)
 
 
 @pytest.fixture
@@ -65,11 +68,15 @@ def compiled(monkeypatch):
     lookup.forget()
 
 
-def digests_of(device, step):
+def launches_of(device, step):
     launches = []
     with recording(device, launches.append):
         step()
-    return {(device.name, launch_digest(launch)) for launch in launches}
+    return launches
+
+
+def digests_of(device, step):
+    return {(device.name, launch_digest(launch)) for launch in launches_of(device, step)}
 
 
 def train(model, tokens):
@@ -94,6 +101,14 @@ def test_the_first_step_after_it_compiles_nothing(compiled, device, form, recomp
     for tokens in (64, 2048):
         needed = digests_of(device, lambda tokens=tokens: train(model, tokens))
         assert len(needed) >= 10 and needed <= set(compiled)
+
+
+def test_adapted_experts_compile_nothing_either(compiled):
+    model = make_layer(rank=8)
+    warmup(model, 64, device=H100)
+    needed = digests_of(H100, lambda: train(model, 64))
+    assert "_swiglu_kernel" in {launch.kernel.__name__ for launch in launches_of(H100, lambda: train(model, 64))}
+    assert needed <= set(compiled)
 
 
 def test_it_is_the_tokens_that_count(compiled):
@@ -122,7 +137,7 @@ def blocks_by_tokens(monkeypatch, tmp_path):
     buckets = tuple(Bucket(1, tokens, config, 1.0) for tokens, config in names.items())
     entries = [
         Entry(part, "bf16", HIDDEN, 0, False, False, "measured", "", None, "2026-11-24", buckets)
-        for part in ("permute", "unpermute")
+        for part in ("pack", "unpermute")
     ]
     update(path_of(tmp_path, "H100", "permute"), "H100", "permute", lambda old: entries)
     lookup.forget()
@@ -130,7 +145,8 @@ def blocks_by_tokens(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("tuned", [False, True], ids=["heuristic", "tuned"])
 @pytest.mark.parametrize("form", [ExpertForm(), GPT_OSS], ids=["plain", "gpt-oss"])
-def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request):
+@pytest.mark.parametrize("hops", [1, 2])
+def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, hops, request):
     """The layer of the runtime itself, with a plan's replicas and without, for as many rows as a rank may get."""
     if tuned:
         request.getfixturevalue("blocks_by_tokens")
@@ -151,14 +167,17 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, request)
     def step(received, visits, held):
         tables = SendTables(
             assignment_of=index(1, received),
+            token_of=index(1, received),
             slots=torch.empty(1, received, TOP_K, dtype=torch.int16, device="meta"),
             position_of=index(1, tokens, TOP_K),
             offsets=index(1, 2),
-            counts=index(1, 1, 3),
+            counts=index(1, 3),
         )
         places = -(-visits // received)
-        sizes = Sizes([received], [received], places, visits, visits)
-        path = TokenPath(network, Buffers(), tables, 0, sizes, slots + held, "here")
+        hop, none = HopSizes([received], [received]), HopSizes([0], [0])
+        sizes = Sizes((hop, hop, none)[: 2 * hops - 1], places, (visits, 0))
+        transport = OneHop(network, network) if hops == 1 else TwoHops(network, network, network, slots + held)
+        path = transport.path(tables, 0, sizes, slots + held, "here")
         sent = index(held).long()
         pushed = Transfers(sent, sent, [held], [held], np.arange(held), anywhere=held > 0, sends_kept=False)
         site = LayerSite(
@@ -196,13 +215,6 @@ def test_launches_of_a_layer(tokens, most):
     assert len(launches) == most
 
 
-# Kernels without a caller yet, and what will call them.
-WAITING = {
-    "_permute_kernel": "rows that grouped_gemm reads by TMA instead of gathering them",
-    "_swiglu_kernel": "LoRA on unmerged experts, between two plain grouped GEMMs",
-}
-
-
 def test_every_kernel_is_launched_by_a_layer_or_by_the_runtime():
     """A kernel that nothing launches does not exist: all entry points of the package, counted."""
     found = {}
@@ -211,12 +223,12 @@ def test_every_kernel_is_launched_by_a_layer_or_by_the_runtime():
         found |= {n: k for n, k in members.items() if isinstance(k, JITFunction) and n.endswith("_kernel")}
     launched = set()
     for form in (ExpertForm(), GPT_OSS):
+        plain, adapted = make_layer(form), make_layer(form, rank=8)
         for replica_slots in (None, 2):
-            launches = precompile._launches([make_layer(form)], [64, 1 << 16], H100, replica_slots)
+            launches = precompile._launches([plain, adapted], [64, 1 << 16], H100, replica_slots)
             launched |= {launch.kernel.__name__ for launch in launches}
     assert len(found) > 10
-    assert launched | WAITING.keys() == found.keys()
-    assert launched & WAITING.keys() == set()
+    assert launched == found.keys()
 
 
 def test_threads_that_compile_parse_in_turn(monkeypatch):

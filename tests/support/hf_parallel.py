@@ -37,9 +37,15 @@ def load(family: str, ranks: int) -> torch.nn.Module:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="relibra")
     if importlib.util.find_spec("accelerate"):
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            return type(model).from_pretrained(folder, distributed_config=config, attn_implementation="eager")
+        with tempfile.TemporaryDirectory() as own:
+            folder = [own]
+            dist.broadcast_object_list(folder, 0)  # of rank 0, which alone writes with transformers 5.24
+            if rank == 0:
+                model.save_pretrained(own)
+            dist.barrier()
+            loaded = type(model).from_pretrained(folder[0], distributed_config=config, attn_implementation="eager")
+            dist.barrier()
+            return loaded
     config, _, mesh = type(model).prepare_distribute_model(config, device_map=None)
     return type(model).maybe_distribute_model(model, config, mesh)
 

@@ -12,7 +12,8 @@ from ...planner.errors import InputError
 from .adapters import keep_adapted, kept_rows
 from .migration import expert_tensors
 
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+_FACTORS = ("gate_up_proj_left", "gate_up_proj_right", "down_proj_left", "down_proj_right")
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias", *_FACTORS)
 
 
 def take_over(model: nn.Module) -> list[ReplicatedMoE]:
@@ -87,7 +88,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def all_experts(experts: ReplicatedExperts) -> int:
-    """Of the layer, also where only this rank's share of them was made."""
+    """How many experts the layer has over all ranks, also where only this rank's share of them was made."""
     return experts.all_experts or experts.num_experts
 
 
