@@ -34,6 +34,7 @@ class MachineCode:
         epilogue_instructions: outside of the main loop, in a tile. epilogue_share: clocks of issuing them over the
             matrix clocks of a tile; None where the length of the contraction is not known.
         descriptors: made or renewed inside the tile loop. tma_stores: in a tile.
+        is_flat: a tile is stored within the main loop, which by then has issued the next tile's first loads.
         local_in_loop, local: loads and stores of spilled registers, in an iteration and in all.
         wide_loads, loads, wide_stores, stores: from and to global memory; of those, 128 bits wide.
         narrow_loads: of fewer than 128 bits each but for 32, which is what indices, weights of rows and biases take:
@@ -56,6 +57,7 @@ class MachineCode:
     epilogue_share: float | None = None
     descriptors: int = 0
     tma_stores: int = 0
+    is_flat: bool = False
     local_in_loop: int = 0
     local: int = 0
     wide_loads: int = 0
@@ -112,6 +114,7 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
         epilogue_share=round(ending * meta["num_warps"] / 4 / tile_clocks, 3) if tile_clocks else None,
         descriptors=in_tile["UTMACCTL"],
         tma_stores=in_tile["UTMASTG"] + in_tile["UTMAREDG"],
+        is_flat=not amd and any(one.op.startswith(("STG", "UTMASTG")) for one in program.inside(main)),
         local_in_loop=counts["LDL"] + counts["STL"],
         amd={kind: sum(one.op.startswith(kind) for one in step) for kind in _AMD_KINDS} if amd else None,
         **accesses,

@@ -12,6 +12,7 @@ from ..configs.lookup import config_of
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
 from .launch import precision, target
+from .stores import Stores
 
 
 def ceil_div(count: int, size: int) -> int:
@@ -84,6 +85,16 @@ def offsets_32(*tensors: torch.Tensor) -> bool:
     """Whether kernels address these with 32-bit offsets: on AMD, whose buffer loads need them, below 2 GiB."""
     small = all(tensor.numel() * tensor.element_size() < 2**31 for tensor in tensors)
     return small and target(tensors[0]).backend == "hip"
+
+
+def flat_slots(tensor: torch.Tensor, schedule: Schedule, stores: Stores) -> int:
+    """A power of two of at least as many slots as there are where the loop over tiles is to be flattened, else 0.
+
+    On Hopper, where one block an SM leaves the matrix units idle from a tile's last product to the next one's first: a
+    flattened loop loads the next tile's operands during the epilogue. Not where every tile makes a descriptor.
+    """
+    flattens = target(tensor).family == "hopper" and stores.other is None
+    return next_power_of_2(schedule.num_slots) if flattens else 0
 
 
 def gemm_constants(

@@ -14,12 +14,13 @@ from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
 from .activations import activate
-from .constants import ceil_div, chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
 from .swiglu import form_constants
 from .tiles import (
     contract,
+    count_tiles,
     describe_rows,
     describe_weights,
     first_program,
@@ -31,7 +32,7 @@ from .tiles import (
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count"],
+    do_not_specialize=["num_tiles", "num_slots", "num_tokens", "num_home", "home_first", "replica_first", "count"],
     do_not_specialize_on_alignment=TABLES,
 )
 def _gate_up_kernel(
@@ -47,6 +48,7 @@ def _gate_up_kernel(
     weight_of_slot_ptr,
     assignment_of_ptr,
     num_tiles,
+    num_slots,
     num_tokens,
     num_home,
     home_first,
@@ -66,6 +68,7 @@ def _gate_up_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
+    FLAT_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -78,10 +81,13 @@ def _gate_up_kernel(
     BLOCK: tl.constexpr = BLOCK_N if CONCATENATED else 2 * BLOCK_N
     rows_of = describe_rows(x_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
     described = describe_weights(base_ptr, count, N, D, ROWS_ARE_N, CONCATENATED, TMA, BLOCK, BLOCK_K)
-    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+    FLAT: tl.constexpr = FLAT_SLOTS > 0
+    if FLAT:
+        num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
+    for index in tl.range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
-        if slot >= 0:
+        if FLAT or slot >= 0:  # padding has no slot; a loop with a condition cannot be flattened
             row0 = tl.load(tiles_ptr + 2 * m + 1)
             end = tl.load(slot_offsets_ptr + slot + 1)
             weight = weight_of(slot, weight_of_slot_ptr)
@@ -177,6 +183,7 @@ def grouped_gemm_swiglu(
         weight_of_slot,
         schedule.assignment_of,
         num_tiles,
+        schedule.num_slots,
         x_TH.shape[0],
         gate_up.shape[0],
         *stores.arguments,
@@ -193,5 +200,7 @@ def grouped_gemm_swiglu(
             described=(x_TH, gate_up, replica_gate_up),
             gathered_depth=hidden_size,
         ),
+        # interleaved, Triton 3.9 spills 16 bytes
+        FLAT_SLOTS=flat_slots(x_TH, schedule, stores) if form.is_concatenated else 0,
     )
     return h_RJ, a_RI

@@ -5,6 +5,7 @@ of down. Each column tile writes its part of `<g, a>` as fp32 partials; a second
 """
 
 import torch
+import triton
 
 from ..configs.config import GemmConfig
 from ..form import ExpertForm
@@ -21,7 +22,9 @@ def _epilogue_width(config: GemmConfig, form: ExpertForm) -> int:
     """Columns that are finished at a time: as many as the registers beside the accumulator allow."""
     a_thread = config.block_m * config.block_n // (32 * config.num_warps)
     if a_thread > 64:
-        return 32 if form.is_concatenated else 8  # with 16, Triton 3.6 spills 32 bytes on sm_90
+        # Triton 3.6 spills 32 bytes with 16 columns on sm_90; 8 are stored in pieces of 8 bytes
+        interleaved = 8 if triton.__version__.startswith("3.6.") else 16
+        return 32 if form.is_concatenated else interleaved
     return max(config.block_n // (2 if form.is_concatenated else 4), 16)
 
 

@@ -12,14 +12,24 @@ import triton.language as tl
 from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
-from .constants import ceil_div, chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
-from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
+from .tiles import (
+    contract,
+    count_tiles,
+    describe_rows,
+    describe_weights,
+    first_program,
+    stored,
+    tile_of,
+    weight_of,
+    weight_store,
+)
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_a_rows", "num_home", "home_first", "replica_first", "count"],
+    do_not_specialize=["num_tiles", "num_slots", "num_a_rows", "num_home", "home_first", "replica_first", "count"],
     do_not_specialize_on_alignment=TABLES,
 )
 def _grouped_gemm_kernel(
@@ -34,6 +44,7 @@ def _grouped_gemm_kernel(
     weight_of_slot_ptr,
     assignment_of_ptr,
     num_tiles,
+    num_slots,
     num_a_rows,
     num_home,
     home_first,
@@ -48,6 +59,7 @@ def _grouped_gemm_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
+    FLAT_SLOTS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -56,10 +68,13 @@ def _grouped_gemm_kernel(
     NUM_N: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     rows_of = describe_rows(a_ptr, num_a_rows, D, A_MODE, BLOCK_M, BLOCK_K)
     described = describe_weights(base_ptr, count, N, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
-    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+    FLAT: tl.constexpr = FLAT_SLOTS > 0
+    if FLAT:
+        num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
+    for index in tl.range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
-        if slot >= 0:
+        if FLAT or slot >= 0:  # padding has no slot; a loop with a condition cannot be flattened
             row0 = tl.load(tiles_ptr + 2 * m + 1)
             end = tl.load(slot_offsets_ptr + slot + 1)
             weight = weight_of(slot, weight_of_slot_ptr)
@@ -130,6 +145,7 @@ def grouped_gemm(
         weight_of_slot,
         schedule.assignment_of,
         num_tiles,
+        schedule.num_slots,
         a.shape[0],
         weight.shape[0],
         *stores.arguments,
@@ -138,6 +154,7 @@ def grouped_gemm(
         TOP_K=schedule.top_k if gather else 0,
         ROWS_ARE_N=transpose_weight,
         GROUP_M=config.group_m,
+        FLAT_SLOTS=flat_slots(a, schedule, stores),
         **gemm_constants(
             a, config, widths=(n, d), described=(a, weight, replica_weight), gathered_depth=d if gather else 0
         ),

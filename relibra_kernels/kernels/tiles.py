@@ -25,6 +25,17 @@ def tile_of(index, num_m, NUM_N: tl.constexpr, GROUP_M: tl.constexpr):
 
 
 @triton.jit
+def count_tiles(slot_offsets_ptr, num_slots, SLOTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """How many tiles of rows there are before the padding."""
+    slot = tl.arange(0, SLOTS)
+    real = slot < num_slots
+    rows = tl.load(slot_offsets_ptr + slot + 1, mask=real, other=0) - tl.load(
+        slot_offsets_ptr + slot, mask=real, other=0
+    )
+    return tl.sum((rows + BLOCK_M - 1) // BLOCK_M, 0)
+
+
+@triton.jit
 def weight_of(slot, weight_of_slot_ptr):
     if weight_of_slot_ptr is not None:
         return tl.load(weight_of_slot_ptr + slot)

@@ -55,8 +55,9 @@ def test_replicas_with_biases():
 @pytest.mark.parametrize("name", ["qwen", "gpt-oss"])
 @pytest.mark.parametrize("replicas", [False, True])
 def test_descriptors(monkeypatch, gather, name, replicas):
-    """The loads of sm_90 (descriptors, gathered rows by pointer) and sm_100 (descriptor gather)."""
-    device = dataclasses.replace(launch.INTERPRETER, tma=True, descriptor_gather=gather)
+    """sm_90: descriptors, gathered rows by pointer, flattened loops over tiles. sm_100: descriptor gather."""
+    family = "blackwell" if gather else "hopper"
+    device = dataclasses.replace(launch.INTERPRETER, tma=True, descriptor_gather=gather, family=family)
     monkeypatch.setattr(launch, "INTERPRETER", device)
     check(REPLICAS if replicas else CASES[3], FORMS[name], torch.float16)
 
