@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: docs demo test test-families test-megatron quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
+.PHONY: docs demo test test-families test-megatron test-extras quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
 .PHONY: test-versions rehearse gpu carry
 
 demo: .venv/installed
@@ -16,7 +16,7 @@ test: .venv/installed
 
 # Under a minute: the planner, the layer in plain torch, and the rules of the house.
 QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
-	test_permute.py test_replica_reduce.py test_router.py test_schedule.py tuning/test_model.py)
+	test_replica_reduce.py test_router.py test_schedule.py test_unpermute.py tuning/test_model.py)
 
 quick: .venv/installed
 	$(TEST) $(addprefix tests/,$(QUICK))
@@ -36,6 +36,17 @@ test-megatron: .venv/megatron/installed
 	.venv/megatron/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
 		packaging einops psutil pytest scipy
 	.venv/megatron/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1
+	touch $@
+
+# The notebook in a Jupyter kernel, and the loggers' own files: an environment of its own on top of .venv.
+test-extras: .venv/extras/installed
+	MPLBACKEND=agg .venv/extras/bin/python -m pytest -q tests/test_loggers.py tests/test_notebook.py
+
+.venv/extras/installed: pyproject.toml | .venv/installed
+	$(PYTHON) -m venv .venv/extras
+	printf 'import site; site.addsitedir("%s")\n' "$(CURDIR)"/.venv/lib/python3.*/site-packages > beneath.pth
+	mv beneath.pth .venv/extras/lib/python3.*/site-packages/
+	.venv/extras/bin/python -m pip install --quiet tensorboard wandb prometheus-client nbclient ipykernel
 	touch $@
 
 lint: .venv/installed
@@ -67,6 +78,7 @@ nightly: .venv/installed
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
+	$(MAKE) test-extras
 	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.

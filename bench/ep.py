@@ -220,7 +220,7 @@ def rank_main(rank: int, store: str, shape: Shape, repeats: int, options: Runtim
         results: dict[str, Any] = {name: float(np.mean(values)) for name, values in max_mean.items()}
         results["replicas"] = float(np.mean([(p.replicas >= 0).sum() for p in planned[1:]]))
         results["moved"] = int((planned[1].home != planned[2].home).sum())
-        results |= {f"{name}_seconds": found["seconds"] for name, found in stats.items()}
+        results |= {f"{name}_stats": found.scalars() for name, found in stats.items()}
         for name, values in seconds.items():
             results[f"{name}_s"] = statistics.median(values)
             results[f"{name}_s_quartiles"] = np.quantile(values, [0.25, 0.75]).tolist()

@@ -1,5 +1,6 @@
 """Write docs/api.md from the docstrings of what is public: `python docs/make_api.py`."""
 
+import ast
 import importlib
 import inspect
 import re
@@ -7,16 +8,23 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from relibra_kernels.planner import DeviceSpec, ModelShape
+
 MODULES = (
     ("relibra_kernels", "What most users need."),
     ("relibra_kernels.planner", "Traces, load tables, plans, the simulator. Needs numpy alone."),
     ("relibra_kernels.nn", "The layer as modules."),
     ("relibra_kernels.parallel", "Training under a plan."),
     ("relibra_kernels.integrations.transformers", "Hugging Face transformers 5."),
-    ("relibra_kernels.integrations.megatron", "Megatron-LM."),
+    ("relibra_kernels.integrations.megatron", "Megatron-LM: maps and replay targets for its own MoE layer."),
     ("relibra_kernels.integrations.verl", "verl."),
     ("relibra_kernels.integrations.slime", "slime."),
     ("relibra_kernels.integrations.batches", "What verl and slime share."),
+)
+# Read instead of imported: they need a package that need not be here.
+READ_MODULES = (
+    ("relibra_kernels.integrations.megatron_moe", "Megatron-core: our experts in its MoE layer, under a plan."),
+    ("relibra_kernels.integrations.megatron_optimizer", "Megatron-core: the optimizer whose state moves."),
 )
 
 
@@ -88,7 +96,23 @@ def _annotation(annotation: Any) -> str:
     return re.sub(r"\b(?!torch\.\w+\b(?!\.))(?:[A-Za-z_]\w*\.)+(\w+)", r"\1", text)
 
 
+def entries_of_source(module_name: str) -> list[str]:
+    """Headings, signatures and docstrings of the functions in a module's `__all__`, without importing it."""
+    path = Path(__file__).parents[1].joinpath(*module_name.split(".")).with_suffix(".py")
+    tree = ast.parse(path.read_text())
+    functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+    assigned = {ast.unparse(node.targets[0]): node.value for node in tree.body if isinstance(node, ast.Assign)}
+    lines = []
+    for name in ast.literal_eval(assigned["__all__"]):
+        node = functions[name]
+        call = f"{name}({ast.unparse(node.args)})" + (f" -> {ast.unparse(node.returns)}" if node.returns else "")
+        lines += [f"### {name}", _block(_annotation(call)), _block(ast.get_docstring(node) or "")]
+    return lines
+
+
 def _default(default: Any) -> str:
+    if isinstance(default, ModelShape | DeviceSpec):
+        return f"{type(default).__name__}({default.name!r}, ...)"
     if inspect.isroutine(default) or inspect.isclass(default):
         return default.__name__
     return re.sub(r"<factory>", "...", repr(default))
@@ -118,6 +142,8 @@ def render() -> str:
                 continue
             seen.add(id(value))
             parts += entry(name, value)
+    for module_name, summary in READ_MODULES:
+        parts += [f"## {module_name}", summary, *entries_of_source(module_name)]
     return "\n\n".join(parts) + "\n"
 
 

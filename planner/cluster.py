@@ -38,12 +38,3 @@ class ClusterSpec:
                 f"{self.gpus_per_node}): every rank must be home to at least one"
             )
         return -(-num_experts // self.num_ranks)
-
-    def experts_per_rank(self, num_experts: int) -> int:
-        """E / R, or an InputError where that is not a whole number."""
-        if num_experts < self.num_ranks or num_experts % self.num_ranks:
-            raise InputError(
-                f"{num_experts} experts do not divide over {self.num_ranks} ranks "
-                f"({self.num_nodes} nodes x {self.gpus_per_node}): every rank must be home to the same number"
-            )
-        return num_experts // self.num_ranks

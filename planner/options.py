@@ -1,7 +1,7 @@
 """What a plan is to achieve, under which caps, and what it is priced for: one object, the same everywhere."""
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 from .errors import InputError
 from .pricing.cost import Setting
@@ -37,8 +37,8 @@ class PlanOptions:
     fetched_slots: int | None = None
     max_moves: int | None = None
     transport: str = "one"
-    shape: ModelShape = field(default_factory=lambda: MODELS[DEFAULT_MODEL])
-    device: DeviceSpec = field(default_factory=lambda: DEVICES[DEFAULT_DEVICE])
+    shape: ModelShape = MODELS[DEFAULT_MODEL]
+    device: DeviceSpec = DEVICES[DEFAULT_DEVICE]
     sequence_length: int = SEQUENCE_LENGTH
 
     def __post_init__(self) -> None:

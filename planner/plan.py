@@ -3,16 +3,21 @@
 import hashlib
 import os
 from dataclasses import InitVar, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .cluster import ClusterSpec
+from .drawing import plot_balance, plot_replicas
 from .errors import FormatError, PlanError, ReLibraError, ShapeError
 from .files import load_npz, save_npz, scalar
 from .loads import total_loads
 from .plan_rules import check_quotas, check_structure
 from .showing import line_of, table_of
 from .transfers import fetch_sources, kept_sources
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FORMAT_VERSION = 2
 _KEPT = {1: "guests", 2: "kept"}  # format_version -> what the file calls `kept`
@@ -73,6 +78,21 @@ class BatchPlan:
     def _repr_html_(self) -> str:
         return table_of("BatchPlan", self._facts())
 
+    def plot(self, loads: np.ndarray | None = None, ax: "Axes | None" = None) -> "Axes":
+        """What the plan does in each layer; with its loads, max/mean over ranks beside static placement's.
+
+        Args: loads: [L, M, E] or [L, M, R, E]. ax: to draw on; None: a new figure.
+        Returns: the axes. Raises: InputError where matplotlib is not installed; ShapeError for loads of another batch.
+        """
+        home = contiguous_home(self.num_layers, self.num_experts, self.num_ranks)
+        if loads is None:
+            fetched = (self.replicas >= 0) & ~self.kept[:, None]
+            away = (self.home != home).sum(1)
+            return plot_replicas(self.kept.sum((1, 2)), fetched.sum((2, 3)).mean(1), away, ax)
+        planned = self.rank_loads(loads)
+        static = rank_loads(total_loads(loads), home, np.full_like(self.replicas, -1), np.zeros_like(self.quota))
+        return plot_balance(max_mean(static), max_mean(planned), ax)
+
     def _facts(self) -> dict[str, object]:
         kept, fetched = int(self.kept.sum()), int(((self.replicas >= 0) & ~self.kept[:, None]).sum())
         facts = {"layers": self.num_layers, "micro-batches": self.num_micro_batches, "experts": self.num_experts}
@@ -105,11 +125,6 @@ class BatchPlan:
         """Home slots a rank: E / R, rounded up. Where that is not whole, some ranks leave their last one empty."""
         return self._held.shape[2]
 
-    @property
-    def experts_per_rank(self) -> int:
-        """`home_slots`, for callers whose experts divide over the ranks."""
-        return self.home_slots
-
     def home_experts(self, layer: int) -> np.ndarray:
         """int32 [R, home_slots]: the experts that each rank owns, ascending, which is the order of its home slots.
 
@@ -131,7 +146,7 @@ class BatchPlan:
         return kept_sources(self.home, self.replicas, self.kept, self.gpus_per_node)
 
     def has_replicas(self, layer: int, micro_batch: int) -> bool:
-        """Whether any replica slot is in use; where not, the replica path must cost nothing."""
+        """Whether any replica slot is in use. Where none is, the runtime skips all that it does for replicas."""
         return bool((self.replicas[layer, micro_batch] >= 0).any())
 
     def rank_loads(self, loads: np.ndarray) -> np.ndarray:
@@ -142,9 +157,7 @@ class BatchPlan:
 
     def imbalance(self, loads: np.ndarray) -> np.ndarray:
         """float [L, M]: max / mean over ranks of their assignments; nan where a micro-batch has none."""
-        per_rank = self.rank_loads(loads)
-        mean = per_rank.mean(-1)
-        return np.divide(per_rank.max(-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
+        return max_mean(self.rank_loads(loads))
 
     def imbalance_mean(self, loads: np.ndarray) -> float:
         """Mean of `imbalance` over the (layer, micro-batch) pairs with load; 1.0 where there is none at all."""
@@ -238,6 +251,12 @@ def rank_loads(
     np.add.at(at_home, (layer, micro_batch, rank), taken)
     np.subtract.at(at_home, (layer, micro_batch, owner), taken)
     return at_home
+
+
+def max_mean(loads: np.ndarray) -> np.ndarray:
+    """float [...] of loads [..., R]: the busiest rank over the mean; nan where there is no load."""
+    mean = loads.mean(-1)
+    return np.divide(loads.max(-1), mean, out=np.full(mean.shape, np.nan), where=mean > 0)
 
 
 def contiguous_home(layers: int, experts: int, ranks: int) -> np.ndarray:

@@ -10,6 +10,6 @@ def line_of(name: str, facts: Mapping[str, object]) -> str:
 
 
 def table_of(name: str, facts: Mapping[str, object]) -> str:
-    """HTML of the same facts, one a row."""
+    """The same facts as an HTML table, one a row."""
     rows = "".join(f"<tr><td>{html.escape(k)}</td><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items())
     return f"<table><caption>{html.escape(name)}</caption>{rows}</table>"

@@ -14,8 +14,9 @@ def split_over_sources(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micr
     """int32 [R_src, E, R_dst]: how many of a source's assignments of an expert go to each rank.
 
     Sums over destinations are what the source has; sums over sources are each host's quota, with the home taking what
-    its replicas leave. First what a host takes of its own rank's assignments, then of its own node's, then the rest;
-    the last two source by source, in proportion to what the hosts still take, by largest remainder.
+    its replicas leave. A host is given assignments of its own rank first, then of its own node, then of the others.
+    Within the last two groups every source's assignments are divided over the hosts in proportion to what each host
+    can still take; fractions are settled by largest remainder.
     """
     _check_sources(plan, loads_LMRE)
     have_SE = np.asarray(loads_LMRE[layer, micro_batch], np.int64)
@@ -40,7 +41,8 @@ def split_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_b
 def destinations(expert_ids_TK: np.ndarray, split_of_source_ER: np.ndarray) -> np.ndarray:
     """int32 [T, K]: the rank that computes each assignment of one source; -1 where it was not recorded.
 
-    The j-th occurrence of an expert, in token order and then by k, goes to the rank whose cumulative split holds j.
+    An expert's assignments are counted in token order, and within a token by k. The j-th (from 0) goes to the first
+    rank at which the running sum of `split_of_source_ER[expert]` exceeds j.
     """
     ids = np.asarray(expert_ids_TK)
     split = np.asarray(split_of_source_ER, np.int64)

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .drawing import plot_load
 from .errors import InputError, ShapeError
 from .showing import line_of, table_of
 from .trace_files import load_arrays, save_arrays
@@ -19,7 +20,18 @@ from .trace_report import (
     report_of,
     selected_versions,
 )
-from .trace_rules import check_id_dtype, check_ids, check_num_experts, check_offsets, compact_dtype, id_dtype
+from .trace_rules import (
+    check_id_dtype,
+    check_ids,
+    check_num_experts,
+    check_offsets,
+    checked_numbers,
+    compact_dtype,
+    id_dtype,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 class RoutingTrace:
@@ -110,6 +122,16 @@ class RoutingTrace:
     def _repr_html_(self) -> str:
         return table_of("RoutingTrace", self._facts())
 
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """A heat map of how often each expert of each layer was chosen, 1 being the mean; returns its axes.
+
+        Args: ax: to draw on; None: a new figure. Raises: InputError where matplotlib is not installed.
+        """
+        known, bins = self._ids[self._reasons == KNOWN], self._num_experts
+        counts = [np.bincount(known[:, layer].reshape(-1), minlength=bins) for layer in range(self.num_layers)]
+        mean = max(known[:, 0].size / bins, 1 / bins)
+        return plot_load(np.stack(counts) / mean, self._layers, ax)
+
     def _facts(self) -> dict[str, object]:
         unknown = int(np.count_nonzero(self._reasons))
         facts: dict[str, object] = {
@@ -198,7 +220,7 @@ class RoutingTrace:
 
     def select(self, sequence_indices: Sequence[int] | np.ndarray) -> "RoutingTrace":
         """A trace of these sequences, in this order. Nothing of the others is kept."""
-        chosen = [int(index) for index in sequence_indices]
+        chosen = checked_numbers(sequence_indices, "sequence_indices").tolist()
         parts = [self._slice(index) for index in chosen]
         offsets = np.cumsum([0, *(part.stop - part.start for part in parts)], dtype=np.int64)
         return self._part(
@@ -210,7 +232,7 @@ class RoutingTrace:
 
     def slice_layers(self, moe_layer_ids: Iterable[int]) -> "RoutingTrace":
         """A trace of these layers, by the model's layer numbers: a pipeline stage's. Nothing of the others is kept."""
-        layers = tuple(int(layer) for layer in moe_layer_ids)
+        layers = tuple(checked_numbers(moe_layer_ids, "moe_layer_ids").tolist())
         missing = sorted(set(layers) - set(self._layers))
         if missing or not layers or list(layers) != sorted(set(layers)):
             raise InputError(f"moe_layer_ids is {list(layers)}, but must be some of {list(self._layers)} in order")
@@ -267,7 +289,13 @@ class RoutingTrace:
             sequences: the numbers of the sequences to read, in the order wanted. None: all.
             layers: the model's numbers of the layers to read, in order. None: all.
         """
-        return load_arrays(cls, path, num_experts, sequences, None if layers is None else list(layers))
+        return load_arrays(
+            cls,
+            path,
+            num_experts,
+            None if sequences is None else checked_numbers(sequences, "sequences"),
+            None if layers is None else tuple(checked_numbers(layers, "layers").tolist()),
+        )
 
     def _slice(self, index: int) -> slice:
         if not 0 <= index < self.num_sequences:

@@ -64,8 +64,8 @@ def load_arrays(
     cls: type["RoutingTrace"],
     path: str | os.PathLike[str],
     num_experts: int | None,
-    sequences: Sequence[int] | np.ndarray | None,
-    layers: Sequence[int] | None,
+    sequences: np.ndarray | None,
+    layers: tuple[int, ...] | None,
 ) -> "RoutingTrace":
     """The trace in a file, or these sequences and layers of it."""
     name = os.fspath(path)
@@ -123,17 +123,17 @@ def _share(
     offsets: np.ndarray,
     unknown: np.ndarray | None,
     moe_layer_ids: tuple[int, ...],
-    sequences: Sequence[int] | np.ndarray | None,
-    layers: Sequence[int] | None,
+    sequences: np.ndarray | None,
+    layers: tuple[int, ...] | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, tuple[int, ...]]:
     """Rows of some sequences and layers, read into one array of just their size."""
     if len(ids.shape) != 3:
         raise InputError(f"expert_ids has shape {ids.shape}, but must be [tokens, layers, k]")
     offsets = check_offsets(offsets, len(ids))
-    chosen = np.arange(len(offsets) - 1) if sequences is None else np.asarray(sequences, np.int64)
-    if chosen.ndim != 1 or (chosen.size and not 0 <= chosen.min() <= chosen.max() < len(offsets) - 1):
+    chosen = np.arange(len(offsets) - 1) if sequences is None else sequences
+    if chosen.size and not 0 <= chosen.min() <= chosen.max() < len(offsets) - 1:
         raise InputError(f"sequences are {chosen.tolist()[:8]}, but the file has 0 to {len(offsets) - 2}")
-    wanted = moe_layer_ids if layers is None else tuple(int(layer) for layer in layers)
+    wanted = moe_layer_ids if layers is None else layers
     if not wanted or not set(wanted) <= set(moe_layer_ids) or len(moe_layer_ids) != ids.shape[1]:
         raise InputError(f"layers are {list(wanted)}, but must be some of {list(moe_layer_ids)}")
     columns = [moe_layer_ids.index(layer) for layer in wanted]

@@ -32,7 +32,7 @@ def check_num_experts(value: object, name: str = "num_experts") -> int:
 
 
 def check_id_dtype(dtype: np.dtype, num_experts: int, name: str) -> None:
-    """Refuse what holds no ids, and what is too narrow for them: such ids have wrapped around."""
+    """Refuse a dtype that is no integer, or too narrow for the ids: those that did not fit have wrapped around."""
     if dtype.kind not in "iu":
         raise ShapeError(f"{name} is {dtype}, but expert ids must be integers")
     if np.iinfo(dtype).max < num_experts - 1:
@@ -52,6 +52,17 @@ def check_offsets(value: object, tokens: int) -> np.ndarray:
     if (np.diff(offsets) < 0).any():
         raise InputError(f"offsets decrease at sequence {int(np.argmax(np.diff(offsets) < 0))}")
     return offsets
+
+
+def checked_numbers(value: object, name: str) -> np.ndarray:
+    """`value` as int64 [n]: the numbers of sequences or layers. Raises: InputError, for masks too."""
+    try:
+        numbers = np.asarray(value if hasattr(value, "__array__") else list(value))  # type: ignore[call-overload]
+    except (TypeError, ValueError, RuntimeError):
+        numbers = np.zeros((), object)
+    if numbers.ndim != 1 or (numbers.size and numbers.dtype.kind not in "iu"):
+        raise InputError(f"{name} is {str(value)[:60]}, but must be integers (of a mask: np.flatnonzero(mask))")
+    return numbers.astype(np.int64)
 
 
 def token_chunks(num_tokens: int, per_token: int) -> Iterator[slice]:

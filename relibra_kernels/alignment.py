@@ -1,4 +1,4 @@
-"""Whether recorded routing is of these tokens: a record that is shifted by one token or layer has no other sign.
+"""Whether recorded routing belongs to these tokens: a record that is shifted by a token or layer shows in no other way.
 
 In the first MoE layers a model's own choice agrees with its record on 98 to 100 % of the top-k sets, also where the
 engine computed in bf16; shifted by one token it agrees on 1 % in the first layer. (Measured on gpt-oss-20b.)
@@ -19,9 +19,15 @@ _LOG = logging.getLogger(__name__)
 Shift = Literal["refuse", "warn", "ignore"]
 SHIFTS: tuple[Shift, ...] = ("refuse", "warn", "ignore")
 LAYERS = 2  # the first MoE layers, which are compared
+SHIFTED = {  # which comparison a record agrees in that is shifted, and what it then is
+    "late": "one token late: rows hold what belongs to the token before",
+    "early": "one token early: rows hold what belongs to the token after",
+    "layer late": "one layer late: it holds for a layer what belongs to the one before",
+    "layer early": "one layer early: it holds for a layer what belongs to the one after",
+}
 LEAST, USUAL = 0.5, 0.9  # shares of equal top-k sets: below the first something is wrong, below the second perhaps
 FEWEST = 16  # token-layers that say anything
-ENOUGH = 1000  # token-layers from which on a record is refused where nobody asked for it: fewer are a trial's
+ENOUGH = 1000  # token-layers from which on any record is refused where nobody asked for it: fewer are a trial's
 
 
 def check_on_shift(on_shift: Shift | None) -> None:
@@ -34,11 +40,12 @@ class Alignment:
     """Compares live choices with recorded ones in the first layers of one forward.
 
     share: of (token, layer) whose top-k sets are equal; None before `judge`
+    shift: which of SHIFTED the record is, where that agrees on more than twice as much as the record as it is; or None
     same, known: how many (token, layer) that is, and of how many; 0 before `judge`
     judged_later: whether whoever made this judges; else the last layer that is compared does
 
     Args:
-        on_shift: None is "refuse" from ENOUGH token-layers on, and "warn" below.
+        on_shift: None is "refuse" for a record that is shifted, and from ENOUGH token-layers on for any; else "warn".
         download: begins to bring a tensor to the host, and returns what gives it. None: `judge` waits for the device.
     """
 
@@ -48,9 +55,11 @@ class Alignment:
         check_on_shift(on_shift)
         self.on_shift, self.judged_later = on_shift, download is not None
         self.share: float | None = None
+        self.shift: str | None = None
         self.same = self.known = 0
         self._download = download or (lambda tensor: lambda: tensor.numpy(force=True))
         self._counts: dict[int, Callable[[], np.ndarray]] = {}
+        self._before: tuple[Tensor, Tensor] | None = None  # live and recorded choices of the layer before
 
     @property
     def wanted(self) -> bool:
@@ -59,28 +68,53 @@ class Alignment:
 
     def compare(self, layer: int, live_TK: Tensor, recorded_TK: Tensor) -> None:
         """One layer. Tokens with a recorded id of -1 do not count. Does not wait for the device."""
-        known_T = (recorded_TK >= 0).all(1)
-        same_T = (live_TK.sort(1).values == recorded_TK.sort(1).values).all(1) & known_T
-        self._counts[layer] = self._download(torch.stack([same_T.sum(), known_T.sum()]))
+        live, recorded = live_TK.sort(1).values, recorded_TK.sort(1).values
+        pairs = [(live, recorded), (live[:-1], recorded[1:]), (live[1:], recorded[:-1])]
+        if self._before is not None and self._before[0].shape == live.shape:
+            pairs += [(self._before[0], recorded), (live, self._before[1])]
+        self._before = None if self._counts else (live, recorded)
+        self._counts[layer] = self._download(torch.stack([count for pair in pairs for count in _agreeing(*pair)]))
 
     def judge(self, what: str = "the record") -> None:
         """Wait for the comparison, once. Raises: InputError below LEAST; logs a warning below USUAL."""
         if not self._counts or self.share is not None:
             return
-        counts = {layer: get().tolist() for layer, get in self._counts.items()}
-        same, known = (sum(column) for column in zip(*counts.values(), strict=True))
+        counts = {layer: get().reshape(-1, 2).tolist() for layer, get in self._counts.items()}
+        same, known = (sum(column) for column in zip(*(found[0] for found in counts.values()), strict=True))
         if known < FEWEST:
             self._counts.clear()
             return
         self.same, self.known, self.share = same, known, same / known
-        by_layer = ", ".join(f"layer {layer}: {s / max(k, 1):.0%}" for layer, (s, k) in sorted(counts.items()))
+        self.shift = _shift(list(counts.values()))
+        by_layer = ", ".join(f"layer {layer}: {s / max(k, 1):.0%}" for layer, ((s, k), *_) in sorted(counts.items()))
+        cause = "it is shifted by a token or a layer, of another model, or of an older policy"
         said = (
             f"{what} agrees with the model's own choice on {self.share:.0%} of the top-k sets in the first MoE layers "
-            f"({by_layer}; 98 to 100 % is usual): it is shifted by a token or a layer, of another model, or "
-            "of an older policy"
+            f"({by_layer}; 98 to 100 % is usual): {f'it is {SHIFTED[self.shift]}' if self.shift else cause}"
         )
-        refuses = self.on_shift == "refuse" or (self.on_shift is None and known >= ENOUGH)
-        if self.share < LEAST and refuses:
+        unasked = self.on_shift is None and (known >= ENOUGH or self.shift is not None)
+        if self.share < LEAST and (self.on_shift == "refuse" or unasked):
             raise InputError(f"{said}; where it is stale on purpose, on_shift='ignore' replays it all the same")
         if self.share < USUAL:
             _LOG.warning("%s", said)
+
+
+def _agreeing(live_TK: Tensor, recorded_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """How many sorted top-k sets are equal, of how many that are recorded."""
+    known_T = (recorded_TK >= 0).all(1)
+    return ((live_TK == recorded_TK).all(1) & known_T).sum(), known_T.sum()
+
+
+def _shift(counts: list[list[list[int]]]) -> str | None:
+    """Which of SHIFTED it is, by (same, known) of each comparison of each layer.
+
+    The first layer's input is the model's, so that it tells of tokens. The second's has gone through the wrong experts:
+    half as much agreement tells there, of four times as many tokens.
+    """
+    (here, *by_token), by_layer = counts[0], [pair for found in counts[1:] for pair in found[3:]]
+    unshifted, shares = here[0] / max(here[1], 1), {}
+    for name, (same, known) in zip(SHIFTED, [*by_token, *by_layer], strict=False):
+        least, fewest = (LEAST / 2, 2 * FEWEST) if name == "layer early" else (LEAST, FEWEST // 2)
+        if known >= fewest and same / known >= max(least, 2 * unshifted):
+            shares[name] = same / known
+    return max(shares, key=lambda name: shares[name], default=None)

@@ -87,7 +87,7 @@ def moe_mlp_backward(
     products.grad_bias("down_bias", *grads, dout_TH, weights_TK=weights_TK, gather=True, accumulate=accumulate)
     products.grad_bias("gate_up_bias", *grads, dh_RJ, accumulate=accumulate)
     dx_RH = products.whole(dh_RJ, "gate_up", transpose=transposed)
-    return ops.permute_backward(dx_RH.to(out_dtype or dx_RH.dtype), schedule), dweights_TK
+    return ops.unpermute(dx_RH.to(out_dtype or dx_RH.dtype), None, schedule), dweights_TK
 
 
 def moe_mlp(

@@ -22,7 +22,7 @@ class OpenForwards:
     current: Any = None
 
     def resumed(self) -> None:
-        """Called within a backward, before anything of a forward of this owner is recomputed; often."""
+        """Called within a backward before each recomputation of a part of one of this owner's forwards."""
 
 
 _OPEN: list[OpenForwards] = []  # of the process: a forward may run its layers in several threads

@@ -1,7 +1,7 @@
-"""Which function takes over the MoE layers of a model of another framework.
+"""The functions that take over the MoE layers of other frameworks' models.
 
-The package fills the table as it is imported. So the runtime can take over models of a framework without importing
-what is written for that framework.
+The package that is written for a framework enters its function here when it is imported. So the runtime can take over
+such models without importing that package.
 """
 
 from collections.abc import Callable

@@ -11,7 +11,7 @@ COMPUTABLE = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # fl
 
 
 def check_computable(name: str, tensor: torch.Tensor) -> None:
-    """Refuse tensors of numbers that stand for others: integers and fp8 mean something only together with their scales.
+    """Refuse quantised tensors: integers and fp8 mean something only together with their scales.
 
     Raises: ShapeError, with the tensor's name and dtype.
     """

@@ -53,13 +53,10 @@ def _by_device(function: Function) -> Function:
 
 
 build_schedule = _by_device(reference.build_schedule)
-build_split_schedule = _by_device(reference.build_split_schedule)
 pack_payload = _by_device(reference.pack_payload)
 unpack_payload = _by_device(reference.unpack_payload)
 pack_gradients = _by_device(reference.pack_gradients)
 unpack_gradients = _by_device(reference.unpack_gradients)
-permute = _by_device(reference.permute)
-permute_backward = _by_device(reference.permute_backward)
 unpermute = _by_device(reference.unpermute)
 swiglu = _by_device(reference.swiglu)
 swiglu_backward = _by_device(reference.swiglu_backward)

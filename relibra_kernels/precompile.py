@@ -4,7 +4,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -193,26 +193,40 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
     grad = own.map(lambda weight: zeros_fp32(_meta(weight)) if weight.requires_grad else None)
-    into: dict[str, Any] = {"grad": grad, "replica": replica, "weight_of_slot": table}
-    into["replica_grad"] = None
+    replica_grad = None
     if replica is not None:
         trained = (None if total is None else weight for weight, total in zip(replica, grad, strict=True))
-        into["replica_grad"] = ExpertWeights(*trained).map(zeros_fp32)
+        replica_grad = ExpertWeights(*trained).map(zeros_fp32)
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
-        how = {"accumulate": accumulate, **into}
-        dx, dgates = moe_mlp_backward(_meta(x), x, kept, gates, schedule, home, form, **how)
+        dx, dgates = moe_mlp_backward(
+            _meta(x),
+            x,
+            kept,
+            gates,
+            schedule,
+            home,
+            form,
+            grad=grad,
+            replica=replica,
+            replica_grad=replica_grad,
+            weight_of_slot=table,
+            accumulate=accumulate,
+        )
     sent = torch.empty(received[-1], dtype=torch.int32, device="meta")
     send = Schedule(_meta(sent, 2), sent, _meta(sent, count, top_k))
     tokens, weights = _meta(x, count, experts.hidden_size), _meta(gates, count, top_k)
     there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
     back = there._replace(has_slots=False)
-    ops.pack_payload(
-        tokens, weights, _meta(sent, len(sent), top_k, dtype=torch.int16), send, there.new(len(sent), x.device)
-    )
+    slots_of_sent = _meta(sent, len(sent), top_k, dtype=torch.int16)
+    ops.pack_payload(tokens, weights, slots_of_sent, send, there.new(len(sent), x.device))
     ops.unpack_gradients(back.new(len(sent), x.device), send, back)
     for rows in received:
+        handed_on = Schedule(_meta(sent, 2), sent, _meta(sent, rows, top_k))  # with two hops, as tokens are sent
+        as_tokens = _meta(x, rows, experts.hidden_size), _meta(gates, rows, top_k)
+        ops.pack_payload(*as_tokens, slots_of_sent, handed_on, there.new(len(sent), x.device))
+        ops.unpack_gradients(back.new(len(sent), x.device), handed_on, back)
         ops.unpack_payload(there.new(rows, x.device), there)
         ops.pack_gradients(_meta(dx, rows, experts.hidden_size), _meta(gates, rows, top_k), back.new(rows, x.device))
     for of_rows in schedules:  # how rows are summed may depend on how many there are
@@ -223,7 +237,8 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for weight in home.tensors():
             ops.pack_replicas(weight, owners)
-        for shard, owner in zip(ExpertWeights(*into["replica_grad"]).tensors(), grad.tensors(), strict=True):
+        assert replica_grad is not None
+        for shard, owner in zip(replica_grad.tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
 
 

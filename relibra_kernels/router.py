@@ -11,7 +11,7 @@ from .planner.errors import InputError, ShapeError
 
 
 def comparison_of(replay: object) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
-    """What is to be told (live ids, recorded ids) of this forward; None where the replay does not ask for it."""
+    """The function to call with (live ids, recorded ids) of this forward; None where the replay does not ask for it."""
     compare = getattr(replay, "compare", None)
     return None if compare is None else compare()
 
@@ -26,10 +26,10 @@ class TopKRouter(nn.Module):
 
     Forward: hidden_states `[..., H]` -> (router_logits `[T, E]`, weights `[T, K]`, indices `[T, K]`), as Hugging Face.
 
-    Where `replay` is set, every forward asks it for (recorded ids int64 `[T, K]`, whether no row is -1) instead of
-    looking at `recorded`; None means that the router chooses. That is how the expert-parallel runtime gives each
-    micro-batch its own. A `replay.compare()`, where there is one, gives what is to be told (live ids, recorded ids),
-    or None. A `replay.compiled(scores, top_k)` is asked instead while torch.compile traces: ids `[T, K]`.
+    The expert-parallel runtime sets `replay`, an object that gives each micro-batch its own recorded ids. Every forward
+    then calls `replay()` instead of looking at `recorded`. It returns (ids int64 `[T, K]`, whether no row is -1), or
+    None where the router chooses. If it has a method `compare`, this returns a function that is called with (live ids,
+    recorded ids), or None. While torch.compile traces, `replay.compiled(scores, top_k)` gives the ids `[T, K]`.
     """
 
     e_score_correction_bias: torch.Tensor

@@ -1,7 +1,6 @@
 """Which row of a ragged batch belongs to which expert slot: the tables that every grouped operation reads."""
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 
@@ -69,30 +68,6 @@ class Schedule:
     def num_rows(self) -> int:
         """Rows that a ragged buffer has; where assignments are dropped, the last of T*K rows are unused."""
         return self.assignment_of.numel()
-
-
-class Splits(NamedTuple):
-    """How the assignments of every expert are shared out over slots, in the order of assignments.
-
-    Example: expert 0 gives its first 5 assignments to slot 3, the next 2 to slot 0; expert 1 gives all to slot 1:
-    `cumulative_EP = [[5, 7], [9, 9]]`, `slot_EP = [[3, 0], [1, -1]]`. Occurrence j goes to the first part whose
-    cumulative quota exceeds j; those beyond the last quota are dropped. No slot is named twice.
-
-    Attributes: int32 `[E, P]`, P parts an expert; unused parts repeat the last quota and name slot -1.
-    """
-
-    cumulative_EP: torch.Tensor  # noqa: N815
-    slot_EP: torch.Tensor  # noqa: N815
-
-
-def check_splits(splits: Splits, num_slots: int) -> None:
-    """Refuse tables that do not fit; looks at shape, dtype and layout only."""
-    shapes = [tuple(table.shape) for table in splits]
-    fits = all(table.dtype == torch.int32 and table.is_contiguous() and table.ndim == 2 for table in splits)
-    if not fits or shapes[0] != shapes[1] or not splits.slot_EP.shape[1]:
-        raise ShapeError(f"cumulative_EP and slot_EP are {shapes}; both must be contiguous int32 [E, P], P at least 1")
-    if num_slots < 1:
-        raise ShapeError(f"num_slots is {num_slots}; it must be at least 1")
 
 
 def tile_bound(num_rows: int, num_slots: int, block_m: int) -> int:

@@ -69,7 +69,7 @@ def replica_store(home: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def replica_buffers(replica: ExpertWeights, grad: ExpertWeights, *, zeroed: bool) -> ExpertWeights:
-    """Where to put the gradients of replicas whose homes' go into `grad`; nothing where that has nothing."""
+    """Buffers for the gradients of replicas; None for whatever is None in `grad`, the homes' buffers."""
 
     def beside(weight: torch.Tensor | None, home: torch.Tensor | None) -> torch.Tensor | None:
         if weight is None or home is None:
@@ -94,7 +94,7 @@ def gradient_buffers(
 def returned_gradients(
     parameters: ExpertWeights, grad: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 8
 ) -> list[torch.Tensor | None]:
-    """What backward returns for the parameters: buffers in the parameters' dtypes, None where `main_grad` has it."""
+    """What backward returns for the parameters: the gradients in their dtypes, None where `main_grad` took it."""
     return [
         buffer.to(parameter.dtype) if need and buffer is not None and main_grad is None else None
         for parameter, buffer, main_grad, need in zip(parameters, grad, main, needed, strict=True)

@@ -1,7 +1,8 @@
 """Every code block in README and docs is executed; links lead somewhere; the API page is up to date.
 
 Python blocks of a page run in order in one namespace; a block marked `torchrun` is a program for two ranks; of `bash`
-blocks, `relibra` commands run, and what other commands name must exist. `text` blocks are output and synopses.
+blocks, `relibra` commands run, and what other commands name must exist; a block marked with a file's name is that file.
+`text` blocks are output and synopses.
 """
 
 import importlib
@@ -19,6 +20,7 @@ from relibra_kernels.planner import generate_trace
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FILE = re.compile(r"python (\w+\.py)")  # what a block is marked with that is a file for the page's commands
 FENCE = re.compile(r"^```([^\n]*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
@@ -44,6 +46,7 @@ def folder(tmp_path, monkeypatch):
 def test_every_block_says_what_it_is():
     for page in PAGES:
         kinds = {info.strip() for info, _ in FENCE.findall(page.read_text())}
+        kinds = {kind for kind in kinds if not FILE.fullmatch(kind)}
         assert kinds <= {"python", "python torchrun", "bash", "text"}, page
 
 
@@ -58,9 +61,10 @@ def test_python_blocks_run_in_order(page, folder):
 
 @pytest.mark.parametrize("page", pages_with("python torchrun"))
 def test_programs_for_two_ranks_run(page, folder):
-    for package in ("transformers", "accelerate"):
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"from_pretrained with a DistributedConfig needs {package}")
+    programs = "".join(blocks(page, "python torchrun"))
+    for package, word in (("transformers", "transformers"), ("accelerate", "from_pretrained")):
+        if word in programs and importlib.util.find_spec(package) is None:
+            pytest.skip(f"the page's programs need {package}")
     for number, block in enumerate(blocks(page, "python torchrun")):
         Path(f"program{number}.py").write_text(block)
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -71,7 +75,10 @@ def test_programs_for_two_ranks_run(page, folder):
 
 @pytest.mark.parametrize("page", pages_with("bash"))
 def test_commands_run_or_exist(page, folder):
-    if page.stem == "quickstart":  # its commands follow its Python blocks
+    for info, code in FENCE.findall(page.read_text()):
+        if named := FILE.fullmatch(info.strip()):
+            Path(named[1]).write_text(code)
+    if page.stem in ("quickstart", "CONTRIBUTING"):  # their commands follow their Python blocks
         pytest.importorskip("transformers", reason="the page is about transformers models")
         namespace: dict[str, object] = {"__name__": page.stem}
         for block in blocks(page, "python"):

@@ -66,7 +66,7 @@ def test_contributing_shows_the_table():
         ("kernels.swiglu", "import_module('relibra_kernels.tuning.catalogue')", "kernels may not use tuning"),
         ("planner.pricing.cost", "import_module('..solver.search', __package__)", "pricing may not use solver"),
         ("parallel.batch", "NAMES = {'hf': 'relibra_kernels.integrations.verl'}", "parallel may not use integrations"),
-        ("reference.permute", "from .. import kernels", "reference may not use kernels"),
+        ("reference.unpermute", "from .. import kernels", "reference may not use kernels"),
     ],
 )
 def test_an_import_upward_is_found(module, line, fault):

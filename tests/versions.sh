@@ -35,8 +35,8 @@ make_environment() {
     python=$(python312) && "$python" -m venv "$env" || return
     pip=("$env/bin/python" -m pip install --quiet)
     "${pip[@]}" --no-deps "$2" "$3" &&
-        "${pip[@]}" filelock typing-extensions sympy networkx jinja2 fsspec "$4" "$5" accelerate pytest pytest-benchmark \
-            hypothesis scipy matplotlib tqdm rich safetensors setuptools &&
+        "${pip[@]}" filelock typing-extensions sympy networkx jinja2 fsspec "$4" "$5" accelerate peft pytest \
+            pytest-benchmark hypothesis scipy matplotlib tqdm rich safetensors setuptools &&
         "${pip[@]}" --no-deps nvidia-cublas nvidia-cuda-cupti nvidia-cuda-nvrtc 'nvidia-cuda-runtime<14' nvidia-cudnn-cu13 \
             nvidia-cufft nvidia-cufile nvidia-curand nvidia-cusolver nvidia-cusparse nvidia-cusparselt-cu13 \
             nvidia-nccl-cu13 nvidia-nvjitlink nvidia-nvshmem-cu13 nvidia-nvtx "$3" && touch "$env/made"

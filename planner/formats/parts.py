@@ -1,20 +1,17 @@
 """What was handed over for one sequence: nothing, one array, or parts of it (turns, resumed rollouts)."""
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from ..errors import FormatError, InputError, ShapeError
 from ..trace_rules import check_id_dtype, compact_dtype, token_chunks
+from .said import DTYPE, Said, Version, checked_start, fields_of, said_of
 
 Decode = Callable[[Any, str], Any]  # (payload, what messages call it) -> array of ids [rows, L, K]
 
-STARTS = ("start", "routed_experts_start_len", "routed_experts_prompt_start", "prompt_start")
-VERSIONS = ("weight_version", "version")
-DTYPE = "routed_experts_dtype"
 NO_ROWS = np.empty((0, 1, 1), np.uint8)
 
 
@@ -22,14 +19,17 @@ NO_ROWS = np.empty((0, 1, 1), np.uint8)
 class Part:
     """Rows that were recorded in one piece.
 
-    ids:     [rows, L, K], staged (see `staged`)
-    start:   the token of the sequence that the first row is of; None: nobody said
-    version: the policy that generated them, where the engine says so
+    ids:      [rows, L, K], staged (see `staged`)
+    start:    the token of the sequence that the first row is of; None: nobody said
+    tokens:   N of the sequence when the part was done, where the engine says so
+    versions: (first, stop, policy) of the tokens that were generated, counted from the first of them; of all where
+              `first` and `stop` are None
     """
 
     ids: np.ndarray
     start: int | None = None
-    version: str | None = None
+    tokens: int | None = None
+    versions: tuple[Version, ...] = ()
 
 
 def parts_of(entry: Any, decode: Decode, name: str, num_experts: int, start: Any = None) -> list[Part]:
@@ -50,40 +50,52 @@ def parts_of(entry: Any, decode: Decode, name: str, num_experts: int, start: Any
         return [
             part for one, at in zip(entry, starts, strict=True) for part in parts_of(one, decode, name, num_experts, at)
         ]
-    version = None
+    said = Said()
     if isinstance(entry, Mapping):
-        meta = entry.get("meta_info")
-        fields = {**entry, **(meta if isinstance(meta, Mapping) else {})}
-        start = _agreed(start, fields, name)
-        version = next((str(fields[key]) for key in VERSIONS if fields.get(key) is not None), None)
+        fields = fields_of(entry)
+        said = said_of(fields, name)
+        start = _agreed(start, said.start, name)
         if "routed_experts" in fields:
             payload = _with_dtype(fields["routed_experts"], fields.get(DTYPE))
-            parts = parts_of(payload, decode, name, num_experts, start)
-            return [Part(part.ids, part.start, part.version or version) for part in parts]
-        if "meta_info" in entry and "routed_experts" not in fields:  # aborted before anything was computed
+            return _with_said(parts_of(payload, decode, name, num_experts, start), said)
+        if fields is not entry:  # aborted before anything was computed
             entry = None
     if entry is None:
-        return []
+        return _with_said([], said)
     if isinstance(start, Sequence) and len(start) == 1:
         start = start[0]
     at = checked_start(start, name)
     ids = array_of(decode(entry, name), name)
     if ids.size == 0 and (ids.ndim != 3 or len(ids) == 0):
-        return [Part(NO_ROWS, at, version)]
-    return [Part(staged(ids, num_experts, name, at or 0), at, version)]
+        return [Part(NO_ROWS, at)]
+    return [Part(staged(ids, num_experts, name, at or 0), at)]
+
+
+def _with_said(parts: list[Part], said: Said) -> list[Part]:
+    """The parts of one response: its length is that of the last, its versions too where they have spans."""
+    if not parts:
+        return [] if said.tokens is None else [Part(NO_ROWS, tokens=said.tokens)]
+    if said.tokens is not None:
+        parts = [*parts[:-1], replace(parts[-1], tokens=said.tokens)]
+    if said.versions and said.versions[0].stop is not None:
+        return [*parts[:-1], replace(parts[-1], versions=said.versions)]
+    return [replace(part, versions=part.versions or said.versions) for part in parts]
 
 
 def array_of(value: Any, name: str) -> np.ndarray:
     """An array or tensor, or nested lists of integers, as an array. Raises: FormatError."""
-    if hasattr(value, "detach"):
-        value = value.detach().cpu().numpy()
     try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError) as error:
+        array = np.asarray(value.detach().cpu().numpy() if hasattr(value, "detach") else value)
+    except (ValueError, TypeError, OverflowError, RuntimeError) as error:  # torch: bfloat16, jagged tensors
         raise FormatError(f"{name} is no array of [rows, layers, k]: {error}") from None
     if array.dtype.kind not in "iufb":
         raise FormatError(f"{name} is {str(value)[:40]!r}, but must be an array of numbers")
     return array
+
+
+def rows_of(value: Any) -> Any:
+    """A jagged tensor as the list of what it holds, anything else as it is."""
+    return list(value.unbind()) if getattr(value, "is_nested", False) else value
 
 
 def stage_dtype(num_experts: int, top_k: int) -> np.dtype:
@@ -138,24 +150,13 @@ def missing_layers(staged_TLK: np.ndarray) -> np.ndarray:
     return missing & (staged_TLK[:, :, 1] == ones) if staged_TLK.shape[2] > 1 else missing
 
 
-def checked_start(value: Any, name: str) -> int | None:
-    if value is None:
-        return None
-    try:
-        start = -1 if isinstance(value, bool) else operator.index(value)
-    except (TypeError, RuntimeError):  # torch raises the latter
-        start = -1
-    if start < 0:
-        raise InputError(f"start of {name} is {value!r}, but must be the number of a token, from 0 on")
+def _agreed(start: Any, said: int | None, name: str) -> Any:
+    """Where a payload begins: as it says, as the caller says, or as both do. Raises: InputError."""
+    if start is None or said is None:
+        return said if start is None else start
+    if not isinstance(start, Sequence) and checked_start(start, name) != said:
+        raise InputError(f"{name} says that it starts at {said}, and starts says {start}: they must agree")
     return start
-
-
-def _agreed(start: Any, fields: Mapping[str, Any], name: str) -> Any:
-    said = {key: checked_start(fields[key], name) for key in STARTS if fields.get(key) is not None}
-    given = set() if start is None or isinstance(start, Sequence) else {checked_start(start, name)}
-    if len(set(said.values()) | given) > 1:
-        raise InputError(f"{name} says {said}, and starts says {start}: they must agree")
-    return next(iter(said.values()), start) if start is None else start
 
 
 def _with_dtype(payload: Any, dtype: Any) -> Any:

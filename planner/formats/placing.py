@@ -5,7 +5,7 @@ what was recorded beyond that point is void.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -43,6 +43,9 @@ def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, nam
         if tokens is None:
             raise InputError(f"{name} is missing, and its length is not known: give num_tokens or token_ids")
         return Placed(tokens, (), (), True)
+    parts = _located(parts, last_token, name)
+    if tokens is None:
+        tokens = parts[-1].tokens
     needed = (
         None
         if tokens is None
@@ -64,8 +67,7 @@ def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, nam
         spans = [(first, min(stop, at), version) for first, stop, version in spans if first < at]
         pieces.append((at, part.ids))
         end = at + len(part.ids)
-        if part.version is not None:
-            spans.append((at, end, part.version))
+        spans += _generated(part, at, end, last_token)
     if tokens is None:
         tokens = end + 1 if last_token == "left out" else end
     else:
@@ -76,6 +78,46 @@ def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, nam
     if spans and spans[-1][1] == end:  # the last token was generated with the rows before it
         spans[-1] = (spans[-1][0], tokens, spans[-1][2])
     return Placed(tokens, tuple((at, ids) for at, ids in pieces if len(ids)), tuple(spans), started)
+
+
+def _located(parts: Sequence[Part], last_token: LastToken, name: str) -> list[Part]:
+    """The parts with their starts, where these follow from lengths that stand beside them: rows end with the last token
+    but one.
+
+    Raises: InputError where rows do not end there, or would begin after the end of those before, and nothing says so.
+    """
+    located: list[Part] = []
+    end = 0
+    for part in parts:
+        if part.tokens is not None and last_token == "left out" and len(part.ids):
+            start = part.tokens - 1 - len(part.ids)
+            if start < 0 or (start > end if part.start is None else start != part.start):
+                begin = end if part.start is None else part.start
+                raise InputError(
+                    f"{name} has {len(part.ids)} rows from token {begin} on, but says that it has {part.tokens} "
+                    f"tokens, which need {part.tokens - 1 - begin}: one for each token but the last; rows that begin "
+                    "at a later token are placed with starts"
+                )
+            part = replace(part, start=start)
+        located.append(part)
+        end = (end if part.start is None else part.start) + len(part.ids)
+    return located
+
+
+def _generated(part: Part, at: int, end: int, last_token: LastToken) -> list[tuple[int, int, str]]:
+    """(first token, stop, policy) of a part whose rows are those of the tokens `at` to `end`; a prompt's rows are
+    the first policy's."""
+    done = part.tokens or end + (last_token == "left out")  # where the last span ends
+    spans: list[tuple[int, int, str]] = []
+    for first, stop, name in part.versions:
+        if first is None or stop is None:
+            spans.append((at, end, name))
+            continue
+        begin = done - (part.versions[-1].stop or 0)
+        first, stop = (max(at, begin + first) if spans else at), begin + stop
+        if first < stop:
+            spans.append((first, stop, name))
+    return spans
 
 
 def _fitted(

@@ -56,7 +56,9 @@ def loads_from_sglang(statistics: Mapping[str, Any], num_experts: int) -> np.nda
     Counts of the whole recording are one micro-batch: they say which experts are hot, not when.
     """
     check_num_experts(num_experts)
-    if not isinstance(statistics, Mapping) or "logical_count" not in statistics:
+    if not isinstance(statistics, Mapping):
+        raise FormatError(f"statistics are {str(statistics)[:40]!r}, but must be an object with 'logical_count'")
+    if "logical_count" not in statistics:
         raise FormatError(f"statistics have no 'logical_count', only {sorted(map(str, statistics))[:8]}")
     try:
         counts = np.asarray(statistics["logical_count"])

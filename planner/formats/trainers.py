@@ -17,9 +17,11 @@ from ..errors import FormatError
 from ..trace import RoutingTrace
 from .encoded import array_of_bytes, decode_base64, id_dtype
 from .parts import Part
+from .registry import loader
 from .sequences import SequenceOptions, trace_of_sequences
 
 
+@loader("slime", "a folder of .npy arrays [N-1, L, K], one a sample in name order")
 def from_slime(
     rollout_routed_experts: Sequence[Any], num_experts: int, **options: Unpack[SequenceOptions]
 ) -> RoutingTrace:
@@ -58,6 +60,7 @@ def _without_padding(parts: list[Part], tokens: int, num_experts: int) -> list[P
     return [*parts[:-1], replace(parts[-1], ids=ids[:rows])]
 
 
+@loader("prime-rl", "JSON lines with `routed_experts`: {data (base64), shape, dtype, start}")
 def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:
     """A trace of prime-rl's samples: {"data": bytes (base64 in JSON), "shape": [S, L, K], "dtype", "start"} each.
 
@@ -79,6 +82,7 @@ def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Un
     return trace_of_sequences(routed_experts, num_experts, last_token="either", decode=decode, **options)
 
 
+@loader("nemo-rl", "JSON lines with `routed_experts`: 'nrlre1:...'")
 def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:
     """A trace of NeMo-RL's envelopes, one a sequence; -1 is what was not recorded, and so are rows of 0..K-1 in every
     layer, which NeMo-RL fills in for the last token, padding, and tool results that no later turn fed: at the end, and

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..errors import InputError, ShapeError
 from ..trace import RoutingTrace
-from .parts import array_of
+from .parts import array_of, rows_of
 from .placing import LastToken
 from .sequences import SequenceOptions, trace_of_sequences
 
@@ -28,14 +28,15 @@ def from_verl(
     """A trace of a verl batch, a sequence for each of its rows.
 
     routed_experts: padded [bs, j, L, K] with `attention_mask` [bs, j], packed [1, total, L, K] or [total, L, K] with
-                    `cu_seqlens` [bs + 1], or the rows [n, L, K] of each sequence (a jagged tensor's `unbind()`), None
-                    for a sample without any; these may lack the last token's row
+                    `cu_seqlens` [bs + 1], or the rows [n, L, K] of each sequence (a list, or a jagged tensor), None for
+                    a sample without any; these may lack the last token's row
     attention_mask: padding is left out wherever it is, also between prompt and answer
     response_mask:  0 for tokens of a response that were not generated (tool results, padding): they need no routing.
                     [bs, responses], or of each sequence [responses], the last tokens of the row; None: every token does
     replay_mask:    0 for tokens that are not replayed, laid out like `routed_experts`: they become unknown
     options:        as `SequenceOptions` has them
     """
+    routed_experts, response_mask, replay_mask = map(rows_of, (routed_experts, response_mask, replay_mask))
     if isinstance(routed_experts, list | tuple):
         if attention_mask is not None or cu_seqlens is not None:
             raise InputError(

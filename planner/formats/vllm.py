@@ -14,9 +14,13 @@ import numpy as np
 from ..errors import InputError
 from ..trace import RoutingTrace
 from .encoded import array_of_npy, decode_base64
+from .registry import loader
 from .sequences import SequenceOptions, trace_of_sequences
 
 
+@loader(
+    "vllm", "a folder of .npy arrays [N-1, L, K], one a sequence in name order, or JSON lines with `routed_experts`"
+)
 def from_vllm(
     routed_experts: Iterable[Any],
     num_experts: int,

@@ -7,8 +7,8 @@ For every (layer, micro-batch) the step takes, one after the other,
                least its weights' way through memory, that of the weight gradient a read and a write of fp32
   exchange     four all-to-alls at the busiest link, with a price for each launch. A token travels to a rank once (one
                hop) or to a node once and then inside it (two hops)
-  fetched      fetched replicas: what their way takes longer than the dense part beside it, a part of the rest, since a
-               transfer slows the compute that hides it, and launches
+  fetched      fetched replicas. They are sent while the dense part computes, so what counts is the time by which they
+               take longer, a part of the time that is hidden (a transfer slows the compute beside it), and launches
 and once for the batch
   kept         kept replicas: weights once to every node and handed on there, gradients added up in the node and sent
                home; priced like fetched ones, hidden behind one micro-batch of the layer
@@ -70,7 +70,12 @@ class Cost:
 def price(
     outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None, planning_seconds: float = 0.0
 ) -> Cost:
-    """The cost of a batch. rows_LMRR: distinct rows from each source rank to each rank, where the trace is known."""
+    """The cost of a batch.
+
+    Args:
+        rows_LMRR: distinct rows from each source rank to each rank; None: they are estimated from loads.
+        planning_seconds: how long the batch waits for its plan.
+    """
     parts = seconds_by_pair(outcome, setting, rows_LMRR)
     bytes_fast, bytes_slow = replica_bytes(outcome, setting.model, keep_replicas=setting.keep_replicas)
     return Cost(
@@ -84,7 +89,7 @@ def price(
 
 
 def seconds_by_pair(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None) -> dict[str, np.ndarray]:
-    """[L, M] of what is spent in every layer and micro-batch: fixed, dense, experts, exchange, fetched."""
+    """Seconds [L, M] of every layer and micro-batch, by part: fixed, dense, experts, exchange, fetched."""
     dense = _dense(outcome, setting)
     return {
         "fixed": np.where(dense > 0, setting.device.layer_seconds, 0.0),
@@ -96,7 +101,7 @@ def seconds_by_pair(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | 
 
 
 def kept_seconds(outcome: Outcome, setting: Setting) -> np.ndarray:
-    """[L]: kept replicas of every layer."""
+    """Seconds [L] that the kept replicas of every layer take, once a batch."""
     model, device = setting.model, setting.device
     far = np.maximum(outcome.kept_in, outcome.kept_out).max(1) / device.slow
     near = np.maximum(outcome.kept_near_in, outcome.kept_near_out).max(1) / device.fast
@@ -108,7 +113,7 @@ def kept_seconds(outcome: Outcome, setting: Setting) -> np.ndarray:
 
 
 def migration_seconds(outcome: Outcome, setting: Setting) -> float:
-    """Of the rank that gets or gives most experts over all layers."""
+    """Seconds that moving homes takes: those of the rank that gets or gives most experts over all layers."""
     moves = np.maximum(outcome.moved_in.sum(0), outcome.moved_out.sum(0)).max()
     return float(moves * setting.model.migration_bytes / setting.device.slow)
 

@@ -11,6 +11,14 @@ SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says ot
 DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
 
 
+def kept_replica_bytes(parameters: int, parameter_bytes: int, trained: int) -> int:
+    """Memory of kept copies of so many parameters: the weights, and a gradient in fp32 or in their own, wider dtype.
+
+    trained: how many of the parameters have one.
+    """
+    return parameters * parameter_bytes + trained * max(4, parameter_bytes)
+
+
 @dataclass(frozen=True)
 class ModelShape:
     """Sizes of one MoE layer and of the attention beside it, from the model's published config.json.
@@ -68,8 +76,8 @@ class ModelShape:
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one kept replica: its weights and a gradient of its own, 18 * H * I bytes without adapters."""
-        return self.expert_bytes + self.gradient_bytes
+        """Memory of one kept replica, 18 * H * I bytes in bf16 without adapters: see `kept_replica_bytes`."""
+        return kept_replica_bytes(self.expert_parameters, 2, self.trained_parameters)
 
     @property
     def migration_bytes(self) -> int:
@@ -77,7 +85,7 @@ class ModelShape:
         return 2 * self.expert_parameters + (4 + 4 + 4) * self.trained_parameters
 
     def assignment_flops(self) -> int:
-        """Forward, of one token in one expert: a multiply and an add per parameter."""
+        """FLOPs of one token in one expert, forward: a multiply and an add per parameter."""
         return 2 * self.expert_parameters
 
     def update_flops(self) -> int:
@@ -89,7 +97,7 @@ class ModelShape:
         return 2 * self.assignment_flops() + self.update_flops()
 
     def dense_flops(self, sequence_length: int) -> int:
-        """Forward, of one token outside the routed experts: projections, causal attention, shared experts."""
+        """FLOPs of one token outside the routed experts, forward: projections, causal attention, shared experts."""
         value_dim = self.value_dim or self.head_dim
         query_dim = self.head_dim + self.rope_dim
         if self.kv_rank:

@@ -1,4 +1,4 @@
-"""What a policy makes of a batch, in the terms that cost it: the one form in which plans and rivals are compared."""
+"""What a policy does with a batch, in the counts that `cost.py` prices: plans and baselines are compared so."""
 
 from dataclasses import dataclass
 
@@ -18,7 +18,7 @@ class Outcome:
     slot_load:  int [L, M, R, P]  assignments computed in each of a rank's slots (home, then replica)
     local:      float [L, M, R]   of a rank's assignments, those whose token is on its node; None: an equal share
     pushed_in, pushed_out:  int [L, M, R]  fetched replicas that a rank gets or gives, in its node
-    far_in, far_out:        int [L, M, R]  the same between nodes, which only rivals do
+    far_in, far_out:        int [L, M, R]  the same between nodes, which only baselines do
     kept_in, kept_out:      int [L, R]     kept replicas that cross between nodes, to a relay
     kept_near_in, kept_near_out: int [L, R]  kept replicas sent inside a node
     kept_copies:            int [R]        kept replicas that a rank has memory for, over all layers

@@ -58,7 +58,7 @@ def generate_trace(
 
 
 def hottest_change(loads_LME: np.ndarray, count: int = 8) -> float:
-    """Part of the `count` hottest experts that are not among those of the micro-batch before."""
+    """The share of the `count` hottest experts that were not among the hottest of the micro-batch before."""
     top = np.argsort(-loads_LME, axis=2, kind="stable")[..., :count]
     kept = (top[:, 1:, :, None] == top[:, :-1, None, :]).any(3)
     return float(1 - kept.mean()) if kept.size else 0.0

@@ -39,7 +39,7 @@ class Scenario:
 class Result:
     """One policy. planning_seconds were measured on the machine that simulates; all else is modelled.
 
-    fits: whether its kept replicas are within the cap; a rival that does not fit is shown without it.
+    fits: whether its kept replicas are within the cap; a baseline that does not fit is shown without it.
     """
 
     policy: str

@@ -4,13 +4,13 @@ of layer and micro-batch at once.
 What a rank has above the limit is pushed along shortest paths to ranks below it: from a rank to an expert that it
 computes some of, and on to that expert's other hosts. Distances are found anew before every sweep, and a sweep pushes
 from the farthest ranks inwards, so this is push-relabel with exact labels. Where a rank above the limit reaches none
-below it, the ranks that can be reached no further hold what no split can take from them: their mean, rounded up, is a
-lower bound, and becomes the limit. So the limit that is met in the end is the optimum.
+below it, take all ranks that it reaches: no split can move assignments out of this set. Its mean, rounded up, is a
+lower bound for the busiest rank, and becomes the limit. So the limit that is met in the end is the optimum.
 """
 
 import numpy as np
 
-FAR = np.int64(1) << 40
+FAR = np.int32(1 << 20)  # hops; small integers, since most of the time goes into moving them
 
 
 class PairFlow:
@@ -93,16 +93,19 @@ class PairFlow:
             self._push(step, steps, via, np.repeat(limit, self.ranks))
 
     def distances(self, sinks: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Hops from every rank to the nearest sink, int64 [P * R], and from every expert, [groups]; far where there is
+        """Hops from every rank to the nearest sink, int32 [P * R], and from every expert, [groups]; far where there is
         no way. Ranks farther than all wanted ones may be called far."""
-        steps, via = np.where(sinks, 0, FAR), np.zeros(0, np.int64)
+        steps, via = np.where(sinks, np.int32(0), FAR), np.zeros(0, np.int32)
         if not len(self.expert):
             return steps, via
+        givers = self.by_rank[self.split[self.by_rank] > 0]
+        at = self.rank[givers]
+        first = np.flatnonzero(np.diff(at, prepend=-1))
+        present, experts = at[first], self.group[givers]
         for hop in range(1, self.ranks + 1):
             via = np.minimum.reduceat(steps[self.rank], self.first)
-            onward = np.where(self.split > 0, via[self.group] + 1, FAR)
-            reached = np.minimum.reduceat(onward[self.by_rank], self.first_of_rank)
-            new = self.present[(reached == hop) & (steps[self.present] >= FAR)]
+            reached = np.minimum.reduceat(via[experts], first) if len(first) else via[:0]
+            new = present[(reached == hop - 1) & (steps[present] >= FAR)]
             if not len(new):
                 break
             steps[new] = hop

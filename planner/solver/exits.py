@@ -1,9 +1,9 @@
-"""Few fetched replicas: each leads out of a set of ranks that cannot get rid of what it has.
+"""Fetched replicas, as few as possible: each gives a set of overloaded ranks a way to ranks with room.
 
-Where a pair of layer and micro-batch stays above its target, the exact split says why: from some ranks no path leads to
-a rank with room. A replica helps if it opens one: an expert that these ranks compute much of, fetched by a rank outside
-with a free slot, from a holder on that rank's node. One a node is added at a time, no more than the excess asks for;
-then the split is made level again, over the new replicas too.
+Where a (layer, micro-batch) stays above its target, the exact split says why: there are ranks from which no path leads
+to a rank with room. A replica opens such a path: a rank outside of the set, with a free slot, fetches from its own node
+an expert that the set computes much of. At most one a node is added at a time, and no more than the excess needs. Then
+the split is made level again, with the new replicas.
 """
 
 import numpy as np
@@ -44,20 +44,28 @@ def fetch_exits(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
             return
         part, target = slots.of_pairs(open_), target_P[open_]
         flow = level_slots(part, target, experts, sweeps if turn == rounds else min(sweeps, _SWEEPS))
-        helped = np.zeros(0, np.int64)
+        helped = np.zeros(len(open_), np.bool_)
         if turn < rounds:
-            at, expert, rank = _exits(part, flow, target, gpus_per_node)
-            new = (part.expert[at, rank] < 0).argmax(1)
-            part.expert[at, rank, new], part.fetched[at, rank, new] = expert, True
-            part.free[at, rank] -= 1
-            helped = np.unique(at)
-            stuck = np.setdiff1d(np.arange(len(open_)), helped)  # nothing leads on: only the split is left
-            if len(stuck) and sweeps > _SWEEPS:
-                rest = part.of_pairs(stuck)
-                level_slots(rest, target[stuck], experts, sweeps)
-                part.put(stuck, rest)
+            helped = _add(part, flow, target, gpus_per_node)
+            rest = np.flatnonzero(~helped)
+            if len(rest) and sweeps > _SWEEPS:  # a few sweeps may not have shown yet what is stuck
+                others = part.of_pairs(rest)
+                flow = level_slots(others, target[rest], experts, sweeps)
+                helped[rest] = _add(others, flow, target[rest], gpus_per_node)
+                part.put(rest, others)
         slots.put(open_, part)
         open_ = open_[helped]
+
+
+def _add(slots: Slots, flow: PairFlow, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
+    """Add replicas, in place; bool [P], the pairs that got any."""
+    at, expert, rank = _exits(slots, flow, target_P, gpus_per_node)
+    new = (slots.expert[at, rank] < 0).argmax(1)
+    slots.expert[at, rank, new], slots.fetched[at, rank, new] = expert, True
+    slots.free[at, rank] -= 1
+    helped = np.zeros(len(target_P), np.bool_)
+    helped[at] = True
+    return helped
 
 
 def _exits(
@@ -85,12 +93,14 @@ def _exits(
     open_ = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0] >= 0
     to = local + np.arange(nodes) * gpus_per_node
     score = np.where(on_node & open_[:, :, None], inside, 0.0)
-    rows, columns = np.arange(pairs)[:, None, None], np.arange(nodes)[None, :, None]
     here = slots.expert[np.arange(pairs)[:, None], to]  # [P, N, Q]: what the rank with room has already
-    score[rows, columns, np.where((here >= 0) & (here < experts), here, 0)] = 0.0
+    row, column, place = np.nonzero((here >= 0) & (here < experts))
+    score[row, column, here[row, column, place]] = 0.0
     best = score.argmax(2)
     gain = np.take_along_axis(score, best[:, :, None], 2)[:, :, 0]
-    order = np.argsort(-gain, axis=1, kind="stable")
+    # First where a rank can take most itself; as many as would take away the excess if all could be passed on.
+    most = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0]
+    order = np.argsort(-np.minimum(gain, np.maximum(most, 0)), axis=1, kind="stable")
     ranked = np.take_along_axis(gain, order, 1)
     at, position = np.nonzero((np.cumsum(ranked, 1) - ranked < excess[:, None]) & (ranked > 0))
     node = order[at, position]

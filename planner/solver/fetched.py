@@ -1,9 +1,10 @@
 """Fetched replicas: what kept ones leave over, micro-batch by micro-batch, inside nodes.
 
-In every node the busiest rank hands on an expert, to a rank with room that has a free slot and lacks the expert: those
-with which most assignments move, as many as fill that rank or take the donor to the limit. A rank that is filled needs
-no second donor, so G ranks need at most G - 1 replicas as long as experts are large enough. No node need be better
-than the fullest node of its micro-batch: the limit is that node's mean, where it is above the target.
+Step by step, the busiest rank of a node gives assignments of one of its experts to another rank of the node. The taker
+has room, a free slot, and not yet this expert. Of all such pairs of expert and taker the one is chosen with which most
+assignments move: until the taker is full, or the giver is down at the limit. A taker that is full needs no second
+giver, so G ranks need at most G - 1 replicas as long as experts are large enough. The limit is the target, or the mean
+of the fullest node where that is higher: no node need be better than that one.
 """
 
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ import numpy as np
 @dataclass(frozen=True)
 class FetchPrice:
     """What a fetched replica costs and saves. slots: of a rank that may be fetched; assignment: seconds of one on the
-    busiest rank; replica: of one more from the busiest sender; any: of fetching at all."""
+    busiest rank; replica: of one more from the busiest sender; any: of fetching at all. tolerance: how far above its
+    target, as a part of it, a rank may stay."""
 
     slots: int
     assignment: float
     replica: float
     any: float
+    tolerance: float = 0.0
 
 
 @dataclass(eq=False)
@@ -44,7 +47,7 @@ class Slots:
 
 
 def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
-    """Fetch towards the targets; int64 [P], the most replicas that one rank sends."""
+    """Add fetched replicas until the targets are met. Returns int64 [P]: the most replicas that one rank sends."""
     pairs, ranks, places = slots.expert.shape
     nodes = ranks // gpus_per_node
     of_node = slots.load.sum(2).reshape(pairs, nodes, gpus_per_node).sum(2)

@@ -1,10 +1,10 @@
 """Kept replicas: which experts get one for the batch, and on which ranks.
 
-How many: again and again, the expert whose share, in the worst micro-batch for it, is the largest gets one more host.
-All layers compete for the memory: a copy is worth the share that it halves, thirds, ... , in units of a rank's mean
-load. Where: largest shares first, to the rank whose load over the micro-batches overlaps least with the expert's.
-Loads are vectors over micro-batches, since experts that are hot in turn may live together and those hot at once may
-not.
+How many: an expert's share is its load, in its worst micro-batch, divided by the number of its hosts. Again and again
+the expert with the largest share gets one more host. Shares are counted in units of a rank's mean load, so that experts
+of all layers compete for the same memory.
+Where: largest shares first, each to the rank whose load overlaps least with the expert's. Loads are vectors over
+micro-batches: experts that are hot in different micro-batches may share a rank, those that are hot in the same may not.
 """
 
 from dataclasses import dataclass
@@ -70,10 +70,12 @@ def pack(
     rank_copies: int,
     *,
     spread: bool,
+    far: int | None = None,
 ) -> Copies:
     """Ranks for the copies (layer, expert), at most one a replica slot, and `rank_copies` a rank over all layers.
 
-    `spread` puts copies of an expert on nodes that have none of it yet, as far as there is room there.
+    `spread` puts copies of an expert on nodes that have none of it yet, as far as there is room there. `far`: so many
+    times a home sends its experts of a layer to another node; further copies go where one is, as far as there is room.
     """
     layers, experts, micro_batches = share_LEM.shape
     ranks, gpus_per_node = cluster.num_ranks, cluster.gpus_per_node
@@ -87,6 +89,7 @@ def pack(
     holds[np.arange(layers)[:, None], np.arange(experts), home_LE] = True
     on_node = np.zeros((layers, experts, nodes), np.int64)
     on_node[np.arange(layers)[:, None], np.arange(experts), home_LE // gpus_per_node] = 1
+    to_send = np.full((layers, ranks), nodes * experts if far is None else far, np.int64)
     free = np.full((layers, ranks), min(cluster.replica_slots, rank_copies), np.int64)
     left = np.full(ranks, rank_copies, np.int64)
     weight = (share * share).sum(2)
@@ -101,6 +104,8 @@ def pack(
             cost = np.matmul(load[at], share[at, e][:, :, None])[:, :, 0]
             if spread:  # a node with fewer copies of it always comes first
                 cost += np.repeat(on_node[at, e], gpus_per_node, axis=1) * 2.0**52
+            shut = (on_node[at, e] == 0) & (to_send[at, home_LE[at, e]] <= 0)[:, None]
+            cost += np.repeat(shut, gpus_per_node, axis=1) * 2.0**60
             cost[(free[at] <= 0) | (left <= 0) | holds[at, e]] = np.inf
             best = cost.argmin(1)
             open_ = cost[np.arange(len(at)), best] < np.inf
@@ -113,6 +118,7 @@ def pack(
             rank[index] = best
             load[at, best] += share[at, e]
             holds[at, e, best] = True
+            to_send[at, home_LE[at, e]] -= on_node[at, e, best // gpus_per_node] == 0
             on_node[at, e, best // gpus_per_node] += 1
             free[at, best] -= 1
             np.subtract.at(left, best, 1)

@@ -1,4 +1,4 @@
-"""Which group gets which label, so that they have most in common: assignment problems, many at once."""
+"""Which label a new group of experts gets, so that most experts keep their rank: solved many at once."""
 
 import numpy as np
 

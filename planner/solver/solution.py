@@ -14,9 +14,11 @@ from .hosts import Hosts
 from .kept import Copies
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
 
-_NODE_ROUNDS = 8
-_FIRST_SWEEPS = 8  # of the exact split before replicas are fetched
-_HARD = 0.005  # above its target by more than this, a pair is hard
+_NODE_ROUNDS = 24
+_MISSED = 0.002  # above its target by more than this after few were fetched, a pair gets many
+_FEW = 2.6  # ranks' loads that are above the target in all: what few fetched replicas may take away
+_AGAIN_SWEEPS = 3  # between rounds of fetching many
+_FIRST_SWEEPS = 4  # of the exact split before replicas are fetched
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,19 @@ class Effort:
     """How hard a split is worked on. rounds: of the relaxed split. sweeps: of the exact one.
 
     slack: how far above the mean, as a part of it, a rank may be where full balance is not asked for. within: pairs
-    that the relaxed split leaves further above than this are not split exactly; None: all are. exits: rounds of adding
-    few fetched replicas by the exact split; 0: more of them, found faster.
+    that the relaxed split leaves further above than this are not split exactly; None: all are. few: rounds of adding
+    few fetched replicas by the exact split, before more are fetched faster where that does not do. again: rounds of
+    these, for pairs more than `near` above their target, and exits: of adding few once more in the end.
     """
 
     rounds: int
     sweeps: int
     slack: float
     within: float | None
-    exits: int = 0
+    few: int = 0
     again: int = 0
+    exits: int = 0
     near: float = 0.0
-    hard: int = 0
 
 
 @dataclass(eq=False)
@@ -56,7 +59,12 @@ def target_load(table_LME: np.ndarray, ranks: int, balance: float | None, slack:
 
 
 def fetch_price(
-    setting: Setting, dense_seconds: float, cluster: ClusterSpec, balance: float | None, slots: int
+    setting: Setting,
+    dense_seconds: float,
+    cluster: ClusterSpec,
+    balance: float | None,
+    slots: int,
+    tolerance: float = 0.0,
 ) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
     them."""
@@ -68,7 +76,7 @@ def fetch_price(
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
     exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
     return FetchPrice(
-        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch
+        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch, tolerance
     )
 
 
@@ -105,25 +113,19 @@ def solve(
         layer, micro_batch = np.nonzero(busiest > target_LM)
         if len(layer):
             pairs = layer, micro_batch
-            target = target_LM[pairs]
-            if effort.exits:
-                slots = dense.slots(layer, best[pairs], price.slots)
-                if not len(copies.layer):
-                    fetch(slots, target, gpus)
-                fetch_exits(slots, target, experts, gpus, effort.exits, effort.sweeps)
-                fetch(slots, target, gpus)
-            else:
-                if len(copies.layer) and cluster.num_nodes > 1:
-                    split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
-                slots = dense.slots(layer, dense.fill(hosts, split)[pairs], price.slots)
-                fetch(slots, target, gpus)
-                _again(slots, target, experts, gpus, effort)
-                hard = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + _HARD))
-                if effort.hard and len(hard):  # few: from the start again, replica by replica
-                    other = dense.slots(layer[hard], best[layer[hard], micro_batch[hard]], price.slots)
-                    fetch_exits(other, target[hard], experts, gpus, effort.hard, effort.sweeps)
-                    better = other.load.sum(2).max(1) < slots.load[hard].sum(2).max(1)
-                    slots.put(hard[better], other.of_pairs(better))
+            target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * (1 + price.tolerance)).astype(np.int64))
+            if len(copies.layer) and cluster.num_nodes > 1:
+                split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
+            slots = dense.slots(layer, best[pairs], price.slots)
+            if effort.few and len(copies.layer):
+                _fetch_few(slots, target, experts, gpus, effort)
+            missed = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + (_MISSED if effort.few else 0.0)))
+            if len(missed):
+                at = layer[missed], micro_batch[missed]
+                many = dense.slots(at[0], dense.fill(hosts, split)[at], price.slots)
+                _fetch_many(many, target[missed], experts, gpus, effort)
+                better = many.load.sum(2).max(1) < slots.load[missed].sum(2).max(1)
+                slots.put(missed[better], many.of_pairs(better))
             sent = _most_sent(slots, gpus)
             after = slots.load.sum(2).max(1)
             gain = (busiest[layer, micro_batch] - after) * price.assignment
@@ -159,15 +161,29 @@ def _level(hosts: Hosts, split: np.ndarray, target_LM: np.ndarray, effort: Effor
     split[which, micro_batch[pair]] = flow.split
 
 
-def _again(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, effort: Effort) -> None:
-    """Split over what is there now and fetch once more, as long as a rank is well above its target."""
-    for _ in range(effort.again):
+def _fetch_few(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, effort: Effort) -> None:
+    """Fetch in place, replica by replica, in the pairs where little is left over."""
+    above = np.maximum(slots.load.sum(2) - target_P[:, None], 0).sum(1)
+    little = np.flatnonzero(above <= _FEW * target_P)
+    part = slots.of_pairs(little)
+    fetch_exits(part, target_P[little], experts, gpus_per_node, effort.few, effort.sweeps)
+    slots.put(little, part)
+
+
+def _fetch_many(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, effort: Effort) -> None:
+    """Fetch in place as fast as it goes, then split over what is there and fetch again, as long as a rank is well
+    above its target, then few at a time."""
+    fetch(slots, target_P, gpus_per_node)
+    for turn in range(effort.again + 1):
         over = np.flatnonzero(slots.load.sum(2).max(1) > target_P * (1 + effort.near))
         if not len(over):
             return
         part = slots.of_pairs(over)
-        level_slots(part, target_P[over], experts, effort.sweeps)
-        fetch(part, target_P[over], gpus_per_node)
+        if turn < effort.again:
+            level_slots(part, target_P[over], experts, min(effort.sweeps, _AGAIN_SWEEPS))
+            fetch(part, target_P[over], gpus_per_node)
+        else:
+            fetch_exits(part, target_P[over], experts, gpus_per_node, effort.exits, effort.sweeps)
         slots.put(over, part)
 
 

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,37 +15,35 @@ from typing import Any
 import numpy as np
 
 from ..planner import RoutingTrace, formats
-from ..planner.errors import FormatError, InputError, ReLibraError
+from ..planner.errors import FormatError, InputError, ReLibraError, one_of
 from ..planner.files import load_npz, save_npz
-from ..planner.formats.parts import DTYPE, STARTS, VERSIONS
 from ..planner.formats.reading import read_arrays, read_json, read_json_lines
+from ..planner.formats.registry import LOADERS
+from ..planner.formats.said import BESIDE, INSIDE, LENGTHS, fields_of
 from ..planner.formats.sequences import HOLES, SequenceOptions
 from ..planner.trace_writer import TraceWriter
+from .function_file import load_function
 
-INPUTS = {
-    "vllm": "a folder of .npy arrays [N-1, L, K], one a sequence in name order, or JSON lines with `routed_experts`",
+WHOLE = {  # what is no record a sequence
     "sglang": "JSON lines with `routed_experts`, also inside `meta_info`; needs --num-layers and --top-k",
     "sglang-statistics": "JSON with `logical_count` [L][E]; what is written is a load table, not a trace",
     "verl": ".npz with `routed_experts` and `attention_mask` (`response_mask`, `replay_mask`) or `cu_seqlens`",
-    "slime": "a folder of .npy arrays [N-1, L, K], one a sample in name order",
-    "prime-rl": "JSON lines with `routed_experts`: {data (base64), shape, dtype, start}",
-    "nemo-rl": "JSON lines with `routed_experts`: 'nrlre1:...'",
     "megatron": "JSON lines of the router trace: step, layer, rank, num_tokens, topk, top_indices",
 }
-LOADERS: dict[str, Callable[..., RoutingTrace]] = {
-    "vllm": formats.from_vllm,
-    "slime": formats.from_slime,
-    "prime-rl": formats.from_prime_rl,
-    "nemo-rl": formats.from_nemo_rl,
-}
+INPUTS = {name: each.holds for name, each in LOADERS.items()} | WHOLE
 AT_ONCE = 64  # sequences in memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = "IN, by --from:\n" + "\n".join(f"  {name:18} {text}" for name, text in INPUTS.items())
+    parser.epilog += (
+        "\n  FILE.py:FUNCTION   a loader of your own; a folder of .npy arrays, or JSON lines with `routed_experts`"
+    )
     parser.add_argument("input", metavar="IN", type=Path, help="file or folder that the engine's routing is in")
-    parser.add_argument("--from", dest="form", required=True, choices=list(INPUTS), help="who wrote it")
+    parser.add_argument(
+        "--from", dest="form", required=True, metavar="FORM", help=f"of {', '.join(INPUTS)}, or FILE.py:FUNCTION"
+    )
     parser.add_argument("--num-experts", type=int, required=True, metavar="E", help="routed experts of a layer")
     parser.add_argument("--out", type=Path, required=True, metavar="TRACE.npz")
     parser.add_argument(
@@ -69,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    args.load = load_function("--from", args.form)[1] if ":" in args.form else None
+    if args.load is None:
+        args.form = one_of("--from", args.form, INPUTS, ", or FILE.py:FUNCTION")
     _check_arguments(args)
     logging.getLogger("relibra_kernels").addHandler(logging.NullHandler())  # what loaders warn of is printed below
     try:
@@ -185,10 +186,12 @@ def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
         }
         payloads = [sample if len(sample) > 1 else sample["routed_experts"] for sample in batch]
         if args.form == "sglang":
-            sizes = {"num_layers": args.num_layers, "top_k": args.top_k}
-            yield formats.from_sglang(payloads, args.num_experts, **sizes, **options)
+            yield formats.from_sglang(
+                payloads, args.num_experts, num_layers=args.num_layers, top_k=args.top_k, **options
+            )
         else:
-            yield LOADERS[args.form](payloads, args.num_experts, **options)
+            load = args.load or LOADERS[args.form].load
+            yield load(payloads, args.num_experts, **options)
         done += len(batch)
     if given is not None and next(given, None) is not None:
         raise InputError(f"num_tokens has more entries than the {done} sequences")
@@ -197,7 +200,8 @@ def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
 def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:
     """`routed_experts` of each sequence, with its start, version and token ids where the file says them.
 
-    An HTTP response holds its sequences in `choices`, with the prompt's ids beside them; SGLang has `meta_info`.
+    An HTTP response holds its sequences in `choices`, with the prompt's ids beside them; SGLang has `meta_info`, or
+    `sglext` with the routing of the first choice.
     """
     if form == "slime" or path.is_dir():
         yield from ({"routed_experts": array} for array in read_arrays(path))
@@ -206,29 +210,41 @@ def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:
         choices = line.get("choices", [line]) if isinstance(line, dict) else None
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise FormatError(f"{path}: line {number} is no object, or its choices are none")
-        for choice in choices:
-            meta = choice.get("meta_info", {})
-            if not isinstance(meta, dict):
-                raise FormatError(f"{path}: line {number} has a meta_info that is no object")
-            fields = {**line, **choice, **meta}
-            if "routed_experts" not in fields:
+        for index, choice in enumerate(choices):
+            said = _fields(line, choice, index, len(choices))
+            if any(not isinstance(said.get(key, {}), dict) for key in INSIDE):
+                raise FormatError(f"{path}: line {number} has a meta_info or sglext that is no object")
+            answered = any(key in said for key in INSIDE)  # an aborted request has them without routing
+            fields = fields_of(said)
+            if "routed_experts" not in fields and not answered:
                 raise FormatError(f"{path}: line {number} has no 'routed_experts', only {sorted(fields)}")
-            sample = {key: fields[key] for key in (*STARTS, *VERSIONS, DTYPE) if fields.get(key) is not None}
+            sample = {key: fields[key] for key in BESIDE if fields.get(key) is not None}
             sample["routed_experts"] = _joined_prompt(fields)
             tokens = _token_ids(fields, f"{path}: line {number}")
             yield sample if tokens is None else {**sample, "token_ids": tokens}
 
 
-def _joined_prompt(fields: dict[str, Any]) -> Any:
+def _fields(line: dict[str, Any], choice: dict[str, Any], index: int, choices: int) -> dict[str, Any]:
+    """What a response says of a choice. Beside its choices stand the tokens of all, and SGLang's of the first."""
+    usage = line.get("usage")
+    lengths = {key: usage.get(key) for key in LENGTHS} if isinstance(usage, dict) and choices == 1 else {}
+    shared = {key: value for key, value in line.items() if index == 0 or key != "sglext"}
+    return {**shared, **lengths, **choice}
+
+
+def _joined_prompt(fields: Mapping[str, Any]) -> Any:
     """The payload; older vLLM releases hand the prompt's rows over apart."""
-    prompt = fields.get("prompt_routed_experts")
-    return fields["routed_experts"] if prompt is None else [prompt, fields["routed_experts"]]
+    prompt, rows = fields.get("prompt_routed_experts"), fields.get("routed_experts")
+    return rows if prompt is None else [prompt, rows]
 
 
-def _token_ids(fields: dict[str, Any], where: str) -> list[Any] | None:
-    """`prompt_token_ids` and `token_ids` after each other, or `tokens`."""
-    keys = ("prompt_token_ids", "token_ids") if {"prompt_token_ids", "token_ids"} <= set(fields) else ("tokens",)
+def _token_ids(fields: Mapping[str, Any], where: str) -> list[Any] | None:
+    """The ids of the prompt and of what was generated, after each other, or `tokens`."""
+    pairs = [(prompt, answer) for prompt in ("prompt_token_ids", "input_ids") for answer in ("token_ids", "output_ids")]
+    keys = next((pair for pair in pairs if all(fields.get(key) is not None for key in pair)), ("tokens",))
     found = [fields[key] for key in keys if fields.get(key) is not None]
+    if keys[-1] == "output_ids" and isinstance(found[1], list) and found[1] and isinstance(found[1][0], list):
+        found[1] = found[1][0]  # of every choice, the first is that of the routing
     if any(not isinstance(ids, list) for ids in found):
         raise FormatError(f"{where} has {' or '.join(keys)} that are no lists")
     return [token for ids in found for token in ids] if found else None

@@ -41,7 +41,7 @@ def examine(folder: str) -> Iterator[Found]:
 def _of(model: Any) -> Iterator[Found]:
     from ..integrations.transformers import expert_form
     from ..integrations.transformers.experts import expert_weights
-    from ..integrations.transformers.layers import moe_layers
+    from ..integrations.transformers.moe_layers import moe_layers
 
     name = type(model).__name__
     try:

@@ -69,7 +69,7 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
 
 @contextmanager
 def naming_flags(**others: str) -> Iterator[None]:
-    """Errors about the library's arguments name the flags that gave them; `others` says which, where it is another."""
+    """Within, errors about the library's arguments name the command's flags; `others` maps names that differ."""
     try:
         yield
     except InputError as error:

@@ -12,7 +12,11 @@ from ..planner.pricing.balanced import forced_balanced
 
 
 def report_of(plan: BatchPlan, loads: np.ndarray, options: PlanOptions, previous: np.ndarray | None) -> dict[str, Any]:
-    """The figures of a plan. Moves are counted from `previous`, or from contiguous homes; bytes are of one step."""
+    """The figures of a plan. Moves are counted from `previous`, or from contiguous homes; bytes are of one step.
+
+    `modelled_over_balanced` is over forced balanced routing with the same transport, `modelled_over_one_hop_balanced`
+    over that with one hop.
+    """
     table = total_loads(loads)
     cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
     setting = Setting(
@@ -26,7 +30,9 @@ def report_of(plan: BatchPlan, loads: np.ndarray, options: PlanOptions, previous
     static = static_plan(table, cluster)
     outcome, unplanned = outcome_of_plan(plan, loads, before), outcome_of_plan(static, loads)
     cost, before_cost = price(outcome, setting), price(unplanned, setting)
-    bound = price(forced_balanced(table, cluster), setting).seconds
+    balanced = forced_balanced(table, cluster)
+    bound = price(balanced, setting).seconds
+    one_hop = price(balanced, replace(setting, transport="one")).seconds
     pairs = plan.num_layers * plan.num_micro_batches
     fetched = ((plan.replicas >= 0) & ~plan.kept[:, None]).sum(3).max(initial=0)
     kept_bytes = int(plan.kept.sum((0, 2)).max(initial=0) * options.shape.copy_bytes)
@@ -38,6 +44,7 @@ def report_of(plan: BatchPlan, loads: np.ndarray, options: PlanOptions, previous
         "modelled_seconds": cost.seconds,
         "static_modelled_seconds": before_cost.seconds,
         "modelled_over_balanced": cost.seconds / bound if bound else 1.0,
+        "modelled_over_one_hop_balanced": cost.seconds / one_hop if one_hop else 1.0,
         "static_modelled_over_balanced": before_cost.seconds / bound if bound else 1.0,
         "replicas_mean": float(outcome.pushed_in.sum(2).mean()),
         "busiest_sender_mean": float(outcome.pushed_out.max(2).mean()),
@@ -60,7 +67,8 @@ def lines_of(report: dict[str, Any], written: str) -> list[str]:
     verdict = f"{gain:.2f}x as fast" if gain >= 1.005 else "no gain: nothing pays here"
     return [
         f"modelled step: {report['modelled_over_balanced']:.4f} of forced balanced routing "
-        f"(static {report['static_modelled_over_balanced']:.4f}); "
+        f"(static {report['static_modelled_over_balanced']:.4f}), "
+        f"{report['modelled_over_one_hop_balanced']:.4f} of it with one hop; "
         f"{report['local_share']:.1%} of the assignments stay on their node",
         f"per layer: {report['kept_mean']:.1f} kept replicas, up to {report['kept_bytes_worst'] / 1e9:.2f} GB "
         f"of a rank; {report['moves_mean']:.1f} experts moved",

@@ -17,8 +17,8 @@ from ..planner.simulation.baselines import Policy
 from ..planner.simulation.simulate import OURS, POLICIES, unable
 from ..planner.simulation.workloads import WORKLOADS, workload
 from ..progress import Progress
+from .function_file import load_function
 from .inputs import SHAPE_HELP, Input, add_trace_arguments, naming_flags, read_input
-from .policy_file import load_policy
 from .report import write_report
 from .simulation_table import Case, lines_of, record_of
 
@@ -81,7 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
-    others = dict(load_policy(text) for text in args.policy)
+    others = dict(load_function("--policy", text) for text in args.policy)
     with naming_flags(policy="--policies"):
         chosen = args.policies.split(",")
         policies = [*(one_of("policy", name, POLICIES) for name in chosen), *(name for name in others)]

@@ -119,17 +119,18 @@ def _offline(args: argparse.Namespace, product: Any, models: list, found: list) 
     print(
         f"no {product.name} here: compiling {left} candidates for {product.target}, ranking them by a model", flush=True
     )
+    status = 3  # where time was up
     try:
         with Progress(f"tune {product.name}", left) as bar:
             search.done = lambda task, outcome: bar.step(search.best_note(task) if sys.stderr.isatty() else "")
             entries = search.run()
     except KeyboardInterrupt:
-        entries = None
+        entries, status = None, 130
     if entries is None:
         print(
             f"stopped with {len(reports.missing(search.tasks()))} candidates left; go on with --resume", file=sys.stderr
         )
-        return 3
+        return status
     _write(out, product.name, entries, whole=not args.tokens)
     if search.failed:
         print(f"{len(search.failed)} candidates did not compile; the first: {next(iter(search.failed.items()))}")
@@ -160,7 +161,7 @@ def _measure(args: argparse.Namespace, device: Any, found: list) -> int:
             entries, left = search.run(triton.__version__, workloads.driver_version(), str(datetime.date.today()))
     except KeyboardInterrupt:
         print("stopped; go on with --resume", file=sys.stderr)
-        return 3
+        return 130
     _write(out, device.product, entries)
     for name, why in search.failed.items():
         print(f"not timed: {name}: {why}", file=sys.stderr)

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def batches_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The log's objects with a plan's figures; a last line that is still being written waits, others are passed by."""
+    """The log's JSON objects with a batch's figures. Other lines are skipped; an unfinished last one waits."""
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             found = json.loads(line)
@@ -52,8 +52,9 @@ def lines_of(batches: list[dict[str, Any]], shown: int = 0) -> list[str]:
     lines = []
     if not shown:
         lines.append(
-            f"{'batch':>6} {'rank':>4} {'static':>7} {'planned':>7} {'actual':>7} {'seconds':>8} {'exchange':>8} "
-            f"{'replicas':>8} {'moves':>7} {'MB fast':>8} {'MB slow':>8} {'deviating':>9}"
+            f"{'batch':>6} {'rank':>4} {'static':>7} {'planned':>7} {'actual':>7} {'saved s':>7} "
+            f"{'seconds':>8} {'exchange':>8} {'replicas':>8} {'moves':>7} {'MB fast':>8} {'MB slow':>8} "
+            f"{'deviating':>9}"
         )
     first = max(shown, len(batches) - _SHOWN)
     if first > shown:
@@ -62,13 +63,17 @@ def lines_of(batches: list[dict[str, Any]], shown: int = 0) -> list[str]:
 
 
 def _line(number: int, stats: dict[str, Any]) -> str:
-    seconds, sent = stats.get("seconds", {}), stats.get("bytes", {})
-    part = {name: float(seconds.get(name, 0.0)) for name in ("dispatch", "combine", "replica", "migration")}
-    fast, slow = (sum(by_network.get(way, 0) for by_network in sent.values()) / 1e6 for way in ("fast", "slow"))
-    static = stats.get("static_max_mean")
+    def total(unit: str) -> float:
+        return sum(float(value) for name, value in stats.items() if name.endswith(unit) and name != "saved_seconds")
+
+    def shown(name: str, width: int = 7) -> str:
+        value = stats.get(name)
+        return "-".rjust(width) if value is None else f"{value:>{width}.3f}"
+
+    exchange = sum(stats.get(f"{part}_seconds", 0.0) for part in ("dispatch", "combine"))
     return (
-        f"{stats.get('batch', number):>6} {stats.get('rank', 0):>4} {'-' if static is None else f'{static:.3f}':>7} "
-        f"{stats['planned_max_mean']:>7.3f} {stats.get('actual_max_mean', float('nan')):>7.3f} "
-        f"{sum(map(float, seconds.values())):>8.3f} {part['dispatch'] + part['combine']:>8.3f} {part['replica']:>8.3f} "
-        f"{part['migration']:>7.3f} {fast:>8.1f} {slow:>8.1f} {stats.get('differing_tokens', 0):>9}"
+        f"{number:>6} {stats.get('rank', 0):>4} {shown('static_max_mean')} {shown('planned_max_mean')} "
+        f"{shown('actual_max_mean')} {shown('saved_seconds')} {total('_seconds'):>8.3f} {exchange:>8.3f} "
+        f"{shown('replica_seconds', 8)} {shown('migration_seconds')} {total('_fast_bytes') / 1e6:>8.1f} "
+        f"{total('_slow_bytes') / 1e6:>8.1f} {stats.get('differing_tokens', 0):>9}"
     )

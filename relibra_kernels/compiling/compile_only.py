@@ -129,7 +129,7 @@ def _instructions(texts: dict[str, str], meta: dict[str, Any]) -> Instructions:
 
 
 def launch_digest(launch: Launch) -> str:
-    """Names exactly what is compiled for a launch, on any one target."""
+    """A digest of everything that decides what is compiled for a launch on a target."""
     what = (launch.kernel.cache_key, *specialised(launch))
     return hashlib.sha256(repr(what).encode()).hexdigest()[:16]
 

@@ -85,7 +85,7 @@ def parse_config(text: str) -> Config:
 
 
 def row_blocks(device: Device) -> tuple[int, ...]:
-    """The block_m that a launch may choose: a schedule comes with these tables of tiles."""
+    """Every block_m that a launch may choose. A schedule has a table of tiles for each."""
     return (16,) if device.interpreted else (64, 128)
 
 

@@ -63,7 +63,6 @@ DEVICES = {
         Device("gfx950", "hip", "gfx950", 64, 160 * _KIB, 32, 4 * 512 * 64, family="cdna4", xcds=8),
     )
 }
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx950")  # compiled and gated without a GPU
 
 INTERPRETER = Device("interpreter", "cuda", 0, 32, 227 * _KIB, 64, programs=3, interpreted=True)
 

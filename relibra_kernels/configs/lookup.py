@@ -82,7 +82,7 @@ def config_of(
 
 
 def answer(problem: Problem) -> Answer:
-    """What `problem` gets and from whom, remembered."""
+    """The config for `problem` and where it comes from. Remembered after the first time."""
     found = _answers.get(problem)
     if found is None:
         _answers[problem] = found = _asked(problem)

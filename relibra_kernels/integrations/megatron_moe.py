@@ -30,6 +30,8 @@ from ..planner.errors import InputError
 from ..router import comparison_of
 from .taken import TakenLayer
 
+__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids"]
+
 
 def with_relibra_experts(spec: Any) -> Any:
     """A copy of the spec of a layer, of a block of layers or of an MTP block, with our layer for every MoE layer in it.
@@ -273,6 +275,7 @@ def expert_parallel(
 
     Args:
         groups: a `ProcessGroupCollection` with ep and expt_dp; None: those of `parallel_state`.
+        model_name, options: as for `ExpertParallel`.
     """
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     ep = parallel_state.get_expert_model_parallel_group() if groups is None else groups.ep

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from torch import Tensor
 
+__all__ = ["torch_optimizer"]
+
 
 def torch_optimizer(optimizer: Any) -> Any:
     """What `ep.batch` takes of Megatron's optimizer, distributed or not, chained or not."""

@@ -38,14 +38,13 @@ def trace_of_rollout(
             f"rollout_data has no {missing[0]!r}: start slime with --use-rollout-routing-replay "
             f"(it has {sorted(rollout_data)})"
         )
-    routed = [None if sample is None else to_numpy(sample) for sample in rollout_data["rollout_routed_experts"]]
     lengths = [len(sample) for sample in rollout_data["tokens"]]
     masks = None
     if rollout_data.get("loss_masks") is not None:
         generated = [to_numpy(mask) for mask in rollout_data["loss_masks"]]
         masks = [needed_tokens(mask, tokens) for mask, tokens in zip(generated, lengths, strict=True)]
     return from_slime(
-        routed,
+        rollout_data["rollout_routed_experts"],
         num_experts,
         num_tokens=lengths,
         starts=rollout_data.get("routed_experts_start_len"),

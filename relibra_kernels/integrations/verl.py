@@ -5,7 +5,7 @@ verl's rollout workers put `routed_experts` into the batch, [bs, prompt + respon
 token's, tool results after the last generation, and those of the samples that verl adds to fill up a batch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Unpack
 
 import numpy as np
@@ -15,7 +15,7 @@ from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_verl
 from ..planner.errors import InputError
 from ..planner.formats.sequences import Holes, RecordOptions
-from .batches import PlannedBatch, plan_routed_batch, to_numpy
+from .batches import PlannedBatch, plan_micro_batches, plan_routed_batch
 
 
 def trace_of_batch(
@@ -43,11 +43,11 @@ def trace_of_batch(
     routed = batch["routed_experts"]
     jagged, ids = _is_jagged(routed), batch.get("input_ids")
     return from_verl(
-        _rows(routed),
+        routed,
         num_experts,
-        attention_mask=None if jagged else to_numpy(batch["attention_mask"]),
-        response_mask=_rows(batch.get("response_mask")),
-        replay_mask=_rows(batch.get("replay_mask")),
+        attention_mask=None if jagged else batch["attention_mask"],
+        response_mask=batch.get("response_mask"),
+        replay_mask=batch.get("replay_mask"),
         num_tokens=[len(row) for row in ids.unbind()] if jagged and _is_jagged(ids) else None,  # type: ignore[union-attr]
         moe_layer_ids=moe_layer_ids,
         holes=holes,
@@ -56,13 +56,6 @@ def trace_of_batch(
 
 def _is_jagged(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.is_nested
-
-
-def _rows(value: Any) -> Any:
-    """A list of arrays of a jagged tensor, or the array."""
-    if value is None:
-        return None
-    return [to_numpy(row) for row in value.unbind()] if _is_jagged(value) else to_numpy(value)
 
 
 def plan_for_update(
@@ -84,3 +77,46 @@ def plan_for_update(
     trace = trace_of_batch(batch, num_experts, **record)
     routed = RoutedBatch.from_verl(trace, cluster.num_ranks, micro_batch_size_per_gpu)
     return plan_routed_batch(routed, cluster, previous_home=previous_home, options=options)
+
+
+def plan_mini_batches(
+    trace: RoutingTrace,
+    cluster: ClusterSpec,
+    mini_batch_size_per_gpu: int,
+    micro_batch_size_per_gpu: int,
+    *,
+    epochs: int = 1,
+    previous_home: np.ndarray | None = None,
+    options: PlanOptions | None = None,
+) -> Iterator[tuple[np.ndarray, PlannedBatch]]:
+    """One plan for each optimizer step of a PPO update, in the order in which verl takes them.
+
+    Each rank's consecutive chunk of the batch is cut into mini-batches (`ppo_mini_batch_size`, per GPU as the worker
+    has it), and each of those into micro-batches; `ppo_epochs` goes over all of them again. Without shuffling.
+
+    Args:
+        trace: `trace_of_batch(batch, num_experts)`.
+
+    Yields: (numbers of the batch's rows in this step, int64 in the order of the plan's trace; the plan, which starts
+        from the homes of the one before).
+    Raises: InputError where the batch does not divide.
+    """
+    each, left = divmod(trace.num_sequences, cluster.num_ranks)
+    sizes = {"micro_batch_size_per_gpu": micro_batch_size_per_gpu, "mini_batch_size_per_gpu": mini_batch_size_per_gpu}
+    whole = {"micro_batch_size_per_gpu": mini_batch_size_per_gpu, "mini_batch_size_per_gpu": each}
+    for name, size in sizes.items():
+        if size < 1 or left or whole[name] % size:
+            raise InputError(
+                f"{name} is {size}, but must divide {whole[name]}: {trace.num_sequences} sequences over "
+                f"{cluster.num_ranks} ranks, in mini-batches of {mini_batch_size_per_gpu} a rank"
+            )
+    if epochs < 1:
+        raise InputError(f"epochs is {epochs}, but must be at least 1")
+    rows_RN = np.arange(trace.num_sequences).reshape(cluster.num_ranks, each)
+    within = np.arange(cluster.num_ranks * mini_batch_size_per_gpu)
+    dealt = within.reshape(cluster.num_ranks, -1, micro_batch_size_per_gpu).tolist()
+    for start in list(range(0, each, mini_batch_size_per_gpu)) * epochs:
+        rows = rows_RN[:, start : start + mini_batch_size_per_gpu].reshape(-1)
+        planned = plan_micro_batches(trace.select(rows), dealt, cluster, previous_home=previous_home, options=options)
+        previous_home = planned.plan.home
+        yield rows, planned

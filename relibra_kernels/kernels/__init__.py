@@ -6,14 +6,13 @@ from .grad_hidden import grad_hidden
 from .grad_weight import grad_weight
 from .grouped_gemm import grouped_gemm
 from .payload import pack_gradients, pack_payload, unpack_gradients, unpack_payload
-from .permute import permute, permute_backward, unpermute
 from .replica_reduce import pack_replicas, replica_reduce
-from .schedule import build_schedule, build_split_schedule
+from .schedule import build_schedule
 from .swiglu import swiglu, swiglu_backward
+from .unpermute import unpermute
 
 __all__ = [
     "build_schedule",
-    "build_split_schedule",
     "grad_bias",
     "grad_hidden",
     "grad_weight",
@@ -22,8 +21,6 @@ __all__ = [
     "pack_gradients",
     "pack_payload",
     "pack_replicas",
-    "permute",
-    "permute_backward",
     "replica_reduce",
     "swiglu",
     "swiglu_backward",

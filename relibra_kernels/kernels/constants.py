@@ -57,7 +57,7 @@ def chosen_block(
 
 
 def block_of(config: BlockConfig, width: int, item_bytes: int) -> tuple[int, int]:
-    """(elements, warps): no more than a row of `width` has, and at least 16 bytes for each of 32 threads a warp."""
+    """(elements, warps) of a block: no more elements than a row of `width` has, and 16 bytes or more a thread."""
     block = min(config.columns, triton.next_power_of_2(width))
     return block, max(1, min(config.num_warps, block * item_bytes // (32 * 16)))
 

@@ -145,8 +145,14 @@ def grouped_gemm_swiglu(
     """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
     intermediate_size, hidden_size = gate_up.shape[2 if form.is_transposed else 1] // 2, x_TH.shape[1]
     check_operands(x_TH, schedule.num_tokens, gate_up, replica_gate_up, bias, replica_bias)
-    layout = {"layout": not form.is_transposed, "interleaved": not form.is_concatenated}
-    config = config or chosen_config("gate_up", x_TH, schedule, (intermediate_size, hidden_size), **layout)
+    config = config or chosen_config(
+        "gate_up",
+        x_TH,
+        schedule,
+        (intermediate_size, hidden_size),
+        layout=not form.is_transposed,
+        interleaved=not form.is_concatenated,
+    )
     h_RJ, a_RI = (
         x_TH.new_empty(schedule.num_rows, 2 * intermediate_size),
         x_TH.new_empty(schedule.num_rows, intermediate_size),

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..configs.config import BlockConfig
 from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
 from ..schedule import Schedule
 from .constants import block_of, chosen_block
@@ -134,7 +135,13 @@ def _unpack_gradients_kernel(
 
 
 def pack_payload(
-    x_TH: torch.Tensor, weights_TK: torch.Tensor, slots_NK: torch.Tensor, send: Schedule, out: torch.Tensor
+    x_TH: torch.Tensor,
+    weights_TK: torch.Tensor,
+    slots_NK: torch.Tensor,
+    send: Schedule,
+    out: torch.Tensor,
+    *,
+    config: BlockConfig | None = None,
 ) -> None:
     """Write payload rows of tokens on their way to other ranks: see the reference."""
     check_tokens(x_TH, weights_TK)
@@ -142,7 +149,7 @@ def pack_payload(
     layout = PayloadLayout(x_TH.shape[1], send.top_k, x_TH.dtype, weights_TK.dtype)
     check_payload(out, layout, send.num_rows)
     views = out.view(layout.dtype), out.view(torch.int16), out.view(layout.weights_dtype)
-    how = {**_constants(layout, x_TH, len(x_TH), "permute"), **_places(layout)}
+    how = {**_constants(layout, x_TH, len(x_TH), "pack", config), **_places(layout)}
     slots = {"SLOTS_AT": layout.slots_at // 2, "SLOTS_ROW": layout.row_bytes // 2}
     launch(_pack_payload_kernel, (len(x_TH),), x_TH, weights_TK, slots_NK, send.position_of, *views, **how, **slots)
 
@@ -201,7 +208,7 @@ def _copy(layout: PayloadLayout, sources: tuple, targets: tuple, rows: int, *, u
         (rows,),
         *views[0],
         *views[1],
-        **_constants(layout, views[0][0], rows, "permute"),
+        **_constants(layout, views[0][0], rows, "pack"),
         ROW_IN=source["ROW"],
         ROW_OUT=target["ROW"],
         SLOTS_AT=layout.slots_at // 2,
@@ -213,9 +220,11 @@ def _copy(layout: PayloadLayout, sources: tuple, targets: tuple, rows: int, *, u
     )
 
 
-def _constants(layout: PayloadLayout, hidden: torch.Tensor, count: int, part: str) -> dict[str, int]:
-    """How hidden states are walked: as the rows of that part of permute are."""
-    config = chosen_block("permute", hidden, layout.hidden_size, count, part=part)
+def _constants(
+    layout: PayloadLayout, hidden: torch.Tensor, count: int, part: str, config: BlockConfig | None = None
+) -> dict[str, int]:
+    """How hidden states are walked: as that part of permute says. What copies or adds rows up walks them likewise."""
+    config = config or chosen_block("permute", hidden, layout.hidden_size, count, part=part)
     block, warps = block_of(config, layout.hidden_size, layout.dtype.itemsize)
     lanes = triton.next_power_of_2(layout.top_k)
     return {"H": layout.hidden_size, "TOP_K": layout.top_k, "LANES": lanes, "BLOCK_H": block, "num_warps": warps}

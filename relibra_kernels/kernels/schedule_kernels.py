@@ -1,10 +1,10 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 """The kernels of `schedule.py`: what blocks of assignments count and where they place them.
 
-1. count: each block of assignments counts its keys (experts), a row of `shift` a block.
+1. count: each block of assignments counts those of every slot, a row of `shift` a block.
 2. scan: one program turns the counts into each block's first occurrence numbers, and the totals into offsets.
-3. scatter: each block sorts its (key, index) pairs; position in the sorted block plus the block's shift is the
-   occurrence number j of an assignment in its expert; its quota gives the slot, slot offset plus rank the row.
+3. scatter: each block sorts its (slot, index) pairs; position in the sorted block plus the block's shift is the
+   occurrence number j of an assignment in its slot, and the slot's offset plus j its row.
 
 Up to `MOST_COUNTED` assignments every block counts all of them by itself, so that no block waits for another and one
 launch does all three. Each has small tables of its own; those of block 0 are the schedule's.
@@ -19,18 +19,20 @@ from .launch import TABLES
 
 
 @triton.jit
-def _keys(ids_ptr, block, num_assignments, NUM_KEYS: tl.constexpr, BLOCK: tl.constexpr):
-    """The block's ids; what is dropped, out of range or past the end becomes NUM_KEYS."""
+def _keys(ids_ptr, block, num_assignments, NUM_SLOTS: tl.constexpr, BLOCK: tl.constexpr):
+    """The block's ids; what is dropped, out of range or past the end becomes NUM_SLOTS."""
     index = block * BLOCK + tl.arange(0, BLOCK)
     inside = index < num_assignments
-    ids = tl.load(ids_ptr + index, mask=inside, other=0).to(tl.int64)  # wide enough for -1 and NUM_KEYS
-    return tl.where(inside & (ids >= 0) & (ids < NUM_KEYS), ids, NUM_KEYS).to(tl.int32)
+    ids = tl.load(ids_ptr + index, mask=inside, other=0).to(tl.int64)  # wide enough for -1 and NUM_SLOTS
+    return tl.where(inside & (ids >= 0) & (ids < NUM_SLOTS), ids, NUM_SLOTS).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["num_assignments"], do_not_specialize_on_alignment=TABLES)
-def _count_kernel(ids_ptr, shift_ptr, num_assignments, NUM_KEYS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def _count_kernel(
+    ids_ptr, shift_ptr, num_assignments, NUM_SLOTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+):
     block = tl.program_id(0)
-    keys = _keys(ids_ptr, block, num_assignments, NUM_KEYS, BLOCK)
+    keys = _keys(ids_ptr, block, num_assignments, NUM_SLOTS, BLOCK)
     counts = tl.histogram(keys, BINS)
     tl.store(shift_ptr + block.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
 
@@ -41,38 +43,17 @@ def _offsets(
     slot_offsets_ptr,
     first_tile_ptr,
     totals_ptr,
-    cumulative_ptr,
-    slot_ptr,
-    NUM_KEYS: tl.constexpr,
     NUM_SLOTS: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
 ):
-    """From every key's total: the slots' first rows and first tiles."""
+    """From every slot's total: the slots' first rows and first tiles."""
     keys = tl.arange(0, BINS)
     slots = tl.arange(0, SLOTS)
-    tl.store(totals_ptr + keys, totals, mask=keys < NUM_KEYS)
+    tl.store(totals_ptr + keys, totals, mask=keys < NUM_SLOTS)
     tl.debug_barrier()
-    if NUM_PARTS == 0:
-        counts_of_slot = tl.load(totals_ptr + slots, mask=slots < NUM_SLOTS, other=0)
-    else:
-        # slot_offsets holds the slots' counts on the way
-        tl.store(slot_offsets_ptr + slots, tl.zeros([SLOTS], dtype=tl.int32), mask=slots < NUM_SLOTS)
-        tl.debug_barrier()
-        part = tl.arange(0, PARTS)
-        real = part < NUM_KEYS * NUM_PARTS
-        total = tl.load(totals_ptr + part // NUM_PARTS, mask=real, other=0)
-        last = tl.load(cumulative_ptr + part, mask=real, other=0)
-        first_of_part = tl.load(cumulative_ptr + part - 1, mask=real & (part % NUM_PARTS > 0), other=0)
-        slot = tl.load(slot_ptr + part, mask=real, other=-1)
-        taken = tl.minimum(total, last) - tl.minimum(total, first_of_part)
-        tl.store(slot_offsets_ptr + slot, taken, mask=real & (slot >= 0))
-        tl.debug_barrier()
-        counts_of_slot = tl.load(slot_offsets_ptr + slots, mask=slots < NUM_SLOTS, other=0)
-        tl.debug_barrier()
+    counts_of_slot = tl.load(totals_ptr + slots, mask=slots < NUM_SLOTS, other=0)
     ends = tl.cumsum(counts_of_slot, 0)
     tl.store(slot_offsets_ptr + slots, ends - counts_of_slot, mask=slots < NUM_SLOTS)
     tl.store(slot_offsets_ptr + 1 + slots, ends, mask=slots == NUM_SLOTS - 1)
@@ -89,19 +70,14 @@ def _scan_kernel(
     slot_offsets_ptr,
     first_tile_ptr,
     totals_ptr,
-    cumulative_ptr,
-    slot_ptr,
     num_blocks,
-    NUM_KEYS: tl.constexpr,
     NUM_SLOTS: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """In place: `shift[b, e] = occurrences of e before block b - place of e's first key in the sorted block b`."""
+    """In place: `shift[b, e] = occurrences of slot e before block b - place of its first in the sorted block b`."""
     keys = tl.arange(0, BINS)
     carry = tl.zeros([BINS], dtype=tl.int32)
     for first in range(0, num_blocks, ROWS):
@@ -115,8 +91,8 @@ def _scan_kernel(
         carry += tl.sum(counts, 0)
 
     _offsets(
-        carry, slot_offsets_ptr, first_tile_ptr, totals_ptr, cumulative_ptr, slot_ptr,
-        NUM_KEYS, NUM_SLOTS, NUM_PARTS, BINS, SLOTS, PARTS, BLOCK_SIZES,
+        carry, slot_offsets_ptr, first_tile_ptr, totals_ptr,
+        NUM_SLOTS, BINS, SLOTS, BLOCK_SIZES,
     )  # fmt: skip
 
 
@@ -127,16 +103,12 @@ def _scatter(
     shift_ptr,
     slot_offsets_ptr,
     first_tile_ptr,
-    cumulative_ptr,
-    slot_ptr,
     assignment_of_ptr,
     position_of_ptr,
     tiles_ptr,
     num_assignments,
     num_rows,
-    NUM_KEYS: tl.constexpr,
     NUM_SLOTS: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
     STRIPE: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
@@ -144,25 +116,12 @@ def _scatter(
 ):
     """Place one block's assignments, and write its part of the unused tail and of the tables of tiles."""
     lane = tl.arange(0, BLOCK)
-    keys = _keys(ids_ptr, block, num_assignments, NUM_KEYS, BLOCK)
+    keys = _keys(ids_ptr, block, num_assignments, NUM_SLOTS, BLOCK)
     ordered = tl.sort(keys * BLOCK + lane)
     key, assignment = ordered // BLOCK, block * BLOCK + ordered % BLOCK
-    real = key < NUM_KEYS
+    real = key < NUM_SLOTS
     occurrence = lane + tl.load(shift_ptr + key, mask=real, other=0)
-    slot = key
-    if NUM_PARTS > 0:
-        slot = tl.full([BLOCK], -1, dtype=tl.int32)
-        rank = occurrence
-        before = tl.zeros([BLOCK], dtype=tl.int32)
-        for part in tl.static_range(NUM_PARTS):
-            last = tl.load(cumulative_ptr + key * NUM_PARTS + part, mask=real, other=0)
-            mine = (occurrence >= before) & (occurrence < last)
-            slot = tl.where(mine, tl.load(slot_ptr + key * NUM_PARTS + part, mask=real, other=-1), slot)
-            rank = tl.where(mine, occurrence - before, rank)
-            before = last
-        real = real & (slot >= 0)
-        occurrence = rank
-    row = occurrence + tl.load(slot_offsets_ptr + slot, mask=real, other=0)
+    row = occurrence + tl.load(slot_offsets_ptr + key, mask=real, other=0)
     tl.store(assignment_of_ptr + row, assignment, mask=real & (row < num_rows))
     tl.store(position_of_ptr + assignment, tl.where(real, row, -1), mask=assignment < num_assignments)
 
@@ -197,16 +156,12 @@ def _scatter_kernel(
     shift_ptr,
     slot_offsets_ptr,
     first_tile_ptr,
-    cumulative_ptr,
-    slot_ptr,
     assignment_of_ptr,
     position_of_ptr,
     tiles_ptr,
     num_assignments,
     num_rows,
-    NUM_KEYS: tl.constexpr,
     NUM_SLOTS: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BINS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
     STRIPE: tl.constexpr,
@@ -215,9 +170,9 @@ def _scatter_kernel(
 ):
     block = tl.program_id(0)
     _scatter(
-        block, ids_ptr, shift_ptr + block.to(tl.int64) * BINS, slot_offsets_ptr, first_tile_ptr, cumulative_ptr,
-        slot_ptr, assignment_of_ptr, position_of_ptr, tiles_ptr, num_assignments, num_rows,
-        NUM_KEYS, NUM_SLOTS, NUM_PARTS, BLOCK_SIZES, STRIPE, SEARCH_STEPS, BLOCK,
+        block, ids_ptr, shift_ptr + block.to(tl.int64) * BINS, slot_offsets_ptr, first_tile_ptr,
+        assignment_of_ptr, position_of_ptr, tiles_ptr, num_assignments, num_rows,
+        NUM_SLOTS, BLOCK_SIZES, STRIPE, SEARCH_STEPS, BLOCK,
     )  # fmt: skip
 
 
@@ -228,19 +183,14 @@ def _schedule_kernel(
     slot_offsets_ptr,
     first_tile_ptr,
     totals_ptr,
-    cumulative_ptr,
-    slot_ptr,
     assignment_of_ptr,
     position_of_ptr,
     tiles_ptr,
     num_assignments,
     num_rows,
-    NUM_KEYS: tl.constexpr,
     NUM_SLOTS: tl.constexpr,
-    NUM_PARTS: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
-    PARTS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
     STRIPE: tl.constexpr,
     SEARCH_STEPS: tl.constexpr,
@@ -252,23 +202,23 @@ def _schedule_kernel(
     shift_ptr += block.to(tl.int64) * BINS
     slot_offsets_ptr += block * (NUM_SLOTS + 1)
     first_tile_ptr += block * len(BLOCK_SIZES) * (NUM_SLOTS + 1)
-    totals_ptr += block * NUM_KEYS
+    totals_ptr += block * NUM_SLOTS
     totals = tl.zeros([BINS], dtype=tl.int32)
     before = tl.zeros([BINS], dtype=tl.int32)
     for part in range(0, tl.cdiv(num_assignments, COUNTED)):
-        keys = _keys(ids_ptr, part, num_assignments, NUM_KEYS, COUNTED)
+        keys = _keys(ids_ptr, part, num_assignments, NUM_SLOTS, COUNTED)
         earlier = part * COUNTED + tl.arange(0, COUNTED) < block * BLOCK
         totals += tl.histogram(keys, BINS)
-        before += tl.histogram(tl.where(earlier, keys, NUM_KEYS), BINS)
-    counts = tl.histogram(_keys(ids_ptr, block, num_assignments, NUM_KEYS, BLOCK), BINS)
+        before += tl.histogram(tl.where(earlier, keys, NUM_SLOTS), BINS)
+    counts = tl.histogram(_keys(ids_ptr, block, num_assignments, NUM_SLOTS, BLOCK), BINS)
     tl.store(shift_ptr + tl.arange(0, BINS), before - (tl.cumsum(counts, 0) - counts))
     _offsets(
-        totals, slot_offsets_ptr, first_tile_ptr, totals_ptr, cumulative_ptr, slot_ptr,
-        NUM_KEYS, NUM_SLOTS, NUM_PARTS, BINS, SLOTS, PARTS, BLOCK_SIZES,
+        totals, slot_offsets_ptr, first_tile_ptr, totals_ptr,
+        NUM_SLOTS, BINS, SLOTS, BLOCK_SIZES,
     )  # fmt: skip
     tl.debug_barrier()
     _scatter(
-        block, ids_ptr, shift_ptr, slot_offsets_ptr, first_tile_ptr, cumulative_ptr,
-        slot_ptr, assignment_of_ptr, position_of_ptr, tiles_ptr, num_assignments, num_rows,
-        NUM_KEYS, NUM_SLOTS, NUM_PARTS, BLOCK_SIZES, STRIPE, SEARCH_STEPS, BLOCK,
+        block, ids_ptr, shift_ptr, slot_offsets_ptr, first_tile_ptr,
+        assignment_of_ptr, position_of_ptr, tiles_ptr, num_assignments, num_rows,
+        NUM_SLOTS, BLOCK_SIZES, STRIPE, SEARCH_STEPS, BLOCK,
     )  # fmt: skip

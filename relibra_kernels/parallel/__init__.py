@@ -3,5 +3,6 @@
 from .routed_batch import RoutedBatch
 from .runtime import ExpertParallel
 from .session import RuntimeOptions
+from .stats import BatchStats
 
-__all__ = ["ExpertParallel", "RoutedBatch", "RuntimeOptions"]
+__all__ = ["BatchStats", "ExpertParallel", "RoutedBatch", "RuntimeOptions"]

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ReLibraError
-from .comm.collectives import Comm
 from .comm.devices import download_later, upload
 from .routed_batch import RoutedBatch
 from .tokens.destinations import Destinations, Placements, planned_destinations, splits_of_source
-from .tokens.tables import SendTables, Sizes, send_tables, sizes_of_layers
+from .tokens.tables import SendTables, Sizes
+from .tokens.transport import Transport, exchange_messages
 
 KEPT = 2  # micro-batches whose tables stay, so that a second pass over the last ones makes none
 HEADER = 3  # numbers before the counts in what ranks tell each other
@@ -34,7 +34,7 @@ class Prepared:
     `live` bool [n], on the device: rows that are routed live: unknown, and not the last of their sequence.
     `num_live`, `num_unknown`: how many rows are live, and how many are unknown, on this rank.
     `destinations`: of the recorded assignments.
-    `counts`: gives int32 [L, R, 3] of `send`, on the host.
+    `counts`: gives those of `send`, on the host.
     `ready`: on CUDA, when the device has all that.
     """
 
@@ -64,20 +64,20 @@ class BatchTables:
     """The tables of the micro-batches of one batch, each made when it is needed, on all ranks in the same order.
 
     Args:
-        host: the group, with collectives between the hosts.
+        transport: of the group.
         loads_LMRE: of the whole group. batch: of this rank.
     """
 
     def __init__(
         self,
-        host: Comm,
+        transport: Transport,
         plan: BatchPlan,
         loads_LMRE: np.ndarray,
         batch: RoutedBatch,
         placements: Placements,
         device: torch.device,
     ):
-        self._host, self._plan, self._loads, self._batch, self._device = host, plan, loads_LMRE, batch, device
+        self._transport, self._plan, self._loads, self._batch, self._device = transport, plan, loads_LMRE, batch, device
         self._ids, self._live = torch.from_numpy(batch.trace.expert_ids), torch.from_numpy(batch.live)
         self._placements = placements
         self._kept: OrderedDict[int, MicroBatchTables] = OrderedDict()
@@ -100,11 +100,10 @@ class BatchTables:
             check(prepared)
         except ReLibraError as error:
             problem = error
-        sent_LR3 = prepared.counts()
-        header, received_RL3 = self._exchange(micro_batch, prepared.num_live, sent_LR3, problem)
+        counts = prepared.counts()
+        header, received = self._exchange(micro_batch, prepared.num_live, counts, problem)
         if known is None:
-            sizes = sizes_of_layers(sent_LR3, received_RL3, self._host.rank)
-            known = MicroBatchTables(prepared, bool(header[:, 2].any()), sizes)
+            known = MicroBatchTables(prepared, bool(header[:, 2].any()), self._transport.sizes(counts, received))
         if prepared.ready is not None:
             torch.cuda.current_stream(self._device).wait_event(prepared.ready)
         self._kept[micro_batch] = known
@@ -135,7 +134,7 @@ class BatchTables:
             return self._make(micro_batch)
 
     def _make(self, micro_batch: int) -> Prepared:
-        plan, rank, device = self._plan, self._host.rank, self._device
+        plan, rank, device = self._plan, self._transport.host.rank, self._device
         batch, sequences = self._batch, self._batch.sequences(micro_batch)
         starts, lengths = batch.trace.offsets[sequences].tolist(), batch.lengths[sequences].tolist()
         ids_NLK = self._gather(self._ids, starts, lengths)
@@ -145,7 +144,7 @@ class BatchTables:
         split = upload(splits_of_source(plan, self._loads, micro_batch, rank), device)
         slots = upload(self._placements.slots(micro_batch), device)
         destinations = planned_destinations(ids_LNK, split, slots, num_known)
-        send = send_tables(destinations, plan.num_ranks, rank)
+        send = self._transport.tables(destinations)
         counts = download_later(send.counts)
         ready = None
         if self._stream is not None:
@@ -167,27 +166,21 @@ class BatchTables:
         parts = [rows[start : start + length] for start, length in zip(starts, lengths, strict=True)]
         size = (sum(lengths), *rows.shape[1:])
         if self._device.type != "cuda":
-            return torch.cat(parts) if parts else rows.new_empty(size)
+            return (torch.cat(parts) if parts else rows.new_empty(size)).to(self._device)
         pinned = torch.empty(size, dtype=rows.dtype, pin_memory=True)
         if parts:
             torch.cat(parts, out=pinned)
         return pinned.to(self._device, non_blocking=True)
 
     def _exchange(
-        self, micro_batch: int, num_live: int, sent_LR3: np.ndarray, problem: ReLibraError | None
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [R, 3]: (whether a rank refuses, its micro-batch, its live rows), and int64 [R, L, 3], counts for here.
-
-        Between hosts: a GPU goes on with what it has.
-        """
-        host = self._host
-        layers, ranks, _ = sent_LR3.shape
-        message = np.empty((ranks, HEADER + layers * 3), np.int64)
-        message[:, :HEADER] = problem is not None, micro_batch, num_live
-        message[:, HEADER:] = sent_LR3.transpose(1, 0, 2).reshape(ranks, -1)
-        one_each = [1] * ranks
-        phase = f"the exchange of row counts of {micro_batch}"
-        table = host.exchange(torch.from_numpy(message), one_each, one_each, "counts", phase).numpy()
+        self, micro_batch: int, num_live: int, counts_LC: np.ndarray, problem: ReLibraError | None
+    ) -> tuple[np.ndarray, list[np.ndarray]]:
+        """int64 [R, 3]: (whether a rank refuses, its micro-batch, its live rows); and what the transport was told."""
+        host = self._transport.host
+        header = np.array([problem is not None, micro_batch, num_live], np.int64)
+        messages = [np.concatenate([header, message]) for message in self._transport.messages(counts_LC)]
+        received = exchange_messages(host, messages, f"the exchange of row counts of {micro_batch}")
+        table = np.stack([message[:HEADER] for message in received])
         if problem is not None:
             raise problem
         refused = np.flatnonzero(table[:, 0])
@@ -201,4 +194,4 @@ class BatchTables:
                 f"rank {host.rank} opened micro-batch {micro_batch} and rank {other[0]} micro-batch "
                 f"{table[other[0], 1]}; all ranks must open the same ones in the same order"
             )
-        return table[:, :HEADER], table[:, HEADER:].reshape(ranks, layers, 3)
+        return table, [message[HEADER:] for message in received]

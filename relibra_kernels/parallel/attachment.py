@@ -1,7 +1,8 @@
-"""What stands between a MoE layer and the runtime that runs it: copies, state dicts, torch.compile."""
+"""How a MoE layer hands its forward to the runtime, and what that means for copies, state dicts and torch.compile."""
 
 import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -29,13 +30,13 @@ class Runner(Protocol):
         """(expert ids int64 [tokens, K], whether none is -1) that the router is to choose; None: it chooses."""
 
     def alignment(self, layer: int) -> Alignment | None:
-        """What is to compare the router's own choice with what is recorded; None where nobody wants to know."""
+        """What compares the router's own choice with the recorded one; None where they are not compared."""
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H] in their own dtype."""
 
     def copy(self) -> "Runner":
-        """For a copy of the model, which must not depend on what becomes of this one."""
+        """A runner for a copy of the model, independent of this one from here on."""
 
 
 class AttachedLayer:
@@ -58,9 +59,10 @@ class AttachedLayer:
 
     def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
-        with torch.autocast(x_TH.device.type, enabled=False):
-            x = x_TH.to(own.weights.down.dtype)
-            out_TH = self.runner.run(self.layer, own, x, index_TK, weights_TK)
+        device = x_TH.device.type
+        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        with torch.autocast(device, enabled=False) if casts else nullcontext():
+            out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)
         return out_TH.to(x_TH.dtype)
 
     def expert_ids(self) -> Tensor:

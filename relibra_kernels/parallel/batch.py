@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +10,9 @@ from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
 from ..planner.errors import InputError, ReLibraError
+from ..planner.loads import total_loads
+from ..planner.plan import contiguous_home, rank_loads
+from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
@@ -22,9 +24,9 @@ from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
 from .routed_batch import RoutedBatch
 from .session import Session
-from .tokens.buffers import Buffers
+from .stats import BatchStats, bytes_of_kinds
 from .tokens.destinations import Placements
-from .tokens.path import reserve
+from .tokens.transport import Transport, reserve
 
 
 @dataclass(frozen=True)
@@ -54,10 +56,8 @@ class ExpertStore:
         """Of one replica that is kept: weights, and fp32 gradients of what is trained."""
         with torch.enable_grad():
             weights = adapted_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
-        each = [
-            t[0].numel() * (t.element_size() + t.requires_grad * max(4, t.element_size())) for t in weights.tensors()
-        ]
-        return sum(each)
+        sizes = [(t[0].numel(), t.element_size(), t.requires_grad) for t in weights.tensors()]
+        return sum(kept_replica_bytes(count, size, count * trained) for count, size, trained in sizes)
 
 
 class OpenBatch:
@@ -75,7 +75,7 @@ class OpenBatch:
         loads_LMRE: np.ndarray | None,
         batch: RoutedBatch | None,
         store: ExpertStore,
-        buffers: Buffers,
+        transport: Transport,
     ):
         self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
         self._store, self._batch = store, batch
@@ -91,7 +91,7 @@ class OpenBatch:
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
-            self._tables = BatchTables(groups.host, plan, loads_LMRE, batch, placements, device)
+            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device)
         self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,
@@ -102,7 +102,7 @@ class OpenBatch:
             kept=self._kept,
             sources=sources_of_fetched(plan, kept),
             sums=self._sums,
-            buffers=buffers,
+            transport=transport,
             device=device,
             alignment=self.alignment,
             fetch_ahead=store.rows is not None,
@@ -139,7 +139,7 @@ class OpenBatch:
             tables = self._tables.get(index, check)
             if store.rows is not None:
                 options = self._session.options
-                reserve(parts.buffers, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
+                reserve(parts.transport, tables.sizes, batch.trace.top_k, store.rows, options, self.device)
             return MicroBatch(parts, tables, index, fed)
 
     def finish(self) -> None:
@@ -180,7 +180,7 @@ class OpenBatch:
         self._parts.pushes.close()
         self._kept.close()
 
-    def stats(self) -> dict[str, Any]:
+    def stats(self) -> BatchStats:
         """What the batch did, over the group. Collective. Also after the batch is closed."""
         plan, ledger, device = self.plan, self._session.ledger, self.device
         shape = (plan.num_layers, plan.num_micro_batches)
@@ -190,27 +190,55 @@ class OpenBatch:
             actual[:, index] = np.maximum.reduce([record.loads for record in seen])
             unknown += seen[-1].num_live
             differing += int(torch.stack([record.differing for record in seen]).max(0).values.sum())
-        counts = [unknown, differing, self.alignment.same, self.alignment.known]
+        seconds = ledger.seconds()
+        nanoseconds = [round(1e9 * each) for each in (seconds["compute"], seconds["replica"] + seconds["migration"])]
+        counts = [unknown, differing, self.alignment.same, self.alignment.known, *nanoseconds]
         loads = self._comm.gather_arrays(np.append(actual, counts), device, "gathering the statistics")
-        actual_RLM = loads[:, :-4].reshape(-1, *shape)
-        unknown, differing, same, known = loads[:, -4:].sum(0).tolist()
+        actual_RLM = loads[:, : -len(counts)].reshape(-1, *shape)
+        unknown, differing, same, known, compute, spent = loads[:, -len(counts) :].sum(0).tolist()
         ran = np.asarray((actual_RLM >= 0).all(0))
-        planned_RLM = actual_RLM if self._loads is None else plan.rank_loads(self._loads).transpose(2, 0, 1)
-        sent = ledger.batch_bytes()
-        kinds = sorted({kind for kind, _ in sent})
-        return {
-            "rank": self._comm.rank,
-            "planned_max_mean": _max_mean(planned_RLM, ran),
-            "actual_max_mean": _max_mean(actual_RLM, ran),
-            "layers_run": int(ran.sum()),
-            "unknown_tokens": unknown,
-            "differing_tokens": differing,
-            "agreeing_share": same / known if known else None,
-            "replicas": int((plan.replicas >= 0).sum()),
-            "replicas_kept": int(self._kept.kept_LRS.sum()),
-            "seconds": ledger.seconds(),
-            "bytes": {kind: {net: sent.get((kind, net), 0) for net in ("fast", "slow")} for kind in kinds},
-        }
+        sent = bytes_of_kinds(ledger.batch_bytes())
+        actual_max_mean = planned = _max_mean(actual_RLM, ran)
+        static = saved = None
+        if self._loads is not None:
+            planned = _max_mean(plan.rank_loads(self._loads).transpose(2, 0, 1), ran)
+            static = _max_mean(_static_loads(plan, self._loads), ran)
+            saved = (compute * (static - actual_max_mean) - spent) / self._comm.size / 1e9
+        return BatchStats(
+            rank=self._comm.rank,
+            static_max_mean=static,
+            planned_max_mean=planned,
+            actual_max_mean=actual_max_mean,
+            saved_seconds=saved,
+            layers_run=int(ran.sum()),
+            unknown_tokens=unknown,
+            differing_tokens=differing,
+            agreeing_share=same / known if known else None,
+            replicas=int((plan.replicas >= 0).sum()),
+            replicas_kept=int(self._kept.kept_LRS.sum()),
+            dispatch_seconds=seconds["dispatch"],
+            compute_seconds=seconds["compute"],
+            combine_seconds=seconds["combine"],
+            replica_seconds=seconds["replica"],
+            live_seconds=seconds["live"],
+            migration_seconds=seconds["migration"],
+            tables_seconds=seconds["tables"],
+            token_fast_bytes=sent["token", "fast"],
+            token_slow_bytes=sent["token", "slow"],
+            fetched_fast_bytes=sent["fetched", "fast"],
+            fetched_slow_bytes=sent["fetched", "slow"],
+            kept_fast_bytes=sent["kept", "fast"],
+            kept_slow_bytes=sent["kept", "slow"],
+            migration_fast_bytes=sent["migration", "fast"],
+            migration_slow_bytes=sent["migration", "slow"],
+        )
+
+
+def _static_loads(plan: BatchPlan, loads_LMRE: np.ndarray) -> np.ndarray:
+    """int64 [R, L, M]: assignments of each rank with contiguous homes and no replicas."""
+    home_LE = contiguous_home(plan.num_layers, plan.num_experts, plan.num_ranks)
+    per_rank = rank_loads(total_loads(loads_LMRE), home_LE, np.full_like(plan.replicas, -1), np.zeros_like(plan.quota))
+    return per_rank.transpose(2, 0, 1)
 
 
 def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Exact numbers for what ranks must have the same of: equal where it is equal, on every rank and device."""
+"""Checksums of what must be the same on every rank. Equal data gives equal checksums, on any rank and device."""
 
 import zlib
 from collections.abc import Mapping, Sequence

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from ..planner.errors import CommunicationError
 from .comm.devices import upload
-from .comm.groups import Groups
 from .session import RuntimeOptions, Session
-from .tokens.buffers import Buffers
 from .tokens.destinations import shared_destinations
 from .tokens.layer import Experts, LayerSite, run_layer
 from .tokens.live import live_path
+from .tokens.transport import Transport
 
 
 class LiveRouting:
@@ -25,15 +24,15 @@ class LiveRouting:
         home_LE: int [L, E]; it may change between forwards.
     """
 
-    def __init__(self, groups: Groups, home_LE: np.ndarray, options: RuntimeOptions, buffers: Buffers):
+    def __init__(self, transport: Transport, home_LE: np.ndarray, options: RuntimeOptions):
         self.home: np.ndarray = home_LE
-        self._groups, self._options, self._buffers = groups, options, buffers
-        self._session = Session(options, groups.experts.ledger)
+        self._transport, self._options = transport, options
+        self._session = Session(options, transport.host.ledger)
         self._placed: dict[int, tuple[bytes, Tensor, Tensor]] = {}  # of each layer: its home, and what follows from it
 
     def copy(self) -> "LiveRouting":
         """The same experts, on the same ranks, for a copy of the model: it stays as they are now."""
-        return LiveRouting(self._groups, self.home.copy(), self._options, self._buffers)
+        return LiveRouting(self._transport, self.home.copy(), self._options)
 
     def recorded(self, _layer: int) -> tuple[Tensor, bool] | None:
         """Nothing: routers choose."""
@@ -49,9 +48,7 @@ class LiveRouting:
         with session.ledger.span("live", x_TH.device):
             share, slots = self._placement(layer, x_TH.device)
             try:
-                path = live_path(
-                    self._groups, self._buffers, shared_destinations(index_TK, share, slots), home_slots, where
-                )
+                path = live_path(self._transport, shared_destinations(index_TK, share, slots), home_slots, where)
             except CommunicationError as error:
                 raise CommunicationError(
                     f"{error}. Outside of a batch every rank must run the same forwards: with generate, "
@@ -77,7 +74,7 @@ class LiveRouting:
         home = self.home[layer]
         known = self._placed.get(layer)
         if known is None or known[0] != home.tobytes() or known[1].device != device:
-            ranks = self._groups.experts.size
+            ranks = self._transport.host.size
             at_home = home[:, None] == np.arange(ranks)
             slots = np.where(at_home, at_home.cumsum(0) - 1, -1).astype(np.int16)
             known = home.tobytes(), upload(at_home.astype(np.int64), device), upload(slots, device)

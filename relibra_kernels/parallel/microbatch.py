@@ -1,4 +1,4 @@
-"""One micro-batch as the layers see it: the recorded ids, and a site a layer, made when the layer first runs."""
+"""One micro-batch as the layers see it: the recorded ids, and a `LayerSite` for each layer, made when it first runs."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,10 @@ from .experts.accumulation import GradientSums
 from .experts.kept import KeptReplicas
 from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
 from .session import Session
-from .tokens.buffers import Buffers
 from .tokens.destinations import Destinations, Placements
 from .tokens.layer import Experts, LayerSite, run_layer
 from .tokens.live import live_path
-from .tokens.path import TokenPath
+from .tokens.transport import TokenPath, Transport
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ class BatchParts:
     kept: KeptReplicas
     sources: np.ndarray
     sums: GradientSums
-    buffers: Buffers
+    transport: Transport
     device: torch.device
     alignment: Alignment
     fetch_ahead: bool = True
@@ -78,7 +77,7 @@ class AnyMicroBatch:
         raise NotImplementedError
 
     def alignment(self, layer: int) -> Alignment | None:
-        """What is to compare the router's own choice with the record; None where nobody wants to know."""
+        """What compares the router's own choice with the record; None where they are not compared."""
         return None
 
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -108,9 +107,7 @@ class AnyMicroBatch:
         parts = self._parts
         overlap = parts.session.options.overlap
         with parts.session.ledger.span("live", parts.device):
-            path = live_path(
-                parts.groups, parts.buffers, destinations, self._num_slots(layer), self._where(layer), overlap
-            )
+            path = live_path(parts.transport, destinations, self._num_slots(layer), self._where(layer), overlap)
         return self._site_of(layer, path)
 
     def _site_of(self, layer: int, path: TokenPath) -> LayerSite:
@@ -206,16 +203,8 @@ class MicroBatch(AnyMicroBatch):
         """What a layer needs where all its rows are recorded."""
         if layer not in self._sites:
             parts = self._parts
-            path = TokenPath(
-                parts.groups.experts,
-                parts.buffers,
-                self._send,
-                layer,
-                self._sizes[layer],
-                self._num_slots(layer),
-                self._where(layer),
-                parts.session.options.overlap,
-            )
+            overlap, where = parts.session.options.overlap, self._where(layer)
+            path = parts.transport.path(self._send, layer, self._sizes[layer], self._num_slots(layer), where, overlap)
             self._sites[layer] = self._site_of(layer, path)
         return self._sites[layer]
 

@@ -30,7 +30,8 @@ class Planning:
     Args:
         check: refuses a trace of another model.
         device: where the group's collectives want their tensors.
-        shape: sizes of the model's MoE layers as they are now, which plans are priced for.
+        shape: sizes of the model's MoE layers as they are now, which plans are priced for. transport: how their tokens
+            travel.
     """
 
     def __init__(
@@ -41,9 +42,11 @@ class Planning:
         model_name: str,
         device: Callable[[], torch.device],
         shape: Callable[[], ModelShape],
+        transport: str = "one",
     ):
         self._check, self._groups, self._device = check, groups, device
         self._cluster, self._model_name, self._shape = cluster, model_name, shape
+        self._transport = transport
         self._counted: tuple[RoutedBatch, np.ndarray] | None = None  # what was counted, and its loads
 
     def gather_loads(self, batch: RoutedBatch | None, problem: ReLibraError | None = None) -> np.ndarray:
@@ -113,10 +116,10 @@ class Planning:
         return estimate_plan(plan, loads, setting, home)
 
     def _priced(self, options: PlanOptions | None) -> PlanOptions:
-        """The options, priced for this model; and for this machine, where its GPU is listed."""
+        """The options, priced for this model and transport; and for this machine, where its GPU is listed."""
         options, device = options or PlanOptions(), self._device()
         machine = DEVICES["CPU"] if device.type != "cuda" else machine_of(torch.cuda.get_device_name(device))
-        return replace(options, shape=self._shape(), device=machine or options.device)
+        return replace(options, shape=self._shape(), device=machine or options.device, transport=self._transport)
 
     def take_counted(self, batch: RoutedBatch) -> np.ndarray | None:
         """The loads that the last plan was made from, if it was made from this batch; once."""
@@ -132,7 +135,7 @@ class Planning:
         """The loads that a batch will have, int32 [L, M, R, E]. Collective.
 
         Args:
-            counted: them, where every rank has them already.
+            counted: the loads, where every rank has them already.
         Raises: PlanError where the plan was made for others.
         """
         problem = None

@@ -225,21 +225,6 @@ class RoutedBatch:
         here = (self.micro_batch_of_sequence == micro_batch) & (self._ranks == rank)
         return self._order[here[self._order]]
 
-    def place_of_token(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(micro-batch, rank, row) of every token of the trace, int64 [tokens] each."""
-        group = self.micro_batch_of_sequence * self.num_ranks + self._ranks
-        start = np.zeros(len(group), np.int64)
-        for index in np.unique(group):
-            here = self._order[group[self._order] == index]
-            start[here] = np.cumsum(self.lengths[here]) - self.lengths[here]
-        within = np.arange(self.trace.num_tokens) - np.repeat(self.trace.offsets[:-1], self.lengths)
-        micro_batch, rank = np.divmod(np.repeat(group, self.lengths), self.num_ranks)
-        return micro_batch, rank, np.repeat(start, self.lengths) + within
-
-    def packed_rows(self, micro_batch: int, rank: int = 0) -> np.ndarray:
-        """The `rows` of an input whose sequences are packed one after the other, without padding."""
-        return np.arange(int(self.lengths[self.sequences(micro_batch, rank)].sum()))
-
     def padded_rows(self, micro_batch: int, rank: int = 0, width: int | None = None, left: bool = False) -> np.ndarray:
         """The `rows` of an input whose sequences are padded to one width, at the end or on the left: [B * width].
 

@@ -23,7 +23,6 @@ from .batch import ExpertStore, OpenBatch
 from .checks import check_trace
 from .comm.alarm import Alarm
 from .comm.groups import Groups
-from .comm.ledger import json_line
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
 from .experts.adapters import adapter_rank, find_adapters
@@ -42,7 +41,8 @@ from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
 from .running import ModelRunner, RoutingRecord
 from .session import RuntimeOptions, Session
-from .tokens.buffers import Buffers
+from .stats import BatchStats
+from .transports import make_transport
 
 
 class ExpertParallel:
@@ -96,23 +96,19 @@ class ExpertParallel:
         self.layers = layers_to_share(model)
         find_adapters(model, self.layers)
         self.num_experts = all_experts(self.layers[0].experts)
-        if self.num_experts < cluster.num_ranks:
-            raise InputError(
-                f"the model has {self.num_experts} experts; {cluster.num_ranks} ranks need one each at least"
-            )
-        home_slots = -(-self.num_experts // cluster.num_ranks)
-        self._buffers = Buffers()
+        home_slots = cluster.home_slots(self.num_experts)
+        layers, top_k = len(self.layers), self.layers[0].router.top_k
+        self._transport = make_transport(self.options.transport, self.groups, cluster, self._shape())
         home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
-        self._runner = ModelRunner(LiveRouting(self.groups, home, self.options, self._buffers))
+        self._runner = ModelRunner(LiveRouting(self._transport, home, self.options))
         for layer, moe in enumerate(self.layers):
             keep_experts(moe.experts, np.flatnonzero(home[layer] == self.comm.rank).tolist(), home_slots)
             attach(moe, self._runner, layer, self.comm.rank)
         self._alarm = Alarm(self.comm.ranks)
-        for comm in (self.comm, self.groups.side, self.groups.host, *self.groups.copies):
+        for comm in self.groups.every:
             comm.alarm = self._alarm
         self._stop_watchdog = start_watchdog(self.comm, self.options.watchdog_seconds)
         self._opening = Opening(model, self.layers, self.groups, cluster, model_name, self.options.compare_dense)
-        layers, top_k = len(self.layers), self.layers[0].router.top_k
         self._planning = Planning(
             lambda trace: check_trace(trace, layers, top_k, self.num_experts),
             self.groups,
@@ -120,6 +116,7 @@ class ExpertParallel:
             model_name,
             lambda: self.device,
             self._shape,
+            self._transport.name,
         )
         self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
@@ -179,8 +176,9 @@ class ExpertParallel:
         Args:
             batch: the routed batch, of the group or of this rank. In its place, for whole sequences of this rank:
                 their trace, int [sequences] `micro_batch_of_sequence`, and `num_micro_batches`.
-            options: what the plan is to achieve, under which caps; the same on every rank. It is priced for this model
-                and this machine, whatever `shape` and `device` say; for `device` where the GPU is not a listed one.
+            options: what the plan is to achieve, under which caps; the same on every rank. It is priced for this model,
+                machine and transport, whatever `shape`, `device` and `transport` say; for `device` where the GPU is not
+                a listed one.
         """
         routed = self._routed(batch, micro_batch_of_sequence, num_micro_batches)
         return self._planning.plan(*routed, self.home, options)
@@ -290,7 +288,7 @@ class ExpertParallel:
         self.comm.ledger.begin_batch()
         self._move(tensors, plan.home, optimizer)
         del tensors
-        opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._buffers)
+        opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._transport)
         self._batch = self._last = opened
         self._runner.in_batch = True
         try:
@@ -413,8 +411,8 @@ class ExpertParallel:
         if self._batch is not None:
             raise InputError(f"{what} is used within a batch: leave it first")
 
-    def stats(self) -> dict[str, Any]:
-        """What the last batch did on this rank: loads, seconds by part, bytes by kind and network. Collective.
+    def stats(self) -> BatchStats:
+        """What the last batch did: max/mean, seconds by part, bytes by kind and network. Collective.
 
         Raises: InputError before the first batch.
         """
@@ -424,7 +422,7 @@ class ExpertParallel:
 
     def stats_line(self) -> str:
         """`stats` as one line of JSON, for a log with a line for each batch. Collective."""
-        return json_line(self.stats())
+        return self.stats().json_line()
 
     @contextmanager
     def record(self) -> Iterator[RoutingRecord]:

@@ -16,6 +16,7 @@ from .comm.ledger import Ledger
 
 _SERIAL = itertools.count()
 State = TypeVar("State")
+TRANSPORTS = ("one", "two", "auto")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,11 @@ class RuntimeOptions:
     on_shift:      what to do where, in the first micro-batch of a batch, the model's own choice in the first MoE layers
                    is another than the record says: "refuse" (an error below 50 % of equal top-k sets, a warning below
                    90 %), "warn", or "ignore", which compares nothing, for records of a stale policy. None: "refuse"
-                   where 1,000 token-layers or more of a rank were compared, "warn" below
+                   where the model's choice agrees with the record of the next token or layer instead, and where 1,000
+                   token-layers or more of a rank were compared; "warn" for other records of a few tokens
+    transport:     how tokens travel between nodes: "one" hop, straight to the rank; "two" hops, once to a node and then
+                   inside it, which adds up partial sums in the node first; "auto": what costs less on this cluster by
+                   the price model
     watchdog_seconds: after so long in one collective a warning in the log says for whom a rank waits
     """
 
@@ -48,6 +53,7 @@ class RuntimeOptions:
     compare_dense: bool = True
     spare_rows: int = 0
     on_shift: Shift | None = None
+    transport: str = "auto"
     watchdog_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -56,6 +62,8 @@ class RuntimeOptions:
         if self.gradient_dtype not in (None, torch.float32):
             raise InputError(f"gradient_dtype is {self.gradient_dtype}; it must be torch.float32 or None")
         check_on_shift(self.on_shift)
+        if self.transport not in TRANSPORTS:
+            raise InputError(f"transport is {self.transport!r}; it must be one of {', '.join(TRANSPORTS)}")
         if not self.watchdog_seconds > 0:
             raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
         for name in ("kept_bytes", "spare_rows"):

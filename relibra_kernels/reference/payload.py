@@ -4,7 +4,7 @@ import torch
 
 from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
 from ..schedule import Schedule
-from .permute import unpermute
+from .unpermute import unpermute
 
 
 def pack_payload(

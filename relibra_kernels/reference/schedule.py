@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from ..planner.errors import InputError
-from ..schedule import Schedule, Splits, check_slot_of_assignment, check_splits, tile_bound
+from ..schedule import Schedule, check_slot_of_assignment, tile_bound
 
 
 def build_schedule(
@@ -43,27 +43,6 @@ def build_schedule(
     position_of = torch.where(slot < 0, -1, position_of).int().view(slot_of_assignment_TK.shape)
     tiles = {block_m: tile_table(slot_offsets, num_rows, block_m) for block_m in block_sizes}
     return Schedule(slot_offsets, assignment_of, position_of, tiles)
-
-
-def build_split_schedule(
-    expert_of_assignment_TK: torch.Tensor,
-    splits: Splits,
-    num_slots: int,
-    block_sizes: Sequence[int] = (),
-    *,
-    num_rows: int | None = None,
-) -> Schedule:
-    """The same for experts whose assignments go to several slots by cumulative quota: see `Splits`."""
-    check_splits(splits, num_slots)
-    by_expert = build_schedule(expert_of_assignment_TK, len(splits.slot_EP))
-    expert = expert_of_assignment_TK.long().clamp(min=0)
-    occurrence_TK = by_expert.position_of - by_expert.slot_offsets[expert]
-    cumulative_TKP = splits.cumulative_EP[expert]
-    part_TK = (cumulative_TKP <= occurrence_TK[..., None]).sum(-1)
-    num_parts = splits.slot_EP.shape[1]
-    slot_TK = splits.slot_EP[expert].gather(-1, part_TK.clamp(max=num_parts - 1)[..., None]).squeeze(-1)
-    dropped = (expert_of_assignment_TK < 0) | (part_TK == num_parts)
-    return build_schedule(torch.where(dropped, -1, slot_TK), num_slots, block_sizes, num_rows=num_rows)
 
 
 def tile_table(slot_offsets: torch.Tensor, num_rows: int, block_m: int) -> torch.Tensor:

@@ -17,7 +17,7 @@ from ..configs.limits import Device
 from ..form import GPT_OSS, Activation, ExpertForm
 from ..kernels.launch import Launch, recording
 from ..payload import PayloadLayout
-from ..schedule import Schedule, Splits, tile_bound
+from ..schedule import Schedule, tile_bound
 
 TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
@@ -28,7 +28,7 @@ OTHERS: tuple[Activation, ...] = ("clamped_silu", "capped_silu", "gelu_tanh")
 # kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {
     "schedule": ("schedule",),
-    "permute": ("permute", "unpermute"),
+    "permute": ("pack", "unpermute"),
     "gate_up": ("gate_up",),
     "swiglu": ("swiglu", "swiglu_backward"),
     "grouped_gemm": ("down", "dx"),
@@ -191,11 +191,17 @@ class Layer:
         )
 
     def _permute(self, part: str, config: Any) -> partial:
+        weights = self._gate_weights()
+        if part == "unpermute":
+            rows = self._rows(self.schedule.num_rows, self.hidden_size)
+            return partial(kernels.unpermute, rows, weights, self.schedule, config=config)
+        # a row for every assignment: each on its own rank, the most that can be
+        layout = PayloadLayout(self.hidden_size, self.schedule.top_k, self.dtype)
+        count, device = self.schedule.num_rows, self.schedule.slot_offsets.device
+        slots = torch.zeros(count, self.schedule.top_k, dtype=torch.int16, device=device)
+        payload = self._rows(count, layout.row_bytes // self.dtype.itemsize).view(torch.uint8)
         tokens = self._rows(self.schedule.num_tokens, self.hidden_size)
-        if part == "permute":
-            return partial(kernels.permute, tokens, self.schedule, config=config)
-        rows, weights = self._rows(self.schedule.num_rows, self.hidden_size), self._gate_weights()
-        return partial(kernels.unpermute, rows, weights, self.schedule, config=config)
+        return partial(kernels.pack_payload, tokens, weights, slots, self.schedule, payload, config=config)
 
     def _swiglu(self, part: str, config: Any) -> partial:
         h = self._rows(self.schedule.num_rows, 2 * self.intermediate_size)
@@ -248,14 +254,11 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
     """What a kernel's config is for as well."""
     schedule, index, (hidden_size, intermediate_size, _) = meta_schedule(), torch.int32, QWEN
     if kernel == "schedule":
-        splits = Splits(meta(128, 4, dtype=index), meta(128, 4, dtype=index))
-        for name, tokens in {"": TOKENS, ", many tokens": 4 * TOKENS}.items():  # one launch, and three
-            ids = meta(tokens, TOP_K, dtype=torch.int64)
-            yield "splits" + name, partial(kernels.build_split_schedule, ids, splits, 144, config=config)
+        ids = meta(4 * TOKENS, TOP_K, dtype=torch.int64)  # three launches
         yield "many tokens", partial(kernels.build_schedule, ids, 128, config=config)
     elif kernel == "permute":
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
-        yield "permute_backward", partial(kernels.permute_backward, rows, schedule, config=config)
+        yield "unpermute, plain sum", partial(kernels.unpermute, rows, None, schedule, config=config)
         yield from _payload(dtype)
     elif kernel == "replica_reduce":
         weights = meta(EXPERTS, 2 * intermediate_size, hidden_size, dtype=torch.float32)
@@ -263,18 +266,13 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
 
 
 def _payload(dtype: torch.dtype) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Packing, unpacking, and both for gradients: two rows a token."""
+    """Unpacking, and both ways of gradients: two rows a token."""
     layout = PayloadLayout(QWEN[0], TOP_K, dtype)
     back = layout._replace(has_slots=False)
     x, weights = meta(TOKENS, QWEN[0], dtype=dtype), meta(TOKENS, TOP_K, dtype=torch.float32)
     count, index = 2 * TOKENS, torch.int32
     send = Schedule(meta(2, dtype=index), meta(count, dtype=index), meta(TOKENS, TOP_K, dtype=index))
-    payload = layout.new(count, torch.device("meta"))
-    yield (
-        "pack_payload",
-        partial(kernels.pack_payload, x, weights, meta(count, TOP_K, dtype=torch.int16), send, payload),
-    )
-    yield "unpack_payload", partial(kernels.unpack_payload, payload, layout)
+    yield "unpack_payload", partial(kernels.unpack_payload, layout.new(count, torch.device("meta")), layout)
     yield "pack_gradients", partial(kernels.pack_gradients, x, weights, back.new(TOKENS, torch.device("meta")))
     returned = back.new(count, torch.device("meta"))
     yield "unpack_gradients", partial(kernels.unpack_gradients, returned, send, back)

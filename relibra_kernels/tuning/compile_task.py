@@ -52,7 +52,7 @@ def launches_of(task: Task) -> list[Launch]:
 
 @cache
 def digest_of(task: Task) -> str:
-    """Names exactly what is compiled for `task`."""
+    """A digest of everything that decides what is compiled for `task`."""
     return "-".join(launch_digest(launch) for launch in launches_of(task))
 
 

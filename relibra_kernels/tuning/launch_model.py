@@ -26,7 +26,7 @@ class Resources:
 
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Resources":
-        """Of `dataclasses.asdict`, as JSON keeps it."""
+        """From what `dataclasses.asdict` gave, after a way through JSON."""
         code = fields.get("code")
         if code is not None:
             code = MachineCode(**{**code, "buffers": tuple(code["buffers"])})
@@ -62,7 +62,7 @@ class Estimate(NamedTuple):
 
 
 def bounded(clocks: float, dram_bytes: int, waves: int, padded: int, product: Product) -> Estimate:
-    """Computing and moving beside each other."""
+    """The time of a launch that computes and moves bytes at the same time."""
     on_chip, off_chip = clocks / product.hertz * 1e6, dram_bytes / product.dram * 1e6
     bound = "tiles" if on_chip >= off_chip else "DRAM"
     us = LAUNCH_US + max(on_chip, off_chip) + _NOT_HIDDEN * min(on_chip, off_chip)

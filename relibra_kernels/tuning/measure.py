@@ -42,7 +42,7 @@ class Workload(Protocol):
         """A launch on the next set of inputs, every time it is called."""
 
     def restore(self) -> None:
-        """Put back what launches added to."""
+        """Reset the buffers that launches add to."""
 
 
 class OutOfTime(Exception):  # noqa: N818 (nothing is wrong)
@@ -120,7 +120,7 @@ class OnlineSearch:
     def measure(self, goal: Goal) -> tuple[Config, Measured] | None:
         """The config to use and its time; None where nothing could be timed.
 
-        A rival replaces what is used now only where it is faster by more than either's spread.
+        Another config replaces the one in use only where it is faster by more than the spread of both.
 
         Raises: OutOfTime.
         """

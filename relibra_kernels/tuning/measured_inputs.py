@@ -34,7 +34,7 @@ def bench(call: Callable[[], object]) -> Timing:
 
 
 def driver_version() -> str:
-    """Of the GPU's kernel driver; of the runtime where the driver does not say."""
+    """The version of the GPU's kernel driver, or of the runtime where the driver does not tell."""
     if torch.version.hip:
         path, pattern = Path("/sys/module/amdgpu/version"), r"(\S+)"
     else:

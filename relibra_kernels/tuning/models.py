@@ -22,7 +22,7 @@ class Model:
         return self.name
 
     def flops(self, tokens: int) -> int:
-        """Of forward and backward: three products a weight, two FLOPs a multiply-add."""
+        """FLOPs of forward and backward: three products a weight, two FLOPs a multiply-add."""
         return 3 * 2 * tokens * self.top_k * 3 * self.hidden_size * self.intermediate_size
 
 

@@ -23,7 +23,7 @@ class Reports:
         self._journal = Journal(folder / f"{target}-triton-{triton.__version__}.jsonl", fresh=fresh)
 
     def get(self, task: Task) -> Outcome | None:
-        """None where it was not compiled yet."""
+        """The outcome of `task`; None where it was not compiled yet."""
         known = self._journal.known.get(digest_of(task))
         return Resources.from_json(known) if isinstance(known, dict) else known
 

@@ -33,7 +33,7 @@ class _Cost(NamedTuple):
 
 
 _COSTS = {
-    "permute": _Cost(ITEM, 0, 0, ITEM, 2, 2, waits=1),
+    "pack": _Cost(ITEM, 0, 0, ITEM, 2, 2, waits=1),
     "unpermute": _Cost(0, ITEM, ITEM, 0, 2, 4, waits=2),
     "swiglu": _Cost(2 * ITEM, 0, ITEM, 0, 24, 0, waits=1),
     "swiglu_backward": _Cost(3 * ITEM, 0, 2 * ITEM + 4, 0, 40, 0, waits=1),

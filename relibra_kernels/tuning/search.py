@@ -184,7 +184,7 @@ def _group(config: Config) -> int:
 
 
 def worst(outcomes: Sequence[Outcome], device: Device) -> Resources | None:
-    """What all variants together need; None where one spills, exceeds `device` or was not compiled."""
+    """The most that any variant needs of each resource; None where one spills, exceeds `device` or was not compiled."""
     found = [outcome for outcome in outcomes if isinstance(outcome, Resources)]
     if len(found) < len(outcomes) or any(r.spill_bytes or r.shared_bytes > device.shared_bytes for r in found):
         return None

@@ -42,7 +42,7 @@ class Goal:
 
 
 def one_time(even: float, *uneven: float) -> float:
-    """One figure for all group tables: half the even one's, half the mean of the uneven ones'."""
+    """One time for all group tables: the mean of that of even groups and of the mean over uneven ones."""
     return (even + sum(uneven) / len(uneven)) / 2 if uneven else even
 
 

@@ -27,6 +27,7 @@ from relibra_kernels.planner import (
     replica_bytes,
     static_plan,
 )
+from relibra_kernels.planner.pricing.transports import cheaper_transport
 
 MODEL = ModelShape("tiny", 1, 4, 1, hidden_size=8, intermediate_size=4, heads=1, kv_heads=1, head_dim=8)
 DEVICE = DeviceSpec(
@@ -92,6 +93,16 @@ def test_two_hops_cross_between_nodes_once():
     one, two = (price(outcome, replace(where, transport=way)).exchange for way in ("one", "two"))
     assert 0.5 * one < two < 0.8 * one
     assert price(outcome, replace(where, transport="auto")).exchange == two
+
+
+def test_the_cheaper_transport_follows_the_cluster_and_its_networks():
+    model, h100 = MODELS["Qwen3-30B-A3B"], DEVICES["8xH100"]
+    assert cheaper_transport(model, h100, ClusterSpec(8, 8)) == "two"
+    assert cheaper_transport(model, h100, ClusterSpec(1, 8)) == "one"
+    assert cheaper_transport(model, h100, ClusterSpec(8, 1)) == "one"
+    assert cheaper_transport(model, replace(h100, slow=h100.fast), ClusterSpec(8, 8)) == "one"
+    assert cheaper_transport(replace(model, top_k=1), h100, ClusterSpec(8, 8)) == "one"
+    assert cheaper_transport(model, h100, ClusterSpec(8, 8), tokens=8) == "one"  # launches outweigh bytes
 
 
 def test_fetched_replicas_hide_behind_the_dense_part():

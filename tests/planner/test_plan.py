@@ -35,7 +35,7 @@ def parts(**change):
 def test_properties():
     plan = BatchPlan(**parts())
     assert (plan.num_layers, plan.num_micro_batches, plan.num_ranks, plan.num_slots) == (2, 3, 4, 2)
-    assert (plan.num_experts, plan.experts_per_rank) == (8, 2)
+    assert (plan.num_experts, plan.home_slots) == (8, 2)
     assert plan.home_experts(0).tolist() == [[0, 1], [2, 3], [4, 5], [6, 7]]
     assert plan.has_replicas(0, 1)
     assert not plan.has_replicas(0, 0)

@@ -162,7 +162,11 @@ def written(form, folder):
         case "vllm":
             data = lines({"routed_experts": npy(ids), "tokens": [1] * (len(ids) + 1)} for ids in routing)
         case "sglang":
-            words = ({"routed_experts": b64(ids.astype("<i4")), "routed_experts_start_len": 0} for ids in routing)
+            spans = [{"version": "7", "start": 0, "end": 1}, {"version": "8", "start": 1, "end": 2}]
+            beside = {"routed_experts_start_len": 0, "completion_tokens": 2, "weight_versions": spans}
+            words = (
+                {"routed_experts": b64(ids.astype("<i4")), "prompt_tokens": len(ids) - 1, **beside} for ids in routing
+            )
             data, arguments = lines({"meta_info": word} for word in words), ["--num-layers", L, "--top-k", K]
         case "sglang-statistics":
             data = json.dumps({"logical_count": [[3, 1, 4, 1, 5, 9, 2, 6]]}).encode()
@@ -261,6 +265,8 @@ def test_retyped_arguments_are_refused(value):
         lambda: from_nemo_rl([value], E, num_tokens=[4]),
         lambda: RoutingTrace(ids, [0, 3], value, range(L)),
         lambda: RoutingTrace(ids, [0, 3], E, value),
+        lambda: loads_from_sglang(value, E),
+        lambda: loads_from_sglang({"logical_count": value}, E),
     ]
     for number, call in enumerate(calls):
         with contextlib.suppress(ReLibraError):

@@ -1,5 +1,6 @@
 """Kinds of records that users meet, over all engines: dtypes, holes, masks, lost layers, parts, aborted samples."""
 
+import itertools
 import logging
 
 import numpy as np
@@ -185,6 +186,71 @@ def test_versions_of_spans_are_kept():
     assert [tuple(span) for span in chosen.versions] == [(0, 0, 2, "7"), (0, 2, 4, "8")]
 
 
+def spans(*cuts):
+    """[{"version", "start", "end"}] of the tokens that were generated, a policy after the other from version 7 on."""
+    pairs = itertools.pairwise(cuts)
+    return [{"version": str(7 + i), "start": start, "end": end} for i, (start, end) in enumerate(pairs)]
+
+
+def test_weights_that_changed_within_a_generation():
+    """vLLM and SGLang say which of the generated tokens each policy sampled; the prompt's rows are the first one's."""
+    full = make(lengths=(13,))[0]
+    once = {"routed_experts": full, "weight_versions": spans(0, 4, 6)}  # 7 tokens of prompt
+    assert [tuple(span) for span in from_vllm([once], E).versions] == [(0, 0, 11, "7"), (0, 11, 13, "8")]
+    turns = [
+        {"routed_experts": full[:6], "weight_versions": spans(0, 3)},
+        {"routed_experts": full[6:], "routed_experts_start_len": 6, "weight_versions": spans(0, 1, 4)},
+    ]
+    trace = from_vllm([turns], E, num_tokens=[13])
+    assert [tuple(span) for span in trace.versions] == [(0, 0, 6, "7"), (0, 6, 10, "7"), (0, 10, 13, "8")]
+    meta = {"routed_experts": b64(full.astype("<i4")), "weight_versions": spans(0, 2, 5, 6), "weight_version": "9"}
+    trace = from_sglang([{"meta_info": meta}], E, num_layers=L, top_k=K)
+    assert [tuple(span) for span in trace.versions] == [(0, 0, 9, "7"), (0, 9, 12, "8"), (0, 12, 13, "9")]
+    for wrong in ("7", 7, [7], [{"version": "7"}], spans(1, 3), spans(0, 3) + spans(4, 5), [{"start": 0, "end": 3}]):
+        with pytest.raises(FormatError, match="sequence 0 has the weight_versions"):
+            from_vllm([{**once, "weight_versions": wrong}], E)
+
+
+def test_a_response_says_how_long_its_sequence_is():
+    """Rows end with the last token but one: a suffix is no whole sequence, and a turn is put where it ends."""
+    full = make(lengths=(13,))[0]
+
+    def response(ids, prompt, generated, **more):
+        lengths = {"prompt_tokens": prompt, "completion_tokens": generated}
+        return {"meta_info": {"routed_experts": b64(ids.astype("<i4")), **lengths, **more}}
+
+    def loaded(*turns, **options):
+        return from_sglang([list(turns)], E, num_layers=L, top_k=K, **options)
+
+    for options in ({}, {"holes": "unknown"}):
+        with pytest.raises(InputError, match="sequence 0 has 8 rows from token 0 on, but says that it has 13 tokens"):
+            loaded(response(full[4:], 9, 4), **options)
+        with pytest.raises(InputError, match="has 12 rows from token 0 on, but says that it has 12 tokens"):
+            loaded(response(full, 8, 4), **options)
+        with pytest.raises(InputError, match="has 8 rows from token 3 on"):
+            loaded(response(full[4:], 9, 4, routed_experts_start_len=3), **options)
+    placed = loaded(response(full[4:], 9, 4, routed_experts_start_len=4), holes="unknown")
+    assert (placed.reasons[:4] == OUTSIDE).all() and not placed.report.assumed
+    check_rows(placed.slice_positions(4, 12), full[4:])
+
+    first, wrong = response(full[:6], 4, 3), (full[:5] + 1) % E
+    for second in (response(full[6:], 9, 4), response(full[3:], 9, 4), response(full, 9, 4)):  # from anywhere before
+        trace = loaded(first, second)
+        check(trace, [full], (13,))
+        assert not trace.report.assumed
+        check(loaded(response(wrong, 4, 2), response(full, 9, 4)), [full], (13,))
+    with pytest.raises(InputError, match="has 5 rows from token 6 on, but says that it has 13 tokens"):
+        loaded(first, response(full[7:], 9, 4))
+
+    aborted = {"meta_info": {"prompt_tokens": 5, "completion_tokens": 0}}
+    sizes = {"num_layers": L, "top_k": K, "holes": "unknown"}
+    trace = from_sglang([aborted, response(full, 9, 4)], E, **sizes)
+    assert np.diff(trace.offsets).tolist() == [5, 13] and trace.report.sequences_without_routing == (0,)
+    for wrong_length in ("x", -1, 2.5, True):
+        with pytest.raises(FormatError, match="they must be numbers of tokens"):
+            loaded(response(full, 9, wrong_length))
+
+
 def test_without_a_length_the_loader_says_what_it_assumed(caplog):
     ids = make()
     for engine in ENGINES:
@@ -262,6 +328,29 @@ def test_masks_say_which_tokens_need_routing(fill):
         InputError, match=r"sequence 1 has no routing for 1 tokens, the first is token 3 in layers \[2\]"
     ):
         from_verl(ids, E, response_mask=masks)
+
+
+def test_jagged_tensors_are_taken_as_they_are():
+    """As verl keeps all of a batch once padding was removed."""
+
+    def jagged(arrays):
+        return torch.nested.as_nested_tensor([torch.from_numpy(array) for array in arrays], layout=torch.jagged)
+
+    ids = [in_place(rows.astype(np.int16), 0) for rows in make()]
+    ids[2][:] = 0  # verl's padding sample
+    masks = [np.ones(2, np.int64), np.ones(3, np.int64), np.zeros(1, np.int64)]
+    trace = from_verl(jagged(ids), E, num_tokens=LENGTHS, response_mask=jagged(masks))
+    assert trace.report.sequences_without_routing == () and (trace.sequence(2) == -1).all()
+    for index in (0, 1):
+        np.testing.assert_array_equal(trace.sequence(index)[:-1], ids[index][:-1])
+    kept = [np.arange(len(rows)) < 2 for rows in ids]
+    replayed = from_verl(jagged(ids[:2]), E, num_tokens=LENGTHS[:2], replay_mask=jagged(kept[:2]))
+    assert np.flatnonzero(~replayed.unknown).tolist() == [0, 1, 5, 6]
+    for loader in (from_vllm, from_slime, from_prime_rl):
+        with pytest.raises(FormatError, match="is no array"):
+            loader([jagged(ids)], E)
+        with pytest.raises(FormatError, match="is no array"):
+            loader([torch.zeros(4, L, K, dtype=torch.bfloat16)], E)
 
 
 def test_a_replay_mask_says_what_is_replayed():
@@ -396,6 +485,26 @@ def test_slime_pads_with_minus_one_after_a_tool():
     ids[1][5:] = -1
     trace = from_slime(ids, E, num_tokens=LENGTHS, holes="unknown")
     assert np.flatnonzero(trace.reasons == NOT_RECORDED).tolist() == [10, 11, 12]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int8, np.int16, np.int32, np.int64])
+def test_megatron_ids_of_every_dtype(dtype):
+    ids = np.concatenate(make()).astype(dtype)
+    check_rows(from_megatron([ids[:, layer] for layer in range(L)], E), ids)
+    if np.dtype(dtype).itemsize == 1:
+        with pytest.raises(ShapeError, match="have wrapped around"):
+            from_megatron([ids[:, layer] for layer in range(L)], 384)
+
+
+@pytest.mark.parametrize("fill", [0, -1])
+def test_a_megatron_router_without_routing_is_refused(fill):
+    """Every router of the model has a layer: one that was not recorded is no dense layer."""
+    ids = np.concatenate(make())
+    routers = [ids[:, layer].copy() for layer in range(L)]
+    for lost in (0, L - 1):
+        gone = [np.full_like(rows, fill) if layer == lost else rows for layer, rows in enumerate(routers)]
+        with pytest.raises(InputError, match=rf"no routing for {len(ids) - 1} tokens, .* in layers \[{lost}\]"):
+            from_megatron(gone, E)
 
 
 def test_megatron_holes():

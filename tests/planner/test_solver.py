@@ -9,6 +9,7 @@ from skewed_loads import skewed_loads
 from relibra_kernels.planner import ClusterSpec
 from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
+from relibra_kernels.planner.solver.exits import fetch_exits
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.hosts import Hosts
 from relibra_kernels.planner.solver.kept import choose_copies, pack, shares
@@ -108,6 +109,24 @@ def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
     assert {1, 2, 3} <= set((kept.rank[kept.expert == 3] // 2).tolist())
 
 
+@pytest.mark.parametrize("far", [3, 5])
+def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
+    table, ranks, gpus = skewed_loads(3, 4, 64, sigma=1.5), 32, 4
+    home, share = contiguous_home(3, 64, ranks), shares(table, ranks)
+    layer, expert = choose_copies(share, 3 * ranks, ranks, ranks)
+    sent = []
+    for limit in (None, far):
+        kept = pack(share, home, layer, expert, ClusterSpec(8, gpus, 2), 6, spread=True, far=limit)
+        assert len(kept.layer) == 3 * ranks
+        owner = home[kept.layer, kept.expert]
+        trips = {*zip(kept.layer, kept.expert, owner, kept.rank // gpus, strict=True)}
+        of_home = np.zeros((3, ranks), int)
+        for at, _, rank, node in trips:
+            of_home[at, rank] += rank // gpus != node
+        sent.append(of_home.max())
+    assert sent[1] == far < sent[0]
+
+
 def test_layers_compete_for_memory():
     table = np.concatenate([skewed_loads(1, 4, 32, sigma=0.1), skewed_loads(1, 4, 32, sigma=1.5)])
     layer, _ = choose_copies(shares(table, 8), 8, 16, 8)
@@ -122,3 +141,18 @@ def test_fetching_fills_a_node_exactly():
     assert slots.load.sum(2).tolist() == [[50, 50, 50, 50]]
     assert sent.tolist() == [3]
     assert slots.fetched.sum() == 3
+
+
+def test_of_ranks_that_are_as_good_the_lowest_hosts_a_replica():
+    share = np.array([[[80.0], [20.0], [20.0], [20.0]]])
+    kept = pack(share, np.arange(4)[None], np.array([0]), np.array([0]), ClusterSpec(1, 4, 1), 1, spread=False)
+    assert kept.rank.tolist() == [1]
+    for fetching in (
+        lambda slots: fetch(slots, np.array([50]), 4),
+        lambda slots: fetch_exits(slots, np.array([50]), 4, 4, 1, 8),
+    ):
+        expert = np.stack([np.arange(4), np.full(4, -1)], 1)[None]
+        load = np.array([[[80, 0], [20, 0], [20, 0], [20, 0]]])
+        slots = Slots(expert, load, np.full((1, 4), 1), np.zeros((1, 4, 2), bool))
+        fetching(slots)
+        assert np.argwhere(slots.fetched[0]).tolist() == [[1, 1]]

@@ -3,6 +3,7 @@
 import itertools
 import pickle
 import tracemalloc
+from functools import partial
 
 import numpy as np
 import pytest
@@ -50,6 +51,22 @@ def test_select_keeps_the_order_that_was_asked_for():
     assert trace.select([]).num_tokens == 0
     with pytest.raises(InputError, match="sequence 3"):
         trace.select([3])
+
+
+@pytest.mark.parametrize(
+    "wrong", [[True, False, True], np.array([True, False, True]), slice(0, 2), 1, [0.5], "01", [[0], [1]], None]
+)
+def test_sequences_and_layers_are_named_by_numbers(wrong, tmp_path):
+    """A mask would be taken for the sequences 0 and 1."""
+    trace = small_trace()
+    trace.save(tmp_path / "t.npz")
+    calls = [lambda: trace.select(wrong), lambda: trace.slice_layers(wrong)]
+    if wrong is not None:
+        calls += [partial(RoutingTrace.load, tmp_path / "t.npz", **{key: wrong}) for key in ("sequences", "layers")]
+    for call in calls:
+        with pytest.raises(InputError, match=r"but must be integers \(of a mask"):
+            call()
+    assert trace.select(np.array([2, 0], np.uint8)).num_tokens == trace.select(iter([2, 0])).num_tokens == 12
 
 
 @pytest.mark.parametrize(

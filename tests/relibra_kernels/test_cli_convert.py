@@ -27,6 +27,32 @@ def convert(source, out, form, *arguments):
     return main(["convert", str(source), "--from", form, "--num-experts", str(E), "--out", str(out), *arguments])
 
 
+MINE = """
+import numpy as np
+from relibra_kernels.planner.formats.sequences import trace_of_sequences
+
+def backwards(records, num_experts, **options):
+    return trace_of_sequences([np.asarray(ids)[::-1] for ids in records], num_experts, last_token="left out", **options)
+"""
+
+
+def test_a_loader_of_ones_own(routing, tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(MINE)
+    source = save_folder(tmp_path / "arrays", [ids[::-1] for ids in routing])
+    assert convert(source, tmp_path / "trace.npz", f"{tmp_path / 'mine.py'}:backwards") == 0
+    trace = RoutingTrace.load(tmp_path / "trace.npz")
+    for i, ids in enumerate(routing):
+        np.testing.assert_array_equal(trace.sequence(i)[:-1], ids[:, 1:])
+    for form, message in (
+        (f"{tmp_path / 'mine.py'}:forwards", "has no such function, only trace_of_sequences, backwards"),
+        (f"{tmp_path / 'none.py'}:backwards", "is no Python file"),
+        ("SGLand", "did you mean sglang?"),
+    ):
+        assert convert(source, tmp_path / "other.npz", form) == 2
+        assert message in capsys.readouterr().err
+    assert not (tmp_path / "other.npz").exists()
+
+
 def save_folder(folder, arrays):
     folder.mkdir()
     for name, array in zip(("b", "c", "d"), arrays, strict=True):
@@ -180,6 +206,43 @@ def test_token_ids_of_a_response_are_checked(routing, tmp_path, capsys):
     assert "sequence 0 has 4 rows, but its 3 tokens need 2" in capsys.readouterr().err
 
 
+def sglang_answer(ids, prompt, **beside):
+    """An OpenAI-compatible response of SGLang: routing is beside the choices, of the first of them."""
+    usage = {"prompt_tokens": prompt, "completion_tokens": len(ids) + 1 - prompt}
+    routing = b64(ids.astype("<i4").tobytes())
+    return {"choices": [{"index": 0}], "usage": usage, "sglext": {"routed_experts": routing, **beside}}
+
+
+def test_openai_compatible_responses_of_sglang(routing, tmp_path, capsys):
+    out, sizes = tmp_path / "trace.npz", ("--num-layers", "3", "--top-k", "2")
+    lines = [sglang_answer(ids, 2) for ids in routing]
+    assert convert(save_lines(tmp_path / "in", lines), out, "sglang", *sizes) == 0
+    assert "assumed" not in capsys.readouterr().out  # the usage says how long they are
+    trace = RoutingTrace.load(out)
+    for index, ids in enumerate(routing):
+        np.testing.assert_array_equal(trace.sequence(index)[:-1], ids[:, 1:])
+    suffix = {**lines[2], "sglext": sglang_answer(routing[2][3:], 2)["sglext"]}  # but 7 tokens by its usage
+    assert convert(save_lines(tmp_path / "in", [suffix]), out, "sglang", *sizes, "--holes", "unknown") == 2
+    assert "has 3 rows from token 0 on, but says that it has 7 tokens" in capsys.readouterr().err
+    shorter = sglang_answer(routing[0], 2, input_ids=[1, 2], output_ids=[[3, 4], [5]])
+    assert convert(save_lines(tmp_path / "in", [shorter]), out, "sglang", *sizes) == 2
+    assert "4 rows" in (error := capsys.readouterr().err) and "4 tokens" in error
+    two = {**lines[0], "choices": [{"index": 0}, {"index": 1}]}  # no routing of the second
+    assert convert(save_lines(tmp_path / "in", [two]), out, "sglang", *sizes) == 2
+    assert "line 1 has no 'routed_experts'" in capsys.readouterr().err
+
+
+def test_aborted_requests_of_sglang(routing, tmp_path, capsys):
+    whole = {"meta_info": {"routed_experts": b64(routing[0].astype("<i4").tobytes())}}
+    aborted = {"meta_info": {"prompt_tokens": 3, "completion_tokens": 0, "finish_reason": {"type": "abort"}}}
+    source = save_lines(tmp_path / "in", [whole, aborted])
+    sizes = ("--num-layers", "3", "--top-k", "2")
+    assert convert(source, tmp_path / "trace.npz", "sglang", *sizes) == 2
+    assert "sequence 1 has no routing" in capsys.readouterr().err
+    assert convert(source, tmp_path / "trace.npz", "sglang", *sizes, "--holes", "unknown") == 0
+    assert np.diff(RoutingTrace.load(tmp_path / "trace.npz").offsets).tolist() == [5, 3]
+
+
 def test_holes_and_layers_can_be_named(routing, tmp_path, capsys):
     routing[2][1] = 0
     folder = save_folder(tmp_path / "folder", routing)
@@ -225,6 +288,5 @@ def test_bad_input_is_one_line_and_status_2(routing, tmp_path, capsys):
 
 
 def test_unknown_engines_are_refused(tmp_path, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        convert(tmp_path, tmp_path / "trace.npz", "tgi")
-    assert stopped.value.code == 2 and "sglang" in capsys.readouterr().err
+    assert convert(tmp_path, tmp_path / "trace.npz", "tgi") == 2
+    assert "--from is 'tgi', but must be one of " in capsys.readouterr().err

@@ -147,6 +147,21 @@ def test_json_reports_what_a_plan_costs(tmp_path, capsys):
     assert all(report["shape"] == "GLM-4.5-Air" and report["migration_bytes"] >= 0 for report in reports)
 
 
+def test_two_hops_are_compared_with_balance_over_two_hops_and_over_one(tmp_path, capsys):
+    """Between nodes a token travels once instead of up to top-k times, so that balance itself is faster."""
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "skewed.npz", loads=(np.exp(rng.normal(0, 1.5, (2, 4, 64))) * 9000).astype(np.int64))
+    ratios = {}
+    for transport in ("one", "two"):
+        arguments = ["--shape", "Qwen3-30B-A3B", "--transport", transport, "--json"]
+        assert run(tmp_path, tmp_path / "skewed.npz", *arguments) == 0
+        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        ratios[transport] = [report["modelled_over_balanced"], report["modelled_over_one_hop_balanced"]]
+    assert ratios["one"][0] == ratios["one"][1]
+    assert ratios["two"][1] < 0.95 * ratios["two"][0]
+    assert ratios["two"][1] < ratios["one"][1]
+
+
 def test_a_trace_must_be_of_the_shape_that_is_given(tmp_path, capsys):
     make_trace(tmp_path / "trace.npz")
     arguments = [tmp_path / "trace.npz", "--micro-batch-sequences", 2, "--shape"]

@@ -45,6 +45,17 @@ def test_a_flat_heat_map_says_that_this_is_the_result(tmp_path):
     assert "static: flat, and that is the result" in (tmp_path / "r.html").read_text()
 
 
+def test_the_summary_says_where_another_is_level(tmp_path):
+    """Balanced loads: nothing is to be gained; EPLB makes copies all the same, LLEP fetches none."""
+    np.savez(tmp_path / "loads.npz", loads=np.full((2, 3, 128), 640))
+    for rival in ("llep", "eplb-global"):
+        arguments = ["--ep", "16", "--policies", f"static,{rival},relibra", "--html", str(tmp_path / "r.html")]
+        assert main(["simulate", str(tmp_path / "loads.npz"), *arguments]) == 0
+        assert "Another policy is faster" not in (tmp_path / "r.html").read_text()
+        level = "level with another to 0.1% in: " in (tmp_path / "r.html").read_text()
+        assert level == (rival == "llep")
+
+
 def test_the_report_renders_in_a_browser(tmp_path):
     """In light, in dark and on a narrow screen: a picture with the page's colours in it."""
     browser = chromium()

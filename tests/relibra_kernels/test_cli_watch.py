@@ -1,18 +1,33 @@
 """`relibra watch`: what it shows of a log."""
 
 import json
+import re
+from dataclasses import fields
 
 from relibra_kernels.cli import main
 from relibra_kernels.cli.watch import batches_of, lines_of
+from relibra_kernels.parallel import BatchStats
 
 BATCH = {
     "rank": 0,
+    "static_max_mean": None,
     "planned_max_mean": 1.001,
     "actual_max_mean": 1.002,
+    "saved_seconds": None,
     "differing_tokens": 7,
-    "seconds": {"dispatch": 0.25, "combine": 0.25, "compute": 1.0, "replica": 0.125, "migration": 0.0},
-    "bytes": {"dispatch": {"fast": 2_000_000, "slow": 0}, "replica": {"fast": 500_000, "slow": 3_000_000}},
+    "dispatch_seconds": 0.25,
+    "combine_seconds": 0.25,
+    "compute_seconds": 1.0,
+    "replica_seconds": 0.125,
+    "migration_seconds": 0.0,
+    "token_fast_bytes": 2_000_000,
+    "fetched_fast_bytes": 500_000,
+    "kept_slow_bytes": 3_000_000,
 }
+
+
+def test_it_reads_what_a_run_logs():
+    assert BATCH.keys() <= {field.name for field in fields(BatchStats)}
 
 
 def test_a_line_a_batch(tmp_path, capsys):
@@ -20,17 +35,25 @@ def test_a_line_a_batch(tmp_path, capsys):
     log.write_text("not json\n" + json.dumps({"loss": 1.0}) + "\n" + json.dumps(BATCH) + "\n" + json.dumps(BATCH)[:40])
     assert main(["watch", str(log), "--once"]) == 0
     head, line = capsys.readouterr().out.splitlines()
-    cells = dict(zip(head.replace("MB fast", "fast").replace("MB slow", "slow").split(), line.split(), strict=True))
+    cells = dict(
+        zip(
+            re.sub(r"(MB fast|MB slow|saved s)", lambda m: m[0].replace(" ", "_"), head).split(),
+            line.split(),
+            strict=True,
+        )
+    )
     assert (cells["planned"], cells["actual"], cells["seconds"], cells["exchange"]) == (
         "1.001",
         "1.002",
         "1.625",
         "0.500",
     )
-    assert (cells["fast"], cells["slow"], cells["deviating"], cells["static"]) == ("2.5", "3.0", "7", "-")
-    log.write_text(log.read_text()[:-40] + json.dumps(BATCH | {"static_max_mean": 1.9}) + "\n")
+    assert (cells["MB_fast"], cells["MB_slow"], cells["deviating"]) == ("2.5", "3.0", "7")
+    assert cells["static"] == cells["saved_s"] == "-"
+    log.write_text(log.read_text()[:-40] + json.dumps(BATCH | {"static_max_mean": 1.9, "saved_seconds": 0.75}) + "\n")
     batches = list(batches_of(log))
-    assert len(batches) == 2 and len(lines_of(batches, 1)) == 1 and "1.900" in lines_of(batches, 1)[0]
+    assert len(batches) == 2 and len(lines_of(batches, 1)) == 1 and "0.750" in lines_of(batches, 1)[0]
+    assert "1.900" in lines_of(batches, 1)[0] and "1.625" in lines_of(batches, 1)[0]  # what was saved is not spent
 
 
 def test_a_log_without_batches_and_no_log(tmp_path, capsys):

@@ -15,7 +15,7 @@ from relibra_kernels.cli import main
 from relibra_kernels.compiling.compile_only import compile_launch
 from relibra_kernels.compiling.known_bugs import known_bug
 from relibra_kernels.configs.config import GEMM_KERNELS, ROW_KERNELS, parse_config
-from relibra_kernels.configs.limits import DEVICES, INTERPRETER, TARGETS, device_named, device_of
+from relibra_kernels.configs.limits import DEVICES, INTERPRETER, device_named, device_of
 from relibra_kernels.configs.spaces import SPACE, config_for, configs
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning.catalogue import calls, recorded
@@ -33,7 +33,7 @@ MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma
 
 @interpreting
 @pytest.mark.parametrize("kernel", GEMM_KERNELS)
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", MMA)
 def test_the_first_config_of_every_gemm(target, kernel):
     device = device_named(target)
     config = configs(kernel, device, torch.bfloat16)[0]

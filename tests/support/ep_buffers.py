@@ -21,7 +21,7 @@ def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, 
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     trace, groups = trace.select(mine), groups[mine]
     plan = make_plan(case, ep, RoutedBatch(trace, groups, case.micro_batches), 0)
-    buffers, most = ep._buffers, Counter()
+    buffers, most = ep._transport.buffers, Counter()
     take = buffers.take
 
     def recorded(name: str, shape, like: torch.Tensor) -> torch.Tensor:

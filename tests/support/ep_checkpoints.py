@@ -1,5 +1,6 @@
 """Training that is saved and goes on elsewhere, run on every rank of a group."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -51,7 +52,9 @@ def read_without_the_library(folder: Path) -> dict[str, np.ndarray]:
     reader = dcp.FileSystemReader(folder)
     known = reader.read_metadata().state_dict_metadata
     state = {name: torch.empty(md.size, dtype=md.properties.dtype) for name, md in known.items()}
-    dcp.load(state, storage_reader=reader, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # which is meant
+        dcp.load(state, storage_reader=reader, no_dist=True)
     return {name: value.numpy() for name, value in state.items()}
 
 

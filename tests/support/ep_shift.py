@@ -13,7 +13,9 @@ EVERY = -1
 
 def shifted(ids_TLK: np.ndarray, record: str, wrong: float = 1.0) -> np.ndarray:
     """The first `wrong` of the tokens have what belongs to another token or layer."""
-    other = {"token": np.roll(ids_TLK, 1, 0), "layer": np.roll(ids_TLK, 1, 1)}.get(record, ids_TLK)
+    by = -1 if record.endswith("early") else 1
+    axis = {"token": 0, "layer": 1}.get(record.removesuffix(" early"))
+    other = ids_TLK if axis is None else np.roll(ids_TLK, by, axis)
     few = int(wrong * len(ids_TLK))
     return np.concatenate([other[:few], ids_TLK[few:]])
 
@@ -58,4 +60,4 @@ def shift_of(
                     done += 1
     except ReLibraError as error:
         kind, message = type(error).__name__, str(error)
-    return kind, message, ep.stats()["agreeing_share"], done
+    return kind, message, ep.stats().agreeing_share, done

@@ -11,13 +11,13 @@ from torch.profiler import profile
 from toy_training import Case, ToyModel, loss_sum, make_batch, make_plan, model_input, not_last, start, train_steps
 
 from relibra_kernels.nn import replay_routing
-from relibra_kernels.parallel import ExpertParallel, RoutedBatch, RuntimeOptions
+from relibra_kernels.parallel import BatchStats, ExpertParallel, RoutedBatch, RuntimeOptions
 from relibra_kernels.parallel.tokens import layer
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
 
 
-def stats_of_batch(case: Case) -> tuple[dict, str, list[str], list[int]]:
-    """The statistics of one batch, as a dict and as a line, the profiler's ranges, and the assignments that the experts
+def stats_of_batch(case: Case) -> tuple[BatchStats, str, list[str], list[int]]:
+    """The statistics of one batch and their line, the profiler's ranges, and the assignments that the experts
     of this rank were given in every (micro-batch, layer)."""
     ep, optimizer = start(case)
     computed: list[int] = []
@@ -84,4 +84,4 @@ def differing_routes(case: Case, count: int, spare: int) -> tuple[dict[str, np.n
         with replay_routing([moe.router for moe in model.moe], replayed):
             loss_sum(model(ids), ids, not_last(part)).backward()
     alone = {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
-    return gradients, ep.stats()["differing_tokens"], alone
+    return gradients, ep.stats().differing_tokens, alone

@@ -49,6 +49,7 @@ def count_wire(case: Case, by_hand: bool = True) -> dict[str, Any]:
                 loss_sum(model(ids), ids, counted).backward()
     return {
         "stats": ep.stats(),
+        "sent": dict(ep.comm.ledger.batch_bytes()),
         "wire": dict(wire),
         "plan": plan,
         "previous": previous,
@@ -79,7 +80,8 @@ def counted_at_the_boundary(gpus_per_node: int) -> Iterator[Counter[str]]:
     def counting(received: torch.Tensor, send: torch.Tensor, receive_counts: Any, send_counts: Any, **kwargs: Any):
         me = dist.get_rank()
         row = send[:1].numel() * send.element_size() if len(send) else 0
-        for rank, rows in enumerate(send_counts):
+        group = kwargs.get("group") or dist.group.WORLD
+        for rank, rows in zip(dist.get_process_group_ranks(group), send_counts, strict=True):
             if rank != me:
                 wire["fast" if rank // gpus_per_node == me // gpus_per_node else "slow"] += rows * row
         return original(received, send, receive_counts, send_counts, **kwargs)

@@ -23,12 +23,12 @@ STEPS = 3
 
 
 def case_of(size: int) -> Case:
-    """What is trained."""
-    options = RuntimeOptions(watchdog_seconds=2.0)
+    """What is trained; on four ranks as two nodes, with two hops."""
+    options = RuntimeOptions(watchdog_seconds=2.0, transport="two" if size == 4 else "one")
     experts = 4 * size
     return Case(
         ranks=size,
-        gpus_per_node=size,
+        gpus_per_node=2 if size == 4 else size,
         experts=experts,
         plan="shuffled",
         steps=STEPS,

@@ -1,7 +1,10 @@
 """Tiny random Hugging Face MoE models, one a family, and what tests ask of them."""
 
+import numpy as np
 import torch
 import transformers
+
+from relibra_kernels.planner import RoutingTrace
 
 VOCABULARY = 64
 _COMMON = {
@@ -57,6 +60,12 @@ FAMILIES = {
 }
 
 
+def checkpoint_activations(model: torch.nn.Module, use_reentrant: bool) -> None:
+    """By the name that transformers has for it; the older one warns in newer versions."""
+    new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"
+    getattr(model, new if hasattr(model, new) else old)({"use_reentrant": use_reentrant})
+
+
 def make_model(family: str, **options: object) -> torch.nn.Module:
     """Random weights large enough that clamps clamp and routing differs between tokens."""
     name, of_family, _ = FAMILIES[family]
@@ -78,6 +87,16 @@ def make_model(family: str, **options: object) -> torch.nn.Module:
 def make_tokens(sequences: int = 3, length: int = 11, seed: int = 1) -> torch.Tensor:
     """int64 [sequences, length] without special tokens."""
     return torch.randint(3, VOCABULARY, (sequences, length), generator=torch.Generator().manual_seed(seed))
+
+
+def other_trace(lengths, seed=0, layers=(0, 2), experts=8, top_k=2):
+    """Routing that the model would hardly choose."""
+    ids = np.random.default_rng(seed).random((sum(lengths), len(layers), experts)).argsort(-1)[..., :top_k]
+    return RoutingTrace(ids.astype(np.int8), np.cumsum([0, *lengths]), experts, layers)
+
+
+def loss_of(model, tokens):
+    return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def logits_and_gradients(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

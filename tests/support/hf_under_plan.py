@@ -80,7 +80,7 @@ def alone(family: str, ranks: int, **options) -> tuple[list[RoutingTrace], list[
     hyper-connections amplify that (HY-V4's own gradients of whole and of divided batches differ by 3e-3 in float64).
     """
     from relibra_kernels.integrations.transformers import replay
-    from relibra_kernels.integrations.transformers.layers import moe_layers
+    from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
     model = prepared(family, **options)
     layers = moe_layers(model)
@@ -151,7 +151,7 @@ def compare(family: str, ranks, **options) -> str:
 def kernels_against_eager(family: str) -> float:
     """The largest relative difference of a gradient, in float64, on one process that replays."""
     from relibra_kernels.integrations.transformers import replay
-    from relibra_kernels.integrations.transformers.layers import moe_layers
+    from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
     gradients = []
     for implementation in ("eager", "relibra"):
@@ -185,7 +185,7 @@ def recorded_and_replayed(family: str) -> tuple[float, int, int]:
 def replayed_choices(family: str) -> tuple[np.ndarray, np.ndarray]:
     """(ids that routing at random names, ids that the experts were given under its replay), [tokens, L, K], sorted."""
     from relibra_kernels.integrations.transformers import replay
-    from relibra_kernels.integrations.transformers.layers import moe_layers
+    from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
     model = prepared(family)
     layers = moe_layers(model)

@@ -95,7 +95,7 @@ ROOMS = (
         "files errors",
         "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.cluster "
         "planner.trace planner.trace_rules planner.trace_report planner.trace_files planner.trace_writer "
-        "planner.showing",
+        "planner.showing planner.drawing",
     ),
     Room("files", "files written whole or not at all", "errors", "planner.files planner.npz_rows"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),

@@ -109,9 +109,8 @@ def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, fold
             for m in range(MICRO_BATCHES):
                 with ep.micro_batch(m):
                     loss_of(model, tokens[groups == m]).backward()
-        stats = ep.stats()
-        sent = stats["bytes"]["kept_gradients" if keep else "replica_gradients"]["fast"]
-        assert 0 < sent <= stats["replicas"] * factor_bytes(ep)  # of this rank's; not those of whole weights
+        sent = ep.comm.ledger.batch_bytes()["kept_gradients" if keep else "replica_gradients", "fast"]
+        assert 0 < sent <= ep.stats().replicas * factor_bytes(ep)  # of this rank's; not those of whole weights
         ep.reduce_gradients()
         gradients = {name: g.clone() for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
         results.append(gradients if rank == 0 else {})

@@ -144,6 +144,6 @@ def together(first: dict[str, Tensor], chunks: int) -> tuple[list[float], dict[s
         dist.all_reduce(total, group=state.get_data_parallel_group())
         losses.append(float(total))
         optimizer.step()
-    assert ep.stats()["replicas"]
+    assert ep.stats().replicas
     parameters = {names[name]: tensor for name, tensor in ep.named_logical_parameters()}
     return losses, parameters, layers

@@ -48,7 +48,7 @@ def train(steps: int, options: dict) -> dict:
     stats = trainer.ep.stats()
     parameters = logical(trainer, lambda p: p.data)
     results = {"losses": losses, "gradients": gradients, "parameters": parameters, "moved": moved}
-    return results | {"copies": stats["replicas"], "agreeing_share": stats["agreeing_share"]}
+    return results | {"copies": stats.replicas, "agreeing_share": stats.agreeing_share}
 
 
 def save(folder: str, steps: int, options: dict, before: str = "") -> float:

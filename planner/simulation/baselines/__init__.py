@@ -1,5 +1,7 @@
-"""Rival policies, written from what their authors describe. Each takes the loads of a whole batch (an oracle, where the
-original would have to predict) and a cluster, and says what it makes of them as an Outcome.
+"""Baseline policies, written from what their authors describe.
+
+Each takes the loads of a whole batch (an oracle, where the original would have to predict) and a cluster, and says what
+it makes of them as an Outcome.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,8 @@
-"""What rivals that copy experts for a whole batch make of it: instances of experts on ranks, and a split over them.
+"""Baselines that copy experts for a whole batch: from instances of experts on ranks, and their split, to an Outcome.
 
-An instance on the expert's contiguous home is the home; every other one counts as a kept replica, also where the rival
-has moved the expert away from its home altogether. That is generous: moving it would carry the optimizer state along.
+An instance on the expert's contiguous home is the home. Every other one counts as a kept replica, also where the
+baseline moves the expert away from its home altogether. That is generous: moving it would carry the optimizer state
+along.
 """
 
 import numpy as np

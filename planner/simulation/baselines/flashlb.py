@@ -1,5 +1,5 @@
 """FlashLB's idea (vllm-ascend): copies chosen on load vectors over micro-batches instead of on their sum, kept for the
-batch; with the best split per micro-batch, which makes it the strongest of the rivals that send no weights per
+batch; with the best split per micro-batch, which makes it the strongest of the baselines that send no weights per
 micro-batch. Copies go where the vectors overlap least, without regard to nodes.
 """
 

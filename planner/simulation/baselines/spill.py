@@ -1,4 +1,4 @@
-"""Rivals that send weights for every micro-batch, each a rule for whom an overloaded rank gives to.
+"""Baselines that send weights for every micro-batch. Each is a rule that says to whom an overloaded rank gives work.
 
 LLEP (Salesforce): experts in descending order; what the home has above its capacity spills to the least loaded ranks in
 chunks of at least 1024 assignments, on any node; what is left in the end is forced onto the least loaded one. A

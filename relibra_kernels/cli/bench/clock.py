@@ -13,7 +13,7 @@ from .peers import Run
 
 @dataclass
 class Figures:
-    """Of one implementation: seconds of each round; on a GPU the peak of memory beyond what was there, in bytes."""
+    """The measurements of one implementation: seconds of each round, and on a GPU the peak of extra memory in bytes."""
 
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)

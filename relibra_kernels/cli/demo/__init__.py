@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _progress(label: str, steps: Generator[None, None, T], total: int) -> T:
     """Run `steps` with a progress bar; what they return."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     with tqdm(desc=f"{label:20}", total=total, bar_format="{desc} {bar:30} {n_fmt}/{total_fmt} {elapsed}") as bar:
         while True:

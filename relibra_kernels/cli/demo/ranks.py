@@ -1,10 +1,12 @@
 """The demo's ranks: one process each, which train on the rollouts under three policies and check the results."""
 
 import math
+import signal
 import statistics
 import tempfile
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -219,7 +221,8 @@ def run_ranks(
         reference.save(folder)
         try:
             arguments = (name, queue, batches, policies, repeats)
-            ranks = mp.start_processes(_rank_main, arguments, nprocs=RANKS, join=False, start_method="spawn")
+            with _not_interrupted():
+                ranks = mp.start_processes(_rank_main, arguments, nprocs=RANKS, join=False, start_method="spawn")
             results: dict[str, Any] | None = None
             while results is None:
                 while queue.empty():
@@ -229,12 +232,35 @@ def run_ranks(
                     yield
             while not ranks.join():
                 pass
+        except (KeyboardInterrupt, GeneratorExit):
+            for process in ranks.processes:
+                process.kill()
+                process.join()
+            raise
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             if isinstance(error, mp.ProcessRaisedException) and CommunicationError.__name__ not in str(error):
                 raise  # a defect, which keeps its traceback
             reason = str(error).strip().splitlines()[-1]
             raise CommunicationError(f"rank {error.error_index} of {RANKS} failed: {reason}") from None
     return results
+
+
+@contextmanager
+def _not_interrupted() -> Iterator[None]:
+    """Processes started within never see Ctrl-C, which a terminal sends to all; this one sees it at the end.
+
+    They inherit the main thread's mask. Another thread may take the signal here, so that its handler waits too.
+    """
+    interrupts: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, before)
+    if interrupts:
+        raise KeyboardInterrupt
 
 
 def steps_to_run(repeats: int) -> int:

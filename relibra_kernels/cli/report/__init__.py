@@ -32,13 +32,21 @@ def write_report(path: Path, cases: Sequence[Case], inputs: dict[str, str]) -> N
 
 
 def _best(case: Case) -> tuple[str | None, str | None]:
-    """(the fastest policy within the cap, the fastest of the others' ones); balanced is none."""
+    """(the fastest policy within the cap, the fastest of the others); balanced is none. Of equals ours comes first."""
     able = sorted(
         (r for r in case.rows.values() if r.fits and r.policy not in ("balanced", "static")),
-        key=lambda r: r.cost.seconds,
+        key=lambda r: (r.cost.seconds, r.policy != OURS),
     )
     rivals = [r.policy for r in able if r.policy != OURS]
     return (able[0].policy if able else None), (rivals[0] if rivals else None)
+
+
+def _is_level(case: Case) -> bool:
+    """Whether ours is the fastest, and another as fast within what the model can tell."""
+    best, rival = _best(case)
+    if best != OURS or rival is None:
+        return False
+    return case.rows[rival].cost.seconds <= 1.001 * case.rows[OURS].cost.seconds
 
 
 def _summary(cases: Sequence[Case]) -> str:
@@ -47,6 +55,9 @@ def _summary(cases: Sequence[Case]) -> str:
     words = f"<b>{OURS}</b> is the fastest policy within the memory cap in {won} of {len(cases)} cases"
     if len(cases) == 1:
         words = words.removesuffix("s")
+    level = [f"{html.escape(case.title)} ({_best(case)[1]})" for case in cases if _is_level(case)]
+    if level:
+        words += f", level with another to 0.1% in: {'; '.join(level)}"
     gains = [
         case.rows["static"].cost.seconds / case.rows[OURS].cost.seconds
         for case in cases
@@ -57,7 +68,7 @@ def _summary(cases: Sequence[Case]) -> str:
             f", {gains[0]:.2f} times as fast as static placement"
         )  # fmt: skip
     lost = [f"{html.escape(case.title)} ({best})" for case in cases if (best := _best(case)[0]) not in (OURS, None)]
-    words += f". Another is faster in: {'; '.join(lost)}." if lost else "."
+    words += f". Another policy is faster in: {'; '.join(lost)}." if lost else "."
     lines = []
     for case in cases:
         rival, rows = _best(case)[1], case.rows
@@ -68,7 +79,7 @@ def _summary(cases: Sequence[Case]) -> str:
     return (
         f"<h2>Summary</h2><p>{words}</p>"
         f"<h3>Throughput over forced balanced routing (1 = perfectly balanced)</h3>"
-        f"{legend({'static': 'static', 'rival': _RIVAL, 'ours': OURS})}{dots(lines)}"
+        f"{legend({'static': 'static', 'rival': _RIVAL, 'ours': OURS}, ' mark')}{dots(lines)}"
         "<p class=note>Forced balanced routing gives every expert the same: a yardstick, not a policy. A plan whose "
         "kept replicas let more tokens stay on their node can be faster than it.</p>"
     )

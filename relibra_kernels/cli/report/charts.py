@@ -14,8 +14,9 @@ _FLAT = 1.005
 _KINDS = {OURS: "ours", "static": "static", "balanced": "static"}
 
 
-def legend(kinds: dict[str, str]) -> str:
-    return "<p>" + " ".join(f"<span class='key {kind}'></span>{name}" for kind, name in kinds.items()) + "</p>"
+def legend(kinds: dict[str, str], shape: str = "") -> str:
+    """shape: " mark" where the marks have the forms of `dots`."""
+    return "<p>" + " ".join(f"<span class='key {kind}{shape}'></span>{name}" for kind, name in kinds.items()) + "</p>"
 
 
 def _axis(top: float, unit: str = "") -> str:

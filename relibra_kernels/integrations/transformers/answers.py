@@ -1,4 +1,5 @@
-"""How a router is made to choose recorded experts: its own selection is answered, all that it computes stays its own.
+"""Make a router choose the recorded experts: its call that selects (`torch.topk`) returns the recorded ids. Everything
+else that the router computes is unchanged.
 
 Almost every family selects with `torch.topk` over its scores; Phi-3.5-MoE with `max`, one expert after the other; the
 first layers of DeepSeek-V4 look the token id up in a table.

@@ -16,7 +16,7 @@ from ...router import comparison_of
 from ..taken import TakenLayer
 from .answers import answer_of
 from .experts import FamilyExperts
-from .layers import MoeLayer, moe_layers
+from .moe_layers import MoeLayer, moe_layers
 
 
 class FamilyRouter:

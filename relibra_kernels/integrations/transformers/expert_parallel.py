@@ -18,8 +18,8 @@ from ...parallel.comm.groups import Groups
 from ...parallel.live import LiveRouting
 from ...parallel.running import ModelRunner
 from ...parallel.session import RuntimeOptions
-from ...parallel.tokens.buffers import Buffers
 from ...parallel.tokens.layer import Experts
+from ...parallel.tokens.one_hop import OneHop
 from ...planner import ClusterSpec
 from ...planner.errors import InputError
 from ...planner.plan import contiguous_home
@@ -46,7 +46,7 @@ class RelibraEP(EPImplementation):
         self.groups = _groups_of(ep_mesh)
         self.num_experts = self.num_local_experts * self.groups.experts.size
         home = contiguous_home(1, self.num_experts, self.groups.experts.size)
-        self.alone: Runner = LiveRouting(self.groups, home, RuntimeOptions(), Buffers())
+        self.alone: Runner = LiveRouting(OneHop(self.groups.experts, self.groups.host), home, RuntimeOptions())
         self.runner: ModelRunner | None = None  # of the model that this layer is in, once it has one
         self.layer = 0  # among that model's
         self.weights: ExpertWeights | None = None  # as FSDP last gathered them
@@ -69,7 +69,7 @@ _IMPLEMENTATIONS: "WeakKeyDictionary[nn.Module, RelibraEP]" = WeakKeyDictionary(
 
 
 def implementations_of(model: nn.Module) -> list[RelibraEP]:
-    """Of all MoE layers of a model, in order."""
+    """The `RelibraEP` of every MoE layer of a model, in order."""
     if EPImplementationInterface is None:
         raise InputError(
             f"transformers is {transformers.__version__}, which has no hook for expert-parallel implementations; "
@@ -90,7 +90,7 @@ def communication(model: nn.Module) -> Comm:
 
 
 def collective_device(comm: Comm) -> torch.device:
-    """Where this group's collectives want their tensors."""
+    """The device on which this group's collectives take their tensors."""
     on_gpu = "nccl" in dist.get_backend(comm.group)
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 

@@ -99,7 +99,7 @@ class FamilyExperts(ReplicatedExperts):
 
 
 def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, ExpertWeights]:
-    """Both contiguous in the weights' dtype, or in autocast's where that is on."""
+    """Hidden states and gate weights, contiguous, in the weights' dtype, or in autocast's where that is on."""
     for name, weight in weights._asdict().items():
         if weight is not None:
             check_computable(name, weight)

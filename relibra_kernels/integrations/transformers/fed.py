@@ -21,6 +21,8 @@ class Fed:
     cache:     the cache itself
     packed:    lengths of the sequences that the one row is packed of, padding behind each included; None: not packed
     padded_behind: whether the last of these is not a sequence, but padding
+    elsewhere: bool [B, S]; tokens that go to experts of their own, which no MoE layer here has (ERNIE-VL's images);
+               None: no token does
     """
 
     token_ids: np.ndarray | None
@@ -29,6 +31,7 @@ class Fed:
     cache: Any = None
     packed: tuple[int, ...] | None = None
     padded_behind: bool = False
+    elsewhere: np.ndarray | None = None
 
 
 def fed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fed:
@@ -43,7 +46,17 @@ def fed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fed:
     mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
     real = _real(mask, batch, length, cached or 0)
     packed, padded = _packed(kwargs, length, real) if batch == 1 and not cached else (None, False)
-    return Fed(None if ids is None else ids.numpy(force=True), real, cached, cache, packed, padded)
+    token_ids = None if ids is None else ids.numpy(force=True)
+    return Fed(token_ids, real, cached, cache, packed, padded, _elsewhere(kwargs, real))
+
+
+def _elsewhere(kwargs: Mapping[str, Any], real: np.ndarray) -> np.ndarray | None:
+    """Of an ERNIE-VL forward: which tokens are images."""
+    kinds = kwargs.get("moe_mm_token_type_ids")
+    if not isinstance(kinds, Tensor) or kinds.numel() != real.size or not kinds.any():
+        return None
+    images: np.ndarray = kinds.bool().numpy(force=True)
+    return images.reshape(real.shape)
 
 
 def cache_of(outputs: Any) -> Any:

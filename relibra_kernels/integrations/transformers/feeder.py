@@ -14,7 +14,7 @@ from ...forwards import OpenForwards
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from .fed import Fed
-from .layers import MoeLayer
+from .moe_layers import MoeLayer
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Feeder(OpenForwards):
         self.on_resumed()
 
     def feed(self, fed: Fed) -> np.ndarray:
-        """Get ready for a forward that is fed these tokens; their rows in the trace, int64 [B * S]."""
+        """Get ready for a forward that is fed these tokens. Returns their rows in the trace, int64 [B * S]."""
         rows = self._whole(fed) if fed.cached is None else self._continued(fed)
         if self._token_ids is not None and fed.token_ids is not None:
             self._check_token_ids(fed, rows)
-        self.use_rows(rows.reshape(-1))
+        self.use_rows(rows.reshape(-1) if fed.elsewhere is None else rows[~fed.elsewhere])
         return rows.reshape(-1)
 
     def use_rows(self, rows_T: np.ndarray) -> None:

@@ -17,7 +17,7 @@ from ...parallel.planning import Planning
 from ...parallel.routed_batch import RoutedBatch, routed_batch
 from ...parallel.running import ModelRunner
 from ...parallel.session import RuntimeOptions, Session
-from ...parallel.tokens.buffers import Buffers
+from ...parallel.tokens.one_hop import OneHop
 from ...planner import BatchPlan, ClusterSpec, ModelShape, PlanOptions, RoutingTrace
 from ...planner.errors import CommunicationError, InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
@@ -26,7 +26,7 @@ from ...weights import ExpertWeights
 from .expert_parallel import RelibraEP, collective_device, implementations_of
 from .fed import Fed
 from .feeder import Feeder
-from .layers import MoeLayer, check_trace_of_model, moe_layers
+from .moe_layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .routers import replaying_routers
 
@@ -122,11 +122,11 @@ def batch(
     if routed is not None:
         cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
         loads = _planning(model, first, cluster).loads_of(plan, routed, None)
-    options, buffers = RuntimeOptions(on_shift=on_shift), Buffers()
+    options, transport = RuntimeOptions(on_shift=on_shift), OneHop(comm, groups.host)
     session = Session(options, comm.ledger)
-    runner = ModelRunner(LiveRouting(groups, plan.home, options, buffers))
+    runner = ModelRunner(LiveRouting(transport, plan.home, options))
     store = ExpertStore(lambda layer: _weights_of(implementations[layer]), len(implementations), None, device)
-    opened = OpenBatch(session, groups, plan, loads, routed, store, buffers)
+    opened = OpenBatch(session, groups, plan, loads, routed, store, transport)
     traces = None if routed is None else _traces(routed)
     mine = _Opened(model, runner, opened, traces)
     runner.in_batch = True

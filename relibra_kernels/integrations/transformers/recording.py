@@ -1,5 +1,6 @@
 """Recording the routing of a Hugging Face model, in `generate` and in plain forwards, as a trace."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,16 +14,24 @@ from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from ...planner.trace_rules import compact_dtype
 from .fed import Fed, cache_of, fed_tokens
-from .layers import MoeLayer, model_inside, moe_layers, not_compiled
+from .moe_layers import MoeLayer, model_inside, moe_layers, not_compiled
 
 
 @dataclass
 class _Sequence:
-    """What one row of a batch was fed: token ids (None for embeddings) and compact ids [n, L, K] of every forward."""
+    """What one row of a batch was fed: token ids (None for embeddings), compact ids [n, L, K] and which tokens they are
+    known of, bool [n], of every forward."""
 
     sampled: bool  # a token was sampled after the last one that was fed
+    padding: int = 0  # how many of its tokens may be padding behind it, to a multiple of the packed row
     token_ids: list[np.ndarray | None] = field(default_factory=list)
     expert_ids: list[np.ndarray] = field(default_factory=list)
+    known: list[np.ndarray] = field(default_factory=list)
+
+    def add(self, token_ids: np.ndarray | None, expert_ids: np.ndarray, known: np.ndarray) -> None:
+        self.token_ids.append(token_ids)
+        self.expert_ids.append(expert_ids)
+        self.known.append(known)
 
 
 class RoutingRecord:
@@ -41,11 +50,12 @@ class RoutingRecord:
 
         A plain forward is a whole sequence a row, or several that are packed in one (`cu_seq_lens_q` or `position_ids`
         say where they begin). In `generate`, the last sampled token was never fed and is unknown, and what was fed
-        after the first end-of-sequence token is left out.
+        after the first end-of-sequence token is left out. ERNIE-VL's image tokens go to experts of their own, and are
+        unknown.
 
         Args:
             token_ids: of every sequence, without padding, as `generate` returned them: they say how long sequences
-                are, and recorded routing that was not theirs is refused. Padding behind packed sequences needs none.
+                are, and recorded routing that was not theirs is refused. Padding behind packed sequences is left out.
 
         Raises: InputError where nothing was recorded, or the ids are not what was fed.
         """
@@ -65,7 +75,7 @@ class RoutingRecord:
                 length = _checked_length(index, sequence, ids, len(rows), np.asarray(token_ids[index], np.int64))
             rows = rows[:length]
             parts += [rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)]
-            unknown += [np.zeros(len(rows), bool), np.ones(length - len(rows), bool)]
+            unknown += [~np.concatenate(sequence.known)[:length], np.ones(length - len(rows), bool)]
         lengths = [len(parts[i]) + len(parts[i + 1]) for i in range(0, len(parts), 2)]
         return RoutingTrace(
             np.concatenate(parts),
@@ -102,17 +112,21 @@ class RoutingRecord:
         if fed is None:
             return
         chosen = []
+        known = np.ones(fed.real.size, bool) if fed.elsewhere is None else ~fed.elsewhere.reshape(-1)
+        count = int(known.sum())
         for layer, top_k_index in zip(self._layers, self._chosen, strict=True):
-            if top_k_index is None or len(top_k_index) != fed.real.size:
-                rows = "did not run" if top_k_index is None else f"ran {len(top_k_index)} of {fed.real.size} tokens"
+            if top_k_index is None or len(top_k_index) != count:
+                rows = "did not run" if top_k_index is None else f"ran {len(top_k_index)} of {count} tokens"
                 raise InputError(f"{layer.name} {rows} in this forward, so that its routing is not known{layer.part}")
             chosen.append(top_k_index)
         ids_TLK = torch.stack([ids.to(chosen[0].device) for ids in chosen], 1).to(torch.int32).numpy(force=True)
-        ids_TLK = ids_TLK.astype(compact_dtype(self._layers[0].num_experts))
+        dtype = compact_dtype(self._layers[0].num_experts)
+        rows_TLK = np.full((len(known), *ids_TLK.shape[1:]), np.iinfo(dtype).max, dtype)
+        rows_TLK[known] = ids_TLK
         if fed.packed is not None:
-            self._add_packed(fed, fed.packed, ids_TLK)
+            self._add_packed(fed, fed.packed, rows_TLK, known)
             return
-        ids_BSLK = ids_TLK.reshape(*fed.real.shape, *ids_TLK.shape[1:])
+        ids_BSLK, known_BS = rows_TLK.reshape(*fed.real.shape, *ids_TLK.shape[1:]), known.reshape(fed.real.shape)
         if not fed.cached:
             self._open = [_Sequence(sampled=fed.cached is not None) for _ in fed.real]
             self._sequences += self._open
@@ -124,20 +138,22 @@ class RoutingRecord:
         self._cache = fed.cache if fed.cache is not None else cache_of(outputs)
         for b, sequence in enumerate(self._open):
             sequence.sampled |= bool(fed.cached)
-            sequence.expert_ids.append(ids_BSLK[b, fed.real[b]])
-            sequence.token_ids.append(None if fed.token_ids is None else fed.token_ids[b, fed.real[b]])
+            real = fed.real[b]
+            token_ids = None if fed.token_ids is None else fed.token_ids[b, real]
+            sequence.add(token_ids, ids_BSLK[b, real], known_BS[b, real])
 
-    def _add_packed(self, fed: Fed, packed: tuple[int, ...], ids_TLK: np.ndarray) -> None:
+    def _add_packed(self, fed: Fed, packed: tuple[int, ...], ids_TLK: np.ndarray, known_T: np.ndarray) -> None:
         """A sequence for each of those that one row is packed of, without padding behind them."""
         lengths = list(packed)
         if fed.padded_behind:
             lengths.pop()
         while len(lengths) > 1 and lengths[-1] == 1:  # padding whose positions are all 0
             lengths.pop()
-        place = 0
+        place, most = 0, math.gcd(*lengths) - 1
         for length in lengths:
-            token_ids = None if fed.token_ids is None else fed.token_ids[0, place : place + length]
-            self._sequences.append(_Sequence(False, [token_ids], [ids_TLK[place : place + length]]))
+            own = slice(place, place + length)
+            token_ids = None if fed.token_ids is None else fed.token_ids[0, own]
+            self._sequences.append(_Sequence(False, most, [token_ids], [ids_TLK[own]], [known_T[own]]))
             place += length
         self._open, self._cache = [], None
 
@@ -145,6 +161,8 @@ class RoutingRecord:
 def _checked_length(index: int, sequence: _Sequence, fed: np.ndarray | None, rows: int, given: np.ndarray) -> int:
     most = rows + 1 if sequence.sampled else rows
     least = len(sequence.expert_ids[0]) if sequence.sampled else rows
+    if sequence.padding and fed is not None and len(given) < rows and len(np.unique(fed[len(given) :])) == 1:
+        least = rows - sequence.padding
     if not least <= len(given) <= most:
         raise InputError(
             f"token_ids of sequence {index} has {len(given)} tokens, but {rows} were fed; it must be {least} to {most}"

@@ -18,7 +18,7 @@ from ...planner import RoutingTrace
 from ...planner.errors import InputError, ShapeError
 from .fed import Fed, fed_tokens
 from .feeder import Feeder
-from .layers import check_trace_of_model, model_inside, moe_layers, not_compiled
+from .moe_layers import check_trace_of_model, model_inside, moe_layers, not_compiled
 from .routers import replaying_routers
 
 
@@ -45,14 +45,15 @@ def replay(
             share of context parallelism), and for `torch.compile`: without them compiled models run uncompiled within.
         on_shift: what to do where the model's own choice in the first forward's first MoE layers is another than the
             record says: "refuse" (an error below 50 %, a warning below 90 %), "warn", or "ignore", for records of a
-            stale policy. None: "refuse", or "warn" where token_ids are given, which are checked themselves.
+            stale policy. None: "refuse"; where token_ids are given, which are checked themselves, "refuse" for a record
+            that is shifted by a token or layer, or where 1,000 token-layers were compared, else "warn".
 
     Yields the `Alignment`, whose `share` says how much of the record the model would have chosen itself.
     Raises: InputError where the trace is not of this model, or a forward is not fed its tokens.
     """
     layers = moe_layers(model)
     check_trace_of_model(trace, layers)
-    alignment = Alignment(on_shift or ("refuse" if token_ids is None else "warn"))
+    alignment = Alignment(on_shift or ("refuse" if token_ids is None else None))
     feeder = Feeder(trace, layers, token_ids)
     with ExitStack() as stack:
         if rows is not None:

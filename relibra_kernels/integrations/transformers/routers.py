@@ -16,7 +16,7 @@ from ...forwards import at_end_of_backward, backward_task, forwards_now, opened
 from ...planner.errors import InputError, ShapeError
 from .answers import answer_of
 from .feeder import Feeder
-from .layers import MoeLayer
+from .moe_layers import MoeLayer
 
 
 @contextmanager

@@ -21,6 +21,18 @@ from .ledger import Ledger
 LISTEN = timedelta(seconds=1)  # between looks at whether another rank has stopped
 
 
+@dataclass
+class Progress:
+    """How far a rank is in the collectives that all ranks come to in one order.
+
+    `position`: (collectives begun, phase of the last one, whether the host waits for it). `last`: what a device waits
+    for.
+    """
+
+    position: tuple[int, str, bool] = (0, "", False)
+    last: dist.Work | None = None
+
+
 class Comm:
     """One process group, seen from one of its ranks.
 
@@ -28,13 +40,21 @@ class Comm:
         group: a `torch.distributed` process group; None = the default group.
         gpus_per_node: ranks of one node; traffic inside a node is counted as fast, across nodes as slow.
         ledger: where bytes and seconds are written; its own where None.
+        part_of: a group of which this one is a part that takes its turns among that one's collectives: one watchdog
+            sees both, and errors name the rank as that group does.
 
     Attributes:
         alarm: where ranks say that they stop; None: nobody does.
         ranks: of the default group, in the order of this one.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None, gpus_per_node: int, ledger: Ledger | None = None):
+    def __init__(
+        self,
+        group: dist.ProcessGroup | None,
+        gpus_per_node: int,
+        ledger: Ledger | None = None,
+        part_of: "Comm | None" = None,
+    ):
         if not dist.is_initialized():
             raise InputError("torch.distributed is not initialised: start with torchrun, or call init_process_group")
         self.group = group
@@ -42,17 +62,17 @@ class Comm:
         self.size = dist.get_world_size(group)
         self.gpus_per_node = gpus_per_node
         self.ledger = Ledger() if ledger is None else ledger
+        self._name: tuple[int, int] = (self.rank, self.size) if part_of is None else part_of._name
+        self._progress: Progress = Progress() if part_of is None else part_of._progress
         self.alarm: Alarm | None = None
         self._waits_on_host = dist.get_backend(group) == "gloo"  # with others, a stream waits and the host goes on
-        self._position = (0, "", False)
-        self._last: dist.Work | None = None
         self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
 
     @property
     def position(self) -> tuple[int, str, bool]:
         """(collectives begun, phase of the last one, whether it is still under way), for the watchdog."""
-        count, phase, waiting = self._position
-        last = self._last
+        count, phase, waiting = self._progress.position
+        last = self._progress.last
         return count, phase, waiting or (last is not None and not last.is_completed())
 
     @property
@@ -63,19 +83,20 @@ class Comm:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Turn a failed collective into a CommunicationError that names the phase and this rank."""
-        count = self._position[0] + 1
-        self._position = (count, phase, True)
+        count = self._progress.position[0] + 1
+        self._progress.position = (count, phase, True)
         try:
             yield
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what gloo and NCCL raise
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            rank, size = self._name
             raise CommunicationError(
-                f"rank {self.rank} of {self.size} failed in {phase}: {reason}. The usual cause is that another "
+                f"rank {rank} of {size} failed in {phase}: {reason}. The usual cause is that another "
                 "rank died, or did not answer within the process-group timeout"
             ) from error
-        self._position = (count, phase, False)
+        self._progress.position = (count, phase, False)
 
     def wait(self, work: dist.Work) -> None:
         """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
@@ -83,7 +104,7 @@ class Comm:
         Raises: CommunicationError naming the rank that stopped, and its error.
         """
         if not self._waits_on_host:
-            self._last = work
+            self._progress.last = work
             work.wait()
             return
         while True:
@@ -97,7 +118,9 @@ class Comm:
             heard = self.alarm.heard() if self.alarm is not None else None
             if heard is not None:
                 rank, reason = heard
-                raise CommunicationError(f"rank {self.rank} stopped waiting for rank {rank}, which stopped: {reason}")
+                raise CommunicationError(
+                    f"rank {self._name[0]} stopped waiting for rank {rank}, which stopped: {reason}"
+                )
 
     def start(
         self,
@@ -162,7 +185,7 @@ class Comm:
         what: str,
         also: Sequence[int] = (),
     ) -> np.ndarray:
-        """Let every rank go on, or none: what a rank found wrong, and numbers that must be the same on all. Collective.
+        """Exchange what ranks found wrong, and numbers that must be equal: all ranks go on, or all raise. Collective.
 
         Returns: int64 [R, len(also)], numbers that may differ.
         Raises: `problem` on the rank that has one, else InputError naming the rank that has, or the fact that differs.

@@ -1,6 +1,8 @@
 """The process groups of a run: one for the experts, one beside it for replicas, and those that hold copies."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import numpy as np
 import torch
@@ -28,6 +30,14 @@ _NOT_COPIES = {"pp": "pipeline", "tp": "tensor", "cp": "context", "sp": "sequenc
 _MADE: dict[tuple[object, ...], _Made] = {}
 
 
+def timeout_of(group: dist.ProcessGroup | None) -> timedelta | None:
+    """How long collectives of a group wait: those beside it are to wait as long. None: torch's default."""
+    group = group or dist.group.WORLD
+    device = "cuda" if dist.get_backend(group) == "nccl" else "cpu"
+    options = getattr(group._get_backend(torch.device(device)), "options", None)  # type: ignore[union-attr]
+    return getattr(options, "_timeout", None)
+
+
 class Groups:
     """Seen from one rank.
 
@@ -39,6 +49,8 @@ class Groups:
         experts: the expert-parallel group. side: the same ranks, for replica weights. host: the same ranks, for what
             hosts tell each other while their devices work.
         copies: groups of ranks that own the same experts; none where there is one expert-parallel group.
+        node, rail: parts of the expert-parallel group, there after `split`: this rank's node, and the ranks of the same
+            place on every node.
         all: the groups over which, one after another, something is reduced over all ranks.
         copy: which of the expert-parallel groups this rank is in.
     """
@@ -66,6 +78,8 @@ class Groups:
             raise InputError(f"cluster has {cluster.num_ranks} ranks, the process group {self.experts.size}")
         alone = self.experts.size == 1
         self._made: list[_Made] = []
+        self.node: Comm | None = None
+        self.rail: Comm | None = None
         beside = group if alone else self._new_group("side", None)
         self.side = Comm(beside, cluster.gpus_per_node, self.experts.ledger)
         between_hosts = group
@@ -77,14 +91,36 @@ class Groups:
         self.copy = self.copies[0].rank if self.copies else 0
         self.shape = tuple(comm.size for comm in self.all)
 
-    def _new_group(self, purpose: str, backend: str | None) -> dist.ProcessGroup:
-        """A group of the same ranks, which runs of one process after another share: groups cost threads and files."""
+    def split(self) -> tuple[Comm, Comm]:
+        """(node, rail), made by all ranks at once."""
+        if self.node is None or self.rail is None:
+            experts, per_node = self.experts, self.experts.gpus_per_node
+            node, place = divmod(experts.rank, per_node)
+            inside = self._new_group("node", None, experts.ranks[node * per_node :][:per_node])
+            across = self._new_group("rail", None, experts.ranks[place::per_node])
+            self.node = Comm(inside, per_node, experts.ledger, part_of=experts)
+            self.rail = Comm(across, 1, experts.ledger, part_of=experts)
+        return self.node, self.rail
+
+    @property
+    def every(self) -> list[Comm]:
+        """All groups over which something travels."""
+        split = [comm for comm in (self.node, self.rail) if comm is not None]
+        return [self.experts, self.side, self.host, *split, *self.copies]
+
+    def _new_group(self, purpose: str, backend: str | None, ranks: Sequence[int] = ()) -> dist.ProcessGroup:
+        """A group, which runs of one process after another share: groups cost threads and files.
+
+        Args:
+            ranks: of the default group; none: those of the expert-parallel group.
+        """
         default = dist.distributed_c10d._get_default_group()
         for made in [made for made in _MADE.values() if made.default is not default]:
             _MADE.pop(made.key)  # of a default group that is gone
-        key = (self.experts.ranks, purpose, backend)
+        key = (tuple(ranks) or self.experts.ranks, purpose, backend)
         if key not in _MADE:
-            group = dist.new_group(list(self.experts.ranks), backend=backend, use_local_synchronization=True)
+            wait = timeout_of(self.experts.group)
+            group = dist.new_group(list(key[0]), wait, backend, use_local_synchronization=True)
             _MADE[key] = _Made(key, default, group)
         made = _MADE[key]
         made.users += 1

@@ -1,11 +1,9 @@
 """What one batch cost on one rank: bytes by kind and network, seconds by part."""
 
-import json
 import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch.profiler import record_function
@@ -65,8 +63,3 @@ class Ledger:
     def batch_bytes(self) -> Counter[tuple[str, str]]:
         """`bytes_sent` since the batch began."""
         return self.bytes_sent - self._bytes_before
-
-
-def json_line(stats: dict[str, Any]) -> str:
-    """One line of JSON without a newline, keys in a fixed order."""
-    return json.dumps(stats, sort_keys=True, allow_nan=False)

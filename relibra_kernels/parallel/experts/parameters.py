@@ -88,7 +88,7 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def all_experts(experts: ReplicatedExperts) -> int:
-    """Of the layer, also where only this rank's share of them was made."""
+    """How many experts the layer has over all ranks, also where only this rank's share of them was made."""
     return experts.all_experts or experts.num_experts
 
 

@@ -96,7 +96,8 @@ class Placements:
 
 
 def planned_destinations(ids_LTK: Tensor, split_LER: Tensor, slot_LER: Tensor, num_known: int) -> Destinations:
-    """The j-th occurrence of an expert, in token order and then by k, goes to the rank whose cumulative split holds j.
+    """Where every recorded assignment goes: of each expert, in token order and then by k, the first ones to rank 0, as
+    many as the split says, the next ones to rank 1, and so on.
 
     Args:
         ids_LTK: int64 expert ids, -1 where unknown.

@@ -23,7 +23,7 @@ from ..experts.accumulation import GradientSums
 from ..experts.kept import KeptReplicas
 from ..experts.replicas import GradientReturn, ReplicaPushes, ReplicaRoute
 from ..session import Session
-from .path import TokenPath
+from .transport import TokenPath
 
 
 class Experts(NamedTuple):

@@ -6,8 +6,8 @@ then by token; those that stay on their rank come last.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +26,8 @@ class SendTables:
         other ranks.
     `position_of` int32 [L, T, K]: the sent row whose first choice this is, else -1.
     `offsets` int32 [L, R + 1]: where the rows for each destination begin, in the order in which they are sent.
-    `counts` int32 [L, R, 3], by rank: rows, the most choices that one of them has there, and all those choices.
+    `counts` int32 [L, C]: what hosts are told. Of `send_tables` [L, R * 3], by rank: rows, the most choices that one of
+        them has there, and all those choices.
     """
 
     assignment_of: Tensor
@@ -73,13 +74,12 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
     known = rank_LTK >= 0
     place = torch.where(rank_LTK > me, rank_LTK - 1, rank_LTK.masked_fill(rank_LTK == me, num_ranks - 1))
     token = torch.arange(tokens, device=device)[:, None]
-    cell_LA = torch.where(known, place * tokens + token, cells).flatten(1)  # the last cell is for what goes nowhere
-    choices = torch.zeros(layers, cells + 1, dtype=torch.int32, device=device)
-    choices.scatter_add_(1, cell_LA, torch.ones_like(cell_LA, dtype=torch.int32))
+    cell_LTK = torch.where(known, place * tokens + token, cells)
+    choices = _choices(cell_LTK, cells)
     visited = choices > 0
     row_of_cell = visited.cumsum(1, dtype=torch.int32) - 1
     bound = tokens * min(top_k, num_ranks)
-    row_LTK = torch.where(known, row_of_cell.gather(1, cell_LA).view_as(rank_LTK), bound)
+    row_LTK = torch.where(known, row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK), bound)
     earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
     again = ((place[..., :, None] == place[..., None, :]) & earlier).any(-1)
     first = known & ~again
@@ -91,39 +91,61 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
     slots = torch.full((layers, (bound + 1) * top_k), -1, dtype=torch.int16, device=device)
     slots.scatter_(1, (row_LTK.long() * top_k + choice).flatten(1), slot_LTK.flatten(1))
 
-    by_place = choices[:, :cells].view(layers, num_ranks, tokens)
-    rows = visited[:, :cells].view(layers, num_ranks, tokens).sum(2, dtype=torch.int32)
+    counts = _counts(choices[:, :cells].view(layers, num_ranks, tokens))
+    rows = counts[:, :, 0]
     offsets = torch.cat([rows.new_zeros(layers, 1), rows.cumsum(1, dtype=torch.int32)], 1)
-    most = by_place.amax(2) if tokens else torch.zeros_like(rows)
-    counts = torch.stack([rows, most, by_place.sum(2, dtype=torch.int32)], 2)
     by_rank = torch.cat([counts[:, :me], counts[:, -1:], counts[:, me:-1]], 1)
     return SendTables(
         assignment_of=assignment_of[:, :bound],
         slots=slots.view(layers, bound + 1, top_k)[:, :bound],
         position_of=torch.where(first, row_LTK, -1).int(),
         offsets=offsets,
-        counts=by_rank,
+        counts=by_rank.flatten(1),
     )
+
+
+def visits(rank_LTK: Tensor, num_ranks: int) -> Tensor:
+    """int32 [L, R, 3] of assignments to ranks, -1 where one goes nowhere: the counts of `SendTables`, nothing else."""
+    layers, tokens, _ = rank_LTK.shape
+    step = max(1, CELLS // max(1, num_ranks * tokens))
+    parts = []
+    for start in range(0, layers, step):
+        part = rank_LTK[start : start + step]
+        token = torch.arange(tokens, device=part.device)[:, None]
+        choices = _choices(torch.where(part >= 0, part * tokens + token, num_ranks * tokens), num_ranks * tokens)
+        parts.append(_counts(choices[:, :-1].view(len(part), num_ranks, tokens)))
+    return torch.cat(parts)
+
+
+def _choices(cell_LTK: Tensor, cells: int) -> Tensor:
+    """int32 [L, cells + 1]: how many assignments fall into each cell; the last one is for those that go nowhere."""
+    cell_LA = cell_LTK.flatten(1)
+    choices = torch.zeros(len(cell_LA), cells + 1, dtype=torch.int32, device=cell_LA.device)
+    return choices.scatter_add_(1, cell_LA, torch.ones_like(cell_LA, dtype=torch.int32))
+
+
+def _counts(choices_LRT: Tensor) -> Tensor:
+    """int32 [L, R, 3] of choices of every token on each rank: rows, the most of one, all."""
+    rows = (choices_LRT > 0).sum(2, dtype=torch.int32)
+    most = choices_LRT.amax(2) if choices_LRT.shape[2] else torch.zeros_like(rows)
+    return torch.stack([rows, most, choices_LRT.sum(2, dtype=torch.int32)], 2)
+
+
+class HopSizes(NamedTuple):
+    """Rows that one exchange takes to each rank of its group, and from each: integers of the host."""
+
+    send: Sequence[int]
+    receive: Sequence[int]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What the host knows of one layer: rows to and from each rank, and how many choices come with those it gets.
+    """What the host knows of one layer.
 
-    `places`: the most choices that one received row has here. `assignments`: all of them; `own_assignments`: those of
-    rows that stay on this rank.
+    `hops`: of each exchange on a token's way. `places`: the most choices that one received row has here.
+    `assignments`: all of them, as (those of the first chunk where there are two, the others).
     """
 
-    send_counts: Sequence[int]
-    receive_counts: Sequence[int]
+    hops: tuple[HopSizes, ...]
     places: int
-    assignments: int
-    own_assignments: int
-
-
-def sizes_of_layers(sent_LR3: np.ndarray, received_RL3: np.ndarray, rank: int) -> list[Sizes]:
-    """From the counts that `rank` sends and those that it got from every rank, int [R, L, 3]."""
-    rows_LR, most_LR, choices_LR = received_RL3.transpose(2, 1, 0)
-    most, choices, own = most_LR.max(1).clip(min=1).tolist(), choices_LR.sum(1).tolist(), choices_LR[:, rank].tolist()
-    sent, received = sent_LR3[:, :, 0].tolist(), rows_LR.tolist()
-    return [Sizes(*of_layer) for of_layer in zip(sent, received, most, choices, own, strict=True)]
+    assignments: tuple[int, int]

@@ -1,25 +1,25 @@
-"""A replay is bound to its forward: late backward, checkpointing, several in flight, wrappers, layouts, shifts, and the
+"""A replay is bound to its forward: late backward, checkpointing, several in flight, layouts, shifts, and the
 families whose routers are unlike the others."""
 
 import copy
 import logging
 import pickle
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_families import make_model, make_tokens
+from hf_families import checkpoint_activations, loss_of, make_model, make_tokens, other_trace
 from hf_rare_families import RARE, make_rare
 from tolerance import assert_close
 
 from relibra_kernels.integrations.megatron import rows_of_context_parallel
 from relibra_kernels.integrations.transformers import record_routing, replay
 from relibra_kernels.integrations.transformers.fed import fed_tokens
-from relibra_kernels.integrations.transformers.layers import moe_layers
+from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError, ShapeError
 
@@ -27,20 +27,10 @@ E, K = 8, 2
 LAYERS = (0, 2)
 
 
-def other_trace(lengths, seed=0, layers=LAYERS, experts=E, top_k=K):
-    """Routing that the model would hardly choose."""
-    ids = np.random.default_rng(seed).random((sum(lengths), len(layers), experts)).argsort(-1)[..., :top_k]
-    return RoutingTrace(ids.astype(np.int8), np.cumsum([0, *lengths]), experts, layers)
-
-
 def gradients(model):
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
-
-
-def loss_of(model, tokens):
-    return model(tokens, labels=tokens, use_cache=False).loss
 
 
 def forward(model, tokens, seed):
@@ -54,7 +44,7 @@ def checkpointed(request):
     model = make_model("qwen3_moe").train()
     expected = copy.deepcopy(model)
     if request.param != "plain":
-        model.gradient_checkpointing_enable({"use_reentrant": request.param == "reentrant"})
+        checkpoint_activations(model, use_reentrant=request.param == "reentrant")
     return model, expected
 
 
@@ -90,7 +80,7 @@ def test_in_one_backward_each_forward_has_its_own(checkpointed):
 def test_two_models_one_in_the_other(checkpointed):
     model, plain = checkpointed
     critic = make_model("mixtral").train()
-    critic.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(critic, use_reentrant=False)
     tokens, results = make_tokens(), []
     for policy in (plain, model):
         with replay(policy, other_trace([11] * 3, 5), token_ids=tokens.tolist()):
@@ -106,7 +96,7 @@ def test_two_models_one_in_the_other(checkpointed):
 
 def test_what_hides_the_forward_is_an_error_and_leaves_nothing_behind():
     model, tokens = make_model("qwen3_moe").train(), make_tokens()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     with replay(model, other_trace([11] * 3), token_ids=tokens.tolist()):
         with torch.autograd.graph.save_on_cpu():
             loss = loss_of(model, tokens)
@@ -117,7 +107,7 @@ def test_what_hides_the_forward_is_an_error_and_leaves_nothing_behind():
 
 def test_a_backward_that_failed_leaves_no_router_replaced():
     model, tokens = make_model("qwen3_moe").train(), make_tokens()
-    model.gradient_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model, use_reentrant=False)
     loss = forward(model, tokens, 5)
     handle = model.model.layers[0].mlp.gate.weight.register_hook(lambda grad: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -156,9 +146,17 @@ def test_a_shift_is_noticed(caplog):
         with pytest.raises(InputError, match=r"agrees .* on \d+% of the top-k sets"), replay(model, record):
             model(tokens, use_cache=False)
         caplog.clear()
-        with replay(model, record, token_ids=tokens.tolist()) as alignment:  # ids are checked: only a warning
+        ids = tokens.tolist()  # which are checked: only what is shifted for certain is refused
+        with (
+            nullcontext() if record is other else pytest.raises(InputError, match=f"it is one {name[2:]} late"),
+            replay(model, record, token_ids=ids) as alignment,
+        ):
             model(tokens, use_cache=False)
-        assert alignment.share < 0.5 and "shifted by a token or a layer" in caplog.text, name
+        assert alignment.share < 0.5 and ("of an older policy" in caplog.text) is (record is other)
+        caplog.clear()
+        with replay(model, record, on_shift="warn") as alignment:
+            model(tokens, use_cache=False)
+        assert alignment.share < 0.5 and "of the top-k sets in the first MoE layers" in caplog.text
         caplog.clear()
         with replay(model, record, on_shift="ignore") as ignored:
             model(tokens, use_cache=False)
@@ -201,9 +199,10 @@ def test_packed_rows_with_tails_record_and_replay(told_by, tail, multiple):
     trace = other_trace(lengths)
     with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=token_ids):
         model(ids, **options)
-    if multiple == 1:
-        np.testing.assert_array_equal(record.trace(token_ids).expert_ids, trace.expert_ids)
-    else:  # without their lengths, padding behind a sequence looks like more of it
+    np.testing.assert_array_equal(record.trace(token_ids).expert_ids, trace.expert_ids)
+    with pytest.raises(InputError, match=r"has 4 tokens, but \d+ were fed"):
+        record.trace([token_ids[0][:4], *token_ids[1:]])
+    if multiple > 1:  # without their lengths, padding behind a sequence looks like more of it
         starts = bounds.tolist()
         rows = record.trace()
         for index, length in enumerate(lengths):
@@ -257,62 +256,7 @@ def test_masks_of_every_form_say_the_same():
         fed(torch.ones(2, 3))
 
 
-# ------------------------------------------------------------------------------------------------ wrappers
-class Passing(nn.Module):
-    """Like the wrappers of PEFT, DDP, FSDP and checkpointing: it calls what it wraps and passes its attributes on."""
-
-    def __init__(self, inner, name):
-        super().__init__()
-        self._inner_name = name
-        setattr(self, name, inner)
-
-    def __getattr__(self, name):
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__(self.__dict__["_inner_name"]), name)
-
-    def forward(self, *args, **kwargs):
-        return self._modules[self._inner_name](*args, **kwargs)
-
-
-def wrapped(kind):
-    model = make_model("qwen3_moe").eval()
-    match kind:
-        case "experts twice":
-            for layer in LAYERS:
-                mlp = model.model.layers[layer].mlp
-                mlp.experts = Passing(Passing(mlp.experts, "base_layer"), "base_layer")
-        case "blocks and routers":
-            for layer in LAYERS:
-                mlp = model.model.layers[layer].mlp
-                mlp.gate = Passing(mlp.gate, "_checkpoint_wrapped_module")
-                model.model.layers[layer] = Passing(model.model.layers[layer], "_fsdp_wrapped_module")
-        case "whole":
-            model = Passing(Passing(model, "_fsdp_wrapped_module"), "module")
-        case "compiled":
-            model = torch.compile(model, backend="eager")
-        case "compiled in place":
-            model.compile(backend="eager")
-    return model
-
-
-@pytest.mark.parametrize("kind", ["experts twice", "blocks and routers", "whole", "compiled", "compiled in place"])
-def test_wrappers_of_every_kind(kind):
-    model, tokens, trace = wrapped(kind), make_tokens(), other_trace([11] * 3)
-    if kind.startswith("compiled"):
-        model(tokens, use_cache=False)  # what was compiled before must not be what runs
-    assert [layer.layer_id for layer in moe_layers(model)] == list(LAYERS)
-    with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=tokens.tolist()):
-        model(tokens, use_cache=False)
-        model.generate(tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
-    found = record.trace()
-    assert np.diff(found.offsets).tolist() == [11] * 3 + [14] * 3
-    np.testing.assert_array_equal(found.select(range(3)).expert_ids, trace.expert_ids)
-    for sequence in range(3):
-        np.testing.assert_array_equal(found.sequence(3 + sequence)[:11], trace.sequence(sequence))
-
-
+# ------------------------------------------------------------------------------------------------ caches
 def test_a_cache_that_was_not_recorded_is_refused():
     model, tokens = make_model("qwen3_moe").eval(), make_tokens()
     with torch.no_grad():
@@ -327,25 +271,42 @@ def test_a_cache_that_was_not_recorded_is_refused():
 
 
 # ------------------------------------------------------------------------------------------------ families
-@pytest.mark.parametrize("image", [slice(2, 5), slice(0, 9), slice(8, 9)])
-def test_image_tokens_of_ernie_are_refused_by_name(image):
-    """They go to experts of their own; text alone records and replays, also where the types are given."""
+@pytest.mark.parametrize("image", [slice(0, 0), slice(2, 5), slice(0, 9), slice(8, 9)])
+def test_image_tokens_of_ernie_are_routed_live(image):
+    """They go to experts of their own: unknown in a record, live in a replay, and text beside them is replayed."""
     model, tokens = make_rare("ernie4_5_vl_moe"), make_tokens(2, 9)
-    text = torch.zeros(2, 9, dtype=torch.int32)
-    kinds = text.clone()
+    kinds = torch.zeros(2, 9, dtype=torch.int32)
     kinds[1, image] = 1
+    text = (kinds == 0).flatten().numpy()
+
+    def logits():
+        return model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)[0]
+
     with torch.no_grad():
         with record_routing(model) as record:
-            expected = model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=text)[0]
+            expected = logits()
         trace = record.trace(tokens.tolist())
-        with replay(model, trace):
-            assert_close(model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=text)[0], expected, 1e-6)
-        for within in (record_routing(model), replay(model, trace)):
-            refused = pytest.raises(
-                (InputError, ShapeError), match=r"text_moe.*image tokens go to experts of their own"
-            )
-            with refused, within:
-                model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)
+        np.testing.assert_array_equal(trace.unknown, ~text)
+        with replay(model, trace, token_ids=tokens.tolist()) as alignment:
+            assert_close(logits(), expected, 1e-6)
+        assert alignment.share == 1.0
+        other = other_trace([9, 9], 3, trace.moe_layer_ids)
+        with record_routing(model) as record, replay(model, other, on_shift="ignore"):
+            changed = logits()
+        np.testing.assert_array_equal(record.trace().expert_ids[text], other.expert_ids[text])
+        assert not torch.allclose(changed, expected)
+
+
+def test_image_tokens_of_ernie_that_nobody_names_are_refused():
+    model, tokens = make_rare("ernie4_5_vl_moe"), make_tokens(2, 9)
+    kinds = torch.zeros(2, 9, dtype=torch.int32)
+    kinds[1, 2:5] = 1
+    trace = other_trace([9, 9], 3, tuple(layer.layer_id for layer in moe_layers(model)))
+    said = pytest.raises(
+        ShapeError, match=r"got 15 tokens, but the replay is for 18: image tokens go to experts of their"
+    )
+    with torch.no_grad(), said, replay(model, trace, rows=np.arange(18), on_shift="ignore"):
+        model(input_ids=tokens, use_cache=False, moe_mm_token_type_ids=kinds)
 
 
 @pytest.mark.parametrize("family", RARE)

@@ -1,16 +1,20 @@
-"""Adapters of experts under plans: cut, moved, replicated and saved with their experts; PEFT's, and our own."""
+"""Adapters of experts: recorded, replayed, and under plans cut, moved, replicated and saved; PEFT's, and our own."""
 
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_under_plan import loss_of, make_tokens, prepared
+from hf_families import make_model, make_tokens, other_trace
+from hf_under_plan import loss_of, prepared
+from hf_under_plan import make_tokens as tokens_of_step
 from lora_under_plan import RANK, alone, together, traces_of, wrapped
 from ranks import Ranks
 from tolerance import assert_close
 
 from relibra_kernels import ops
-from relibra_kernels.integrations.transformers import replace_moe_blocks
+from relibra_kernels.integrations.transformers import record_routing, replace_moe_blocks, replay
+from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +29,7 @@ def ranks():
 def test_one_process_keeps_no_sum_of_weights_and_adapters(family, take_over, monkeypatch):
     """Nothing of a frozen weight's size is kept for backward but the weight, and no gradient of its size computed."""
     pytest.importorskip("peft", reason="needs peft")
-    tokens = make_tokens(0)
+    tokens = tokens_of_step(0)
     eager = wrapped(prepared(family))
     loss_of(eager, tokens).backward()
     model = prepared(family)
@@ -76,3 +80,38 @@ def test_adapters_train_under_plans_as_in_one_process(how, family, keep, ranks, 
         assert sum("experts" in name for name in expected) == 8  # A and B of two parameters of two layers
         for name, gradient in expected.items():
             assert_close(got[step][name], gradient, 1e-5, f"step {step}, {name}")
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True], ids=["kept", "checkpointed", "reentrant"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "glm4_moe"])
+def test_adapters_are_recorded_and_replayed(family, reentrant):
+    """Generated and fed whole, with two micro-batches in flight."""
+
+    def step(checkpointed):
+        model = wrapped(make_model(family)).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            model.enable_input_require_grads()
+        losses = []
+        layers = moe_layers(model)
+        for seed, tokens in enumerate((make_tokens(3, 9, 1), make_tokens(2, 7, 2))):
+            numbers = tuple(layer.layer_id for layer in layers)
+            other = other_trace([tokens.shape[1]] * len(tokens), seed, numbers)
+            with replay(model, other, token_ids=tokens.tolist()), record_routing(model) as record:
+                losses.append(model(input_ids=tokens, labels=tokens, use_cache=False).loss)
+            np.testing.assert_array_equal(record.trace(tokens.tolist()).expert_ids, other.expert_ids)
+        sum(losses).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected, got = step(False), step(reentrant is not None)
+    assert expected.keys() == got.keys() and sum("experts" in name for name in expected) >= 8
+    for name, gradient in expected.items():
+        assert_close(got[name], gradient, 1e-5, name)
+
+    model, tokens = wrapped(make_model(family)).eval(), make_tokens(2, 6)
+    with torch.no_grad(), record_routing(model) as record:
+        out = model.generate(input_ids=tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    trace = record.trace(out.tolist())
+    with torch.no_grad(), replay(model, trace, on_shift="refuse") as alignment:
+        model(input_ids=out, use_cache=False)
+    assert alignment.share == 1.0

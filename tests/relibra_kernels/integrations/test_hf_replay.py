@@ -7,7 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_families import FAMILIES, experts_modules, logits_and_gradients, make_model, make_tokens
+from hf_families import FAMILIES, checkpoint_activations, experts_modules, logits_and_gradients, make_model, make_tokens
 from tolerance import assert_close
 
 from relibra_kernels.integrations.transformers import record_routing, replace_moe_blocks
@@ -213,8 +213,7 @@ def test_checkpointed_blocks_replay_again_and_are_recorded_once():
     with replay(model, trace):
         _, expected = logits_and_gradients(model, tokens)
     model.train()
-    enable = "activation_checkpointing_enable"
-    getattr(model, enable if hasattr(model, enable) else "gradient_checkpointing_enable")()
+    checkpoint_activations(model, use_reentrant=False)
     with record_routing(model) as record, replay(model, trace):
         _, gradients = logits_and_gradients(model, tokens)
     assert all(gradients[name].equal(expected[name]) for name in expected)

@@ -8,7 +8,7 @@ from relibra_kernels.integrations import slime, verl
 from relibra_kernels.integrations.batches import plan_micro_batches
 from relibra_kernels.parallel import RoutedBatch
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, count_loads
-from relibra_kernels.planner.errors import InputError
+from relibra_kernels.planner.errors import InputError, ShapeError
 
 E, K, LAYERS, R = 8, 2, 3, 2  # the first layer is dense
 PROMPTS, RESPONSES = [3, 5, 2, 4, 5, 3, 4, 2], [6, 2, 4, 6, 5, 3, 1, 6]
@@ -89,6 +89,51 @@ def test_slime(routing):
         slime.trace_of_rollout({"tokens": []}, E)
 
 
+DTYPES = (torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ids_of_every_dtype_in_the_helpers(routing, dtype):
+    batch, rollout = verl_batch(routing), slime_rollout(routing)
+    batch["routed_experts"] = batch["routed_experts"].to(dtype)
+    rollout["rollout_routed_experts"] = [ids.to(dtype) for ids in rollout["rollout_routed_experts"]]
+    check_trace(verl.trace_of_batch(batch, E), routing)
+    check_trace(slime.trace_of_rollout(rollout, E), routing)
+    rollout["rollout_routed_experts"][3] = list(rollout["rollout_routed_experts"][3].split(4))  # turns
+    check_trace(slime.trace_of_rollout(rollout, E), routing)
+    if dtype.itemsize == 1:
+        for helper, data in ((verl.trace_of_batch, batch), (slime.trace_of_rollout, rollout)):
+            with pytest.raises(ShapeError, match="have wrapped around"):
+                helper(data, 384)
+
+
+@pytest.mark.parametrize("fill", [0, -1])
+def test_holes_mean_the_same_in_every_helper(routing, fill):
+    """One layer of token 4 of sample 1: refused by name, or that token unknown, in the trace and in the loads."""
+    routing[1][4, 2] = fill
+    batch, rollout = verl_batch(routing), slime_rollout(routing)
+    of_ranks = [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    helpers = (
+        lambda **record: verl.trace_of_batch(batch, E, **record),
+        lambda **record: slime.trace_of_rollout(rollout, E, **record),
+        lambda **record: verl.plan_for_update(batch, E, CLUSTER, 2, **record),
+        lambda **record: slime.plan_for_train(rollout, E, CLUSTER, of_ranks, **record),
+    )
+    for helper in helpers:
+        with pytest.raises(
+            InputError, match=r"sequence 1 has no routing for 1 tokens, the first is token 4 in layers \[2\]"
+        ):
+            helper()
+        with pytest.raises(InputError, match="holes is 'ignore'"):
+            helper(holes="ignore")
+    for found in (helper(holes="unknown") for helper in helpers):
+        trace = getattr(found, "batch", found).trace if hasattr(found, "plan") else found
+        assert np.flatnonzero(trace.unknown[trace.offsets[1] : trace.offsets[2]]).tolist() == [4, 6]
+        assert trace.report.unknown == {"last token of its sequence": 8, "not recorded by the engine": 1}
+        if hasattr(found, "plan"):
+            assert found.loads[:, 0, 0].sum() == 2 * K * (9 - 1 + 7 - 1 - 1)
+
+
 LEVEL = PlanOptions(balance=1.0)
 
 
@@ -154,3 +199,48 @@ def test_sequences_that_are_dealt_out_wrongly(routing, micro_batches, message):
             [[[0, 1, 2, 3]], [[1, 2, 3, 4]]],
             partition_of_rank=[[0, 2, 4, 6], [1, 3, 5, 7]],
         )
+
+
+def as_verl_deals(sequences, ranks, mini, micro, epochs):
+    """As verl's workers do it: a chunk a rank, split into mini-batches, those into micro-batches; [steps][rank][m]."""
+    chunks = torch.arange(sequences).chunk(ranks)
+    steps = []
+    for _ in range(epochs):
+        per_rank = [[part.split(micro) for part in chunk.split(mini)] for chunk in chunks]
+        steps += [[[m.tolist() for m in rank] for rank in step] for step in zip(*per_rank, strict=True)]
+    return steps
+
+
+@pytest.mark.parametrize(("mini", "micro", "epochs"), [(2, 1, 1), (2, 2, 3), (4, 2, 2), (1, 1, 1)])
+def test_verl_has_a_plan_for_every_mini_batch_of_every_epoch(routing, mini, micro, epochs):
+    trace = verl.trace_of_batch(verl_batch(routing), E)
+    steps = list(verl.plan_mini_batches(trace, CLUSTER, mini, micro, epochs=epochs, options=LEVEL))
+    expected = as_verl_deals(len(routing), R, mini, micro, epochs)
+    assert len(steps) == len(expected) == epochs * 4 // mini
+    home = None
+    for (rows, planned), dealt in zip(steps, expected, strict=True):
+        for rank, m in np.ndindex(R, mini // micro):
+            assert rows[planned.batch.sequences(m, rank)].tolist() == dealt[rank][m]
+        np.testing.assert_array_equal(planned.loads, planned.batch.loads())
+        again = plan_micro_batches(
+            trace.select(rows), [[[rows.tolist().index(i) for i in m] for m in rank] for rank in dealt], CLUSTER,
+            previous_home=home, options=LEVEL,
+        )  # fmt: skip
+        np.testing.assert_array_equal(planned.plan.home, again.plan.home)
+        np.testing.assert_array_equal(planned.plan.replicas, again.plan.replicas)
+        home = planned.plan.home
+
+
+@pytest.mark.parametrize(
+    ("mini", "micro", "epochs", "message"),
+    [
+        (3, 1, 1, "mini_batch_size_per_gpu is 3, but must divide 4: 8 sequences over 2 ranks"),
+        (2, 0, 1, "micro_batch_size_per_gpu is 0, but must divide 2"),
+        (4, 3, 1, "micro_batch_size_per_gpu is 3, but must divide 4"),
+        (4, 2, 0, "epochs is 0, but must be at least 1"),
+    ],
+)
+def test_mini_batches_that_do_not_divide_are_refused(routing, mini, micro, epochs, message):
+    trace = verl.trace_of_batch(verl_batch(routing), E)
+    with pytest.raises(InputError, match=message):
+        next(verl.plan_mini_batches(trace, CLUSTER, mini, micro, epochs=epochs))

@@ -1,4 +1,4 @@
-"""Permute, gather-sum, activation, replica reduction: the kernels against the reference in float64."""
+"""Weighted sum, activation, replica reduction: the kernels against the reference in float64."""
 
 import math
 from typing import get_args
@@ -14,7 +14,7 @@ from triton.runtime import interpreter
 from relibra_kernels import kernels, reference
 from relibra_kernels.configs.config import BlockConfig
 from relibra_kernels.form import Activation, ExpertForm
-from relibra_kernels.kernels.permute import _permute_kernel, _unpermute_kernel
+from relibra_kernels.kernels.unpermute import _unpermute_kernel
 from relibra_kernels.planner.errors import ShapeError
 
 CASES = routing_cases()
@@ -28,17 +28,15 @@ def normal(*shape, dtype, seed=0):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_permute_and_back(case, dtype):
+def test_unpermute(case, dtype):
     schedule = kernels.build_schedule(case.slots, case.num_slots)
     used, (tokens, top_k) = int(schedule.slot_offsets[-1]), case.slots.shape
-    x, weights = normal(tokens, H, dtype=dtype), normal(tokens, top_k, dtype=torch.float32, seed=2)
+    weights = normal(tokens, top_k, dtype=torch.float32, seed=2)
     y = normal(tokens * top_k, H, dtype=dtype, seed=3)
     y[used:] = float("nan")
-    assert kernels.permute(x, schedule)[:used].equal(reference.permute(x, schedule)[:used])
-    wide = (y.double(), weights.double(), schedule)
-    tolerance = RELATIVE[dtype]
-    assert_close(kernels.unpermute(y, weights, schedule), reference.unpermute(*wide), tolerance)
-    assert_close(kernels.permute_backward(y, schedule), reference.permute_backward(y.double(), schedule), tolerance)
+    for gates in (weights, None):
+        expected = reference.unpermute(y.double(), None if gates is None else gates.double(), schedule)
+        assert_close(kernels.unpermute(y, gates, schedule), expected, RELATIVE[dtype])
 
 
 @pytest.mark.parametrize("concatenated", [True, False])
@@ -75,18 +73,16 @@ SMALL = BlockConfig(32, 1)  # a row in several steps, the last one masked
 
 
 def test_small_blocks_give_the_same():
-    """Whatever config a launch gets: rows that are moved to the bit, sums to a rounding of fp32."""
+    """Whatever config a launch gets."""
     case = CASES[0]
     schedule = kernels.build_schedule(case.slots, case.num_slots)
-    used, (tokens, top_k) = int(schedule.slot_offsets[-1]), case.slots.shape
-    x = normal(tokens, 90, dtype=torch.float32)
+    tokens, top_k = case.slots.shape
     y, weights = normal(tokens * top_k, 90, dtype=torch.float32), normal(tokens, top_k, dtype=torch.float32)
-    assert kernels.permute(x, schedule, config=SMALL)[:used].equal(reference.permute(x, schedule)[:used])
     assert kernels.unpermute(y, weights, schedule, config=SMALL).equal(kernels.unpermute(y, weights, schedule))
 
     h, form = normal(5, 180, dtype=torch.float32), ExpertForm()
     assert kernels.swiglu(h, form, config=SMALL).equal(kernels.swiglu(h, form))
-    both = (kernels.swiglu_backward(x[:5], h, form, config=c) for c in (SMALL, None))
+    both = (kernels.swiglu_backward(y[:5], h, form, config=c) for c in (SMALL, None))
     assert all(a.equal(b) for a, b in zip(*both, strict=True))
 
     grad, shards, place = torch.zeros(3, 90), normal(2, 90, dtype=torch.float32), torch.tensor([2, 2])
@@ -144,17 +140,11 @@ def test_tokens_beyond_32_bits(monkeypatch):
         "create_get_program_id",
         lambda axis: interpreter.TensorHandle(np.array([token], dtype=np.int32), tl.int32),
     )
-    x = reserved(token + 1, width, dtype=torch.float16)
-    x[token] = 1.5
     position = reserved(token + 1, top_k, dtype=torch.int32)
     position[token] = torch.tensor([1, 0])
     weights = reserved(token + 1, top_k, dtype=torch.float32)
     weights[token] = torch.tensor([2.0, 3.0])
     sizes = {"H": width, "TOP_K": top_k, "BLOCK_H": 2048}
-
-    rows = torch.zeros(top_k, width, dtype=torch.float16)
-    _permute_kernel[(1,)](x, position, rows, **sizes)
-    assert rows.eq(1.5).all()
 
     y = torch.stack([torch.full((width,), value, dtype=torch.float16) for value in (0.25, 0.5)])
     out = reserved(token + 1, width, dtype=torch.float16)
@@ -164,8 +154,8 @@ def test_tokens_beyond_32_bits(monkeypatch):
 
 def test_wrong_rows_are_refused():
     schedule = kernels.build_schedule(torch.tensor([[0, 1]]), 2)
-    with pytest.raises(ShapeError, match="contiguous with 1 rows"):
-        kernels.permute(torch.zeros(2, H), schedule)
+    with pytest.raises(ShapeError, match="contiguous with 2 rows"):
+        kernels.unpermute(torch.zeros(1, H), None, schedule)
     with pytest.raises(ShapeError, match="contiguous with 2 rows"):
         kernels.unpermute(torch.zeros(H, 2).t(), None, schedule)
     rows = torch.zeros(2, H)

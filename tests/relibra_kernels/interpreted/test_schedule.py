@@ -8,7 +8,6 @@ from relibra_kernels import kernels, reference
 from relibra_kernels.configs.config import BlockConfig
 from relibra_kernels.kernels import schedule as module
 from relibra_kernels.planner.errors import InputError, ShapeError
-from relibra_kernels.schedule import Splits
 
 CASES = [*routing_cases(), RoutingCase("most slots", random_slots(40, 4, 512, dropped=0.1), 512, 512)]
 
@@ -55,20 +54,6 @@ def test_known_row_counts_shorten_the_buffers():
     same(
         kernels.build_schedule(slots, 6, (16,), num_rows=used), reference.build_schedule(slots, 6, (16,), num_rows=used)
     )
-
-
-def test_experts_split_over_slots():
-    experts, slots = 5, torch.tensor([[3, 9, 0], [1, 4, 11], [7, -1, -1], [8, 2, 5], [6, 10, 12]], dtype=torch.int32)
-    ids = random_slots(60, 3, experts, seed=1, dropped=0.1)
-    total = torch.bincount(ids[ids >= 0], minlength=experts)
-    cumulative = torch.stack([total // 3, total // 2, total], 1).int()
-    cumulative[2], cumulative[3, 2] = total[2], cumulative[3, 1] + 1  # one part; some beyond the last quota
-    splits = Splits(cumulative, slots)
-    got = kernels.build_split_schedule(ids, splits, 14, (16,))
-    same(got, reference.build_split_schedule(ids, splits, 14, (16,)))
-    counts = got.slot_offsets.diff()
-    assert counts[slots[0].long()].tolist() == cumulative[0].diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
-    assert counts[5] == 1 and counts[13] == 0
 
 
 def test_the_number_of_launches(monkeypatch, launches):

@@ -15,6 +15,8 @@ CASES = {
     "own rows stay": Case(ranks=3, gpus_per_node=3, experts=9, options=RuntimeOptions(overlap=True)),
     "rows fetched again": Case(dtype=torch.float32, options=RuntimeOptions(redispatch=True)),
     "frozen experts": Case(frozen=("gate_up_proj", "down_proj")),
+    "two hops": Case(ranks=4, dtype=torch.bfloat16, options=RuntimeOptions(transport="two", redispatch=True)),
+    "two hops, own node first": Case(ranks=4, options=RuntimeOptions(transport="two", overlap=True)),
     "sums in fp32": Case(dtype=torch.bfloat16, options=RuntimeOptions(combine_dtype=torch.float32)),
 }
 

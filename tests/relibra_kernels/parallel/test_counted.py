@@ -9,6 +9,8 @@ from toy_training import Case
 from relibra_kernels.parallel import RuntimeOptions
 
 FETCHING = Case(plan="shuffled", options=RuntimeOptions(kept_bytes=0))
+TWO_NODES = Case(ranks=4, gpus_per_node=2, plan="static", options=RuntimeOptions(transport="two"))
+TWO_FETCHING = replace(TWO_NODES, plan="shuffled", options=RuntimeOptions(kept_bytes=0, transport="two"))
 
 
 @pytest.mark.parametrize(
@@ -25,6 +27,26 @@ FETCHING = Case(plan="shuffled", options=RuntimeOptions(kept_bytes=0))
 def test_exchanges_and_waits_of_a_layer(ranks, case, exchanges):
     for collectives, blocking, runs, fetched in ranks(2).run(count_in_layers, case):
         assert (fetched > 0) == (exchanges > 4)
+        assert collectives == {"all_to_all_single": exchanges * runs}
+        assert not blocking
+
+
+@pytest.mark.parametrize(
+    ("case", "exchanges"),
+    [
+        (TWO_NODES, 8),  # four between nodes and four inside them
+        (replace(TWO_NODES, plan="shuffled", padding=2), 8),
+        (TWO_FETCHING, 11),
+        (
+            replace(TWO_NODES, options=RuntimeOptions(transport="two", overlap=True)),
+            12,
+        ),  # own tokens are handed on apart
+    ],
+    ids=["no replicas", "kept, padded", "fetched", "overlap"],
+)
+def test_exchanges_and_waits_of_a_layer_with_two_hops(ranks, case, exchanges):
+    for collectives, blocking, runs, fetched in ranks(4).run(count_in_layers, case):
+        assert (fetched > 0) == (exchanges == 11)
         assert collectives == {"all_to_all_single": exchanges * runs}
         assert not blocking
 

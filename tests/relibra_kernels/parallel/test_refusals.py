@@ -47,7 +47,7 @@ MOVES_FIRST = {  # what is found only once the batch runs, under the new placeme
         ("other_number_of_micro_batches_on_one_rank", "InputError", r"num_micro_batches of rank \d differs"),
         ("sharded_twice", "InputError", "must have all of its experts"),
         ("wrong_group_size", "InputError", "cluster has 4 ranks, the process group 2"),
-        ("fewer_experts_than_ranks", "InputError", "has 1 experts; 2 ranks need one each"),
+        ("fewer_experts_than_ranks", "InputError", "1 experts are fewer than the 2 ranks"),
         ("other_micro_batch_on_one_rank", "InputError", r"rank \d opened micro-batch \d and rank \d micro-batch \d"),
         ("other_placement_on_one_rank", "InputError", "the placement of rank 1 differs from rank 0's"),
         (

@@ -17,7 +17,8 @@ def test_a_record_of_something_else_is_refused(ranks, record, scoring):
         assert kind == "InputError" and done == 1
         assert share < 0.5
         assert re.search(
-            r"the trace agrees .* on \d+% of .* \(layer 0: \d+%, layer 1: \d+%; .*shifted by a token", message
+            r"the trace agrees .* on \d+% of .* \(layer 0: \d+%, layer 1: \d+%; .*(one token|layer late|of another)",
+            message,
         )
 
 
@@ -34,16 +35,31 @@ def test_the_right_record_agrees(ranks, checkpoint):
         assert (kind, share, done) == ("", 1.0, 2)
 
 
-@pytest.mark.parametrize(("on_shift", "share_is_known"), [("warn", True), ("ignore", False), (None, True)])
-def test_a_stale_record_may_be_trained_on(ranks, on_shift, share_is_known):
-    """None refuses only what says enough: fewer tokens are a trial's."""
-    for kind, _, share, done in ranks(2).run(shift_of, "token", on_shift):
+@pytest.mark.parametrize(
+    ("record", "on_shift", "share_is_known"),
+    [("token", "warn", True), ("token", "ignore", False), ("model", "ignore", False), ("model", None, True)],
+)
+def test_a_stale_record_may_be_trained_on(ranks, record, on_shift, share_is_known):
+    """None refuses no record of a few tokens that is not shifted: it may be a trial's."""
+    for kind, _, share, done in ranks(2).run(shift_of, record, on_shift):
         assert kind == "" and done == 2
         assert (share is not None) == share_is_known and (share is None or share < 0.5)
 
 
+@pytest.mark.parametrize(
+    ("record", "length"),
+    [("token", 10), ("token", 40), ("token early", 10), ("layer", 10), ("layer", 40), ("layer early", 40)],
+)
+def test_a_shifted_record_is_refused_unasked(ranks, record, length):
+    """However few tokens there are: that a record agrees one token or layer on is no accident."""
+    for kind, message, share, done in ranks(2).run(partial(shift_of, length=length, layers=3), record, None):
+        assert kind == "InputError" and done == 1 and share < 0.5, message
+        said = record if record.endswith("early") else f"{record} late"
+        assert f"98 to 100 % is usual): it is one {said}" in message
+
+
 def test_a_long_record_is_refused_unasked(ranks):
-    for kind, message, _, done in ranks(2).run(partial(shift_of, length=700), "token", None):
+    for kind, message, _, done in ranks(2).run(partial(shift_of, length=700), "model", None):
         assert kind == "InputError" and done == 1, message
 
 

@@ -1,7 +1,7 @@
 """What a batch reports; and tokens that chose other experts than were recorded: counted, and still exact."""
 
 import json
-from dataclasses import fields
+from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
@@ -10,6 +10,7 @@ from ranks import Ranks
 from toy_training import Case, make_batch
 from training_checks import worst_error
 
+from relibra_kernels.parallel import BatchStats
 from relibra_kernels.planner import BatchPlan
 
 
@@ -20,20 +21,47 @@ def test_stats_of_a_batch(ranks, unrecorded):
     recorded = int((make_batch(case, 0)[0].expert_ids >= 0).sum())
     computed = np.array([counts for *_, counts in results])  # [ranks, micro-batches * layers]
     assert computed.shape == (2, 2 * 2) and computed.min() > 0
+    static = static_max_mean(case)
     for rank, (stats, line, ranges, _) in enumerate(results):
-        assert json.loads(line) == stats and "\n" not in line
-        assert stats["rank"] == rank and stats["layers_run"] == 2 * 2
-        assert stats["planned_max_mean"] >= 1 and stats["differing_tokens"] == 0
-        assert stats["actual_max_mean"] == pytest.approx((computed.max(0) / computed.mean(0)).mean(), rel=1e-12)
-        assert computed.sum() - stats["unknown_tokens"] * case.layers * case.top_k == recorded
-        assert (stats["unknown_tokens"] > 0) == (unrecorded > 0)
+        assert json.loads(line) == asdict(stats) and "\n" not in line
+        assert stats.rank == rank and stats.layers_run == 2 * 2
+        assert stats.planned_max_mean >= 1 and stats.differing_tokens == 0
+        assert stats.actual_max_mean == pytest.approx((computed.max(0) / computed.mean(0)).mean(), rel=1e-12)
+        assert stats.static_max_mean == pytest.approx(static, rel=1e-12)
+        assert computed.sum() - stats.unknown_tokens * case.layers * case.top_k == recorded
+        assert (stats.unknown_tokens > 0) == (unrecorded > 0)
         if not unrecorded:  # the plan does not know what unrecorded tokens choose
-            assert stats["actual_max_mean"] == pytest.approx(stats["planned_max_mean"])
-        assert {"dispatch", "compute", "combine", "replica", "migration", "tables", "live"} == stats["seconds"].keys()
-        assert all(stats["seconds"][part] > 0 for part in ("dispatch", "compute", "combine", "tables"))
-        assert (stats["seconds"]["live"] > 0) == (unrecorded > 0)
-        assert stats["bytes"]["dispatch"]["fast"] > 0 and stats["bytes"]["dispatch"]["slow"] == 0
+            assert stats.actual_max_mean == pytest.approx(stats.planned_max_mean)
+        assert min(stats.dispatch_seconds, stats.compute_seconds, stats.combine_seconds, stats.tables_seconds) > 0
+        assert (stats.live_seconds > 0) == (unrecorded > 0)
+        assert stats.token_fast_bytes > 0 and stats.token_slow_bytes == 0
         assert {"relibra::dispatch", "relibra::compute", "relibra::combine"} <= set(ranges)
+    every = [stats for stats, *_ in results]
+    longer = np.mean([each.compute_seconds for each in every]) * (static - every[0].actual_max_mean)
+    spent = np.mean([each.replica_seconds + each.migration_seconds for each in every])
+    for stats in every:
+        assert stats.saved_seconds == pytest.approx(longer - spent, abs=1e-8)
+
+
+def static_max_mean(case):
+    """From the recorded ids alone: contiguous homes, two ranks, no replicas."""
+    trace, groups, _ = make_batch(case, 0)
+    ratios = []
+    for m in range(case.micro_batches):
+        ids_TLK = np.concatenate([trace.sequence(i) for i in np.flatnonzero(groups == m)])
+        for layer in range(case.layers):
+            ids = ids_TLK[:, layer]
+            second = (ids >= case.experts // 2).sum() / (ids >= 0).sum()
+            ratios.append(2 * max(second, 1 - second))
+    return np.mean(ratios)
+
+
+def test_what_is_known_is_what_loggers_get():
+    nothing = dict.fromkeys((field.name for field in fields(BatchStats)), 0)
+    stats = BatchStats(**nothing | {"static_max_mean": None, "saved_seconds": None, "compute_seconds": 0.5})
+    scalars = stats.scalars()
+    assert scalars["compute_seconds"] == 0.5 and not {"static_max_mean", "saved_seconds"} & scalars.keys()
+    assert len(scalars) == len(nothing) - 2 and all(isinstance(value, int | float) for value in scalars.values())
 
 
 @pytest.mark.parametrize("executor", ["thread", "process"])

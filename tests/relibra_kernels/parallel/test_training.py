@@ -93,6 +93,26 @@ def test_parity_in_float64(ranks, case):
     check_parity(case, results, 1e-12)
 
 
+def on_two_nodes(case: Case) -> Case:
+    """The case on four ranks as two nodes, between which tokens cross once and are handed on inside."""
+    lengths = case.sequence_lengths * max(1, case.micro_batches // 2)  # eight are one a rank in two micro-batches
+    options = replace(case.options, transport="two")
+    return replace(case, ranks=4, gpus_per_node=2, sequence_lengths=lengths, options=options)
+
+
+@pytest.mark.parametrize("case", [on_two_nodes(case) for case in CASES.values()], ids=CASES.keys())
+def test_parity_in_float64_with_two_hops(ranks, case):
+    check_parity(case, ranks(4).run(train_parallel, case), 1e-12)
+
+
+def test_own_node_first_while_others_cross(ranks):
+    """With overlap a node's own tokens are a chunk of their own, with a second hop of its own."""
+    for redispatch in (False, True):
+        options = RuntimeOptions(overlap=True, redispatch=redispatch)
+        case = on_two_nodes(Case(plan="shuffled", unrecorded=0.2, options=options, checkpoint="non-reentrant"))
+        check_parity(case, ranks(4).run(train_parallel, case), 1e-12)
+
+
 @pytest.mark.parametrize(
     ("plan", "scoring"), [("planned", "softmax"), ("shuffled", "softmax"), ("shuffled", "sigmoid")]
 )
@@ -101,6 +121,8 @@ def test_parity_in_float32(ranks, plan, scoring):
         plan=plan, scoring=scoring, dtype=torch.float32, steps=2, hidden=32, intermediate=48, learning_rate=1e-3
     )
     check_parity(case, ranks(2).run(train_parallel, case), 1e-5)
+    case = on_two_nodes(case)
+    check_parity(case, ranks(4).run(train_parallel, case), 1e-5)
 
 
 def test_dense_parameters_of_two_dtypes(ranks):
@@ -109,10 +131,12 @@ def test_dense_parameters_of_two_dtypes(ranks):
     check_parity(case, ranks(2).run(train_parallel, case), 1e-5)
 
 
-def test_bfloat16_stays_near_float32(ranks):
+@pytest.mark.parametrize("hops", [1, 2])
+def test_bfloat16_stays_near_float32(ranks, hops):
     """Partial sums of a token are rounded to bf16 once for each rank that it visits: a few times 2^-9."""
     case = Case(plan="shuffled", dtype=torch.bfloat16, hidden=32, intermediate=48)
-    results = ranks(2).run(train_parallel, case)
+    case = case if hops == 1 else on_two_nodes(case)
+    results = ranks(case.ranks).run(train_parallel, case)
     _, gradients, _ = train_alone(replace(case, dtype=torch.float32))
     exact = train_alone(case)[1]
     for result in results:
@@ -158,8 +182,9 @@ def test_partial_sums_unrounded_on_request(ranks):
 
 def test_same_plans_same_bits(ranks):
     case = Case(plan="shuffled", dtype=torch.float32, steps=2)
-    first, second = (ranks(2).run(train_parallel, case) for _ in range(2))
-    assert_same_bits(first, second)
+    for each in (case, on_two_nodes(case)):
+        first, second = (ranks(each.ranks).run(train_parallel, each) for _ in range(2))
+        assert_same_bits(first, second)
 
 
 def test_a_layer_without_replicas_sends_nothing_for_them(ranks):

@@ -35,22 +35,43 @@ def model_shape(case: Case) -> ModelShape:
     return ModelShape("toy", case.layers, case.experts, case.top_k, case.hidden, case.intermediate, 1, 1, 1)
 
 
-def rows_between_ranks(case: Case, plan, loads) -> np.ndarray:
-    """int64 [L, M, R, R]: distinct rows from each source to each rank, from the trace and the splits alone."""
+def rows_between_ranks(case: Case, plan, loads, together: int = 1) -> np.ndarray:
+    """int64 [L, M, R, R / together]: distinct rows from each source to each rank, from the trace and the splits alone.
+
+    Args:
+        together: ranks that a row goes to once.
+    """
     trace, groups, _ = make_batch(case, 0)
-    rows = np.zeros((case.layers, case.micro_batches, case.ranks, case.ranks), np.int64)
+    rows = np.zeros((case.layers, case.micro_batches, case.ranks, case.ranks // together), np.int64)
     for m, source in np.ndindex(case.micro_batches, case.ranks):
         sequences = np.flatnonzero((groups == m) & (np.arange(len(groups)) % case.ranks == source))
         ids = trace.select(sequences).expert_ids
         for layer in range(case.layers):
             split = split_over_sources(plan, loads, layer, m)[source]
-            rows[layer, m, source] = distinct_rows(destinations(ids[:, layer], split), case.ranks)
+            there = destinations(ids[:, layer], split)
+            rows[layer, m, source] = distinct_rows(np.where(there < 0, -1, there // together), case.ranks // together)
     return rows
 
 
+def rows_on_networks(case: Case, plan, loads) -> dict[str, int]:
+    """Rows of one exchange inside nodes and between them, over all layers and micro-batches."""
+    rows = rows_between_ranks(case, plan, loads)
+    rank = np.arange(case.ranks)
+    node, place = rank // case.gpus_per_node, rank % case.gpus_per_node
+    far = node[:, None] != node
+    if case.options.transport == "one":
+        return {"fast": int((rows * (~far & ~np.eye(case.ranks, dtype=bool))).sum()), "slow": int((rows * far).sum())}
+    crossing = rows_between_ranks(case, plan, loads, case.gpus_per_node)
+    handed_on = rows * (place[:, None] != place)  # by the rank of the sender's place, on every node
+    abroad = node[:, None] != np.arange(case.ranks // case.gpus_per_node)
+    return {"fast": int(handed_on.sum()), "slow": int((crossing * abroad).sum())}
+
+
+@pytest.mark.parametrize("transport", ["one", "two"])
 @pytest.mark.parametrize(("size", "keep"), [(4, False), (4, True), (8, False)])
-def test_bytes_are_what_cost_predicts(ranks, size, keep):
-    case = replace(CASE, ranks=size, gpus_per_node=size // 2, options=RuntimeOptions(keep_replicas=keep))
+def test_bytes_are_what_cost_predicts(ranks, size, keep, transport):
+    options = RuntimeOptions(keep_replicas=keep, transport=transport)
+    case = replace(CASE, ranks=size, gpus_per_node=size // 2, options=options)
     results = ranks(size).run(count_wire, case)
     plan, loads, previous = (results[0][name] for name in ("plan", "loads", "previous"))
     outcome, model = outcome_of_plan(plan, loads, previous), model_shape(case)
@@ -58,10 +79,11 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
 
     sent: Counter[tuple[str, str]] = Counter()
     for result in results:
-        by_kind = result["stats"]["bytes"]
-        sent.update({(kind, net): n for kind, nets in by_kind.items() for net, n in nets.items()})
-        for net in ("fast", "slow"):  # nothing goes past the ledger
-            assert sum(nets[net] for nets in by_kind.values()) == result["wire"].get(net, 0)
+        sent.update(result["sent"])
+        scalars = result["stats"].scalars()
+        for net in ("fast", "slow"):  # nothing goes past the ledger, or is lost on its way to the statistics
+            assert sum(count for (_, n), count in result["sent"].items() if n == net) == result["wire"].get(net, 0)
+            assert sum(scalars[name] for name in scalars if f"_{net}_" in name) == result["wire"].get(net, 0)
 
     pairs = case.layers * case.micro_batches
     fast, slow = (round(each * pairs) for each in replica_bytes(outcome, model, keep_replicas=keep))
@@ -80,16 +102,15 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
     estimate = results[0]["estimate"]  # made before the batch ran
     assert all(result["estimate"] == estimate for result in results)
     assert sum(sent[kind, net] for kind in kinds[:2] for net in ("fast", "slow")) == estimate.fetched_fast_bytes
+    for name in ("fetched_fast_bytes", "kept_fast_bytes", "kept_slow_bytes"):  # statistics have the names of estimates
+        assert sum(getattr(result["stats"], name) for result in results) == getattr(estimate, name)
     assert sum(sent[kind, "fast"] for kind in kinds[2:4]) == estimate.kept_fast_bytes
     assert sum(sent[kind, "slow"] for kind in kinds[2:4]) == estimate.kept_slow_bytes
     assert sum(sent["migration", net] for net in ("fast", "slow")) == estimate.migration_bytes
     assert results[0]["unplanned"].static_seconds == estimate.static_seconds
     assert results[0]["unplanned"].planned_seconds <= estimate.planned_seconds  # that of `ep.plan`
 
-    rows = rows_between_ranks(case, plan, loads)
-    node = np.arange(size) // case.gpus_per_node
-    near = (node[:, None] == node) & ~np.eye(size, dtype=bool)
-    for net, mask in (("fast", near), ("slow", node[:, None] != node)):
+    for net, count in rows_on_networks(case, plan, loads).items():
         row, gates, slots = 2 * case.hidden, 4 * case.top_k, 2 * case.top_k  # bf16, fp32, int16
         for kind, size in (
             ("dispatch", row + gates + slots),
@@ -97,7 +118,7 @@ def test_bytes_are_what_cost_predicts(ranks, size, keep):
             ("backward dispatch", row),
             ("backward combine", row + gates),
         ):
-            assert sent[kind, net] == int((rows * mask).sum()) * -(-size // 16) * 16
+            assert sent[kind, net] == count * -(-size // 16) * 16
 
 
 def test_bytes_of_the_planners_own_plan_are_what_estimate_says(ranks):
@@ -105,7 +126,7 @@ def test_bytes_of_the_planners_own_plan_are_what_estimate_says(ranks):
     estimate = results[0]["estimate"]
     sent: Counter[tuple[str, str]] = Counter()
     for result in results:
-        sent.update({(kind, net): n for kind, nets in result["stats"]["bytes"].items() for net, n in nets.items()})
+        sent.update(result["sent"])
     replicas = {
         net: sum(sent[f"{kind}_{part}", net] for kind in ("kept", "replica") for part in ("weights", "gradients"))
         for net in ("fast", "slow")
@@ -120,10 +141,10 @@ def test_kept_replicas_without_room_are_fetched_for_every_micro_batch(ranks):
     """Weights twice and gradients once a micro-batch, instead of once each."""
     fetching = replace(CASE, options=RuntimeOptions(kept_bytes=0))
     kept, fetched = (ranks(4).run(count_wire, case) for case in (CASE, fetching))
-    assert kept[0]["stats"]["replicas_kept"] > 0 and fetched[0]["stats"]["replicas_kept"] == 0
+    assert kept[0]["stats"].replicas_kept > 0 and fetched[0]["stats"].replicas_kept == 0
 
     def slow(results: list[dict], kind: str) -> int:
-        return sum(result["stats"]["bytes"].get(kind, {"slow": 0})["slow"] for result in results)
+        return sum(result["sent"].get((kind, "slow"), 0) for result in results)
 
     weights, gradients = slow(kept, "kept_weights"), slow(kept, "kept_gradients")
     assert slow(fetched, "replica_weights") == 2 * CASE.micro_batches * weights > 0

@@ -274,7 +274,7 @@ def test_kernels_without_tensor_cores_find_their_part(folders, kernel, part, siz
     assert found(width, asked) == "512w2" != usual
     assert found(width + 1, asked) == usual
     if asked:
-        assert found(width, "permute" if part != "permute" else "unpermute") == usual
+        assert found(width, "pack") == usual
 
 
 def test_every_launch_of_a_layer_looks_its_config_up(folders):

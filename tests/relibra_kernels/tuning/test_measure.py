@@ -171,7 +171,7 @@ def test_the_command_on_a_gpu_writes_what_is_looked_up_next(tmp_path, monkeypatc
     assert main([*command, "--budget", "1e-9"]) == 3
     assert "launches left; go on with --resume" in capsys.readouterr().err
     monkeypatch.setattr(workloads, "bench", lambda call: (_ for _ in ()).throw(KeyboardInterrupt))
-    assert main(command) == 3
+    assert main(command) == 130
 
 
 def test_inputs_of_the_clock(monkeypatch):

@@ -39,10 +39,13 @@ class MoeLayer:
 
     @property
     def part(self) -> str:
-        """Why it may run some of the tokens only, for messages."""
+        """Why the layer may run on a part of the tokens only; for messages."""
         if ".text_moe." not in self.name:
             return ""
-        return ": image tokens go to experts of their own (vision_moe), whose routing is neither recorded nor replayed"
+        return (
+            ": image tokens go to experts of their own (vision_moe), so that only a forward that is given the model's "
+            "`moe_mm_token_type_ids` and no `rows` says which these are"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -84,8 +87,8 @@ def moe_layers(model: nn.Module) -> list[MoeLayer]:
         layers.append(MoeLayer(name, int(numbers[-1]) if numbers else len(layers), experts, router))
     if not layers:
         raise InputError(
-            f"model is a {type(model).__name__} without experts that transformers or we compute; if another library "
-            "replaced them (Liger does with swiglu=True), switch that off"
+            f"model is a {type(model).__name__} without experts that transformers or we compute: it is dense, and has "
+            "no MoE layer, or another library replaced them (Liger does with swiglu=True): switch that off"
         )
     return layers
 
@@ -98,7 +101,7 @@ def _says(number: Callable[[Any], int], router: nn.Module) -> bool:
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
-    """What is inside of wrappers around one module."""
+    """The module inside of its wrappers (torch.compile, DDP, ...)."""
     while True:
         inner = next((module._modules[key] for key in _WRAPPED if module._modules.get(key) is not None), None)
         if inner is None:

@@ -1,4 +1,4 @@
-"""Rows into slot order, and the weighted sum back. Sums are in fp32 and stored in the input dtype."""
+"""From rows in slot order back to tokens, a weighted sum: in fp32, stored in the input dtype."""
 
 import torch
 
@@ -6,20 +6,6 @@ from ..operands import check_gate_weights, check_rows
 from ..schedule import Schedule
 
 CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
-
-
-def permute(x_TH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """`rows[r] = x[token of r]`, `[rows, H]`. Rows of the unused tail are undefined."""
-    check_rows("x", x_TH, schedule.num_tokens)
-    rows_RH = x_TH.new_empty(schedule.num_rows, x_TH.shape[1])
-    used = int(schedule.slot_offsets[-1])
-    torch.index_select(x_TH, 0, schedule.assignment_of[:used] // schedule.top_k, out=rows_RH[:used])
-    return rows_RH
-
-
-def permute_backward(drows_RH: torch.Tensor, schedule: Schedule) -> torch.Tensor:
-    """`dx[t] = sum_k drows[position(t, k)]`."""
-    return unpermute(drows_RH, None, schedule)
 
 
 def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:

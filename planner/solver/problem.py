@@ -1,0 +1,146 @@
+"""What is planned: some layers under some options, the hosts that one way to plan gives them, what a solution costs."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from ..cluster import ClusterSpec
+from ..options import PlanOptions
+from ..plan import BatchPlan
+from ..pricing.cost import Setting, kept_seconds, seconds_by_pair
+from ..pricing.outcome import Outcome, moves, outcome_of_plan
+from .kept import Copies, choose_copies, pack, shares
+from .placement import WORTH_MOVING, place
+from .solution import Effort, Solution, fetch_price, solve, target_load
+
+_SAMPLE_LAYERS = 6  # that members of the family are priced on
+
+
+@dataclass(frozen=True)
+class Member:
+    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move. far: so many times a home
+    sends kept replicas of a layer to other nodes. None is without a limit. tolerance: see `FetchPrice`."""
+
+    kept: float
+    spread: bool = True
+    moves: int | None = 0
+    far: int | None = None
+    tolerance: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """Layers to plan. wanted_LMNE: see `pricing.outcome.wanted_by_nodes`. home: where experts are. copies: memory of a
+    rank for kept replicas over these layers."""
+
+    table_LME: np.ndarray
+    wanted_LMNE: np.ndarray
+    home: np.ndarray
+    copies: int
+    cluster: ClusterSpec
+    options: PlanOptions
+    setting: Setting
+
+    def sample(self) -> "Problem":
+        """A few layers and micro-batches of it, evenly spaced."""
+        layers = len(self.table_LME)
+        chosen = spaced(layers, _SAMPLE_LAYERS)
+        return replace(
+            self,
+            table_LME=self.table_LME[chosen],
+            wanted_LMNE=self.wanted_LMNE[chosen],
+            home=self.home[chosen],
+            copies=self.copies * len(chosen) // layers,
+        )
+
+
+def of_layers(problem: Problem, layers: np.ndarray) -> Problem:
+    """Some layers of it, with the memory of all."""
+    return replace(
+        problem,
+        table_LME=problem.table_LME[layers],
+        wanted_LMNE=problem.wanted_LMNE[layers],
+        home=problem.home[layers],
+    )
+
+
+def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
+    cluster = problem.cluster
+    layers = len(problem.table_LME)
+    home = problem.home
+    if member.moves != 0:
+        home = place(
+            problem.table_LME,
+            cluster.num_nodes,
+            cluster.gpus_per_node,
+            previous_home=problem.home,
+            max_moves=member.moves,
+            polish=member.kept <= 0,
+            worth=WORTH_MOVING if member.moves is not None else WORTH_MOVING / 64,
+        ).astype(np.int32)
+    if member.kept <= 0:
+        return home, Copies.none()
+    share = shares(problem.table_LME, cluster.num_ranks)
+    total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
+    layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
+    copies = pack(share, home, layer, expert, cluster, problem.copies, spread=member.spread, far=member.far)
+    return home, copies
+
+
+def solve_over(problem: Problem, home: np.ndarray, copies: Copies, effort: Effort, tolerance: float = 0.0) -> Solution:
+    cluster, options, setting = problem.cluster, problem.options, problem.setting
+    target = target_load(problem.table_LME, cluster.num_ranks, options.balance, effort.slack)
+    tokens = problem.table_LME.sum(2).mean() / setting.model.top_k / cluster.num_ranks
+    dense = 3 * tokens * setting.model.dense_flops(setting.sequence_length) / setting.device.dense_flops
+    fetched = cluster.replica_slots if options.fetched_slots is None else options.fetched_slots
+    return solve(
+        problem.table_LME,
+        problem.wanted_LMNE,
+        home,
+        copies,
+        cluster,
+        target,
+        effort,
+        fetch_price(setting, dense, cluster, options.balance, min(fetched, cluster.replica_slots), tolerance),
+    )
+
+
+def solve_nothing(problem: Problem) -> Solution:
+    """Experts where they are, and no replicas."""
+    layers, micro_batches, _ = problem.table_LME.shape
+    slots = problem.cluster.num_ranks, problem.cluster.replica_slots
+    empty = np.full((layers, micro_batches, *slots), -1, np.int32)
+    return Solution(problem.home.copy(), empty, np.zeros_like(empty), np.zeros((layers, *slots), np.bool_))
+
+
+def drop_idle(solution: Solution) -> Solution:
+    """Kept replicas that compute nothing in any micro-batch go."""
+    idle = solution.kept & (solution.quota.sum(1) == 0)
+    solution.kept[idle] = False
+    np.copyto(solution.replicas, -1, where=idle[:, None])
+    return solution
+
+
+def outcome_of(solution: Solution, problem: Problem) -> Outcome:
+    """What a solution costs, moves aside."""
+    plan = BatchPlan(solution.home, solution.replicas, solution.quota, solution.kept, problem.cluster.gpus_per_node)
+    return outcome_of_plan(plan, problem.table_LME)
+
+
+def pair_seconds(problem: Problem, solution: Solution) -> np.ndarray:
+    """float [L, M]: modelled seconds of every micro-batch."""
+    return np.sum(list(seconds_by_pair(outcome_of(solution, problem), problem.setting).values()), axis=0)
+
+
+def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
+    """float [L]: modelled seconds, moves of homes included."""
+    outcome = outcome_of(solution, problem)
+    outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
+    moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
+    once = kept_seconds(outcome, problem.setting)
+    once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
+    return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
+
+
+def spaced(count: int, most: int) -> np.ndarray:
+    return np.arange(min(count, most)) * count // min(count, most)

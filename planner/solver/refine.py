@@ -1,0 +1,109 @@
+"""A whole solution made better: other kept replicas, layers planned again that miss a balance, layers left alone."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from ..plan import rank_loads
+from .exchange import exchange
+from .problem import Member, Problem, drop_idle, hosts_of, layer_seconds, of_layers, solve_nothing, solve_over
+from .solution import Effort, Solution, target_load
+
+_NEARLY = 1.3  # max/mean of layers that may be better left alone
+REACHED = 1.001  # max/mean over the balance asked for, at which it counts as reached
+_UNEVEN = 0.002  # over 1, mean of max/mean of a layer that other kept replicas may even out
+_MISSED = 1.005  # max/mean over the balance asked for, above which a layer is planned again
+
+
+def exchange_kept(problem: Problem, solution: Solution, slack: float) -> None:
+    """Other kept replicas, in place, in layers that stay uneven without any fetched ones, where that is cheaper or the
+    balance is asked for."""
+    fetched = ((solution.replicas >= 0) & ~solution.kept[:, None]).any((1, 2, 3))
+    over = _over(problem, solution)
+    uneven = over.max(1) > REACHED if problem.options.balance is not None else over.mean(1) > 1 + _UNEVEN
+    uneven = np.flatnonzero(uneven & ~fetched & solution.kept.any((1, 2)))
+    if not len(uneven):
+        return
+    part = of_layers(problem, uneven)
+    other = Solution(*(value[uneven] for value in vars(solution).values()))
+    before = Solution(*(value.copy() for value in vars(other).values()))
+    target = target_load(part.table_LME, problem.cluster.num_ranks, problem.options.balance, slack)
+    exchange(part.table_LME, other, target)
+    if problem.options.balance is None:
+        _put(other, layer_seconds(part, before) <= layer_seconds(part, other), before)
+    for name, value in vars(other).items():
+        getattr(solution, name)[uneven] = value
+
+
+def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) -> None:
+    """Plan layers that miss the balance asked for again, in place: with fewer kept replicas, so that slots are free for
+    fetched ones, and with homes moved, where that is allowed. Of each layer the most even solution stays.
+
+    first: the member that `solution` comes from. No member is solved twice for the same layers.
+    """
+    options, slots = problem.options, problem.cluster.replica_slots
+    may_move = options.max_moves != 0 and problem.table_LME.shape[2] % problem.cluster.num_ranks == 0
+    tried = {(tuple(range(len(problem.table_LME))), first)}
+    for moves_allowed in (0, options.max_moves) if may_move else (0,):
+        for kept in (float(slots), float(slots - 1), 0.0):
+            missed = np.flatnonzero(_over(problem, solution).max(1) > _MISSED)
+            if not len(missed):
+                return
+            used = solution.kept.sum(2)
+            elsewhere = used.sum(0) - used[missed].sum(0)
+            part = replace(of_layers(problem, missed), copies=problem.copies - int(elsewhere.max()))
+            member = Member(min(kept, part.copies / len(missed)), True, moves_allowed)
+            if (tuple(missed.tolist()), member) in tried:
+                continue
+            tried.add((tuple(missed.tolist()), member))
+            home, copies = hosts_of(part, member)
+            again = drop_idle(solve_over(part, home, copies, effort))
+            before = Solution(*(value[missed] for value in vars(solution).values()))
+            better = _over(part, again).max(1) < _over(part, before).max(1)
+            for name, value in vars(again).items():
+                getattr(solution, name)[missed[better]] = value[better]
+
+
+def leave_alone(problem: Problem, solution: Solution) -> None:
+    """Undo, in place, layers that would be as fast or faster with their experts where they are and no replicas.
+
+    Where weights are small beside what tokens cost, only layers that are nearly balanced as they are can be such.
+    """
+    table, ranks = problem.table_LME, problem.cluster.num_ranks
+    if _weights_are_small(problem):
+        empty = np.zeros((*table.shape[:2], ranks, 0), np.int32)
+        busiest = rank_loads(table, problem.home, empty, empty).max(2).sum(1)
+        doubtful = np.flatnonzero(busiest * ranks < _NEARLY * table.sum((1, 2)))
+        part = of_layers(problem, doubtful)
+        if len(doubtful):
+            some = Solution(*(value[doubtful] for value in vars(solution).values()))
+            _undo(part, some)
+            for name, value in vars(some).items():
+                getattr(solution, name)[doubtful] = value
+    else:
+        _undo(problem, solution)
+
+
+def _over(problem: Problem, solution: Solution) -> np.ndarray:
+    """float [L, M]: max/mean over the balance asked for."""
+    busiest = rank_loads(problem.table_LME, solution.home, solution.replicas, solution.quota).max(2)
+    target = target_load(problem.table_LME, problem.cluster.num_ranks, problem.options.balance, 0.0)
+    return busiest / np.maximum(target, 1)
+
+
+def _weights_are_small(problem: Problem) -> bool:
+    """Whether a rank's experts take longer for its tokens than one replica's way between nodes."""
+    model, device = problem.setting.model, problem.setting.device
+    each = problem.table_LME.sum(2).mean() / problem.cluster.num_ranks
+    return bool(each * model.step_flops() / device.grouped_flops > 4 * model.copy_bytes / device.slow)
+
+
+def _undo(problem: Problem, solution: Solution) -> None:
+    still = solve_nothing(problem)
+    _put(solution, layer_seconds(problem, solution) >= layer_seconds(problem, still), still)
+
+
+def _put(solution: Solution, where: np.ndarray, other: Solution) -> None:
+    """Layers of another solution, in place."""
+    for name, value in vars(other).items():
+        getattr(solution, name)[where] = value[where]

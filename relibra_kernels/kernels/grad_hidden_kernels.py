@@ -1,0 +1,233 @@
+# mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
+"""The kernels of `grad_hidden.py`: the product with downᵀ and its epilogue, then the sum of its partials.
+
+`_grad_hidden_kernel` computes tiles of `g = dout @ downᵀ` and makes dh, w*a and a part of `<g, a>` of each.
+`_dweights_kernel` adds a token's parts in order, and where there is a bias `<dout, bias>`.
+"""
+
+import triton
+import triton.language as tl
+
+from .activations import derivatives
+from .launch import TABLES
+from .tiles import contract, describe_rows, describe_weights, first_program, tile_of, weight_of, weight_store
+
+
+@triton.jit
+def _finish(
+    g,
+    w_R,
+    h_ptr,
+    dh_ptr,
+    wa_ptr,
+    row0,
+    end,
+    n0,
+    I: tl.constexpr,  # noqa: E741
+    CONCATENATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Write dh and w*a of the tile whose `dout @ down` is g, WIDTH columns at a time; return its part of `<g, a>`.
+
+    What comes of h is several times as large as g. Splitting columns moves nothing between threads.
+    """
+    if BLOCK_N > WIDTH:
+        left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
+        partial_R = _finish(
+            left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+        return partial_R + _finish(
+            right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
+            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+        )  # fmt: skip
+    else:
+        return _finish_columns(
+            g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def _finish_columns(
+    g,
+    w_R,
+    h_ptr,
+    dh_ptr,
+    wa_ptr,
+    row0,
+    end,
+    n0,
+    I: tl.constexpr,  # noqa: E741
+    CONCATENATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    row = tl.arange(0, BLOCK_M)[:, None]
+    column = n0 + tl.arange(0, BLOCK_N)[None, :]
+    here = (row0 + row < end) & (column < I)
+    h_ptr += row0.to(tl.int64) * (2 * I)  # 64-bit starts and 32-bit offsets inside the tile: registers
+    dh_ptr += row0.to(tl.int64) * (2 * I)
+    wa_ptr += row0.to(tl.int64) * I
+    element = dh_ptr.dtype.element_ty
+    # each output is stored as soon as it is known: registers
+    if CONCATENATED:
+        h_at = row * (2 * I) + column
+        gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
+        act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+        da = g * w_R[:, None]
+        tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
+        tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
+    else:
+        wide = 2 * n0 + tl.arange(0, 2 * BLOCK_N)[None, :]
+        h_at = row * (2 * I) + wide
+        here_wide = (row0 + row < end) & (wide < 2 * I)
+        h = tl.load(h_ptr + h_at, mask=here_wide, other=0.0).to(tl.float32)
+        gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
+        act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+        da = g * w_R[:, None]
+        dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
+        tl.store(dh_ptr + h_at, dh, mask=here_wide)
+    a = act * factor
+    tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
+    # a is 0 where nothing was loaded. Which form keeps all in registers differs (Triton 3.9, 128x256)
+    if CONCATENATED:
+        return tl.sum(tl.where(here, g * a, 0.0), 1)
+    else:
+        return tl.sum(g * a, 1)
+
+
+@triton.jit(
+    do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count", "num_rows"],
+    do_not_specialize_on_alignment=TABLES,
+)
+def _grad_hidden_kernel(
+    dout_ptr,
+    base_ptr,
+    other_ptr,
+    h_ptr,
+    weights_ptr,
+    dh_ptr,
+    wa_ptr,
+    partials_ptr,
+    tiles_ptr,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    assignment_of_ptr,
+    num_tiles,
+    num_tokens,
+    num_home,
+    home_first,
+    replica_first,
+    count,
+    num_rows,
+    I: tl.constexpr,  # noqa: E741
+    D: tl.constexpr,
+    TOP_K: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
+    A_MODE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    XCDS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
+    rows_of = describe_rows(dout_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
+    described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
+    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+        m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
+        slot = tl.load(tiles_ptr + 2 * m)
+        if slot >= 0:
+            row0 = tl.load(tiles_ptr + 2 * m + 1)
+            end = tl.load(slot_offsets_ptr + slot + 1)
+            weight = weight_of(slot, weight_of_slot_ptr)
+            row_R = row0 + tl.arange(0, BLOCK_M)
+            assignment_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1))
+            n0 = n * BLOCK_N
+            weights, number = weight_store(
+                described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
+                I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            g = contract(
+                rows_of, row0, assignment_R // TOP_K, weights, number, n0,
+                I, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+            w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
+            partial_R = _finish(
+                g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+                I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
+            )  # fmt: skip
+            tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_home"], do_not_specialize_on_alignment=TABLES)
+def _dweights_kernel(
+    partials_ptr,
+    dout_ptr,
+    bias_ptr,
+    replica_bias_ptr,
+    position_ptr,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    dweights_ptr,
+    num_rows,
+    num_home,
+    NUM_PARTIALS: tl.constexpr,
+    NUM_SLOTS: tl.constexpr,
+    SEARCH_STEPS: tl.constexpr,
+    H: tl.constexpr,
+    TOP_K: tl.constexpr,
+    LANES: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """One token: its partials in order, and where there is a bias `<dout, bias of the assignment's expert>`."""
+    token = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, LANES)
+    real = lane < TOP_K
+    row = tl.load(position_ptr + token * TOP_K + lane, mask=real, other=-1)
+    used = row >= 0
+    total = tl.zeros([LANES], dtype=tl.float32)
+    for n in range(0, NUM_PARTIALS):
+        total += tl.load(partials_ptr + tl.cast(n, tl.int64) * num_rows + row, mask=used, other=0.0)
+    if bias_ptr is not None:
+        low = tl.zeros([LANES], dtype=tl.int32)
+        high = tl.full([LANES], NUM_SLOTS, dtype=tl.int32)
+        for _ in tl.static_range(SEARCH_STEPS):  # the slot whose rows contain this one
+            middle = (low + high) // 2
+            beyond = tl.load(slot_offsets_ptr + middle) > row
+            high = tl.where(beyond, middle, high)
+            low = tl.where(beyond, low, middle)
+        weight = low
+        if weight_of_slot_ptr is not None:
+            weight = tl.load(weight_of_slot_ptr + low, mask=used, other=0)
+        at = bias_ptr + weight.to(tl.int64) * H
+        if replica_bias_ptr is not None:
+            at = tl.where(weight < num_home, at, replica_bias_ptr + (weight - num_home).to(tl.int64) * H)
+        for first in range(0, H, BLOCK_H):
+            column = first + tl.arange(0, BLOCK_H)
+            inside = column < H
+            dout = tl.load(dout_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
+            bias = tl.load(at[:, None] + column[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+            total += tl.sum(dout[None, :] * bias.to(tl.float32), 1)
+    tl.store(dweights_ptr + token * TOP_K + lane, total, mask=real)

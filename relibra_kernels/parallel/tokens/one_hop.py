@@ -1,0 +1,90 @@
+"""The transport of one hop: a token travels straight to every rank that computes some of its choices, once to each."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+from torch import Tensor
+
+from ..comm.collectives import Comm
+from .buffers import Buffers
+from .chunks import Chunk, Chunks, Group
+from .destinations import Destinations
+from .hop import Hop
+from .tables import HopSizes, SendTables, Sizes, send_tables
+
+
+class OneHop:
+    """A `Transport`.
+
+    Args:
+        experts: the expert-parallel group. host: the same ranks, for what hosts tell each other.
+    """
+
+    name = "one"
+
+    def __init__(self, experts: Comm, host: Comm):
+        self.host, self.buffers = host, Buffers()
+        self._experts = experts
+
+    def tables(self, destinations: Destinations) -> SendTables:
+        return send_tables(destinations, self._experts.size, self._experts.rank)
+
+    def messages(self, counts_LC: np.ndarray) -> list[np.ndarray]:
+        by_rank = counts_LC.reshape(len(counts_LC), self._experts.size, 3).transpose(1, 0, 2)
+        return list(by_rank.astype(np.int64).reshape(self._experts.size, -1))
+
+    def sizes(self, counts_LC: np.ndarray, received: Sequence[np.ndarray]) -> list[Sizes]:
+        ranks, rank = self._experts.size, self._experts.rank
+        got_RL3 = np.stack(received).reshape(ranks, len(counts_LC), 3)
+        rows_LR, most_LR, choices_LR = got_RL3.transpose(2, 1, 0)
+        most = most_LR.max(1).clip(min=1).tolist()
+        own = choices_LR[:, rank]
+        chunks = zip(own.tolist(), (choices_LR.sum(1) - own).tolist(), strict=True)
+        sent = counts_LC.reshape(-1, ranks, 3)[:, :, 0].tolist()
+        of_layers = zip(sent, rows_LR.tolist(), most, chunks, strict=True)
+        return [Sizes((HopSizes(to, come),), places, both) for to, come, places, both in of_layers]
+
+    def hops(self, sizes: Sizes, _overlap: bool) -> list[tuple[str, HopSizes]]:
+        return [("", sizes.hops[0])]
+
+    def path(
+        self, tables: SendTables, layer: int, sizes: Sizes, num_slots: int, where: str, overlap: bool = False
+    ) -> "OneHopPath":
+        hop = Hop(self._experts, self.buffers, tables, layer, sizes.hops[0], where)
+        return OneHopPath(hop, Chunks(num_slots, sizes, overlap), overlap)
+
+
+class OneHopPath:
+    """A `TokenPath`. With `overlap`, the rows that stay on their rank are the first of two chunks."""
+
+    def __init__(self, hop: Hop, chunks: Chunks, overlap: bool):
+        self._hop, self._chunks, self._overlap = hop, chunks, overlap
+
+    @property
+    def groups(self) -> dict[int, Group]:
+        return self._chunks.groups
+
+    @property
+    def assignments(self) -> int:
+        return self._chunks.assignments
+
+    def dispatch(self, x_TH: Tensor, weights_TK: Tensor, kind: str) -> Sequence[Callable[[], Chunk]]:
+        flight, layout = self._hop.dispatch(x_TH, weights_TK, kind), self._hop.layout(x_TH, weights_TK)
+        take = [flight.own, flight.others] if self._overlap else [flight.all]
+
+        def arrive(index: int) -> Chunk:
+            return self._chunks.chunk(layout, take[index](), index)
+
+        return [partial(arrive, index) for index in range(len(take))]
+
+    def dispatch_rows(self, rows_TH: Tensor, kind: str) -> Sequence[Callable[[], Tensor]]:
+        flight = self._hop.dispatch_rows(rows_TH, kind)
+        return [flight.own, flight.others] if self._overlap else [flight.all]
+
+    def combine(self, partials: Sequence[Tensor], kind: str) -> Tensor:
+        own, others = partials if self._overlap else (partials[0][self._hop.come :], partials[0][: self._hop.come])
+        return self._hop.combine(others, own, kind)
+
+    def combine_gradients(self, partials: Sequence[tuple[Tensor, Tensor]], kind: str) -> tuple[Tensor, Tensor]:
+        return self._hop.combine_gradients(partials[::-1], kind)

@@ -1,0 +1,187 @@
+"""The transport of two hops: a token crosses to another node once, and is handed on inside it.
+
+Out:   to the rank of the same place on every node that computes some of its choices (rails), then from there to those
+       ranks. A token's own node is a node like the others, to which it has nothing to cross.
+Back:  partial results are added up in the node, in the order of its ranks' choices, and cross once.
+
+Both hops are one hop between fewer ranks: the first between the ranks of a rail, whose slots are (rank in the node,
+slot there) as one number; the second between the ranks of a node, whose tokens are the rows of the first.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ... import ops
+from ...planner.errors import InputError
+from ..comm.collectives import Comm
+from .buffers import Buffers
+from .chunks import Chunk, Chunks, Group
+from .destinations import Destinations
+from .hop import Hop
+from .tables import HopSizes, SendTables, Sizes, send_tables, visits
+
+_INSIDE = "node "  # what names of buffers of the second hop begin with
+_MOST = 1 << 15  # (rank, slot) pairs of a node that int16 holds
+
+
+class TwoHops:
+    """A `Transport`.
+
+    Args:
+        rail: the ranks of this one's place on every node. node: the ranks of this one's node.
+        host: all ranks, node by node, for what hosts tell each other.
+        slots: of a rank, home and replica.
+    """
+
+    name = "two"
+
+    def __init__(self, rail: Comm, node: Comm, host: Comm, slots: int):
+        if slots * node.size > _MOST:
+            raise InputError(
+                f"transport is 'two' for {node.size} ranks a node with {slots} slots each: more than {_MOST}, so it "
+                "must be 'one'"
+            )
+        self.host, self.buffers = host, Buffers()
+        self._rail, self._node = rail, node
+
+    def tables(self, destinations: Destinations) -> SendTables:
+        size = self._node.size
+        there = destinations.rank >= 0
+        node = torch.where(there, destinations.rank // size, -1)
+        place = torch.where(there, destinations.slot * size + destinations.rank % size, -1)
+        tables = send_tables(Destinations(node, place.to(torch.int16)), self._rail.size, self._rail.rank)
+        crossing = tables.counts.view(len(tables.counts), -1, 3)[:, :, 0]
+        to_ranks = visits(destinations.rank, self._rail.size * size).flatten(1)
+        return replace(tables, counts=torch.cat([to_ranks, crossing], 1))
+
+    def messages(self, counts_LC: np.ndarray) -> list[np.ndarray]:
+        """To every rank what it gets from this one's tokens; to those of the rail also what they are to hand on."""
+        to_LR3, crossing_LN = self._counts(counts_LC)
+        parts = list(to_LR3.transpose(1, 0, 2).reshape(self.host.size, -1))
+        for node in range(self._rail.size):
+            rows_LG = to_LR3[:, node * self._node.size :][:, : self._node.size, 0]
+            relay = node * self._node.size + self._node.rank
+            handed = np.concatenate([crossing_LN[:, node, None], rows_LG], 1)
+            parts[relay] = np.concatenate([parts[relay], handed.reshape(-1)])
+        return parts
+
+    def sizes(self, counts_LC: np.ndarray, received: Sequence[np.ndarray]) -> list[Sizes]:
+        layers, nodes, size, me = len(counts_LC), self._rail.size, self._node.size, self._rail.rank
+        got_RL3 = np.stack([message[: layers * 3] for message in received]).reshape(-1, layers, 3)
+        got_NGL3 = got_RL3.reshape(nodes, size, layers, 3)
+        mine = received[self._node.rank :: size]
+        handed_NLC = np.stack([message[layers * 3 :] for message in mine]).reshape(nodes, layers, 1 + size)
+        come_NLG = got_NGL3[..., 0].transpose(0, 2, 1)
+        go_NLG = handed_NLC[..., 1:]
+        choices_NL = got_NGL3[..., 2].sum(1)
+        most = got_RL3[..., 1].max(0).clip(min=1)
+        crossing_LN = self._counts(counts_LC)[1]
+        found = []
+        for layer in range(layers):
+            rail = HopSizes(crossing_LN[layer].tolist(), handed_NLC[:, layer, 0].tolist())
+            go, come = go_NLG[:, layer], come_NLG[:, layer]
+            near = HopSizes(go[me].tolist(), come[me].tolist())
+            far = HopSizes((go.sum(0) - go[me]).tolist(), (come.sum(0) - come[me]).tolist())
+            choices, own = int(choices_NL[:, layer].sum()), int(choices_NL[me, layer])
+            found.append(Sizes((rail, near, far), int(most[layer]), (own, choices - own)))
+        return found
+
+    def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, HopSizes]]:
+        rail, *inside = self._exchanges(sizes, overlap)
+        return [("", rail), *((_INSIDE, hop) for hop in inside)]
+
+    def path(
+        self, tables: SendTables, layer: int, sizes: Sizes, num_slots: int, where: str, overlap: bool = False
+    ) -> "TwoHopPath":
+        rail, *inside = self._exchanges(sizes, overlap)
+        across = Hop(self._rail, self.buffers, tables, layer, rail, f"{where}, between nodes")
+        chunks = Chunks(num_slots, sizes, overlap)
+        return TwoHopPath(across, self._node, self.buffers, inside, chunks, f"{where}, inside the node")
+
+    def _exchanges(self, sizes: Sizes, overlap: bool) -> list[HopSizes]:
+        """Between nodes, then inside: of this node's tokens and of the others', or of all of them together."""
+        rail, near, far = sizes.hops
+        if overlap:
+            return [rail, near, far]
+        both = ([a + b for a, b in zip(*pair, strict=True)] for pair in zip(near, far, strict=True))
+        return [rail, HopSizes(*both)]
+
+    def _counts(self, counts_LC: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [L, R, 3] and [L, N]: what goes to each rank in the end, and to each node."""
+        wide = counts_LC.astype(np.int64)
+        ranks = self.host.size
+        return wide[:, : 3 * ranks].reshape(-1, ranks, 3), wide[:, 3 * ranks :]
+
+
+class TwoHopPath:
+    """A `TokenPath`. With `overlap`, tokens of this node are handed on and computed while the others cross.
+
+    Args:
+        across: the first hop. node: the group of the second.
+        inside: the second hop of every chunk, in rows.
+    """
+
+    def __init__(
+        self, across: Hop, node: Comm, buffers: Buffers, inside: Sequence[HopSizes], chunks: Chunks, where: str
+    ):
+        self._across, self._node, self._buffers, self._where = across, node, buffers, where
+        self._sizes, self._chunks = inside, chunks
+        self._overlap = len(inside) > 1
+        self._inside: dict[int, Hop] = {}  # of each chunk; the same for every pass over a micro-batch
+
+    @property
+    def groups(self) -> dict[int, Group]:
+        return self._chunks.groups
+
+    @property
+    def assignments(self) -> int:
+        return self._chunks.assignments
+
+    def dispatch(self, x_TH: Tensor, weights_TK: Tensor, kind: str) -> Sequence[Callable[[], Chunk]]:
+        flight, layout = self._across.dispatch(x_TH, weights_TK, kind), self._across.layout(x_TH, weights_TK)
+        take = [flight.own, flight.others] if self._overlap else [flight.all]
+
+        def hand_on(index: int) -> Chunk:
+            x, weights, places = ops.unpack_payload(take[index](), layout)
+            rows = self._hop(index, places).dispatch(x, weights, kind).all()
+            return self._chunks.chunk(layout, rows, index)
+
+        return [partial(hand_on, index) for index in range(len(take))]
+
+    def dispatch_rows(self, rows_TH: Tensor, kind: str) -> Sequence[Callable[[], Tensor]]:
+        flight = self._across.dispatch_rows(rows_TH, kind)
+        take = [flight.own, flight.others] if self._overlap else [flight.all]
+
+        def hand_on(index: int) -> Tensor:
+            return self._inside[index].dispatch_rows(take[index](), kind).all()
+
+        return [partial(hand_on, index) for index in range(len(take))]
+
+    def combine(self, partials: Sequence[Tensor], kind: str) -> Tensor:
+        added = []
+        for index, rows in enumerate(partials):
+            hop = self._inside[index]
+            added.append(hop.combine(rows[: hop.come], rows[hop.come :], kind))
+        come = self._across.come
+        own, others = added if self._overlap else (added[0][come:], added[0][:come])
+        return self._across.combine(others, own, kind)
+
+    def combine_gradients(self, partials: Sequence[tuple[Tensor, Tensor]], kind: str) -> tuple[Tensor, Tensor]:
+        added = [self._inside[index].combine_gradients([part], kind) for index, part in enumerate(partials)]
+        return self._across.combine_gradients(added[::-1], kind)
+
+    def _hop(self, index: int, places_RK: Tensor) -> Hop:
+        """The second hop of a chunk, whose tables follow from the (rank, slot) that came with its rows."""
+        if index not in self._inside:
+            size = self._node.size
+            there = places_RK >= 0
+            rank = torch.where(there, places_RK % size, -1).long()
+            slot = torch.where(there, places_RK // size, -1)
+            tables = send_tables(Destinations(rank[None], slot[None]), size, self._node.rank)
+            self._inside[index] = Hop(self._node, self._buffers, tables, 0, self._sizes[index], self._where, _INSIDE)
+        return self._inside[index]
