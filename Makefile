@@ -79,9 +79,10 @@ nightly: .venv/installed
 	$(MAKE) check-configs
 	$(MAKE) test-families
 	$(MAKE) test-extras
+	$(MAKE) rehearse WHOLE=--whole
 	$(MAKE) test-versions
 
-# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, also with the oldest.
+# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
 TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
 
 compile-gate: .venv/triton-3.9.0
@@ -97,7 +98,7 @@ machine-code: .venv/triton-3.9.0
 	done; done
 
 compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
-	for triton in $^; do for target in $(TARGETS); do \
+	for triton in none $^; do for target in $(TARGETS); do \
 		echo "$$triton $$target"; PYTHONPATH=$$triton $(BIN)/relibra compile --target $$target || exit 1; \
 	done; done
 	for triton in none $^; do for device in $(CODE_DEVICES); do \
@@ -133,8 +134,9 @@ gpu:
 carry: .venv/installed
 	PYTHON=$(BIN)/python bash bench/carry.sh
 
+# WHOLE=--whole: every case, not two a stage.
 rehearse: .venv/installed
-	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse
+	OUT=$${OUT:-$$(mktemp -d)} $(BIN)/python bench/gpu.py --rehearse $(WHOLE)
 
 .venv/triton-%: | .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
@@ -142,9 +144,10 @@ rehearse: .venv/installed
 clean:
 	rm -rf .venv build dist site demo-output *.egg-info
 
-# torch first and alone: with it installed, nothing that follows pulls another build of it.
+# torch first and alone: with it installed, nothing that follows pulls another build of it. pip shows how far it is.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers,plot,dev]'
+	@echo "Installing into .venv: torch first, the largest download, then the rest; a few minutes in all."
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[transformers,plot,dev]'
 	touch $@

@@ -5,7 +5,8 @@
 Routing: log-normal expert popularity with E = 128, K = 8 over 8 ranks, and a recorded trace where there is one. Bytes:
 every element of every load and store that is not masked off; the minimum reads each needed input once and writes each
 output once. FLOPs: every multiply-add of every tile product, with the tiles that an sm_90 gets, on the rank whose rows
-fill them worst; useful are those of real rows. H and I are two blocks there, since the ratio depends on rows alone. The
+fill them worst; useful are those of real rows. H and I are two blocks there, since the ratio depends on rows alone.
+What tiles compute past the last column of a weight is counted apart, for the nine models with the tiles of an H100. The
 last line is a JSON object with the worst case of each.
 """
 
@@ -29,11 +30,14 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 from relibra_kernels import kernels
 from relibra_kernels.configs.config import GemmConfig
 from relibra_kernels.configs.limits import DEVICES
+from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.configs.spaces import config_for
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
 from relibra_kernels.schedule import Schedule
+from relibra_kernels.tuning.columns import columns_issued
+from relibra_kernels.tuning.models import MODELS
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
 TOKENS_PER_RANK, RANKS = 4096, 8
@@ -229,6 +233,13 @@ def main() -> None:
     for what, place in (("one shard each", [0, 5, 9, 12]), ("hot expert", [3, 3, 3, -1])):
         ratio = reduction_bytes((2 * 768, 512), 16, place)
         show("16 experts, 4 shards", f"replica_reduce, {what}", ratio, "replica_reduce")
+    columns = {model.name: columns_issued(model, PRODUCTS["H100"]) for model in MODELS}
+    for name, found in columns.items():
+        for gemm, ratio in found.items():
+            if ratio > 1 or gemm == "layer":
+                print(f"{name:36} {gemm + ', columns':28} {ratio:8.4f}")
+    worst["columns"] = max(found["layer"] for found in columns.values())
+    worst["columns_of_one_gemm"] = max(ratio for found in columns.values() for ratio in found.values())
     print(json.dumps({key: round(ratio, 4) for key, ratio in worst.items()}))
 
 

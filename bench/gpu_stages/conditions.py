@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 def _block(setting: Setting, device: Any = None, **how: Any) -> ReplicatedMoE:
     hidden, half, experts, top_k = setting.size((2048, 768, 16, 8), (32, 16, 4, 2))
-    where = {"dtype": torch.bfloat16, "device": device or setting.device}
-    router = TopKRouter(hidden, experts, top_k, **where)
+    router = TopKRouter(hidden, experts, top_k)
     nn.init.normal_(router.weight, std=0.1)
-    return ReplicatedMoE(router, ReplicatedExperts(experts, hidden, half, **where, **how))
+    block = ReplicatedMoE(router, ReplicatedExperts(experts, hidden, half, **how))
+    return block.to(device or setting.device, torch.bfloat16)
 
 
 def _step(block: nn.Module, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,7 +71,8 @@ def device_by_index(setting: Setting) -> None:
 def step_without_waiting(setting: Setting) -> None:
     """A step of the layer under `torch.cuda.set_sync_debug_mode("error")`: nothing waits for the device."""
     waited = {}
-    for name, how in {"plain": {}, "recompute": {"recompute": True}, "gpt-oss": {"form": GPT_OSS}}.items():
+    hows: dict[str, dict[str, Any]] = {"plain": {}, "recompute": {"recompute": True}, "gpt-oss": {"form": GPT_OSS}}
+    for name, how in hows.items():
         block = _block(setting, **how)
         x = setting.randn(setting.size(2048, 12), block.experts.hidden_size)
         _step(block, x)

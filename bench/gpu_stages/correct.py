@@ -201,7 +201,7 @@ def weights_that_are_views(setting: Setting) -> None:
 
     from .layer_checks import LayerProblem, exact_layer, run_layer
 
-    outcomes = {}
+    outcomes: dict[str, float | str] = {}
     problem = LayerProblem.make(setting, "qwen", *setting.size((301, 1432, 360), (9, 24, 20)))
     expected = exact_layer(problem)
     for elements in (8, 4, 1):
@@ -243,7 +243,7 @@ def fp32_precision_setting(setting: Setting) -> None:
     problem = LayerProblem.make(setting, "qwen", *setting.size((301, 512, 256), (9, 24, 20)))
     expected, found = exact_layer(problem), {}
     for name, tolerance in (("ieee", LAYER_TOLERANCE["fp32"]), ("tf32", 5e-3)):
-        torch.backends.cuda.matmul.fp32_precision = name  # type: ignore[attr-defined]
+        torch.backends.cuda.matmul.fp32_precision = name
         error = max(errors(setting, run_layer(problem, "fp32"), expected).values())
         found[name] = error
         setting.report.figures(**found)

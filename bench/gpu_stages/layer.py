@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +61,11 @@ def _step(run: Callable[..., torch.Tensor], layer: Layer) -> None:
     run(layer.x, layer.indices, layer.weights).backward(layer.dout)
 
 
+def _backward(out: torch.Tensor, layer: Layer) -> None:
+    layer.clear()
+    out.backward(layer.dout)
+
+
 def _flops(model: Model, layer: Layer) -> int:
     """Of a forward; backward has twice as many."""
     return 2 * layer.indices.numel() * 3 * model.hidden_size * model.intermediate_size
@@ -76,7 +82,7 @@ def ours(setting: Setting, model: str, experts: int) -> None:
         memory = _memory(setting, run, layer)
         forward, backward = setting.clock.apart(
             lambda: run(layer.x, layer.indices, layer.weights),  # noqa: B023
-            lambda out: (layer.clear(), out.backward(layer.dout)),  # noqa: B023
+            lambda out: _backward(out, layer),  # noqa: B023
             ROUNDS,
         )
         turns = setting.clock.in_turns({"a": lambda: _step(run, layer), "b": lambda: _step(run, layer)}, ROUNDS)  # noqa: B023
@@ -146,17 +152,20 @@ def versus(setting: Setting, model: str, experts: int, peer: str) -> None:
         except (ImportError, Unsuitable) as error:
             raise Missing(f"{peer}: {error}") from None
         with setting.report.compiling(peer):
-            error = _difference(layer, theirs)
-        if not error < PEER_TOLERANCE:
-            setting.report.figures(**{name: {"difference": error}})
-            raise Wrong(f"{peer} differs from us by {error:.2g}")
-        runs = {"ours": layer.experts, "theirs": theirs, "ours again": layer.experts}
+            difference = _difference(layer, theirs)
+        if not difference < PEER_TOLERANCE:
+            setting.report.figures(**{name: {"difference": difference}})
+            raise Wrong(f"{peer} differs from us by {difference:.2g}")
+        runs: dict[str, Callable[..., torch.Tensor]] = {
+            "ours": layer.experts,
+            "theirs": theirs,
+            "ours again": layer.experts,
+        }
         forward = setting.clock.in_turns(
-            {key: lambda run=run: run(layer.x, layer.indices, layer.weights) for key, run in runs.items()},  # noqa: B023
-            ROUNDS,
+            {key: partial(run, layer.x, layer.indices, layer.weights) for key, run in runs.items()}, ROUNDS
         )
-        step = setting.clock.in_turns({key: lambda run=run: _step(run, layer) for key, run in runs.items()}, ROUNDS)  # noqa: B023
-        found: dict[str, Any] = {"difference": error}
+        step = setting.clock.in_turns({key: partial(_step, run, layer) for key, run in runs.items()}, ROUNDS)
+        found: dict[str, Any] = {"difference": difference}
         for what, turns in (("forward", forward), ("step", step)):
             middle = {key: median(seconds) for key, seconds in turns.items()}
             found |= {
@@ -175,6 +184,7 @@ def _difference(layer: Layer, theirs: Callable[..., torch.Tensor]) -> float:
         layer.clear()
         out = run(layer.x, layer.indices, layer.weights)
         out.backward(layer.dout)
+        assert layer.x.grad is not None
         found.append((out.detach().double(), layer.x.grad.double()))
     layer.clear()
     return max(float((a - b).norm() / a.norm()) for a, b in zip(found[0], found[2], strict=True))

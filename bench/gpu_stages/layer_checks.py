@@ -54,6 +54,7 @@ class LayerProblem:
             return values.to(torch.bfloat16).to(where, torch.float32)
 
         count = HOME + REPLICAS
+        shapes: list[tuple[tuple[int, ...], float]]
         shapes = [(of.gate_up_shape(hidden, half), hidden**-0.5), (of.down_shape(hidden, half), half**-0.5)]
         shapes += [((2 * half,), 1.0), ((hidden,), 1.0)] if of.has_bias else []
         stores = ExpertWeights(*(normal(count, *shape, scale=scale) for shape, scale in shapes))

@@ -32,6 +32,7 @@ PARTS = (
     ("grad_bias", "gate_up"), ("grad_bias", "down"),
 )  # fmt: skip
 REHEARSED = (("grad_weight", "down"), ("grouped_gemm", "dx"))
+_TOO_FEW = "fewer than three configs"
 _SURE = 1.25  # a shipped choice that is slower than the best by more than this is worth a look
 
 
@@ -58,15 +59,15 @@ def _goals(setting: Setting, model: str, kernel: str, part: str) -> list[Goal]:
 
     from .problems import model_of
 
-    of, found = model_of(setting, model), []
+    of = model_of(setting, model)
+    found: list[Goal] = []
     for rows in setting.size(TUNED_ROWS, (8,)):
         for slots in setting.size(TUNED_SLOTS, (2,)):
             if kernel == "permute":  # a matter of tokens alone
-                slots, rows_here = 1, rows * max(TUNED_SLOTS) // of.top_k if not setting.rehearse else rows
-                groups = (balanced(1, rows_here),)
+                rows_here = rows if setting.rehearse else rows * max(TUNED_SLOTS) // of.top_k
+                goal = Goal(of, kernel, part, 1, rows_here, (balanced(1, rows_here),))
             else:
-                rows_here, groups = rows, (balanced(slots, rows), skewed(slots, rows))
-            goal = Goal(of, kernel, part, slots, rows_here, groups)
+                goal = Goal(of, kernel, part, slots, rows, (balanced(slots, rows), skewed(slots, rows)))
             if not any((goal.slots, goal.rows_per_slot) == (other.slots, other.rows_per_slot) for other in found):
                 found.append(goal)
     return found
@@ -142,7 +143,7 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
         timings = Timings()
         search = OnlineSearch(
             device, [goal], timings, lambda goal: _prepare(setting, goal), lambda call: _bench(setting, call)
-        )  # type: ignore[arg-type]
+        )
         search.out_of_time = lambda: time.monotonic() > until
         entries, left = search.run(triton.__version__, "", "")
         if left or not entries:
@@ -152,10 +153,10 @@ def measure(setting: Setting, model: str, kernel: str, part: str) -> None:
         setting.report.figures(buckets=buckets)
     if not buckets:
         raise Wrong("no bucket was finished")
-    ranked = [bucket["rank_correlation"] for bucket in buckets if bucket["rank_correlation"] is not None]
+    ranked = [bucket["rank_correlation"] for bucket in buckets if bucket["rank_correlation"] != _TOO_FEW]
     setting.report.figures(
         regret_worst=max(bucket["regret"] for bucket in buckets),
-        rank_correlation_least=min(ranked, default=1.0),
+        rank_correlation_least=min(ranked, default=_TOO_FEW),
         look_at=[f"{b['slots']}x{b['rows_per_slot']}" for b in buckets if b["regret"] > _SURE - 1],
     )  # fmt: skip
 
@@ -219,7 +220,7 @@ def _figures(
     }
 
 
-def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, float]) -> float | None:
+def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, float]) -> float | str:
     """Spearman's, of the modelled times of what was compiled and the measured ones."""
     from relibra_kernels.configs.config import parse_config
     from relibra_kernels.configs.products import PRODUCTS
@@ -227,7 +228,7 @@ def _rank_correlation(setting: Setting, device: Any, goal: Goal, us: dict[str, f
 
     product = PRODUCTS.get(device.product)
     if product is None or len(us) < 3:
-        return None
+        return _TOO_FEW
     modelled = {}
     for config in us:
         resources = _resources(setting, device, goal, parse_config(config))

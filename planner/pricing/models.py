@@ -11,11 +11,8 @@ SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says ot
 DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
 
 
-def kept_replica_bytes(parameters: int, parameter_bytes: int, trained: int) -> int:
-    """Memory of kept copies of so many parameters: the weights, and a gradient in fp32 or in their own, wider dtype.
-
-    trained: how many of the parameters have one.
-    """
+def kept_replica_bytes(parameters: int, trained: int, parameter_bytes: int) -> int:
+    """Memory of a kept copy of so many parameters, with a gradient in fp32 or wider for each that is trained."""
     return parameters * parameter_bytes + trained * max(4, parameter_bytes)
 
 
@@ -51,12 +48,12 @@ class ModelShape:
 
     @property
     def expert_parameters(self) -> int:
-        """gate, up and down projection, and their adapters."""
+        """Parameters of one expert: its gate, up and down projections, and their adapters."""
         return 3 * self.hidden_size * self.intermediate_size + self._adapter_parameters
 
     @property
     def trained_parameters(self) -> int:
-        """Those of one expert that have a gradient."""
+        """Parameters of one expert that have a gradient."""
         return self._adapter_parameters or self.expert_parameters
 
     @property
@@ -76,8 +73,8 @@ class ModelShape:
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one kept replica, 18 * H * I bytes in bf16 without adapters: see `kept_replica_bytes`."""
-        return kept_replica_bytes(self.expert_parameters, 2, self.trained_parameters)
+        """Memory of one kept replica, 18 * H * I bytes without adapters: see `kept_replica_bytes`."""
+        return kept_replica_bytes(self.expert_parameters, self.trained_parameters, 2)
 
     @property
     def migration_bytes(self) -> int:
@@ -89,11 +86,11 @@ class ModelShape:
         return 2 * self.expert_parameters
 
     def update_flops(self) -> int:
-        """The part of one token in the gradient of one expert's parameters."""
+        """FLOPs of one token in the gradient of one expert's parameters."""
         return 2 * self.trained_parameters
 
     def step_flops(self) -> int:
-        """Forward and backward, of one token in one expert."""
+        """FLOPs of one token in one expert, forward and backward."""
         return 2 * self.assignment_flops() + self.update_flops()
 
     def dense_flops(self, sequence_length: int) -> int:

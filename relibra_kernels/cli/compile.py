@@ -32,24 +32,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """1 where a launch spills registers, does not fit the device or is known to be compiled wrongly."""
+    """1 where a launch spills registers, does not fit the device, meets a known bug or is another config's code."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
     if args.device is not None:
         return _gate(args)
     import torch
 
+    from ..configs.config import GEMM_KERNELS
     from ..configs.limits import device_named
 
     device = device_named(args.target)
     from ..tuning.compile_matrix import KERNELS, reports
+    from ..tuning.gates import same_code
 
     if args.kernel is not None and args.kernel not in KERNELS:
         raise InputError(f"--kernel is {args.kernel!r}; it must be one of {', '.join(KERNELS)}")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     columns = ("registers", "spill", "shared", "stages", "warps/SM", "mma", "tma", "async")
     print(f"{'kernel':18} {'config':18} {'variant':28} " + " ".join(f"{column:>9}" for column in columns))
-    found, bad = [], 0
+    found, digests, bad = [], [], 0
     for name, config, variant, report in reports(device, dtype, args.kernel, first_only=args.first, dump=args.dump):
         facts = (report.registers, report.spill_bytes, report.shared_bytes, report.stages, report.warps_per_sm)
         loads = (str(report.mma or "-")[:9], report.tma, report.async_copies)
@@ -57,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
         figures = dataclasses.asdict(report)
         code = figures.pop("code")
         found.append({"kernel": name, "config": config, "variant": variant, **figures, **code})
+        if name in GEMM_KERNELS:  # others clamp their blocks to a row
+            digests.append((f"{report.kernel}, {variant}", config, report.code.digest))
         bad += report.spill_bytes > 0 or report.shared_bytes > device.shared_bytes or report.known_bug != ""
         if report.known_bug:
             print(report.known_bug, file=sys.stderr)
@@ -65,9 +69,12 @@ def run(args: argparse.Namespace) -> int:
             f"{bad} of {len(found)} launches spill registers, exceed {device.shared_bytes} bytes or meet a bug",
             file=sys.stderr,
         )
+    same = same_code(digests)
+    for pair in same:
+        print(f"the same code twice: {pair}", file=sys.stderr)
     if args.json:
         print(json.dumps(found))
-    return 1 if bad else 0
+    return 1 if bad or same else 0
 
 
 def _gate(args: argparse.Namespace) -> int:

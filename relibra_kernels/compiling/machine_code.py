@@ -4,6 +4,7 @@ Nothing here is timed. Instructions are counted along the path of one iteration 
 fewest instructions; what a tile does once besides is its epilogue. `relibra compile --dump` keeps the texts.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -35,7 +36,11 @@ class MachineCode:
         descriptors: made or renewed inside the tile loop. tma_stores: in a tile.
         local_in_loop, local: loads and stores of spilled registers, in an iteration and in all.
         wide_loads, loads, wide_stores, stores: from and to global memory; of those, 128 bits wide.
+        narrow_loads: of fewer than 128 bits each but for 32, which is what indices, weights of rows and biases take:
+            from global memory, also into shared memory.
+        indices: of 32 bits.
         amd: instructions of an iteration by kind, on AMD.
+        digest: of the instructions with their operands: equal for equal code.
     """
 
     buffers: tuple[int, ...] = ()
@@ -57,7 +62,10 @@ class MachineCode:
     loads: int = 0
     wide_stores: int = 0
     stores: int = 0
+    narrow_loads: int = 0
+    indices: int = 0
     amd: Mapping[str, int] | None = None
+    digest: str = ""
 
 
 def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> MachineCode:
@@ -71,7 +79,8 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
     amd = "amdgcn" in texts
     code = read_amdgcn(texts["amdgcn"]) if amd else read_sass(texts["sass"])
     program = Program(code)
-    accesses = {} if amd else _accesses(code)
+    accesses: dict[str, Any] = {} if amd else _accesses(code)
+    accesses["digest"] = hashlib.sha256("\n".join(one.text for one in code).encode()).hexdigest()[:16]
     main = program.main_loop()
     if main is None:
         return MachineCode(**accesses)
@@ -117,7 +126,15 @@ def _accesses(code: list[Instruction]) -> dict[str, Any]:
     counts = _counts(code)
     wide = Counter(one.op.split(".")[0] for one in code if ".128" in one.op)
     found = {"wide_loads": wide["LDG"], "loads": counts["LDG"], "wide_stores": wide["STG"], "stores": counts["STG"]}
-    return {**found, "local": counts["LDL"] + counts["STL"]}
+    widths = Counter(_width(one.op) for one in code if one.op.startswith(("LDG", "LDGSTS")))
+    narrow = sum(count for width, count in widths.items() if width not in (32, 128))
+    return {**found, "narrow_loads": narrow, "indices": widths[32], "local": counts["LDL"] + counts["STL"]}
+
+
+def _width(op: str) -> int:
+    """Bits that a thread moves."""
+    found = re.search(r"\.(?:[US](8|16)|(64|128))(?![\dB])", op)
+    return int(found.group(1) or found.group(2)) if found else 32
 
 
 def _least(code: list[Instruction], pattern: str) -> int | None:

@@ -1,16 +1,27 @@
 """From tensors and a config to a launch: the constants and grids that the GEMM kernels share."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
-import triton
 
 from ..configs.config import PARTS_OF_EQUAL_SIZES, BlockConfig, GemmConfig
+from ..configs.limits import Device
 from ..configs.lookup import config_of
 from ..reference.schedule import tile_table
 from ..schedule import Schedule
 from .launch import precision, target
+
+
+def ceil_div(count: int, size: int) -> int:
+    """Blocks of `size` that hold `count`. Triton's own, which kernels call too, takes ten times as long."""
+    return -(-count // size)
+
+
+def next_power_of_2(count: int) -> int:
+    """The smallest power of two that is not below `count`, which is positive."""
+    return 1 << (count - 1).bit_length()
 
 
 def row_tiles(schedule: Schedule, block_m: int) -> torch.Tensor:
@@ -58,7 +69,7 @@ def chosen_block(
 
 def block_of(config: BlockConfig, width: int, item_bytes: int) -> tuple[int, int]:
     """(elements, warps) of a block: no more elements than a row of `width` has, and 16 bytes or more a thread."""
-    block = min(config.columns, triton.next_power_of_2(width))
+    block = min(config.columns, next_power_of_2(width))
     return block, max(1, min(config.num_warps, block * item_bytes // (32 * 16)))
 
 
@@ -66,7 +77,7 @@ def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[
     """Persistent programs: as many as the device holds at once, a multiple of its chiplets, no more than tiles."""
     device = target(tensor)
     resident = max(device.programs, 1) * max(1, 8 // config.num_warps)
-    return (triton.cdiv(min(resident, most_tiles), device.xcds) * device.xcds,)
+    return (ceil_div(min(resident, most_tiles), device.xcds) * device.xcds,)
 
 
 def offsets_32(*tensors: torch.Tensor) -> bool:
@@ -82,7 +93,7 @@ def gemm_constants(
     widths: tuple[int, ...],
     described: Sequence[torch.Tensor | None],
     gathered_depth: int = 0,
-) -> dict[str, Any]:
+) -> Mapping[str, Any]:
     """How operands are loaded and multiplied.
 
     Args:
@@ -91,19 +102,36 @@ def gemm_constants(
             a view may, has none: then all operands are loaded by pointers.
         gathered_depth: length of the contraction where rows of A are picked by index, else 0.
     """
-    device = target(tensor)
-    aligned = all(width * tensor.element_size() % 16 == 0 for width in widths)
-    aligned = aligned and all(base.data_ptr() % 16 == 0 for base in described if base is not None)
-    tma = device.tma and aligned and tensor.dtype != torch.float32
+    aligned = all(base is None or base.data_ptr() % 16 == 0 for base in described)
+    dtype = tensor.dtype
+    return _constants(
+        target(tensor), dtype, config, widths, aligned, gathered_depth, offsets_32(tensor), precision(dtype)
+    )
+
+
+@cache
+def _constants(
+    device: Device,
+    dtype: torch.dtype,
+    config: GemmConfig,
+    widths: tuple[int, ...],
+    is_aligned: bool,
+    gathered_depth: int,
+    has_offsets_32: bool,
+    input_precision: str,
+) -> Mapping[str, Any]:
+    """The same of what it depends on: made once a layer and kind of batch, not once a launch."""
+    aligned = is_aligned and all(width * dtype.itemsize % 16 == 0 for width in widths)
+    tma = device.tma and aligned and dtype != torch.float32
     # Triton issue 10927: a descriptor gather gives wrong results on Blackwell where the last block of K is not whole
     whole = gathered_depth % config.block_k == 0
-    pointer = "pointer32" if offsets_32(tensor) else "pointer"
+    pointer = "pointer32" if has_offsets_32 else "pointer"
     gathered = "gather" if tma and device.descriptor_gather and whole else pointer
     return {
         "TMA": tma,
         "A_MODE": gathered if gathered_depth else ("tma" if tma else pointer),
-        "PRECISION": precision(tensor.dtype),
-        "UPCAST": device.interpreted and tensor.dtype == torch.bfloat16,
+        "PRECISION": input_precision,
+        "UPCAST": device.interpreted and dtype == torch.bfloat16,
         "XCDS": device.xcds,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

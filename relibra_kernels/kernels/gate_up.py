@@ -14,7 +14,7 @@ from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
 from .activations import activate
-from .constants import chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
 from .swiglu import form_constants
@@ -158,12 +158,13 @@ def grouped_gemm_swiglu(
         x_TH.new_empty(schedule.num_rows, intermediate_size),
     )
     tiles = row_tiles(schedule, config.block_m)
+    num_tiles = tiles.shape[0]
     if not schedule.num_rows:
         return h_RJ, a_RI
     stores = two_stores(gate_up, replica_gate_up)
     launch(
         _gate_up_kernel,
-        grid_of(x_TH, len(tiles) * triton.cdiv(intermediate_size, config.block_n), config),
+        grid_of(x_TH, num_tiles * ceil_div(intermediate_size, config.block_n), config),
         x_TH,
         stores.base,
         stores.other,
@@ -175,9 +176,9 @@ def grouped_gemm_swiglu(
         schedule.slot_offsets,
         weight_of_slot,
         schedule.assignment_of,
-        len(tiles),
-        len(x_TH),
-        len(gate_up),
+        num_tiles,
+        x_TH.shape[0],
+        gate_up.shape[0],
         *stores.arguments,
         I=intermediate_size,
         D=hidden_size,

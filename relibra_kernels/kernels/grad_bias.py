@@ -11,7 +11,7 @@ import triton.language as tl
 from ..configs.config import BlockConfig
 from ..operands import check_grad
 from ..schedule import Schedule
-from .constants import chosen_block
+from .constants import ceil_div, chosen_block, next_power_of_2
 from .launch import TABLES, launch
 from .tiles import slots_of, stored
 
@@ -84,11 +84,11 @@ def grad_bias(
     n, slots = rows_RN.shape[1], schedule.num_slots
     check_grad(grad, (n,), accumulate)
     config = config or chosen_block("grad_bias", rows_RN, n, schedule.num_rows, num_slots=slots)
-    block = min(config.columns, triton.next_power_of_2(n))
+    block = min(config.columns, next_power_of_2(n))
     weights = len(grad) + (0 if replica_grad is None else len(replica_grad))
     launch(
         _grad_bias_kernel,
-        (weights, triton.cdiv(n, block)),
+        (weights, ceil_div(n, block)),
         rows_RN,
         weights_TK,
         grad,
@@ -101,7 +101,7 @@ def grad_bias(
         N=n,
         TOP_K=schedule.top_k if gather else 0,
         ACCUMULATE=accumulate,
-        SLOTS=triton.next_power_of_2(slots),
+        SLOTS=next_power_of_2(slots),
         BLOCK_R=config.rows,
         BLOCK_N=block,
         num_warps=config.num_warps,

@@ -5,13 +5,12 @@ of down. Each column tile writes its part of `<g, a>` as fp32 partials; a second
 """
 
 import torch
-import triton
 
 from ..configs.config import GemmConfig
 from ..form import ExpertForm
 from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
-from .constants import chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, gemm_constants, grid_of, next_power_of_2, row_tiles
 from .grad_hidden_kernels import _dweights_kernel, _grad_hidden_kernel
 from .launch import launch
 from .stores import two_stores
@@ -21,8 +20,9 @@ from .swiglu import form_constants
 def _epilogue_width(config: GemmConfig, form: ExpertForm) -> int:
     """Columns that are finished at a time: as many as the registers beside the accumulator allow."""
     a_thread = config.block_m * config.block_n // (32 * config.num_warps)
-    width = config.block_n // 2 if a_thread <= 64 else 32
-    return max(width // (1 if form.is_concatenated else 2), 16)
+    if a_thread > 64:
+        return 32 if form.is_concatenated else 8  # with 16, Triton 3.6 spills 32 bytes on sm_90
+    return max(config.block_n // (2 if form.is_concatenated else 4), 16)
 
 
 def grad_hidden(
@@ -52,17 +52,18 @@ def grad_hidden(
         layout=form.is_transposed,
         interleaved=not form.is_concatenated,
     )
-    num_n = triton.cdiv(intermediate_size, config.block_n)
-    dh_RJ, wa_RI = torch.empty_like(h_RJ), h_RJ.new_empty(schedule.num_rows, intermediate_size)
+    num_n = ceil_div(intermediate_size, config.block_n)
+    dh_RJ, wa_RI = h_RJ.new_empty(h_RJ.shape), h_RJ.new_empty(schedule.num_rows, intermediate_size)
     partials = torch.empty(num_n, schedule.num_rows, dtype=torch.float32, device=h_RJ.device)
     dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=h_RJ.device)
     tiles = row_tiles(schedule, config.block_m)
+    num_tiles = tiles.shape[0]
     if not schedule.num_rows:
         return dh_RJ, wa_RI, dweights_TK.zero_()
     stores = two_stores(down, replica_down)
     launch(
         _grad_hidden_kernel,
-        grid_of(dout_TH, len(tiles) * num_n, config),
+        grid_of(dout_TH, num_tiles * num_n, config),
         dout_TH,
         stores.base,
         stores.other,
@@ -75,9 +76,9 @@ def grad_hidden(
         schedule.slot_offsets,
         weight_of_slot,
         schedule.assignment_of,
-        len(tiles),
-        len(dout_TH),
-        len(down),
+        num_tiles,
+        dout_TH.shape[0],
+        down.shape[0],
         *stores.arguments,
         schedule.num_rows,
         I=intermediate_size,
@@ -97,7 +98,7 @@ def grad_hidden(
     )
     launch(
         _dweights_kernel,
-        (len(dout_TH),),
+        (dout_TH.shape[0],),
         partials,
         dout_TH,
         bias,
@@ -107,14 +108,14 @@ def grad_hidden(
         weight_of_slot,
         dweights_TK,
         schedule.num_rows,
-        len(down),
+        down.shape[0],
         NUM_PARTIALS=num_n,
         NUM_SLOTS=schedule.num_slots,
         SEARCH_STEPS=schedule.num_slots.bit_length() + 1,
         H=hidden_size,
         TOP_K=schedule.top_k,
-        LANES=triton.next_power_of_2(schedule.top_k),
-        BLOCK_H=min(triton.next_power_of_2(hidden_size), 256),
+        LANES=next_power_of_2(schedule.top_k),
+        BLOCK_H=min(next_power_of_2(hidden_size), 256),
         num_warps=1,
     )
     return dh_RJ, wa_RI, dweights_TK

@@ -221,13 +221,20 @@ def _dweights_kernel(
         weight = low
         if weight_of_slot_ptr is not None:
             weight = tl.load(weight_of_slot_ptr + low, mask=used, other=0)
-        at = bias_ptr + weight.to(tl.int64) * H
+        at = weight.to(tl.int64) * H
+        at_home = used
         if replica_bias_ptr is not None:
-            at = tl.where(weight < num_home, at, replica_bias_ptr + (weight - num_home).to(tl.int64) * H)
+            at_home = used & (weight < num_home)
+            at_replica = (weight - num_home).to(tl.int64) * H
         for first in range(0, H, BLOCK_H):
             column = first + tl.arange(0, BLOCK_H)
             inside = column < H
             dout = tl.load(dout_ptr + token * H + column, mask=inside, other=0.0).to(tl.float32)
-            bias = tl.load(at[:, None] + column[None, :], mask=used[:, None] & inside[None, :], other=0.0)
+            here = at_home[:, None] & inside[None, :]
+            bias = tl.load(bias_ptr + (at[:, None] + column[None, :]), mask=here, other=0.0)
+            # a load of each store: Triton 3.7 fails on a choice between their pointers for gfx942
+            if replica_bias_ptr is not None:
+                here = (used & ~at_home)[:, None] & inside[None, :]
+                bias += tl.load(replica_bias_ptr + (at_replica[:, None] + column[None, :]), mask=here, other=0.0)
             total += tl.sum(dout[None, :] * bias.to(tl.float32), 1)
     tl.store(dweights_ptr + token * TOP_K + lane, total, mask=real)

@@ -4,16 +4,17 @@ The kernel, and why its result does not depend on the launch grid, is in `grad_w
 """
 
 import torch
-import triton
 
 from ..configs.config import GemmConfig
 from ..operands import check_grad, check_operands
 from ..planner.errors import ShapeError
 from ..schedule import Schedule
-from .constants import chosen_config, gemm_constants, offsets_32
+from .constants import ceil_div, chosen_config, gemm_constants, next_power_of_2, offsets_32
 from .grad_weight_kernels import _grad_weight_kernel
 from .launch import launch, target
 from .stores import two_stores
+
+_CONSTANTS = ("PRECISION", "UPCAST", "BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
 
 
 def grad_weight(
@@ -43,19 +44,17 @@ def grad_weight(
     check_operands(right, schedule.num_tokens if gather_right else schedule.num_rows)
     if left.dtype != right.dtype:
         raise ShapeError(f"left is {left.dtype} and right {right.dtype}; they must be the same")
-    weights = len(grad) + (0 if replica_grad is None else len(replica_grad))
+    weights = grad.shape[0] + (0 if replica_grad is None else replica_grad.shape[0])
     stores = two_stores(grad, replica_grad)
     constants = gemm_constants(left, config, widths=(n, d), described=(left, right))
-    del constants["A_MODE"], constants["XCDS"]
-    constants["TMA"] = constants["TMA"] and schedule.num_rows > 0  # a descriptor describes at least one row
     device = target(left)
     writes = device.tma and stores.other is None and grad.data_ptr() % 16 == 0 and d * grad.element_size() % 16 == 0
-    tiles = triton.cdiv(n, config.block_m) * triton.cdiv(d, config.block_n)
+    tiles = ceil_div(n, config.block_m) * ceil_div(d, config.block_n)
     # two tiles a program share its descriptors, where there are enough programs all the same
     tiles_a_program = 2 if tiles > 1 and weights * tiles >= 8 * device.programs else 1
     launch(
         _grad_weight_kernel,
-        (weights * triton.cdiv(tiles, tiles_a_program),),
+        (weights * ceil_div(tiles, tiles_a_program),),
         left,
         right,
         stores.base,
@@ -65,7 +64,7 @@ def grad_weight(
         schedule.assignment_of,
         schedule.num_rows,
         schedule.num_slots,
-        len(grad),
+        grad.shape[0],
         *stores.arguments,
         N=n,
         D=d,
@@ -75,7 +74,8 @@ def grad_weight(
         TMA_WRITES=writes,
         WIDTH=min(config.block_n, 64),
         TILES=tiles_a_program,
-        SLOTS=triton.next_power_of_2(schedule.num_slots),
+        SLOTS=next_power_of_2(schedule.num_slots),
         OFFSETS_32=offsets_32(left, right),
-        **constants,
+        TMA=constants["TMA"] and schedule.num_rows > 0,  # a descriptor describes at least one row
+        **{name: constants[name] for name in _CONSTANTS},
     )

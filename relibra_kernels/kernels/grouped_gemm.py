@@ -12,7 +12,7 @@ import triton.language as tl
 from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
-from .constants import chosen_config, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
 from .tiles import contract, describe_rows, describe_weights, first_program, stored, tile_of, weight_of, weight_store
@@ -112,12 +112,13 @@ def grouped_gemm(
     config = config or chosen_config("grouped_gemm", a, schedule, (n, d), layout=transpose_weight)
     out = a.new_empty(schedule.num_rows, n)
     tiles = row_tiles(schedule, config.block_m)
+    num_tiles = tiles.shape[0]
     if not schedule.num_rows:
         return out
     stores = two_stores(weight, replica_weight)
     launch(
         _grouped_gemm_kernel,
-        grid_of(a, len(tiles) * triton.cdiv(n, config.block_n), config),
+        grid_of(a, num_tiles * ceil_div(n, config.block_n), config),
         a,
         stores.base,
         stores.other,
@@ -128,9 +129,9 @@ def grouped_gemm(
         schedule.slot_offsets,
         weight_of_slot,
         schedule.assignment_of,
-        len(tiles),
-        len(a),
-        len(weight),
+        num_tiles,
+        a.shape[0],
+        weight.shape[0],
         *stores.arguments,
         N=n,
         D=d,

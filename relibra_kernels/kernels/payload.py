@@ -11,7 +11,7 @@ import triton.language as tl
 from ..configs.config import BlockConfig
 from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
 from ..schedule import Schedule
-from .constants import block_of, chosen_block
+from .constants import block_of, chosen_block, next_power_of_2
 from .launch import TABLES, launch
 
 
@@ -226,5 +226,5 @@ def _constants(
     """How hidden states are walked: as that part of permute says. What copies or adds rows up walks them likewise."""
     config = config or chosen_block("permute", hidden, layout.hidden_size, count, part=part)
     block, warps = block_of(config, layout.hidden_size, layout.dtype.itemsize)
-    lanes = triton.next_power_of_2(layout.top_k)
+    lanes = next_power_of_2(layout.top_k)
     return {"H": layout.hidden_size, "TOP_K": layout.top_k, "LANES": lanes, "BLOCK_H": block, "num_warps": warps}

@@ -8,7 +8,7 @@ import triton.language as tl
 from ..configs.config import BlockConfig
 from ..operands import check_shards
 from ..planner.errors import ShapeError
-from .constants import block_of, chosen_block
+from .constants import block_of, ceil_div, chosen_block
 from .launch import TABLES, launch
 
 
@@ -56,7 +56,7 @@ def replica_reduce(
     check_shards(shards, grad, expert_of_shard)
     if len(shards):
         how = _constants(grad, config)
-        grid = (triton.cdiv(how["SIZE"], how["BLOCK"]), len(grad))
+        grid = (ceil_div(how["SIZE"], how["BLOCK"]), len(grad))
         launch(_replica_reduce_kernel, grid, grad, shards, expert_of_shard, len(shards), **how)
 
 
@@ -73,7 +73,7 @@ def pack_replicas(
     out = torch.empty(len(experts), *weight.shape[1:], dtype=dtype or weight.dtype, device=weight.device)
     if len(experts):
         how = _constants(weight, config)
-        launch(_pack_kernel, (triton.cdiv(how["SIZE"], how["BLOCK"]), len(experts)), weight, experts, out, **how)
+        launch(_pack_kernel, (ceil_div(how["SIZE"], how["BLOCK"]), len(experts)), weight, experts, out, **how)
     return out
 
 

@@ -4,18 +4,25 @@ import os
 from collections.abc import Sequence
 
 import torch
-import triton
 
 from ..configs.config import BlockConfig, row_blocks
 from ..planner.errors import InputError
 from ..schedule import Schedule, check_slot_of_assignment, tile_bound
-from .constants import chosen_block
+from .constants import ceil_div, chosen_block, next_power_of_2
 from .launch import launch, target
 from .schedule_kernels import _count_kernel, _scan_kernel, _scatter_kernel, _schedule_kernel
 
 MOST_SLOTS = 512  # a row of counts is one vector
 MOST_COUNTED = 1 << 16  # assignments that every block counts by itself: 4096 tokens with up to 16 experts each
-_COUNTED = 2048  # of them at a time
+COUNTED = 2048  # of them at a time
+
+
+def counting_block(config: BlockConfig) -> tuple[int, int]:
+    """(assignments, warps) of a block that counts all assignments by itself.
+
+    Twice the warps, and no blocks of 4096: they spill registers here.
+    """
+    return config.columns if config.columns <= 2048 else 1024, 2 * config.num_warps
 
 
 def build_schedule(
@@ -50,13 +57,10 @@ def build_schedule(
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     config = config or chosen_block("schedule", slots_TK, 0, total, num_slots=num_slots)
-    block, warps = config.columns, config.num_warps
-    if total <= MOST_COUNTED:
-        # every block counts all assignments: twice the warps; and blocks of 4096 spill registers here
-        block, warps = block if block <= 2048 else 1024, 2 * warps
-    num_blocks = max(1, triton.cdiv(total, block))
+    block, warps = counting_block(config) if total <= MOST_COUNTED else (config.columns, config.num_warps)
+    num_blocks = max(1, ceil_div(total, block))
     rows = num_blocks if total <= MOST_COUNTED else 1  # of the small tables: one a block, or one
-    bins = triton.next_power_of_2(num_slots + 1)
+    bins = next_power_of_2(num_slots + 1)
     bounds = [tile_bound(num_rows, num_slots, size) for size in block_sizes]
     starts = [bound + bound % 2 for bound in bounds]  # of 8 bytes each: every table begins at 16 bytes
     shift, totals, slot_offsets = table(num_blocks, bins), table(rows, num_slots), table(rows, num_slots + 1)
@@ -65,15 +69,15 @@ def build_schedule(
     offsets = (slot_offsets, first_tile, totals)
     result = (assignment_of, position_of, tiles, total, num_rows)
     sizes = {"NUM_SLOTS": num_slots, "BINS": bins}
-    scanning = {"SLOTS": triton.next_power_of_2(num_slots), "BLOCK_SIZES": block_sizes}
+    scanning = {"SLOTS": next_power_of_2(num_slots), "BLOCK_SIZES": block_sizes}
     placing = {
-        "STRIPE": triton.next_power_of_2(triton.cdiv(max(bounds), num_blocks)),
+        "STRIPE": next_power_of_2(ceil_div(max(bounds), num_blocks)),
         "SEARCH_STEPS": num_slots.bit_length() + 1,
         "BLOCK": block,
         "num_warps": warps,
     }
     if total <= MOST_COUNTED:
-        how = {**sizes, **scanning, **placing, "COUNTED": _COUNTED}
+        how = {**sizes, **scanning, **placing, "COUNTED": COUNTED}
         launch(_schedule_kernel, (num_blocks,), slots_TK, shift, *offsets, *result, **how)
     else:
         launch(_count_kernel, (num_blocks,), slots_TK, shift, total, **sizes, BLOCK=block, num_warps=warps)

@@ -39,7 +39,7 @@ def two_stores(home: torch.Tensor, replica: torch.Tensor | None) -> Stores:
     What lies between them is never read: it only counts.
     """
     if replica is None:
-        return Stores(home, None, 0, 0, len(home))
+        return Stores(home, None, 0, 0, home.shape[0])
     size = math.prod(home.shape[1:]) * home.element_size()
     apart, rest = divmod(replica.data_ptr() - home.data_ptr(), size)
     home_first, replica_first = max(-apart, 0), max(apart, 0)

@@ -1,6 +1,9 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 """The activation and its gradient alone, element by element: what the fused GEMMs compute on their accumulators."""
 
+from collections.abc import Mapping
+from functools import cache
+
 import torch
 import triton
 import triton.language as tl
@@ -8,7 +11,7 @@ import triton.language as tl
 from ..configs.config import BlockConfig
 from ..form import ExpertForm
 from .activations import activate, derivatives
-from .constants import block_of, chosen_block
+from .constants import block_of, ceil_div, chosen_block
 from .launch import launch, target
 
 
@@ -45,15 +48,20 @@ def _swiglu_kernel(
         tl.store(a_ptr + row * I + column, act * factor, mask=inside)
 
 
-def form_constants(form: ExpertForm, tensor: torch.Tensor) -> dict[str, bool | float | str]:
+def form_constants(form: ExpertForm, tensor: torch.Tensor) -> Mapping[str, bool | float | str]:
     """`form` as the kernels' constants, for tensors like this one: 2-byte types get the fast sigmoid on NVIDIA."""
     device = target(tensor)
+    return _form_constants(form, tensor.element_size() == 2 and device.backend == "cuda" and not device.interpreted)
+
+
+@cache
+def _form_constants(form: ExpertForm, is_fast: bool) -> Mapping[str, bool | float | str]:
     return {
         "CONCATENATED": form.is_concatenated,
         "ACTIVATION": form.activation,
         "LIMIT": form.limit,
         "ALPHA": form.alpha,
-        "FAST": tensor.element_size() == 2 and device.backend == "cuda" and not device.interpreted,
+        "FAST": is_fast,
     }
 
 
@@ -88,4 +96,4 @@ def _launch(
     )
     block, warps = block_of(config, intermediate_size, h_RJ.element_size())
     how = {"I": intermediate_size, "BLOCK": block, "num_warps": warps, **form_constants(form, h_RJ)}
-    launch(_swiglu_kernel, (rows, triton.cdiv(intermediate_size, block)), h_RJ, da_RI, out, a_RI, **how)
+    launch(_swiglu_kernel, (rows, ceil_div(intermediate_size, block)), h_RJ, da_RI, out, a_RI, **how)

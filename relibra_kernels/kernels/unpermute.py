@@ -46,5 +46,5 @@ def unpermute(
     config = config or chosen_block("permute", y_RH, width, schedule.num_tokens, part="unpermute")
     block, warps = block_of(config, width, y_RH.element_size())
     how = {"H": width, "TOP_K": schedule.top_k, "BLOCK_H": block, "num_warps": warps}
-    launch(_unpermute_kernel, (len(out_TH),), y_RH, weights_TK, schedule.position_of, out_TH, **how)
+    launch(_unpermute_kernel, (schedule.num_tokens,), y_RH, weights_TK, schedule.position_of, out_TH, **how)
     return out_TH

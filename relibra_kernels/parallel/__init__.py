@@ -1,8 +1,17 @@
 """Expert parallelism over `torch.distributed`: dispatch and combine, replicas, migration."""
 
+from .pretrained import load_pretrained, meta_parameters, save_pretrained
 from .routed_batch import RoutedBatch
 from .runtime import ExpertParallel
 from .session import RuntimeOptions
 from .stats import BatchStats
 
-__all__ = ["BatchStats", "ExpertParallel", "RoutedBatch", "RuntimeOptions"]
+__all__ = [
+    "BatchStats",
+    "ExpertParallel",
+    "RoutedBatch",
+    "RuntimeOptions",
+    "load_pretrained",
+    "meta_parameters",
+    "save_pretrained",
+]

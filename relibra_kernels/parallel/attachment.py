@@ -111,6 +111,20 @@ def attach(moe: ReplicatedMoE, runner: Runner, layer: int, rank: int) -> None:
     moe.experts.register_load_state_dict_pre_hook(_check_experts)
 
 
+def refuse_to_save(model: nn.Module) -> None:
+    """Let `save_pretrained` of transformers' models say that it would write this rank's experts only."""
+    for module in model.modules():
+        if hasattr(module, "save_pretrained") and not type(module).__module__.startswith("peft"):
+            module.save_pretrained = _refuse  # type: ignore[assignment]
+
+
+def _refuse(*_: Any, **__: Any) -> None:
+    raise InputError(
+        "the model's experts are spread over ranks, of which save_pretrained would write one rank's: use "
+        "relibra_kernels.parallel.save_pretrained(ep, folder), which all ranks call"
+    )
+
+
 def _name_experts(module: nn.Module, state: dict[str, Any], prefix: str, _local: Any) -> None:
     if isinstance(module.dispatcher, AttachedLayer):
         state[prefix + EXPERT_IDS] = module.dispatcher.expert_ids()

@@ -1,6 +1,7 @@
 """One open batch on one rank: its plan, its tables, its replicas; and what it reports when it is over."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
 from ..planner.pricing.models import kept_replica_bytes
@@ -53,11 +54,11 @@ class ExpertStore:
             return adapted_weights(self.experts[layer])
 
     def replica_bytes(self, layer: int) -> int:
-        """Of one replica that is kept: weights, and fp32 gradients of what is trained."""
+        """Memory of one kept replica: see `kept_replica_bytes`."""
         with torch.enable_grad():
             weights = adapted_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
-        sizes = [(t[0].numel(), t.element_size(), t.requires_grad) for t in weights.tensors()]
-        return sum(kept_replica_bytes(count, size, count * trained) for count, size, trained in sizes)
+        sizes = [(t[0].numel(), t.requires_grad, t.element_size()) for t in weights.tensors()]
+        return sum(kept_replica_bytes(count, count * trained, size) for count, trained, size in sizes)
 
 
 class OpenBatch:
@@ -171,6 +172,19 @@ class OpenBatch:
         except InputError as error:
             problem = error
         self._groups.agree(problem, {}, self.device, "closing the batch")
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        try:
+            yield
+            self.finish()
+        except BaseException as error:
+            if self._comm.alarm is not None and not isinstance(error, CommunicationError):  # about another rank
+                self._comm.alarm.sound(self._comm.rank, error)
+            raise
+        finally:
+            self.close()
 
     def close(self) -> None:
         """Nothing of this batch runs from here on."""

@@ -30,8 +30,8 @@ class Planning:
     Args:
         check: refuses a trace of another model.
         device: where the group's collectives want their tensors.
-        shape: sizes of the model's MoE layers as they are now, which plans are priced for. transport: how their tokens
-            travel.
+        shape: sizes of the model's MoE layers as they are now, which plans are priced for.
+        transport: how their tokens travel.
     """
 
     def __init__(

@@ -14,11 +14,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from ..planner import BatchPlan, ClusterSpec, Estimate, ModelShape, PlanOptions, RoutingTrace
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner.errors import InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
 from .agreement import Opening
-from .attachment import attach
+from .attachment import attach, refuse_to_save
 from .batch import ExpertStore, OpenBatch
 from .checks import check_trace
 from .comm.alarm import Alarm
@@ -104,6 +104,7 @@ class ExpertParallel:
         for layer, moe in enumerate(self.layers):
             keep_experts(moe.experts, np.flatnonzero(home[layer] == self.comm.rank).tolist(), home_slots)
             attach(moe, self._runner, layer, self.comm.rank)
+        refuse_to_save(model)
         self._alarm = Alarm(self.comm.ranks)
         for comm in self.groups.every:
             comm.alarm = self._alarm
@@ -292,14 +293,9 @@ class ExpertParallel:
         self._batch = self._last = opened
         self._runner.in_batch = True
         try:
-            yield
-            opened.finish()
-        except BaseException as error:
-            if not isinstance(error, CommunicationError):  # which is about another rank that stopped
-                self._alarm.sound(self.comm.rank, error)
-            raise
+            with opened.running():
+                yield
         finally:
-            opened.close()
             self._batch, self._runner.in_batch = None, False
 
     def _move(self, tensors: list[dict[str, Tensor]], home_LE: np.ndarray, optimizer: Any) -> None:

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -14,7 +14,6 @@ from ..configs.limits import Device
 from ..configs.products import PRODUCTS
 from ..configs.spaces import candidates
 from .compile_task import Task, digest_of
-from .journal import Journal
 from .launch_model import Resources
 from .ranking import estimate
 from .search_goal import Goal, layer_shape, one_time
@@ -45,6 +44,15 @@ class Workload(Protocol):
         """Reset the buffers that launches add to."""
 
 
+class Outcomes(Protocol):
+    """What was timed before, by key; a `Journal` keeps it in a file."""
+
+    known: dict[str, Any]
+
+    def add(self, key: str, note: str, value: Any) -> None:
+        """`note` is for readers."""
+
+
 class OutOfTime(Exception):  # noqa: N818 (nothing is wrong)
     """The budget ended before a goal was finished."""
 
@@ -71,7 +79,7 @@ class OnlineSearch:
 
     device: Device
     goals: Sequence[Goal]
-    journal: Journal
+    journal: Outcomes
     prepare: Callable[[Goal], Sequence[Workload]]
     bench: Callable[[Callable[[], object]], Timing]
     out_of_time: Callable[[], bool] = lambda: False

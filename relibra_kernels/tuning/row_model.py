@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ..configs.config import BlockConfig
 from ..configs.products import Product
+from ..kernels.schedule import COUNTED, MOST_COUNTED, counting_block
 from .launch_model import ITEM, LAUNCH_US, Estimate, Resources, Work, bounded
 
 _START_CLOCKS = 300  # of a program: being placed, its indices
@@ -15,6 +16,8 @@ _LANES = 128  # of an SM, each an operation a clock
 _SUM_CLOCKS, _BARRIER_CLOCKS = 30, 60  # a sum over a warp's lanes; what its warps wait for each other
 _MOST_PROGRAMS = 32  # an SM
 _SCAN_ELEMENTS, _SCAN_WARPS = 4096, 8  # counts that schedule's one program adds up at a time
+_COUNT_OPERATIONS = 4  # an assignment, of a histogram
+_ID_BYTES, _SCHEDULE_BYTES = 8, 8 + 8 + 4 + 4  # an id; an assignment: read twice, written to two tables
 
 
 class _Cost(NamedTuple):
@@ -113,19 +116,46 @@ def _resident(config: BlockConfig, resources: Resources) -> int:
 
 
 def _schedule(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
+    """A program a block, in one launch where there are few assignments, else in three."""
+    few = int(work.rows.sum()) <= MOST_COUNTED
+    return (_schedule_at_once if few else _schedule_in_three)(work, config, resources, product)
+
+
+def _schedule_at_once(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
+    """Every block counts all assignments by itself, from L2, and then sorts its own."""
+    assignments = int(work.rows.sum())
+    columns, warps = counting_block(config)
+    lanes = min(_LANES, 32 * warps)
+    blocks = math.ceil(assignments / columns)
+    resident = max(1, min(resources.warps_per_sm // warps, _MOST_PROGRAMS, math.ceil(blocks / product.sms)))
+    waves = math.ceil(blocks / (product.sms * resident))
+    busy = resident * COUNTED * max(_COUNT_OPERATIONS / _LANES, _ID_BYTES * product.sms / product.l2)
+    step = max(product.latency + _COUNT_OPERATIONS * COUNTED / lanes, busy)
+    count = _START_CLOCKS + math.ceil(assignments / COUNTED) * step
+    moved = assignments * _SCHEDULE_BYTES + 3 * blocks * (1 << len(work.rows).bit_length()) * 4
+    scatter = _scatter_clocks(columns, warps, resident, product)
+    return bounded(waves * (count + scatter), moved, waves, 0, product)
+
+
+def _scatter_clocks(columns: int, warps: int, resident: int, product: Product) -> float:
+    """Sorting a block's assignments and writing where they go."""
+    stages = math.log2(columns) * (math.log2(columns) + 1) / 2  # of a bitonic sort
+    across = _BARRIER_CLOCKS * stages if warps > 1 else 0.0
+    sort = stages * 8 * columns / min(_LANES, 32 * warps) + across
+    return _START_CLOCKS + 3 * product.latency + max(sort, resident * stages * 8 * columns / _LANES)
+
+
+def _schedule_in_three(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
     """Count and scatter, a program a block; between them one program scans over the blocks' counts."""
     assignments, slots = int(work.rows.sum()), len(work.rows)
     blocks, bins = math.ceil(assignments / config.columns), 1 << slots.bit_length()
-    stages = math.log2(config.columns) * (math.log2(config.columns) + 1) / 2  # of a bitonic sort
-    across = _BARRIER_CLOCKS * stages if config.num_warps > 1 else 0.0
     lanes = min(_LANES, 32 * config.num_warps)
-    sort = stages * 8 * config.columns / lanes + across
     resident = min(_resident(config, resources), math.ceil(blocks / product.sms))
     waves = math.ceil(blocks / (product.sms * resident))
-    count = _START_CLOCKS + product.latency + 4 * config.columns / lanes
-    scatter = _START_CLOCKS + 3 * product.latency + max(sort, resident * stages * 8 * config.columns / _LANES)
+    count = _START_CLOCKS + product.latency + _COUNT_OPERATIONS * config.columns / lanes
+    scatter = _scatter_clocks(config.columns, config.num_warps, resident, product)
     steps = math.ceil(blocks * bins / _SCAN_ELEMENTS)
     scan = _START_CLOCKS + steps * (2 * product.latency + 20 * _SCAN_ELEMENTS / (32 * _SCAN_WARPS))
-    moved = assignments * (8 + 8 + 4 + 4) + 3 * blocks * bins * 4
+    moved = assignments * _SCHEDULE_BYTES + 3 * blocks * bins * 4
     found = bounded(waves * (count + scatter) + scan, moved, waves, 0, product)
     return found._replace(us=found.us + 2 * LAUNCH_US)

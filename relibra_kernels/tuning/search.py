@@ -9,7 +9,7 @@ from ..configs.config import BlockConfig, Config, GemmConfig
 from ..configs.files import Bucket, Entry, merged
 from ..configs.limits import Device, device_for
 from ..configs.products import Product
-from ..configs.spaces import SPACE, candidates
+from ..configs.spaces import SPACE, SPILLS_ELSEWHERE, candidates
 from .compile_task import Outcome, Task
 from .launch_model import Resources
 from .models import Model
@@ -143,6 +143,8 @@ class OfflineSearch:
 
     def _resources(self, model: Model, kernel: str, part: str, config: Config) -> Resources | None:
         """The larger needs of its variants; None where one spills, does not fit or does not compile."""
+        if config in SPILLS_ELSEWHERE.get((self.device.family, kernel, not model.form.is_concatenated), ()):
+            return None
         tasks = self._tasks(model, kernel, part, config, *_stand_in(model))
         own = self._tasks(model, kernel, part, config, model.hidden_size, model.intermediate_size)
         found = [self.reports.get(tasks[-1]) or "not compiled yet"]

@@ -167,6 +167,7 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, hops, re
     def step(received, visits, held):
         tables = SendTables(
             assignment_of=index(1, received),
+            token_of=index(1, received),
             slots=torch.empty(1, received, TOP_K, dtype=torch.int16, device="meta"),
             position_of=index(1, tokens, TOP_K),
             offsets=index(1, 2),

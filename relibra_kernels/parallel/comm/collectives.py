@@ -217,10 +217,11 @@ class Comm:
                 self.wait(dist.all_reduce(tensor, group=self.group, async_op=True))
 
     def _count(self, kind: str, send_counts: Sequence[int], row_bytes: int) -> None:
-        node = self.rank // self.gpus_per_node
-        for rank, rows in enumerate(send_counts):
-            if rank != self.rank and rows:
-                self.ledger.add_bytes(kind, rank // self.gpus_per_node == node, rows * row_bytes)
+        first = self.rank // self.gpus_per_node * self.gpus_per_node
+        inside = sum(send_counts[first : first + self.gpus_per_node])
+        for fast, rows in ((True, inside - send_counts[self.rank]), (False, sum(send_counts) - inside)):
+            if rows:
+                self.ledger.add_bytes(kind, fast, rows * row_bytes)
 
 
 @dataclass

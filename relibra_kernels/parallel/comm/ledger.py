@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.profiler import record_function
@@ -27,24 +27,10 @@ class Ledger:
     def add_bytes(self, kind: str, fast: bool, count: int) -> None:
         self.bytes_sent[kind, "fast" if fast else "slow"] += count
 
-    @contextmanager
-    def span(self, part: str, device: torch.device) -> Iterator[None]:
-        """Count the time within as `part`, and show it as a range of `torch.profiler`."""
-        with record_function(f"relibra::{part}"):
-            if device.type == "cuda":
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                try:
-                    yield
-                finally:
-                    end.record()
-                    self._events.append((part, begin, end))
-            else:
-                start = time.perf_counter()
-                try:
-                    yield
-                finally:
-                    self._seconds[part] += time.perf_counter() - start
+    def span(self, part: str, device: torch.device) -> AbstractContextManager[None]:
+        """Count the time within as `part`, and show it as a range of `torch.profiler` where one runs."""
+        span = _DeviceSpan(part, self._events) if device.type == "cuda" else _HostSpan(part, self._seconds)
+        return _shown(span, part) if torch.autograd._profiler_enabled() else span
 
     def seconds(self) -> dict[str, float]:
         """By part; waits for the device."""
@@ -63,3 +49,38 @@ class Ledger:
     def batch_bytes(self) -> Counter[tuple[str, str]]:
         """`bytes_sent` since the batch began."""
         return self.bytes_sent - self._bytes_before
+
+
+class _HostSpan(AbstractContextManager[None]):
+    """Seconds of the host's clock. A class: a layer has ten spans, and a generator would cost more than it times."""
+
+    def __init__(self, part: str, seconds: dict[str, float]):
+        self._part, self._seconds = part, seconds
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds[self._part] += time.perf_counter() - self._start
+
+
+class _DeviceSpan(AbstractContextManager[None]):
+    """Two events of the current stream."""
+
+    def __init__(self, part: str, events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]]):
+        self._part, self._events = part, events
+
+    def __enter__(self) -> None:
+        self._begin = torch.cuda.Event(enable_timing=True)
+        self._begin.record()
+
+    def __exit__(self, *_: object) -> None:
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        self._events.append((self._part, self._begin, end))
+
+
+@contextmanager
+def _shown(span: AbstractContextManager[None], part: str) -> Iterator[None]:
+    with record_function(f"relibra::{part}"), span:
+        yield

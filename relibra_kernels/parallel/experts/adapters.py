@@ -140,7 +140,7 @@ class LateGradients:
         self._of_weights: list[tuple[nn.Parameter, Tensor]] = []
 
     def buffers(self, experts: ReplicatedExperts, own: ExpertWeights) -> ExpertWeights:
-        """Where to add gradients `[E/R, ...]`: where the parameters' own are, and for what adapters give anew."""
+        """Buffers to add gradients `[E/R, ...]` to: the parameters' own, and new ones for what adapters give."""
         for name, attribute in _PARAMETERS.items():
             active, parameter = _active(experts, attribute), getattr(experts, attribute)
             if not any(p.requires_grad for wrapper, _ in active for p in wrapper.parameters()):

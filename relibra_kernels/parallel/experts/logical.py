@@ -45,10 +45,26 @@ def logical_tensors(
             continue
         factor = factors.get(id(parameter))
         rows = tensor if factor is None else factor.by_expert(tensor).contiguous()
-        by_rank = comm.gather_tensors(rows, f"gathering {name}").flatten(0, 1)
-        row_of_expert = _row_of_expert(home_LE[layer_of[id(parameter)]], len(rows))
-        whole = by_rank[torch.from_numpy(row_of_expert).to(tensor.device)]
+        whole = gather_experts(rows, home_LE[layer_of[id(parameter)]], comm, f"gathering {name}")
         yield name, whole if factor is None else factor.whole(whole)
+
+
+def gather_experts(rows: Tensor, home_E: np.ndarray, comm: Comm, phase: str) -> Tensor:
+    """[E, ...] from the rows of every rank's home slots, some slots of all ranks at a time. Collective.
+
+    Beside what is returned it takes an eighth of that, or one expert of each rank.
+    """
+    whole = rows.new_empty((len(home_E), *rows.shape[1:]))
+    row_of_expert = _row_of_expert(home_E, len(rows))
+    rank, slot = np.divmod(row_of_expert, len(rows))
+    step = -(-len(rows) // 8)
+    for first in range(0, len(rows), step):
+        part = comm.gather_tensors(rows[first : first + step], phase)
+        expert = np.flatnonzero((slot >= first) & (slot < first + step))
+        index = (torch.from_numpy(array).to(rows.device) for array in (expert, rank[expert], slot[expert] - first))
+        to, of_rank, of_slot = index
+        whole[to] = part[of_rank, of_slot]
+    return whole
 
 
 def _row_of_expert(home_E: np.ndarray, home_slots: int) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Memory in which rows are sent, received and combined: one allocation a purpose, used by every layer in turn."""
 
+import math
 from collections.abc import Mapping, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +28,9 @@ class Buffers:
 
     def take(self, name: str, shape: Sequence[int], like: Tensor) -> Tensor:
         """Uninitialised `shape` of `like`'s dtype and device. What was taken under this name before is overwritten."""
-        size = int(np.prod(shape, dtype=np.int64)) * like.element_size()
-        self.reserve({name: size}, like.device)
-        return self.memory[name, like.device][:size].view(like.dtype).view(*shape)
+        size = math.prod(shape) * like.element_size()
+        memory = self.memory.get((name, like.device))
+        if memory is None or memory.numel() < size:
+            self.reserve({name: size}, like.device)
+            memory = self.memory[name, like.device]
+        return memory[:size].view(like.dtype).view(*shape)

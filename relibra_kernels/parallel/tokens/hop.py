@@ -72,7 +72,7 @@ class Hop:
         self._top_k = tables.position_of.shape[2]
         self._send = Schedule(tables.offsets[layer], tables.assignment_of[layer, :sent], tables.position_of[layer])
         self._slots = tables.slots[layer, :sent]
-        self._token_of_sent = torch.div(self._send.assignment_of, self._top_k, rounding_mode="floor")
+        self._token_of_sent = tables.token_of[layer, :sent]
         self._stay = sizes.send[comm.rank]  # rows that stay here are sent last, and received last
         self._leave = [0 if rank == comm.rank else count for rank, count in enumerate(sizes.send)]
         self._come = [0 if rank == comm.rank else count for rank, count in enumerate(sizes.receive)]

@@ -22,6 +22,7 @@ class SendTables:
 
     `assignment_of` int32 [L, T * min(K, R)]: the first choice, as t * K + k, of each row that is sent. Unused at the
         end.
+    `token_of` int32, of its shape: the token t alone.
     `slots` int16 [L, T * min(K, R), K]: the slot on its destination of each of the row's choices, -1 for those of
         other ranks.
     `position_of` int32 [L, T, K]: the sent row whose first choice this is, else -1.
@@ -31,6 +32,7 @@ class SendTables:
     """
 
     assignment_of: Tensor
+    token_of: Tensor
     slots: Tensor
     position_of: Tensor
     offsets: Tensor
@@ -44,10 +46,10 @@ class SendTables:
         """
         top_k = self.position_of.shape[2]
         nowhere = self.position_of.new_full((len(self.position_of), 1, top_k), -1)
-        row_LN = torch.div(self.assignment_of, top_k, rounding_mode="floor")
-        token_LN = token_of_row[row_LN.long()]
+        token_LN = token_of_row[self.token_of.long()]
         return SendTables(
-            assignment_of=(token_LN * top_k + (self.assignment_of - row_LN * top_k)).int(),
+            assignment_of=(token_LN * top_k + (self.assignment_of - self.token_of * top_k)).int(),
+            token_of=token_LN.int(),
             slots=self.slots,
             position_of=torch.cat([self.position_of, nowhere], 1)[:, rows_T].contiguous(),
             offsets=self.offsets,
@@ -97,6 +99,7 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
     by_rank = torch.cat([counts[:, :me], counts[:, -1:], counts[:, me:-1]], 1)
     return SendTables(
         assignment_of=assignment_of[:, :bound],
+        token_of=torch.div(assignment_of[:, :bound], top_k, rounding_mode="floor"),
         slots=slots.view(layers, bound + 1, top_k)[:, :bound],
         position_of=torch.where(first, row_LTK, -1).int(),
         offsets=offsets,

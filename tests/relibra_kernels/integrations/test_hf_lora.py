@@ -86,6 +86,7 @@ def test_adapters_train_under_plans_as_in_one_process(how, family, keep, ranks, 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "glm4_moe"])
 def test_adapters_are_recorded_and_replayed(family, reentrant):
     """Generated and fed whole, with two micro-batches in flight."""
+    pytest.importorskip("peft", reason="needs peft")
 
     def step(checkpointed):
         model = wrapped(make_model(family)).train()
@@ -108,6 +109,7 @@ def test_adapters_are_recorded_and_replayed(family, reentrant):
     for name, gradient in expected.items():
         assert_close(got[name], gradient, 1e-5, name)
 
+    pytest.importorskip("peft", reason="needs peft")
     model, tokens = wrapped(make_model(family)).eval(), make_tokens(2, 6)
     with torch.no_grad(), record_routing(model) as record:
         out = model.generate(input_ids=tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)

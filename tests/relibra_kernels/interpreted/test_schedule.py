@@ -65,7 +65,7 @@ def test_the_number_of_launches(monkeypatch, launches):
 
 def test_blocks_that_count_more_than_once(monkeypatch, launches):
     """Assignments are counted in several parts, and a block begins in the middle of one."""
-    monkeypatch.setattr(module, "_COUNTED", 128)
+    monkeypatch.setattr(module, "COUNTED", 128)
     slots = random_slots(301, 3, 20, dropped=0.1)
     same(kernels.build_schedule(slots, 20, (16,)), reference.build_schedule(slots, 20, (16,)))
 

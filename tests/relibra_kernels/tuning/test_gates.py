@@ -10,13 +10,16 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
 from relibra_kernels.compiling.machine_code import MachineCode, read_machine_code
+from relibra_kernels.configs import spaces
+from relibra_kernels.configs.config import parse_config
 from relibra_kernels.configs.limits import device_for
 from relibra_kernels.configs.products import PRODUCTS
-from relibra_kernels.form import ExpertForm
+from relibra_kernels.form import GPT_OSS, ExpertForm
+from relibra_kernels.tuning.columns import columns_issued
 from relibra_kernels.tuning.compile_task import Task, compile_task
-from relibra_kernels.tuning.gates import large_tasks, machine_faults
+from relibra_kernels.tuning.gates import large_tasks, machine_faults, most_barriers, same_code
 from relibra_kernels.tuning.launch_model import Resources
-from relibra_kernels.tuning.models import MODELS
+from relibra_kernels.tuning.models import MODELS, model_named
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 H100, MI300X = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["MI300X"])
@@ -49,6 +52,9 @@ MUTATIONS = [
     ({"shared_bytes_a_clock": 151.0}, "moves 151.0 bytes"),
     ({"epilogue_share": 0.13}, "epilogue of 0.13"),
     ({"wide_stores": 12}, "stores 4 of 16 times in less than 16 bytes"),
+    ({"narrow_loads": 1, "loads": 9}, "loads 1 of 9 times in 1, 2 or 8 bytes"),
+    ({"indices": 64}, "loads 64 times in 4 bytes"),
+    ({"barriers": 6}, "waits at 6 barriers in a step"),
 ]
 
 
@@ -79,11 +85,59 @@ def test_faults_of_some_kernels_and_devices_alone():
     ]
 
 
+def test_barriers_by_version():
+    """Triton 3.7 gives every loop 3 at most, 3.9 one more, 3.6 one more where both operands come by descriptors."""
+    assert [most_barriers("gate_up", version) for version in ("3.6.0", "3.7.1", "3.9.0")] == [3, 3, 4]
+    assert [most_barriers("grouped_gemm", version) for version in ("3.6.0", "3.7.1", "3.9.0")] == [4, 3, 4]
+
+
+def test_a_bias_may_be_narrow():
+    biased = Task("sm_90", "gate_up", "", "128x128x64w8s3", 2880, 2880, GPT_OSS, 2)
+    code = replace(GOOD, narrow_loads=1)
+    assert not machine_faults(biased, Resources(200, 0, 1 << 17, 8, code), H100)
+    assert machine_faults(biased, Resources(200, 0, 1 << 17, 8, replace(code, narrow_loads=2)), H100)
+
+
+def test_configs_of_the_same_code_are_found():
+    compiled = [("gate_up, one", "a", "1"), ("gate_up, one", "b", "2"), ("gate_up, two", "b", "1")]
+    assert same_code(compiled) == []
+    assert same_code([*compiled, ("gate_up, one", "c", "1")]) == ["a = c: gate_up, one"]
+
+
+@interpreting
+def test_a_config_that_compiles_to_the_code_of_another_is_refused(monkeypatch, capsys):
+    monkeypatch.setitem(spaces.SPACE, "grad_weight", [parse_config("64x64x64w4s2"), parse_config("64x64x64w4s3")])
+    command = ["compile", "--target", "sm_80", "--kernel", "grad_weight"]
+    assert main(command) == 0  # they differ
+    assert "same code" not in capsys.readouterr().err
+    usual = spaces.SPACE["grad_weight"][0]
+    in_fours = replace(usual, group_m=4)  # of which grad_weight's kernel knows nothing
+    monkeypatch.setitem(spaces.SPACE, "grad_weight", [usual, in_fours])
+    assert main(command) == 1
+    assert "the same code twice: 64x64x64w4s2 = 64x64x64w4s2g4: grad_weight" in capsys.readouterr().err
+
+
 def test_large_batches_of_every_model_get_whole_tiles():
     """Two parts of two kernels, one of two others, with replicas and without."""
     for model in MODELS:
         tasks = large_tasks([model], PRODUCTS["H100"], (0, 2))
         assert len(tasks) == 12 and {task.config.split("x")[0] for task in tasks} <= {"128", "256"}
+
+
+@pytest.mark.parametrize("product", PRODUCTS.values(), ids=lambda product: product.name)
+def test_whole_tiles_compute_few_columns_for_nothing(product):
+    """At most 7 % of a layer, of every model; 10 % of one GEMM: half of the sixth tile of I 1408 in grad_hidden."""
+    for model in MODELS:
+        found = columns_issued(model, product)
+        assert found.pop("layer") <= 1.07 and len(found) == 6 and max(found.values()) <= 1.10, model
+
+
+def test_columns_are_counted_by_hand():
+    """Tiles of 128 gate columns, 256 columns and 128x256 of a weight, over I 1408 and H 2048."""
+    found = columns_issued(model_named("Moonlight-16B-A3B"), PRODUCTS["H100"])
+    assert found["gate_up gate_up"] == 1408 / 1408 and found["grad_hidden grad_hidden"] == 1536 / 1408
+    gate_up, down = 2 * 1408 * 2048, 1408 * 2048  # of gate_up, dx and a weight gradient; of the three others
+    assert found["layer"] == pytest.approx((3 * gate_up + 2 * down + 1536 * 2048) / (3 * gate_up + 3 * down))
 
 
 @interpreting

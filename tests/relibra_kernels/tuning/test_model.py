@@ -7,7 +7,8 @@ pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.configs.config import GemmConfig, parse_config
 from relibra_kernels.configs.products import PRODUCTS
-from relibra_kernels.tuning.launch_model import Resources, Work, balanced, skewed
+from relibra_kernels.kernels.schedule import MOST_COUNTED
+from relibra_kernels.tuning.launch_model import LAUNCH_US, Resources, Work, balanced, skewed
 from relibra_kernels.tuning.models import MODELS, model_named
 from relibra_kernels.tuning.ranking import estimate
 from relibra_kernels.tuning.search_goal import goals, recorded
@@ -140,8 +141,21 @@ def test_a_schedule_trades_the_scan_against_the_sort():
     def us(rows, config):
         return estimate(Work("schedule", 0, 0, False, rows, "schedule"), parse_config(config), ROOMY, H100).us
 
-    assert us(few, "1024w4") < us(few, "4096w8")
+    assert us(few, "512w4") < us(few, "2048w4")
     assert us(many, "4096w8") < us(many, "512w4")
+
+
+def test_a_small_schedule_is_one_launch():
+    """Up to 65536 assignments; every block counts all of them, so it takes longer the more there are."""
+
+    def us(assignments, config="1024w4"):
+        work = Work("schedule", 0, 0, False, np.array([assignments]), "schedule")
+        return estimate(work, parse_config(config), ROOMY, H100).us
+
+    assert us(MOST_COUNTED + 1) > us(1) + 2 * LAUNCH_US
+    counting = [us(32768) - us(16384), us(65536) - us(32768)]
+    assert 0 < counting[0] < 0.6 * counting[1]
+    assert us(65536, "4096w8") == us(65536, "1024w8")  # a block of 4096 is one of 1024
 
 
 def test_a_bias_gradient_waits_for_the_longest_slot():

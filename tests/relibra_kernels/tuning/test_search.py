@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,16 @@ def test_a_winner_that_spills_at_its_own_sizes_is_replaced(search, tmp_path):
     again = search(model, find=find)
     again.reports = Reports(tmp_path / "again", "sm_90")
     assert all(bucket.config != winner for entry in again.run()["gate_up"] for bucket in entry.buckets)
+
+
+def test_what_spills_under_another_triton_is_left_out(search):
+    """Interleaved gate_up at 128x128 on an A100: 8 bytes under 3.9, none here. Concatenated it stays."""
+    config = "128x128x64w8s3"
+    for name, offered in (("gpt-oss-120b", False), ("Qwen3-30B-A3B", True)):
+        found = search(model_named(name), PRODUCTS["A100"], find=lambda task: FREE, kernels=("gate_up",))
+        found.run()
+        names = {str(replace(ranked, group_m=8)) for _, ranked in found.rank(found.goals[-1])}
+        assert (config in names) == offered and len(names) > 4
 
 
 def run_cli(out, *more):
