@@ -144,9 +144,10 @@ rehearse: .venv/installed
 clean:
 	rm -rf .venv build dist site demo-output *.egg-info
 
-# torch first and alone: with it installed, nothing that follows pulls another build of it.
+# torch first and alone: with it installed, nothing that follows pulls another build of it. pip shows how far it is.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[transformers,plot,dev]'
+	@echo "Installing into .venv: torch first, the largest download, then the rest; a few minutes in all."
+	$(BIN)/python -m pip install --constraint constraints.txt torch
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[transformers,plot,dev]'
 	touch $@

@@ -13,6 +13,7 @@ from . import ops
 from .form import ExpertForm
 from .operands import check_layer
 from .planner.errors import ShapeError
+from .products import Products
 from .schedule import Schedule
 from .weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
 
@@ -40,18 +41,9 @@ def moe_mlp_forward(
         weight_of_slot: int32 [slots], index into home, then replica; None: slot i uses weight i.
     """
     check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
-    h_RJ, a_RI = _gate_up(x_TH, schedule, home, form, replica, weight_of_slot)
-    replicas = replica or NO_WEIGHTS
-    y_RH = ops.grouped_gemm(
-        a_RI,
-        home.down,
-        schedule,
-        transpose_weight=not form.is_transposed,
-        bias=home.down_bias,
-        replica_weight=replicas.down,
-        replica_bias=replicas.down_bias,
-        weight_of_slot=weight_of_slot,
-    )
+    products = Products(schedule, form, home, replica or NO_WEIGHTS, weight_of_slot)
+    h_RJ, a_RI = products.gate_up(x_TH)
+    y_RH = products.whole(a_RI, "down", transpose=not form.is_transposed, bias=True)
     return ops.unpermute(y_RH.to(out_dtype or y_RH.dtype), weights_TK, schedule), h_RJ
 
 
@@ -85,98 +77,17 @@ def moe_mlp_backward(
             f"dout is {dout_TH.dtype} {tuple(dout_TH.shape)} with strides {dout_TH.stride()}; "
             f"it must be contiguous {x_TH.dtype} {tuple(x_TH.shape)}"
         )
+    products = Products(schedule, form, home, replica or NO_WEIGHTS, weight_of_slot)
     if h_RJ is None:
-        h_RJ, _ = _gate_up(x_TH, schedule, home, form, replica, weight_of_slot)
-    replicas, replica_grads = replica or NO_WEIGHTS, replica_grad or NO_WEIGHTS
-    dh_RJ, wa_RI, dweights_TK = ops.grad_hidden(
-        dout_TH,
-        h_RJ,
-        weights_TK,
-        home.down,
-        schedule,
-        form,
-        bias=home.down_bias,
-        replica_down=replicas.down,
-        replica_bias=replicas.down_bias,
-        weight_of_slot=weight_of_slot,
-    )
-    transposed = form.is_transposed
-    if grad.down is not None:
-        left, right = (wa_RI, dout_TH) if transposed else (dout_TH, wa_RI)
-        ops.grad_weight(
-            left,
-            right,
-            schedule,
-            grad.down,
-            replica_grad=replica_grads.down,
-            gather_left=not transposed,
-            gather_right=transposed,
-            weight_of_slot=weight_of_slot,
-            accumulate=accumulate,
-        )
-    if grad.gate_up is not None:
-        left, right = (x_TH, dh_RJ) if transposed else (dh_RJ, x_TH)
-        ops.grad_weight(
-            left,
-            right,
-            schedule,
-            grad.gate_up,
-            replica_grad=replica_grads.gate_up,
-            gather_left=transposed,
-            gather_right=not transposed,
-            weight_of_slot=weight_of_slot,
-            accumulate=accumulate,
-        )
-    if grad.down_bias is not None:
-        ops.grad_bias(
-            dout_TH,
-            schedule,
-            grad.down_bias,
-            replica_grad=replica_grads.down_bias,
-            weights_TK=weights_TK,
-            gather=True,
-            weight_of_slot=weight_of_slot,
-            accumulate=accumulate,
-        )
-    if grad.gate_up_bias is not None:
-        ops.grad_bias(
-            dh_RJ,
-            schedule,
-            grad.gate_up_bias,
-            replica_grad=replica_grads.gate_up_bias,
-            weight_of_slot=weight_of_slot,
-            accumulate=accumulate,
-        )
-    dx_RH = ops.grouped_gemm(
-        dh_RJ,
-        home.gate_up,
-        schedule,
-        transpose_weight=transposed,
-        replica_weight=replicas.gate_up,
-        weight_of_slot=weight_of_slot,
-    )
+        h_RJ, _ = products.gate_up(x_TH)
+    dh_RJ, wa_RI, dweights_TK = products.grad_hidden(dout_TH, h_RJ, weights_TK)
+    transposed, grads = form.is_transposed, (grad, replica_grad or NO_WEIGHTS)
+    products.grad_weight("down", *grads, dout_TH, wa_RI, tokens_left=not transposed, accumulate=accumulate)
+    products.grad_weight("gate_up", *grads, x_TH, dh_RJ, tokens_left=transposed, accumulate=accumulate)
+    products.grad_bias("down_bias", *grads, dout_TH, weights_TK=weights_TK, gather=True, accumulate=accumulate)
+    products.grad_bias("gate_up_bias", *grads, dh_RJ, accumulate=accumulate)
+    dx_RH = products.whole(dh_RJ, "gate_up", transpose=transposed)
     return ops.unpermute(dx_RH.to(out_dtype or dx_RH.dtype), None, schedule), dweights_TK
-
-
-def _gate_up(
-    x_TH: torch.Tensor,
-    schedule: Schedule,
-    home: ExpertWeights,
-    form: ExpertForm,
-    replica: ExpertWeights | None,
-    weight_of_slot: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    replicas = replica or NO_WEIGHTS
-    return ops.grouped_gemm_swiglu(
-        x_TH,
-        home.gate_up,
-        schedule,
-        form,
-        bias=home.gate_up_bias,
-        replica_gate_up=replicas.gate_up,
-        replica_bias=replicas.gate_up_bias,
-        weight_of_slot=weight_of_slot,
-    )
 
 
 def moe_mlp(
@@ -193,7 +104,7 @@ def moe_mlp(
     A parameter with a `.main_grad` (fp32) gets its gradient added there, and none through autograd.
     `recompute` saves x, indices and weights only and computes h again in backward.
     """
-    return _MoeMlp.apply(x_TH, weights_TK, *home, schedule, form, recompute)
+    return _MoeMlp.apply(x_TH, weights_TK, schedule, form, recompute, *home)
 
 
 class _MoeMlp(torch.autograd.Function):
@@ -202,15 +113,12 @@ class _MoeMlp(torch.autograd.Function):
         ctx: Any,
         x_TH: torch.Tensor,
         weights_TK: torch.Tensor,
-        gate_up: torch.Tensor,
-        down: torch.Tensor,
-        gate_up_bias: torch.Tensor | None,
-        down_bias: torch.Tensor | None,
         schedule: Schedule,
         form: ExpertForm,
         recompute: bool,
+        *parameters: torch.Tensor | None,
     ) -> torch.Tensor:
-        home = ExpertWeights(gate_up, down, gate_up_bias, down_bias)
+        home = ExpertWeights(*parameters)
         out_TH, h_RJ = moe_mlp_forward(x_TH, weights_TK, schedule, home, form)
         tables = (schedule.slot_offsets, schedule.assignment_of, schedule.position_of)
         ctx.save_for_backward(x_TH, None if recompute else h_RJ, weights_TK, *home, *tables)
@@ -222,10 +130,10 @@ class _MoeMlp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout_TH: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x_TH, h_RJ, weights_TK, *saved = ctx.saved_tensors
-        home = ExpertWeights(*saved[:4])
-        slot_offsets, assignment_of, position_of = saved[4:]
-        needed = ctx.needs_input_grad[2:6]
-        # One `accumulate` holds for all four: either they are added to buffers, or all are new and in their own dtype.
+        *parameters, slot_offsets, assignment_of, position_of = saved
+        home = ExpertWeights(*parameters)
+        needed = ctx.needs_input_grad[5:]
+        # One `accumulate` holds for all of them: they are added to buffers, or all are new and in their own dtype.
         accumulate = any(main_grad is not None for main_grad in ctx.main_grads)
         if accumulate:
             grad = gradient_buffers(home, ctx.main_grads, needed)
@@ -243,4 +151,4 @@ class _MoeMlp(torch.autograd.Function):
             accumulate=accumulate,
         )
         grads = returned_gradients(home, grad, ctx.main_grads, needed)
-        return dx_TH, dweights_TK.to(weights_TK.dtype), *grads, None, None, None
+        return dx_TH, dweights_TK.to(weights_TK.dtype), None, None, None, *grads

@@ -116,9 +116,11 @@ def moe_mlp_functional(
     *,
     recompute: bool = False,
 ) -> torch.Tensor:
-    """`autograd.moe_mlp` from the slots of assignments, for torch.compile."""
+    """`autograd.moe_mlp` from the slots of assignments, for torch.compile; low-rank terms are added to the weights."""
+    base = home.merged()
+    parameters = (base.gate_up, base.down, base.gate_up_bias, base.down_bias)
     flags = (form.is_transposed, form.is_concatenated, form.activation, form.limit, form.alpha)
-    return _forward(x_TH, weights_TK, slot_TK, *home, *flags, recompute)[0]
+    return _forward(x_TH, weights_TK, slot_TK, *parameters, *flags, recompute)[0]
 
 
 def _form(

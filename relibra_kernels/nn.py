@@ -77,12 +77,43 @@ class ReplicatedExperts(nn.Module):
         self.down_proj = parameter(*self.form.down_shape(hidden_size, intermediate_size))
         self.gate_up_proj_bias = parameter(2 * intermediate_size) if self.form.has_bias else None
         self.down_proj_bias = parameter(hidden_size) if self.form.has_bias else None
+        for name in ("gate_up_proj_left", "gate_up_proj_right", "down_proj_left", "down_proj_right"):
+            self.register_parameter(name, None)  # until `adapt`
         self.reset_parameters()
 
     @property
     def weights(self) -> ExpertWeights:
-        """The parameters, as the functions of `autograd` take them."""
-        return ExpertWeights(self.gate_up_proj, self.down_proj, self.gate_up_proj_bias, self.down_proj_bias)
+        """The parameters, as the functions of `autograd` take them; under PEFT's adapters with their factors beside."""
+        return adapted(self, ExpertWeights(None, None, self.gate_up_proj_bias, self.down_proj_bias))
+
+    @property
+    def is_transposed(self) -> bool:
+        """Of the form; PEFT asks for it where it names an adapter's factors."""
+        return self.form.is_transposed
+
+    def adapt(self, rank: int) -> None:
+        """Freeze the parameters, and train low-rank terms beside them: `W[e] + left[e] @ right[e]`, never added up.
+
+        The factors of a weight `[E, A, B]` are parameters `[E, A, rank]` and `[E, rank, B]`, in its dtype. Of the two,
+        the one that makes the output begins at zero, so that nothing changes at first. There is no alpha: it would be a
+        factor of that one's learning rate.
+
+        Raises: InputError where the rank is not positive, or there are factors already.
+        """
+        if rank < 1:
+            raise InputError(f"rank is {rank}; it must be positive")
+        if self.gate_up_proj_left is not None:
+            raise InputError("the experts have factors already")
+        for parameter in self.parameters():
+            parameter.requires_grad_(False)
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(self, name)
+            left = nn.Parameter(weight.new_zeros(*weight.shape[:2], rank))
+            right = nn.Parameter(weight.new_zeros(weight.shape[0], rank, weight.shape[2]))
+            inner, of_input = (left, weight.shape[1]) if self.form.is_transposed else (right, weight.shape[2])
+            nn.init.normal_(inner, std=of_input**-0.5)
+            setattr(self, f"{name}_left", left)
+            setattr(self, f"{name}_right", right)
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal weights, zero biases."""
@@ -110,6 +141,28 @@ class ReplicatedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
+
+
+def adapted(experts: nn.Module, biases: ExpertWeights) -> ExpertWeights:
+    """The weights `gate_up_proj` and `down_proj` of an experts module and their factors, with these biases.
+
+    Factors are the module's own (`ReplicatedExperts.adapt`), or those that PEFT puts in a parameter's place while it
+    runs: there the parameter is not what it names, but the sum, which would be made by asking for it.
+    """
+    found: dict[str, Any] = {}
+    for name in ("gate_up", "down"):
+        attribute = f"{name}_proj"
+        places = experts._modules.get("parametrizations")
+        own = [getattr(experts, f"{attribute}_{side}", None) for side in ("left", "right")]
+        if isinstance(places, nn.ModuleDict) and attribute in places:
+            place: Any = places[attribute]
+            terms = [(t.lhs * t.scaling, t.rhs) for t in place if all(hasattr(t, n) for n in ("lhs", "rhs", "scaling"))]
+            if len(place) == len(terms) == 1:
+                found |= {name: place.original, f"{name}_left": terms[0][0].contiguous()}
+                found[f"{name}_right"] = terms[0][1].contiguous()
+                continue
+        found |= {name: getattr(experts, attribute), f"{name}_left": own[0], f"{name}_right": own[1]}
+    return biases._replace(**found)
 
 
 class ReplicatedMoE(nn.Module):

@@ -96,6 +96,11 @@ def check_layer(
     check_weights(home, x_TH, form, "home")
     if replica is not None:
         check_weights(replica, x_TH, form, "replica")
+        if [a is None for a in home] != [b is None for b in replica]:
+            there = [
+                [name for name, tensor in store._asdict().items() if tensor is not None] for store in (home, replica)
+            ]
+            raise ShapeError(f"the home weights have {there[0]} and the replica weights {there[1]}; they must be alike")
     if weight_of_slot is not None and (
         weight_of_slot.shape != (schedule.num_slots,) or weight_of_slot.dtype != torch.int32
     ):
@@ -138,6 +143,18 @@ def check_weights(weights: ExpertWeights, x_TH: torch.Tensor, form: ExpertForm, 
         raise ShapeError(
             f"the {store} biases are {biases}; with has_bias={form.has_bias} they must be {with_bias} or None"
         )
+    for name, weight in (("gate_up", gate_up), ("down", down)):
+        factors = [getattr(weights, f"{name}_{side}") for side in ("left", "right")]
+        shapes = [None if factor is None else tuple(factor.shape) for factor in factors]
+        experts, rows, columns = weight.shape
+        rank = shapes[0][2] if shapes[0] and len(shapes[0]) == 3 else 0
+        if shapes not in ([None, None], [(experts, rows, rank), (experts, rank, columns)]) or (
+            shapes[0] is not None and not rank
+        ):
+            raise ShapeError(
+                f"the {store} factors of {name} are {shapes}; they must be [{experts}, {rows}, r] and "
+                f"[{experts}, r, {columns}] with r at least 1, or both None"
+            )
     for name, tensor in weights._asdict().items():
         if tensor is None:
             continue

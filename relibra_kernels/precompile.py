@@ -12,14 +12,15 @@ from torch import nn
 from torch.func import functional_call
 
 from . import ops
-from .autograd import moe_mlp_backward, moe_mlp_forward
+from .autograd import moe_mlp, moe_mlp_backward, moe_mlp_forward
 from .nn import ReplicatedExperts, ReplicatedMoE
 from .parallel import ExpertParallel
+from .parallel.experts.adapters import adapted_weights, find_adapters
 from .parallel.experts.parameters import take_over
 from .payload import PayloadLayout
 from .planner.errors import InputError
 from .schedule import Schedule
-from .weights import zeros_fp32
+from .weights import ExpertWeights, zeros_fp32
 
 if TYPE_CHECKING:
     from .configs.limits import Device
@@ -58,6 +59,7 @@ def warmup(
     module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
     replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
     layers = take_over(module)
+    find_adapters(module, layers)
     where = layers[0].experts.gate_up_proj.device
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
@@ -117,7 +119,7 @@ def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | 
 
 def _shape(experts: ReplicatedExperts) -> tuple:
     main = getattr(experts.gate_up_proj, "main_grad", None) is not None
-    weights = [None if p is None else (tuple(p.shape), p.dtype, p.requires_grad) for p in experts.weights]
+    weights = [None if p is None else (tuple(p.shape), p.dtype, p.requires_grad) for p in adapted_weights(experts)]
     return (experts.form, experts.recompute, main, *weights)
 
 
@@ -142,13 +144,19 @@ def _step_alone(layer: ReplicatedMoE, count: int) -> None:
     index = torch.empty(count, layer.router.top_k, dtype=torch.int64, device="meta")
     for dtype in {weight.dtype, torch.float32}:  # of gate weights, which is the family's choice
         gates = _meta(x, *index.shape, dtype=dtype).requires_grad_()
-        functional_call(module, tensors, (x, index, gates)).sum().backward()
+        if layer.experts.adapters:  # around the module, so that it does not know them
+            own = adapted_weights(layer.experts).map(lambda t: _meta(t).requires_grad_(t.requires_grad))
+            schedule = ops.build_schedule(index, layer.experts.num_experts)
+            moe_mlp(x, gates, schedule, own, layer.experts.form, recompute=layer.experts.recompute).sum().backward()
+        else:
+            functional_call(module, tensors, (x, index, gates)).sum().backward()
 
 
 def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     """What `parallel.layer` computes between its exchanges, for `count` tokens' worth of assignments."""
     experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
-    home = experts.weights.map(_meta)
+    own = adapted_weights(experts)
+    home = own.map(_meta)
     slots = experts.num_experts + replicas
     replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
     table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
@@ -162,8 +170,11 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
-    grad = home.map(zeros_fp32)
-    replica_grad = replica.map(zeros_fp32) if replica is not None else None
+    grad = own.map(lambda weight: zeros_fp32(_meta(weight)) if weight.requires_grad else None)
+    replica_grad = None
+    if replica is not None:
+        trained = (None if total is None else weight for weight, total in zip(replica, grad, strict=True))
+        replica_grad = ExpertWeights(*trained).map(zeros_fp32)
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:

@@ -11,12 +11,19 @@ class ExpertWeights(NamedTuple):
     """Tensors of several experts `[E, ...]` in the layout of an `ExpertForm`; biases only where the form has them.
 
     Weights always have gate_up and down. As gradients, whatever is None is not computed.
+
+    Adapted experts compute with `gate_up[e] + gate_up_left[e] @ gate_up_right[e]`, and so with down: the factors of a
+    weight `[E, A, B]` are `[E, A, r]` and `[E, r, B]`, both or none of them there.
     """
 
     gate_up: Any
     down: Any
     gate_up_bias: torch.Tensor | None = None
     down_bias: torch.Tensor | None = None
+    gate_up_left: torch.Tensor | None = None
+    gate_up_right: torch.Tensor | None = None
+    down_left: torch.Tensor | None = None
+    down_right: torch.Tensor | None = None
 
     def map(self, function: Callable[[torch.Tensor], torch.Tensor | None]) -> "ExpertWeights":
         """`function` of every tensor that there is."""
@@ -25,6 +32,19 @@ class ExpertWeights(NamedTuple):
     def tensors(self) -> list[torch.Tensor]:
         """The tensors that there are."""
         return [tensor for tensor in self if tensor is not None]
+
+    def is_adapted(self, name: str) -> bool:
+        """Whether the weight of that name has factors."""
+        return getattr(self, f"{name}_left") is not None
+
+    def merged(self) -> "ExpertWeights":
+        """The same without factors: new weights, to which they are added."""
+        gate_up, down = self.gate_up, self.down
+        if self.gate_up_left is not None and self.gate_up_right is not None:
+            gate_up = gate_up + self.gate_up_left @ self.gate_up_right
+        if self.down_left is not None and self.down_right is not None:
+            down = down + self.down_left @ self.down_right
+        return ExpertWeights(gate_up, down, self.gate_up_bias, self.down_bias)
 
 
 def main_grads(parameters: ExpertWeights) -> ExpertWeights:
@@ -61,7 +81,7 @@ def replica_buffers(replica: ExpertWeights, grad: ExpertWeights, *, zeroed: bool
 
 
 def gradient_buffers(
-    parameters: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 4
+    parameters: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 8
 ) -> ExpertWeights:
     """Where to add the gradients that are needed: `main_grad`, else new zeros."""
     buffers = []
@@ -72,7 +92,7 @@ def gradient_buffers(
 
 
 def returned_gradients(
-    parameters: ExpertWeights, grad: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 4
+    parameters: ExpertWeights, grad: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 8
 ) -> list[torch.Tensor | None]:
     """What backward returns for the parameters: the gradients in their dtypes, None where `main_grad` took it."""
     return [

@@ -117,7 +117,7 @@ def test_a_function_has_at_most_eight_parameters():
 def hidden_arguments(node):
     """The dicts that a function makes, or annotates as `dict[str, Any]`, and splats into a call.
 
-    Left out are calls that take arrays under any name: a kernel's constants, and the counts of an outcome.
+    Left out are calls that take values by name: constants of kernels, counts of outcomes or machine code, named tuples.
     """
     dicts = set()
     for inner in ast.walk(node):
@@ -125,11 +125,12 @@ def hidden_arguments(node):
             dicts.add(ast.unparse(inner.target))
         elif isinstance(inner, ast.Assign) and isinstance(inner.value, ast.Dict):
             dicts.update(ast.unparse(target) for target in inner.targets)
-    calls = (
+    calls = [call for call in ast.walk(node) if isinstance(call, ast.Call)]
+    calls = [
         call
-        for call in ast.walk(node)
-        if isinstance(call, ast.Call) and ast.unparse(call.func) not in ("launch", "Outcome.of")
-    )
+        for call in calls
+        if not ast.unparse(call.func).endswith(("launch", "MachineCode", "Outcome.of", "._replace"))
+    ]
     splats = {ast.unparse(k.value) for call in calls for k in call.keywords if k.arg is None}
     return sorted(dicts & splats)
 

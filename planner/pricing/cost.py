@@ -129,8 +129,9 @@ def _slot_seconds(slot_load: np.ndarray, setting: Setting) -> np.ndarray:
     model, device = setting.model, setting.device
     rows = -(-slot_load // _TILE) * _TILE
     compute = rows * (model.assignment_flops() / device.grouped_flops)
-    weights, update = model.expert_bytes / device.hbm, 8 * model.expert_parameters / device.hbm
-    seconds = 2 * np.maximum(compute, weights) + np.maximum(compute, update)
+    sums = rows * (model.update_flops() / device.grouped_flops)
+    weights, update = model.expert_bytes / device.hbm, 8 * model.trained_parameters / device.hbm
+    seconds = 2 * np.maximum(compute, weights) + np.maximum(sums, update)
     return np.where(slot_load > 0, seconds, 0.0)
 
 

@@ -11,9 +11,9 @@ SEQUENCE_LENGTH = 4096  # tokens a sequence for attention, where nothing says ot
 DEFAULT_MODEL = "Qwen3-30B-A3B"  # whose experts are priced where no shape is given
 
 
-def kept_replica_bytes(parameters: int, parameter_bytes: int) -> int:
-    """Memory of kept copies of so many parameters: the weights, and a gradient in fp32 or in their own, wider dtype."""
-    return parameters * (parameter_bytes + max(4, parameter_bytes))
+def kept_replica_bytes(parameters: int, trained: int, parameter_bytes: int) -> int:
+    """Memory of a kept copy of so many parameters, with a gradient in fp32 or wider for each that is trained."""
+    return parameters * parameter_bytes + trained * max(4, parameter_bytes)
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class ModelShape:
             without the rotary part, and the next four fields are not zero (q_rank is, where queries are not
         compressed). q_rank, kv_rank, rope_dim, value_dim: latent attention's ranks and head sizes.
         shared_intermediate_size: of all shared experts together, which every rank runs for its own tokens.
+        adapter_rank: of low-rank adapters of all three projections, beside frozen weights; 0: the weights are trained.
     """
 
     name: str
@@ -43,11 +44,22 @@ class ModelShape:
     kv_rank: int = 0
     rope_dim: int = 0
     value_dim: int = 0
+    adapter_rank: int = 0
 
     @property
     def expert_parameters(self) -> int:
-        """Parameters of one expert: its gate, up and down projections."""
-        return 3 * self.hidden_size * self.intermediate_size
+        """Parameters of one expert: its gate, up and down projections, and their adapters."""
+        return 3 * self.hidden_size * self.intermediate_size + self._adapter_parameters
+
+    @property
+    def trained_parameters(self) -> int:
+        """Parameters of one expert that have a gradient."""
+        return self._adapter_parameters or self.expert_parameters
+
+    @property
+    def _adapter_parameters(self) -> int:
+        """Gate and up are one projection `[2I, H]`."""
+        return self.adapter_rank * (2 * self.hidden_size + 3 * self.intermediate_size)
 
     @property
     def expert_bytes(self) -> int:
@@ -57,21 +69,29 @@ class ModelShape:
     @property
     def gradient_bytes(self) -> int:
         """Gradient of one expert; summed in fp32, so returned in fp32."""
-        return 4 * self.expert_parameters
+        return 4 * self.trained_parameters
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one kept replica, 18 * H * I bytes in bf16: see `kept_replica_bytes`."""
-        return kept_replica_bytes(self.expert_parameters, 2)
+        """Memory of one kept replica, 18 * H * I bytes without adapters: see `kept_replica_bytes`."""
+        return kept_replica_bytes(self.expert_parameters, self.trained_parameters, 2)
 
     @property
     def migration_bytes(self) -> int:
-        """bf16 weights, fp32 master weights and both Adam moments of one expert."""
-        return (2 + 4 + 4 + 4) * self.expert_parameters
+        """bf16 weights of one expert; fp32 master weights and both Adam moments of what is trained."""
+        return 2 * self.expert_parameters + (4 + 4 + 4) * self.trained_parameters
 
     def assignment_flops(self) -> int:
         """FLOPs of one token in one expert, forward: a multiply and an add per parameter."""
         return 2 * self.expert_parameters
+
+    def update_flops(self) -> int:
+        """FLOPs of one token in the gradient of one expert's parameters."""
+        return 2 * self.trained_parameters
+
+    def step_flops(self) -> int:
+        """FLOPs of one token in one expert, forward and backward."""
+        return 2 * self.assignment_flops() + self.update_flops()
 
     def dense_flops(self, sequence_length: int) -> int:
         """FLOPs of one token outside the routed experts, forward: projections, causal attention, shared experts."""

@@ -7,7 +7,7 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..pricing.cost import Setting, kept_seconds, seconds_by_pair
+from ..pricing.cost import Setting, exchange, kept_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
 from .kept import Copies, choose_copies, pack, shares
 from .placement import WORTH_MOVING, place
@@ -127,9 +127,14 @@ def outcome_of(solution: Solution, problem: Problem) -> Outcome:
     return outcome_of_plan(plan, problem.table_LME)
 
 
-def pair_seconds(problem: Problem, solution: Solution) -> np.ndarray:
-    """float [L, M]: modelled seconds of every micro-batch."""
-    return np.sum(list(seconds_by_pair(outcome_of(solution, problem), problem.setting).values()), axis=0)
+def pair_seconds(problem: Problem, outcome: Outcome) -> np.ndarray:
+    """float [L, M]: modelled seconds of every micro-batch. Where the table does not say whose the tokens are, half of
+    what staying on their node promises counts."""
+    parts = seconds_by_pair(outcome, problem.setting)
+    if problem.wanted_LMNE.shape[2] == 1:
+        anywhere = exchange(replace(outcome, local=None), problem.setting).seconds
+        parts["exchange"] = (parts["exchange"] + anywhere) / 2
+    return np.sum(list(parts.values()), axis=0)
 
 
 def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:

@@ -95,7 +95,7 @@ def _weights_are_small(problem: Problem) -> bool:
     """Whether a rank's experts take longer for its tokens than one replica's way between nodes."""
     model, device = problem.setting.model, problem.setting.device
     each = problem.table_LME.sum(2).mean() / problem.cluster.num_ranks
-    return bool(3 * each * model.assignment_flops() / device.grouped_flops > 4 * model.copy_bytes / device.slow)
+    return bool(each * model.step_flops() / device.grouped_flops > 4 * model.copy_bytes / device.slow)
 
 
 def _undo(problem: Problem, solution: Solution) -> None:

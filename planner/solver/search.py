@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from ..pricing.cost import exchange, kept_seconds, migration_seconds, seconds_by_pair
+from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
 from .kept import Copies
 from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
@@ -18,7 +18,7 @@ from .refine import REACHED, exchange_kept, insist, leave_alone
 from .solution import Effort, Solution
 
 EFFORTS = {
-    "full": Effort(rounds=24, sweeps=8, slack=1 / 1024, within=0.1, again=2, exits=3, near=0.002),
+    "full": Effort(rounds=24, sweeps=16, slack=1 / 1024, within=0.1, again=2, exits=8, near=0.002),
     "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
@@ -27,7 +27,8 @@ _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to oth
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
 _LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
-_FIRST_LOOK, _SECOND_LOOK = 4, 12  # micro-batches that all members are priced on, and those close to the best again
+_MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
+_FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and three close to the best again
 _CLOSE = 1.015
 
 
@@ -37,20 +38,7 @@ def plan_layers(problem: Problem) -> Solution:
     if problem.options.balance is not None:
         effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, exits=16, near=0.0)
     members = _members(problem)
-    best = members[0]
-    if len(members) > 1:
-        sample = problem.sample()
-        quick = replace(effort, again=min(effort.again, 1), exits=0)
-        costs = {member: _sample_seconds(sample, member, quick, _FIRST_LOOK) for member in members}
-        close = [member for member, cost in costs.items() if cost <= min(costs.values()) * _CLOSE]
-        best = min(close, key=lambda member: _sample_seconds(sample, member, quick, _SECOND_LOOK))
-        if problem.options.balance is None:
-            least = costs[best] * (1 - _LOOSER)
-            for tolerance in _TOLERANCES:
-                looser = replace(best, tolerance=tolerance)
-                cost = _sample_seconds(sample, looser, quick, _FIRST_LOOK)
-                if cost < least:
-                    best, least = looser, cost
+    best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
     home, copies = hosts_of(problem, best)
     solution = solve_over(problem, home, copies, effort, best.tolerance)
     if best.tolerance:
@@ -66,12 +54,35 @@ def plan_layers(problem: Problem) -> Solution:
     return solution
 
 
+def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
+    quick = replace(effort, again=min(effort.again, 1), exits=0)
+    hosts = {member: hosts_of(sample, member) for member in members}
+
+    def seconds(member: Member, micro_batches: int) -> float:
+        return _sample_seconds(sample, hosts[replace(member, tolerance=0.0)], member.tolerance, quick, micro_batches)
+
+    costs = {member: seconds(member, _FIRST_LOOK) for member in members}
+    close = [
+        member for member in sorted(costs, key=costs.__getitem__)[:3] if costs[member] <= min(costs.values()) * _CLOSE
+    ]
+    best = min(close, key=lambda member: seconds(member, _SECOND_LOOK))
+    if sample.options.balance is not None:
+        return best
+    least = costs[best] * (1 - _LOOSER)
+    for tolerance in _TOLERANCES:
+        looser = replace(best, tolerance=tolerance)
+        cost = seconds(looser, _FIRST_LOOK)
+        if cost < least:
+            best, least = looser, cost
+    return best
+
+
 def _loosen_singly(problem: Problem, solution: Solution, home: np.ndarray, copies: Copies, effort: Effort) -> None:
     """The cheapest tolerance for every single micro-batch, in place."""
-    seconds = pair_seconds(problem, solution)
+    seconds = pair_seconds(problem, outcome_of(solution, problem))
     for tolerance in (0.0, *_TOLERANCES):
         other = solve_over(problem, home, copies, effort, tolerance)
-        of_other = pair_seconds(problem, other)
+        of_other = pair_seconds(problem, outcome_of(other, problem))
         cheaper = of_other < seconds
         seconds[cheaper] = of_other[cheaper]
         solution.replicas[cheaper], solution.quota[cheaper] = other.replicas[cheaper], other.quota[cheaper]
@@ -87,31 +98,30 @@ def _members(problem: Problem) -> list[Member]:
         return [Member(levels[0] if levels else 0.0, moves=0 if levels else options.max_moves)]
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
     if cluster.num_nodes > 1:
-        family += [Member(level, far=far) for level in levels for far in _FAR]
+        family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
     if most < 1.5:
         family.append(Member(0.0))
     experts = problem.table_LME.shape[2]
     if most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0:
-        for moved in (experts // 32, experts // 16, experts // 8, experts // 4, None):
+        parts = (32, 16, 8, 4) if cluster.num_ranks < _MANY else (8,)
+        for moved in (*(experts // part for part in parts), None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
     return list(dict.fromkeys(family))
 
 
-def _sample_seconds(sample: Problem, member: Member, effort: Effort, micro_batches: int) -> float:
-    """Modelled seconds of the sample under a member; with a balance to reach, those that miss it come last."""
-    home, copies = hosts_of(sample, member)
+def _sample_seconds(
+    sample: Problem, hosts: tuple[np.ndarray, Copies], tolerance: float, effort: Effort, micro_batches: int
+) -> float:
+    """Modelled seconds of the sample over these hosts; with a balance to reach, those that miss it come last."""
+    home, copies = hosts
     some = spaced(sample.table_LME.shape[1], micro_batches)
     part = replace(sample, table_LME=sample.table_LME[:, some], wanted_LMNE=sample.wanted_LMNE[:, some])
-    solution = solve_over(part, home, copies, effort, member.tolerance)
+    solution = solve_over(part, home, copies, effort, tolerance)
     outcome = outcome_of(solution, part)
     counts = moves(home, sample.home, sample.cluster.num_ranks)
     outcome = replace(outcome, **counts)
-    parts = seconds_by_pair(outcome, sample.setting)
-    if sample.wanted_LMNE.shape[2] == 1:  # whose the tokens are is a guess: half of what it promises counts
-        anywhere = exchange(replace(outcome, local=None), sample.setting).seconds
-        parts["exchange"] = (parts["exchange"] + anywhere) / 2
-    pairs = sum(part.sum() for part in parts.values())
+    pairs = pair_seconds(part, outcome).sum()
     once = float(kept_seconds(outcome, sample.setting).sum()) + migration_seconds(outcome, sample.setting)
     seconds = float(pairs) + once * len(some) / sample.table_LME.shape[1]
     if sample.options.balance is not None:

@@ -70,7 +70,7 @@ def fetch_price(
     them."""
     model, device = setting.model, setting.device
     link = device.fast if cluster.num_nodes == 1 else device.slow
-    assignment = 3 * model.assignment_flops() / device.grouped_flops + 4 * 2 * model.hidden_size / link
+    assignment = model.step_flops() / device.grouped_flops + 4 * 2 * model.hidden_size / link
     if balance is not None:
         return FetchPrice(slots, 1.0, 1e-6, 1e-6)
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast

@@ -7,7 +7,7 @@ import argparse
 import itertools
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    args.load = load_function("--from", args.form)[1] if ":" in args.form else None
-    if args.load is None:
+    if ":" in args.form:
+        _loader(args.form)
+    else:
         args.form = one_of("--from", args.form, INPUTS, ", or FILE.py:FUNCTION")
     _check_arguments(args)
     logging.getLogger("relibra_kernels").addHandler(logging.NullHandler())  # what loaders warn of is printed below
@@ -190,11 +191,14 @@ def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
                 payloads, args.num_experts, num_layers=args.num_layers, top_k=args.top_k, **options
             )
         else:
-            load = args.load or LOADERS[args.form].load
-            yield load(payloads, args.num_experts, **options)
+            yield _loader(args.form)(payloads, args.num_experts, **options)
         done += len(batch)
     if given is not None and next(given, None) is not None:
         raise InputError(f"num_tokens has more entries than the {done} sequences")
+
+
+def _loader(form: str) -> Callable[..., RoutingTrace]:
+    return load_function("--from", form)[1] if ":" in form else LOADERS[form].load
 
 
 def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:

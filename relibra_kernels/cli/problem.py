@@ -1,6 +1,7 @@
 """What `relibra plan` and `relibra estimate` plan: the arguments that say so, and what they read."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,6 +55,9 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
         "Of a load table's model only H, I, K and attention are taken from it",
     )
     parser.add_argument(
+        "--adapter-rank", type=int, default=0, metavar="R", help="experts are frozen, with adapters of rank R beside"
+    )
+    parser.add_argument(
         "--device", default=DEFAULT_DEVICE, help=f"one of {', '.join(DEVICES)}; default {DEFAULT_DEVICE}"
     )
 
@@ -65,7 +69,9 @@ def read_problem(args: argparse.Namespace) -> Problem:
         device = find_device(args.device)
         PlanOptions(balance=args.balance, kept_bytes=args.kept_bytes, max_moves=args.max_moves)  # before any reading
         batch = read_input(args.input, args, cluster.num_ranks)
-        shape = batch.shape(args.shape)
+        if args.adapter_rank < 0:
+            raise InputError(f"--adapter-rank is {args.adapter_rank}; it must not be negative")
+        shape = replace(batch.shape(args.shape), adapter_rank=args.adapter_rank)
         options = PlanOptions(
             balance=args.balance,
             effort=args.effort,

@@ -55,12 +55,11 @@ class AttachedLayer:
             return opaque.run(self.handle, experts.weights, x_TH, index_TK, weights_TK)
         if self.module is None:
             self.module = weakref.ref(experts)
-        return self.run(experts, x_TH, index_TK, weights_TK)
+        return self.run(Experts(experts.form, experts.recompute, experts.weights), x_TH, index_TK, weights_TK)
 
-    def run(self, experts: ReplicatedExperts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
         device = x_TH.device.type
-        own = Experts(experts.form, experts.recompute, experts.weights)
         casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
         with torch.autocast(device, enabled=False) if casts else nullcontext():
             out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)

@@ -1,6 +1,7 @@
 """One open batch on one rank: its plan, its tables, its replicas; and what it reports when it is over."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
 from ..planner.pricing.models import kept_replica_bytes
@@ -18,7 +19,7 @@ from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
-from .experts.adapters import LateGradients, effective_weights
+from .experts.adapters import LateGradients, adapted_weights
 from .experts.kept import KeptReplicas, replicas_to_keep, sources_of_fetched
 from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
@@ -36,7 +37,7 @@ class ExpertStore:
     weights_of: of a layer, as they are now
     rows: (elements, dtype) of a token's row in every layer; None: weights are there only while their layer runs, so
         that no replica is kept or fetched ahead, and buffers grow when they are needed
-    experts: of every layer, where they may have adapters
+    experts: of every layer, where they may have adapters; else empty
     """
 
     weights_of: Callable[[int], ExpertWeights]
@@ -47,7 +48,17 @@ class ExpertStore:
 
     def effective(self, layer: int) -> ExpertWeights:
         """What replicas compute with: the weights, and what adapters add to them."""
-        return effective_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
+        if not self.experts:
+            return self.weights_of(layer)
+        with torch.no_grad():
+            return adapted_weights(self.experts[layer])
+
+    def replica_bytes(self, layer: int) -> int:
+        """Memory of one kept replica: see `kept_replica_bytes`."""
+        with torch.enable_grad():
+            weights = adapted_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
+        sizes = [(t[0].numel(), t.requires_grad, t.element_size()) for t in weights.tensors()]
+        return sum(kept_replica_bytes(count, count * trained, size) for count, trained, size in sizes)
 
 
 class OpenBatch:
@@ -73,8 +84,8 @@ class OpenBatch:
         comm = self._comm = groups.experts
         self._sums = GradientSums(session.options.gradient_dtype is not None)
         kept = np.zeros_like(plan.kept)
-        if store.rows is not None:
-            each = [_copy_bytes(store.weights_of(layer)) for layer in range(store.num_layers)]
+        if store.rows is not None and plan.kept.any():
+            each = [store.replica_bytes(layer) for layer in range(store.num_layers)]
             kept = replicas_to_keep(plan, each, session.options.kept_bytes)
         with session.ledger.span("replica", device):
             self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
@@ -162,6 +173,19 @@ class OpenBatch:
             problem = error
         self._groups.agree(problem, {}, self.device, "closing the batch")
 
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        try:
+            yield
+            self.finish()
+        except BaseException as error:
+            if self._comm.alarm is not None and not isinstance(error, CommunicationError):  # about another rank
+                self._comm.alarm.sound(self._comm.rank, error)
+            raise
+        finally:
+            self.close()
+
     def close(self) -> None:
         """Nothing of this batch runs from here on."""
         self._session.is_open = False
@@ -236,8 +260,3 @@ def _max_mean(loads_RLM: np.ndarray, ran_LM: np.ndarray) -> float:
     mean = loads_RLM.mean(0)
     used = ran_LM & (mean > 0)
     return float((loads_RLM.max(0)[used] / mean[used]).mean()) if used.any() else 1.0
-
-
-def _copy_bytes(weights: ExpertWeights) -> int:
-    """Memory of a kept replica of one of these experts."""
-    return sum(kept_replica_bytes(tensor[0].numel(), tensor.element_size()) for tensor in weights.tensors())

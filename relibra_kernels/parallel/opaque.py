@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..weights import ExpertWeights
+from .tokens.layer import Experts
 
 _LAYERS: "weakref.WeakValueDictionary[int, Any]" = weakref.WeakValueDictionary()
 _NUMBERS = itertools.count()
@@ -37,6 +38,11 @@ def recorded(handle: int, scores_TE: Tensor, top_k: int) -> Tensor:
     return _recorded(scores_TE, handle, top_k)
 
 
+def _experts_of(layer: Any) -> Experts:
+    experts = layer.module()
+    return Experts(experts.form, experts.recompute, experts.weights)
+
+
 def _autograd_within() -> Any:
     """Operators run below autograd; within this it works as outside of them."""
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
@@ -47,14 +53,14 @@ def _run(
     x: Tensor, index: Tensor, gates: Tensor, weights: list[Tensor], handle: int, keep: bool
 ) -> tuple[Tensor, Tensor]:
     layer = _LAYERS[handle]
-    experts = layer.module()
     number = next(_NUMBERS)
     if not keep:
-        return layer.run(experts, x, index, gates), torch.tensor(number)
+        return layer.run(_experts_of(layer), x, index, gates), torch.tensor(number)
     with torch.enable_grad(), _autograd_within():
+        own = _experts_of(layer)
         inputs = [tensor.detach().requires_grad_() for tensor in (x, gates)]
-        out = layer.run(experts, inputs[0], index, inputs[1])
-    _SAVED[number] = [*inputs, *experts.weights.tensors()], out
+        out = layer.run(own, inputs[0], index, inputs[1])
+    _SAVED[number] = [*inputs, *own.weights.tensors()], out
     return out.detach().clone(), torch.tensor(number)
 
 

@@ -30,7 +30,8 @@ class Planning:
     Args:
         check: refuses a trace of another model.
         device: where the group's collectives want their tensors.
-        shape: sizes of the model's MoE layers, which plans are priced for. transport: how their tokens travel.
+        shape: sizes of the model's MoE layers as they are now, which plans are priced for.
+        transport: how their tokens travel.
     """
 
     def __init__(
@@ -40,7 +41,7 @@ class Planning:
         cluster: ClusterSpec,
         model_name: str,
         device: Callable[[], torch.device],
-        shape: ModelShape,
+        shape: Callable[[], ModelShape],
         transport: str = "one",
     ):
         self._check, self._groups, self._device = check, groups, device
@@ -118,7 +119,7 @@ class Planning:
         """The options, priced for this model and transport; and for this machine, where its GPU is listed."""
         options, device = options or PlanOptions(), self._device()
         machine = DEVICES["CPU"] if device.type != "cuda" else machine_of(torch.cuda.get_device_name(device))
-        return replace(options, shape=self._shape, device=machine or options.device, transport=self._transport)
+        return replace(options, shape=self._shape(), device=machine or options.device, transport=self._transport)
 
     def take_counted(self, batch: RoutedBatch) -> np.ndarray | None:
         """The loads that the last plan was made from, if it was made from this batch; once."""

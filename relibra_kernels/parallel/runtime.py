@@ -1,5 +1,6 @@
 """ExpertParallel: train a model whose MoE layers live on many ranks, under a plan."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -12,8 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..planner import BatchPlan, ClusterSpec, Estimate, PlanOptions, RoutingTrace
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner import BatchPlan, ClusterSpec, Estimate, ModelShape, PlanOptions, RoutingTrace
+from ..planner.errors import InputError, ReLibraError
 from ..planner.plan import contiguous_home
 from ..planner.pricing.models import shape_of_sizes
 from .agreement import Opening
@@ -24,7 +25,7 @@ from .comm.alarm import Alarm
 from .comm.groups import Groups
 from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
-from .experts.adapters import find_adapters
+from .experts.adapters import adapter_rank, find_adapters
 from .experts.logical import logical_tensors
 from .experts.migration import move_layers
 from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, layers_to_share
@@ -89,9 +90,8 @@ class ExpertParallel:
         find_adapters(model, self.layers)
         self.num_experts = all_experts(self.layers[0].experts)
         home_slots = cluster.home_slots(self.num_experts)
-        layers, top_k, experts = len(self.layers), self.layers[0].router.top_k, self.layers[0].experts
-        shape = shape_of_sizes(experts.hidden_size, experts.intermediate_size, self.num_experts, top_k, layers=layers)
-        self._transport = make_transport(self.options.transport, self.groups, cluster, shape)
+        layers, top_k = len(self.layers), self.layers[0].router.top_k
+        self._transport = make_transport(self.options.transport, self.groups, cluster, self._shape())
         home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
         self._runner = ModelRunner(LiveRouting(self._transport, home, self.options))
         for layer, moe in enumerate(self.layers):
@@ -109,7 +109,7 @@ class ExpertParallel:
             cluster,
             model_name,
             lambda: self.device,
-            shape,
+            self._shape,
             self._transport.name,
         )
         self._batch: OpenBatch | None = None
@@ -286,14 +286,9 @@ class ExpertParallel:
         self._batch = self._last = opened
         self._runner.in_batch = True
         try:
-            yield
-            opened.finish()
-        except BaseException as error:
-            if not isinstance(error, CommunicationError):  # which is about another rank that stopped
-                self._alarm.sound(self.comm.rank, error)
-            raise
+            with opened.running():
+                yield
         finally:
-            opened.close()
             self._batch, self._runner.in_batch = None, False
 
     @contextmanager
@@ -376,6 +371,14 @@ class ExpertParallel:
         experts = [moe.experts for moe in self.layers]
         rows = [(of_layer.hidden_size, of_layer.down_proj.dtype) for of_layer in experts]
         return ExpertStore(lambda layer: experts[layer].weights, len(experts), rows, self.device, experts)
+
+    def _shape(self) -> ModelShape:
+        """Of the MoE layers, with the adapters that they have now."""
+        find_adapters(self.model, self.layers)
+        experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
+        sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k
+        shape = shape_of_sizes(*sizes, layers=len(self.layers))
+        return dataclasses.replace(shape, adapter_rank=adapter_rank(experts))
 
     def _check_between_batches(self, what: str) -> None:
         if self._batch is not None:

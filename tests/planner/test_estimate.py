@@ -57,6 +57,25 @@ def test_bytes_and_memory_by_hand():
     assert staying.migration_bytes == 0
 
 
+def test_adapters_have_small_gradients_and_frozen_weights_none():
+    """Rank 2 beside gate and up [8, 8] and down [8, 4]: 56 elements are trained, sent back and have optimizer state."""
+    adapted = replace(TINY, adapter_rank=2)
+    factors = 2 * (8 + 8) + 2 * (4 + 8)
+    assert (adapted.trained_parameters, TINY.trained_parameters) == (factors, 96)
+    assert adapted.expert_bytes == WEIGHTS + 2 * factors
+    assert adapted.gradient_bytes == 4 * factors < GRADIENT
+    assert adapted.migration_bytes == adapted.expert_bytes + 12 * factors
+    assert adapted.step_flops() == 2 * 2 * (96 + factors) + 2 * factors
+    qwen = find_model("Qwen3-30B-A3B")
+    assert replace(qwen, adapter_rank=16).step_flops() < qwen.step_flops() == 6 * qwen.expert_parameters
+    loads = np.array([[[12, 4, 4, 4], [12, 4, 4, 4]]])
+    plan = plan_batch(loads, ClusterSpec(1, 4, 1), options=PlanOptions(balance=1.0, shape=TINY))
+    whole, small = (estimate_plan(plan, loads, PlanOptions(shape=s).setting(4, 4)) for s in (TINY, adapted))
+    assert small.gradient_bytes == 4 * factors and whole.gradient_bytes == GRADIENT
+    copies = whole.fetched_fast_bytes + whole.kept_fast_bytes
+    assert 0 < small.fetched_fast_bytes + small.kept_fast_bytes < copies
+
+
 def test_memory_of_one_rank_by_hand():
     """24 tokens of 8 elements, one expert each: six buffers of rows; rows, and gate and up of 4, stay for backward."""
     loads = np.array([[[12, 4, 4, 4]]])

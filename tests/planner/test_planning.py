@@ -29,6 +29,7 @@ from relibra_kernels.planner import (
     scaled_loads,
     static_plan,
 )
+from relibra_kernels.planner.pricing.balanced import forced_balanced
 from relibra_kernels.planner.solver import problem as solver_problem
 
 SHAPE = MODELS["Qwen3-30B-A3B"]
@@ -67,6 +68,9 @@ def test_plans_obey_the_rules_and_are_never_worse_than_static(problem):
     seconds = [price(outcome_of_plan(p, loads, static.home), setting).seconds for p in (plan, static)]
     if options.balance is None:
         assert seconds[0] <= seconds[1] * (1 + 1e-12)
+        cost, before = (price(outcome_of_plan(p, loads, static.home), setting) for p in (plan, static))
+        lost = before.experts + before.exchange - cost.experts - cost.exchange
+        assert cost.migration + cost.kept + cost.fetched <= lost + 1e-12
     else:
         assert plan.imbalance_mean(loads) <= static.imbalance_mean(loads) + 1e-12
     fetched = (plan.replicas >= 0) & ~plan.kept[:, None]
@@ -265,10 +269,20 @@ def test_nodes_of_one_gpu_are_balanced_by_kept_replicas():
     assert plan_batch(loads, ClusterSpec(16, 1, 2), options=options).imbalance_mean(loads) < 1.01
 
 
-def test_nothing_moves_where_kept_replicas_suffice():
-    loads = skewed_loads(4, 8, 64, mean=8000)
-    plan = plan_batch(loads, ClusterSpec(2, 8, 2), options=PlanOptions(shape=SHAPE))
-    assert plan.kept.any() and (plan.home == static_plan(loads, ClusterSpec(2, 8)).home).all()
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 4), (2, 8), (4, 4)]), st.sampled_from([512, 2048, 8192]))
+def test_nothing_moves_where_kept_replicas_suffice_and_nothing_costs_more_than_static_loses(seed, shape, tokens):
+    cluster = ClusterSpec(*shape, 2)
+    loads = generate_loads(2, 4, 64, 8, tokens * cluster.num_ranks, max_mean=1.5 + seed % 5, seed=seed)
+    plan = plan_batch(loads, cluster, options=PlanOptions(shape=SHAPE))
+    static = static_plan(loads, cluster)
+    assert (plan.home == static.home).all()
+    setting = PlanOptions(shape=SHAPE).setting(64, cluster.gpus_per_node)
+    cost, unplanned = (price(outcome_of_plan(each, loads), setting) for each in (plan, static))
+    balanced = price(forced_balanced(loads, cluster), setting)
+    assert cost.kept + cost.fetched <= max(unplanned.seconds - balanced.seconds, 0) + 1e-12
+    if tokens == 8192 and seed % 5 > 1:
+        assert plan.kept.any()
 
 
 def test_balance_costs_what_it_must():

@@ -124,6 +124,27 @@ def test_ours_is_ahead_of_every_rival_that_fits(nodes, tokens, copies):
         assert seconds["relibra"] < seconds["balanced"]
 
 
+@pytest.mark.parametrize(
+    ("name", "nodes", "tokens", "size", "transport"),
+    [
+        ("Qwen3-30B-A3B", 1, 1024, 8, "one"),  # each of these was behind a rival once
+        ("Qwen3-235B-A22B", 1, 1024, 0, "one"),
+        ("gpt-oss-20b", 1, 2048, 0, "one"),
+        ("DeepSeek-V3", 2, 1024, 2, "two"),
+        ("DeepSeek-V3", 4, 512, 0, "one"),
+    ],
+)
+def test_ours_is_behind_no_rival_with_few_tokens_or_one_node(name, nodes, tokens, size, transport):
+    model = MODELS[name]
+    skew = min(7.3, model.experts / model.top_k / 2)
+    loads = generate_loads(2, 16, model.experts, model.top_k, tokens * 8 * nodes, max_mean=skew, seed=1 + 8 * nodes)
+    kept_bytes = int(size * 1e9 * 2 / model.layers)
+    scenario = Scenario(ClusterSpec(nodes, 8), PlanOptions(shape=model, kept_bytes=kept_bytes, transport=transport))
+    results = simulate(loads, scenario, [policy for policy in POLICIES if policy != "balanced"])
+    ours = results.pop("relibra").cost.seconds
+    assert ours <= min(result.cost.seconds for result in results.values() if result.fits) * 1.0005
+
+
 def test_small_batches_are_not_drowned_in_weights():
     """With a few tokens a rank, weights cost more than they bring: the plan must see that."""
     model = MODELS["Qwen3-30B-A3B"]

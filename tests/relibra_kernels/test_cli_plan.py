@@ -255,6 +255,17 @@ def test_estimate_says_what_the_plan_of_the_same_arguments_takes(tmp_path, loads
     assert table[-1] == f"does not pay: {expected.does_not_pay}"  # tiny loads
 
 
+def test_adapters_are_priced(tmp_path, loads, capsys):
+    how = (str(tmp_path / "loads.npz"), *CLUSTER, "--json")
+    gradients = []
+    for rank in ("0", "16"):
+        assert main(["estimate", *how, "--adapter-rank", rank]) == 0
+        gradients.append(json.loads(capsys.readouterr().out.splitlines()[-1])["gradient_bytes"])
+    assert 0 < 40 * gradients[1] < gradients[0]
+    assert main(["estimate", *how, "--adapter-rank", "-1"]) == 2
+    assert "--adapter-rank is -1" in capsys.readouterr().err
+
+
 def test_estimate_refuses_what_plan_refuses(tmp_path, loads, capsys):
     assert main(["estimate", str(tmp_path / "loads.npz"), *CLUSTER, "--balance", "0.5"]) == 2
     assert "--balance is 0.5" in capsys.readouterr().err

@@ -65,6 +65,67 @@ def test_every_form(name):
         assert_close(grad, expected, 1e-5, "weight gradient")
 
 
+@pytest.mark.parametrize("adapted", [("gate_up", "down"), ("gate_up",), ("down",)], ids="+".join)
+@pytest.mark.parametrize("name", FORMS)
+def test_low_rank_terms(name, adapted):
+    """Beside the weights, of every form, with replicas; all gradients, those of the weights included."""
+    check_low_rank(REPLICAS, FORMS[name], torch.float64, adapted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_low_rank_terms_of_every_routing(case, dtype):
+    check_low_rank(case, FORMS["qwen"], dtype, ("gate_up", "down"))
+
+
+def check_low_rank(case, form, dtype, adapted):
+    p = problem(case, form, dtype, adapted=adapted)
+    out, dx, dweights, grads = run_functions(case, form, p)
+    expected_out, expected_dx, expected_dweights, expected_grads = oracle(case, form, p)
+    assert len(grads) == 2 + 2 * form.has_bias + 2 * len(adapted)
+    assert out.dtype == dx.dtype == dtype and dweights.dtype == torch.promote_types(dtype, torch.float32)
+    got, expected = (out, dx, dweights, *grads), (expected_out, expected_dx, expected_dweights, *expected_grads)
+    for a, b in zip(got, expected, strict=True):
+        assert_close(a, b, RELATIVE[dtype])
+
+
+def test_frozen_weights_have_no_gradient_buffer(monkeypatch):
+    """Only the factors' gradients are computed: no buffer of a weight's size is made, and no product for one."""
+    form, case = FORMS["qwen"], CASES[0]
+    p = problem(case, form, torch.float32, adapted=("gate_up", "down"))
+    leaves = p.stores.map(lambda tensor: tensor.requires_grad_(tensor.shape[1] == 3 or tensor.shape[2] == 3))
+    made = []
+    whole = ops.grad_weight
+    monkeypatch.setattr(ops, "grad_weight", lambda *args, **how: (made.append(args[3].shape), whole(*args, **how)))
+    schedule = build_schedule(case.slots, case.num_slots)
+    moe_mlp(p.x, p.weights, schedule, leaves, form).backward(p.dout)
+    assert sorted(made) == sorted(tensor.shape for tensor in leaves[4:])
+    expected = dict(zip(ExpertWeights._fields[4:], oracle(case, form, p)[-1][2:], strict=True))
+    for name, leaf in leaves._asdict().items():
+        if name in expected:
+            assert_close(leaf.grad, expected[name], 1e-5, name)
+        elif leaf is not None:
+            assert leaf.grad is None
+
+
+def test_factors_that_do_not_fit_are_refused():
+    form, case = FORMS["qwen"], REPLICAS
+    p = problem(case, form, torch.float32, adapted=("down",))
+    schedule, home, replica = build_schedule(case.slots, case.num_slots), p.home(case), p.replica(case)
+    for wrong in (
+        {"down_left": None},
+        {"down_left": home.down_left[:, :, :2]},
+        {"down_right": home.down_right[:, :, :-1]},
+        {"down_left": home.down_left[:, :, :0], "down_right": home.down_right[:, :0]},
+    ):
+        with pytest.raises(ShapeError, match="the home factors of down are"):
+            moe_mlp_forward(p.x, p.weights, schedule, home._replace(**wrong), form)
+    bare = ExpertWeights(replica.gate_up, replica.down)
+    with pytest.raises(ShapeError, match=r"'down_right'\] and the replica weights \['gate_up', 'down'\]"):
+        how = {"replica": bare, "weight_of_slot": case.weight_of_slot}
+        moe_mlp_forward(p.x, p.weights, schedule, home, form, **how)
+
+
 def test_gradients_are_added_to_the_buffers():
     form, case = FORMS["bias"], CASES[0]
     p = problem(case, form, torch.float32)

@@ -64,7 +64,7 @@ ROOMS = (
     Room("nn", "the layer as modules", f"router compiled autograd ops {BASE} errors"),
     Room("router", "top-k routers, replay and recording", "errors"),
     Room("compiled", "the MoE MLP for torch.compile", f"autograd ops {BASE}"),
-    Room("autograd", "the MoE MLP, forward and backward", f"ops {BASE} errors"),
+    Room("autograd", "the MoE MLP, forward and backward", f"ops {BASE} errors", "autograd products"),
     Room("ops", "which backend computes", "kernels reference errors"),
     Room("tuning", "the search for configs, offline", f"compiling kernels configs {BASE} progress {PLANNER}"),
     Room("compiling", "compile without a GPU", "kernels configs progress errors"),

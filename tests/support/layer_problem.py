@@ -41,7 +41,8 @@ class Problem:
         return self.stores.map(lambda tensor: tensor[case.num_home :]) if case.num_replicas else None
 
 
-def problem(case, form, dtype, seed=0):
+def problem(case, form, dtype, seed=0, adapted=()):
+    """`adapted`: the weights that have factors, of rank 3."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape, scale=1.0):
@@ -54,6 +55,10 @@ def problem(case, form, dtype, seed=0):
         normal(experts, *form.down_shape(H, I), scale=0.5),
         *biases,
     )
+    for name in adapted:
+        _, rows, columns = getattr(stores, name).shape
+        factors = {f"{name}_left": normal(experts, rows, 3), f"{name}_right": normal(experts, 3, columns, scale=0.3)}
+        stores = stores._replace(**factors)
     return Problem(normal(tokens, H), normal(*case.slots.shape), normal(tokens, H), stores)
 
 
@@ -61,7 +66,9 @@ def oracle(case, form, p):
     """(out, dx, dweights, gradients of the stores), in float64."""
     leaves = [tensor.double().requires_grad_() for tensor in (p.x, p.weights, *p.stores.tensors())]
     x, weights, *stores = leaves
-    out = moe_mlp_oracle(x, weights, case.slots, form, *stores, weight_of_slot=case.weight_of_slot)
+    named = iter(stores)
+    whole = ExpertWeights(*(None if tensor is None else next(named) for tensor in p.stores)).merged()
+    out = moe_mlp_oracle(x, weights, case.slots, form, *whole[:4], weight_of_slot=case.weight_of_slot)
     grads = torch.autograd.grad(out, leaves, p.dout.double(), allow_unused=True)
     grads = [torch.zeros_like(leaf) if g is None else g for leaf, g in zip(leaves, grads, strict=True)]
     return out.detach(), grads[0], grads[1], grads[2:]

@@ -1,6 +1,10 @@
-"""PEFT adapters of experts, trained by ranks under plans: what a rank does, and one process beside it."""
+"""Adapters of experts, trained by ranks under plans: what a rank does, and one process beside it.
+
+`how`: "peft" before `ExpertParallel`, "peft after" it, or "own": `ReplicatedExperts.adapt`.
+"""
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -8,16 +12,59 @@ import torch.distributed as dist
 from hf_under_plan import LENGTH, MICRO_BATCHES, SEQUENCES, STEPS, loss_of, make_tokens, moving_plan, prepared
 from torch import Tensor, nn
 
-from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutingTrace
+from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutedBatch, RoutingTrace
+from relibra_kernels.parallel.experts.adapters import find_adapters
+
+RANK = 3
 
 
 def wrapped(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    config = LoraConfig(r=3, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
+    config = LoraConfig(r=RANK, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
     torch.manual_seed(1)
     return get_peft_model(model, config)
+
+
+def adapted_by(how: str, family: str) -> nn.Module:
+    """The model with all experts and adapters of all of them."""
+    if how != "own":
+        return wrapped(prepared(family))
+    from relibra_kernels.integrations.transformers import replace_moe_blocks
+
+    model = prepared(family).requires_grad_(False)
+    torch.manual_seed(1)
+    for layer in replace_moe_blocks(model):
+        layer.experts.adapt(RANK)
+        for name, parameter in layer.experts.named_parameters():
+            if name.endswith(("_left", "_right")):
+                nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def spread(how: str, family: str, ranks: int) -> tuple[nn.Module, ExpertParallel]:
+    """The same on ranks."""
+    cluster = ClusterSpec(1, ranks, replica_slots=1)
+    if how != "peft after":
+        model = adapted_by(how, family)
+        return model, ExpertParallel(model, cluster)
+    model = prepared(family)
+    ep = ExpertParallel(model, cluster)
+    model, whole = wrapped(model), wrapped(prepared(family))
+    find_adapters(model, ep.layers)
+    factors = {id(f.linear.weight): (f, layer) for layer, moe in enumerate(ep.layers) for f in moe.experts.adapters}
+    with torch.no_grad():
+        for (name, own), (also, full) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
+            assert name == also
+            if id(own) in factors:
+                factor, layer = factors[id(own)]
+                mine = np.flatnonzero(ep.home[layer] == dist.get_rank())
+                all_of_them = dataclasses.replace(factor, wrapper=SimpleNamespace(num_experts=ep.num_experts))
+                own.copy_(factor.whole(all_of_them.by_expert(full)[mine]))
+            elif "lora" in name:
+                own.copy_(full)
+    return model, ep
 
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
@@ -30,11 +77,11 @@ def kept_plan(plan: BatchPlan) -> BatchPlan:
     return dataclasses.replace(plan, replicas=replicas, quota=replicas * 0 + 1, kept=np.ones_like(plan.kept))
 
 
-def alone(family: str, traces: list[RoutingTrace]) -> list[dict[str, Tensor]]:
+def alone(how: str, family: str, traces: list[RoutingTrace]) -> list[dict[str, Tensor]]:
     """Gradients of every step."""
     from relibra_kernels.integrations.transformers import replay
 
-    model = wrapped(prepared(family))
+    model = adapted_by(how, family)
     optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
     results = []
     for step, trace in enumerate(traces):
@@ -46,11 +93,10 @@ def alone(family: str, traces: list[RoutingTrace]) -> list[dict[str, Tensor]]:
     return results
 
 
-def together(family: str, traces: list[RoutingTrace], keep: bool, folder: str) -> list[dict[str, Tensor]]:
+def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, folder: str) -> list[dict[str, Tensor]]:
     """The same on ranks; then a checkpoint is written and read into a new model, whose adapters must be the same."""
     rank, ranks = dist.get_rank(), dist.get_world_size()
-    model = wrapped(prepared(family))
-    ep = ExpertParallel(model, ClusterSpec(1, ranks, replica_slots=1))
+    model, ep = spread(how, family, ranks)
     optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
     mine = np.arange(SEQUENCES)[rank::ranks]
     groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
@@ -63,19 +109,34 @@ def together(family: str, traces: list[RoutingTrace], keep: bool, folder: str) -
             for m in range(MICRO_BATCHES):
                 with ep.micro_batch(m):
                     loss_of(model, tokens[groups == m]).backward()
+        sent = ep.comm.ledger.batch_bytes()["kept_gradients" if keep else "replica_gradients", "fast"]
+        assert 0 < sent <= ep.stats().replicas * factor_bytes(ep)  # of this rank's; not those of whole weights
         ep.reduce_gradients()
         gradients = {name: g.clone() for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
         results.append(gradients if rank == 0 else {})
         optimizer.step()
+    found = ep.estimate(RoutedBatch(trace, groups, MICRO_BATCHES), plan)
+    assert found.gradient_bytes == len(ep.layers) * ep.num_experts // ranks * factor_bytes(ep)  # priced so
     ep.save_checkpoint(folder, optimizer)
-    again = wrapped(prepared(family))
-    fresh = ExpertParallel(again, ClusterSpec(1, ranks, replica_slots=1))
+    again, fresh = spread(how, family, ranks)
+    with torch.no_grad():
+        for parameter in trained(again):
+            parameter.zero_()
     fresh.load_checkpoint(folder, torch.optim.SGD(trained(again), lr=0.1, momentum=0.9))
     expected = dict(ep.named_logical_parameters())
     for name, tensor in fresh.named_logical_parameters():
         assert torch.equal(tensor, expected[name]), name
     assert (ep.home != fresh.home).any()
     return results
+
+
+def factor_bytes(ep: ExpertParallel) -> int:
+    """fp32 factors of one expert, which are less than its weights."""
+    experts = ep.layers[0].experts
+    hidden, inner = experts.hidden_size, experts.intermediate_size
+    elements = RANK * (hidden + 2 * inner) + RANK * (inner + hidden)
+    assert elements < 3 * hidden * inner
+    return 4 * elements
 
 
 def traces_of(layers: int, experts: int, top_k: int) -> list[RoutingTrace]:

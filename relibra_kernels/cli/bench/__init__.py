@@ -46,7 +46,8 @@ def run(args: argparse.Namespace) -> int:
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     print(
         f"{name}: {tokens} tokens, {min(model.top_k, experts)} of {experts} experts of {model}, {args.dtype}; measured "
-        f"here, {args.rounds} rounds in turns, median and (least to most)"
+        f"here, {args.rounds} rounds in turns, median and (least to most)",
+        flush=True,
     )
     found = measure(layer, runs, args.rounds)
     print("\n".join(lines_of(found, tokens * min(model.top_k, experts), layer)))

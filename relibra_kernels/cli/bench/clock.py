@@ -7,6 +7,7 @@ from statistics import median
 
 import torch
 
+from ...progress import Progress
 from .layers import Layer
 from .peers import Run
 
@@ -31,19 +32,21 @@ def measure(layer: Layer, runs: dict[str, Run], rounds: int) -> dict[str, Figure
     """Every implementation once to warm up, then `rounds` times in turns, forward and backward."""
     on_gpu = layer.x.is_cuda
     found = {name: Figures() for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            layer.clear()
-            if on_gpu:
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before = torch.cuda.memory_allocated()
-            out, forward = _timed(on_gpu, lambda run=run: run(layer.x, layer.indices, layer.weights))  # type: ignore[misc]
-            _, backward = _timed(on_gpu, lambda out=out: out.backward(layer.dout))  # type: ignore[misc]
-            if number:
-                found[name].forward_s.append(forward)
-                found[name].backward_s.append(backward)
-                found[name].peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+    with Progress("bench", (rounds + 1) * len(runs)) as progress:
+        for number in range(rounds + 1):
+            for name, run in runs.items():
+                layer.clear()
+                if on_gpu:
+                    torch.cuda.synchronize()
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                out, forward = _timed(on_gpu, lambda run=run: run(layer.x, layer.indices, layer.weights))  # type: ignore[misc]
+                _, backward = _timed(on_gpu, lambda out=out: out.backward(layer.dout))  # type: ignore[misc]
+                if number:
+                    found[name].forward_s.append(forward)
+                    found[name].backward_s.append(backward)
+                    found[name].peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+                progress.step(name)
     layer.clear()
     return found
 

@@ -15,7 +15,7 @@ from ... import ops
 from ...autograd import moe_mlp
 from ...compiled import moe_mlp_functional
 from ...form import Activation, ExpertForm
-from ...nn import ReplicatedExperts
+from ...nn import ReplicatedExperts, adapted
 from ...operands import check_computable
 from ...planner.errors import InputError
 from ...reference import swiglu
@@ -93,9 +93,8 @@ class FamilyExperts(ReplicatedExperts):
     ) -> torch.Tensor:
         if self.dispatcher is None:
             return _compute(hidden_states, top_k_index, top_k_weights, self.weights, self.form, self.recompute)
-        x_TH = hidden_states.to(self.weights.down.dtype)
-        out_TH: torch.Tensor = super().forward(x_TH, top_k_index, top_k_weights)
-        return out_TH.to(hidden_states.dtype)
+        out_TH: torch.Tensor = super().forward(hidden_states, top_k_index, top_k_weights)
+        return out_TH
 
 
 def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tuple[torch.Tensor, ExpertWeights]:
@@ -109,9 +108,9 @@ def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tup
 
 
 def expert_weights(experts: Any) -> ExpertWeights:
-    """The parameters of an experts module of transformers, [E, ...] each."""
+    """The parameters of an experts module of transformers, [E, ...] each; while PEFT adapts them, and its factors."""
     biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if experts.has_bias else (None, None)
-    return ExpertWeights(experts.gate_up_proj, experts.down_proj, *biases)
+    return adapted(experts, ExpertWeights(None, None, *biases))
 
 
 def expert_form(experts: Any) -> ExpertForm:

@@ -19,7 +19,7 @@ from ...parallel.running import ModelRunner
 from ...parallel.session import RuntimeOptions, Session
 from ...parallel.tokens.one_hop import OneHop
 from ...planner import BatchPlan, ClusterSpec, ModelShape, PlanOptions, RoutingTrace
-from ...planner.errors import CommunicationError, InputError, PlanError, ReLibraError
+from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
 from ...planner.pricing.models import shape_of_sizes
 from ...weights import ExpertWeights
@@ -136,15 +136,10 @@ def batch(
     for layer, implementation in enumerate(implementations):
         implementation.runner, implementation.layer = runner, layer
     try:
-        yield
-        opened.finish()
-    except BaseException as error:
-        if not isinstance(error, CommunicationError):  # which is about another rank that stopped
-            comm.alarm.sound(comm.rank, error)
-        raise
+        with opened.running():
+            yield
     finally:
         _OPENED.remove(mine)
-        opened.close()
         for implementation in implementations:
             implementation.runner, implementation.weights = None, None
 
@@ -211,7 +206,7 @@ def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec)
         cluster,
         "",
         lambda: collective_device(groups.experts),
-        _shape_of(layers, implementation),
+        lambda: _shape_of(layers, implementation),
     )
 
 

@@ -2,20 +2,22 @@
 
 A is `[E * r, in]`, expert by expert; B is `[out, r * E]`, with the experts last. Both are seen here by expert,
 `[E, r, in]` and `[E, out, r]`, so that they are cut, moved and saved as any other parameter of an expert is.
+
+A replica gets the factors beside the weights, and returns the factors' gradients alone where the weights are frozen.
+What PEFT itself adds to the weights (several adapters at once, one expert a rank) is added here too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ...nn import ReplicatedExperts, ReplicatedMoE
 from ...weights import ExpertWeights
 
-_ATTRIBUTES = ("gate_up_proj", "down_proj")
+_PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}  # field of ExpertWeights -> attribute
 
 
 @dataclass(frozen=True)
@@ -76,17 +78,34 @@ def keep_adapted(experts: ReplicatedExperts, kept: Sequence[int], home_slots: in
         wrapper.num_experts = home_slots
 
 
-@torch.no_grad()
-def effective_weights(experts: ReplicatedExperts) -> ExpertWeights:
-    """What the experts compute with: the parameters, and what adapters add to them where they are not added yet."""
+def adapted_weights(experts: ReplicatedExperts) -> ExpertWeights:
+    """What the experts compute with in a forward of the model, as `experts.weights` is there; differentiable."""
     weights = experts.weights
-    if not experts.adapters:
-        return weights
-    added = dict.fromkeys(_ATTRIBUTES, 0)
-    for attribute in _ATTRIBUTES:
-        if not parametrize.is_parametrized(experts, attribute):
-            added[attribute] = sum(wrapper.get_delta_weight(name) for wrapper, name in _active(experts, attribute))
-    return weights._replace(gate_up=weights.gate_up + added["gate_up_proj"], down=weights.down + added["down_proj"])
+    for name, attribute in _PARAMETERS.items():
+        if weights.is_adapted(name):
+            continue
+        active = _active(experts, attribute)
+        if _keeps_factors(active):
+            left, right = _factors(*active[0])
+            weights = weights._replace(**{f"{name}_left": left, f"{name}_right": right})
+        elif active:
+            total = sum((_delta(*one) for one in active), start=getattr(weights, name))
+            weights = weights._replace(**{name: total})
+    return weights
+
+
+def adapter_rank(experts: ReplicatedExperts) -> int:
+    """What a plan is priced for: the rank of adapters of all projections of as many elements, rounded up.
+
+    0 where the weights are trained, or nothing is.
+    """
+    weights = adapted_weights(experts)
+    pairs = ((weights.gate_up_left, weights.gate_up_right), (weights.down_left, weights.down_right))
+    trained = [f for pair in pairs for f in pair if f is not None and f.requires_grad]
+    if weights.gate_up.requires_grad or weights.down.requires_grad or not trained:
+        return 0
+    elements = sum(factor[0].numel() for factor in trained)
+    return -(-elements // (2 * experts.hidden_size + 3 * experts.intermediate_size))
 
 
 def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]:
@@ -98,30 +117,52 @@ def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]
     return found
 
 
+def _keeps_factors(active: list[tuple[Any, str]]) -> bool:
+    """Whether a forward has the factors themselves (`nn.term_of`): PEFT 0.21 adds up what else there is."""
+    return len(active) == 1 and active[0][0].num_experts > 1 and hasattr(active[0][0], "get_delta_factors")
+
+
+def _factors(wrapper: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    left, right, scaling = wrapper.get_delta_factors(adapter)
+    return (left * scaling).contiguous(), right.contiguous()
+
+
+def _delta(wrapper: Any, adapter: str) -> Tensor:
+    delta: Tensor = wrapper.get_delta_weight(adapter)
+    return delta
+
+
 class LateGradients:
-    """Gradients of effective weights that arrive after the backwards of a batch, and go on to the factors."""
+    """Gradients of what adapters give that arrive after the backwards of a batch, and go on to the adapters."""
 
     def __init__(self) -> None:
-        self._arrived: list[tuple[ReplicatedExperts, str, Tensor]] = []
+        self._arrived: list[tuple[Callable[[], Sequence[Tensor]], list[Tensor]]] = []
+        self._of_weights: list[tuple[nn.Parameter, Tensor]] = []
 
     def buffers(self, experts: ReplicatedExperts, own: ExpertWeights) -> ExpertWeights:
-        """Buffers to add gradients `[E/R, ...]` to: the parameters' own, and new ones for adapted parameters."""
-        if not experts.adapters:
-            return own
-        found = []
-        for attribute, buffer in zip(_ATTRIBUTES, own[:2], strict=True):
-            if _active(experts, attribute):
-                buffer = torch.zeros_like(getattr(experts, attribute), dtype=torch.float32)
-                self._arrived.append((experts, attribute, buffer))
-            found.append(buffer)
-        return own._replace(gate_up=found[0], down=found[1])
+        """Buffers to add gradients `[E/R, ...]` to: the parameters' own, and new ones for what adapters give."""
+        for name, attribute in _PARAMETERS.items():
+            active, parameter = _active(experts, attribute), getattr(experts, attribute)
+            if not any(p.requires_grad for wrapper, _ in active for p in wrapper.parameters()):
+                continue
+            if _keeps_factors(active):
+                made = [torch.zeros_like(factor, dtype=torch.float32) for factor in _factors(*active[0])]
+                own = own._replace(**dict(zip((f"{name}_left", f"{name}_right"), made, strict=True)))
+                self._arrived.append((lambda one=active[0]: _factors(*one), made))  # type: ignore[misc]
+            else:
+                buffer = torch.zeros_like(parameter, dtype=torch.float32)
+                own = own._replace(**{name: buffer})
+                self._arrived += [(lambda one=one: [_delta(*one)], [buffer]) for one in active]  # type: ignore[misc]
+                if parameter.requires_grad:
+                    self._of_weights.append((parameter, buffer))
+        return own
 
     def finish(self) -> None:
-        for experts, attribute, buffer in self._arrived:
-            for wrapper, name in _active(experts, attribute):
-                with torch.enable_grad():
-                    wrapper.get_delta_weight(name).backward(buffer.to(getattr(experts, attribute).dtype))
-                parameter = getattr(experts, attribute)
-                if parameter.requires_grad:
-                    parameter.grad = buffer.to(parameter.dtype) + (0 if parameter.grad is None else parameter.grad)
+        for make, buffers in self._arrived:
+            with torch.enable_grad():
+                pairs = [(t, b) for t, b in zip(make(), buffers, strict=True) if t.requires_grad]
+                torch.autograd.backward([t for t, _ in pairs], [b.to(t.dtype) for t, b in pairs])
+        for parameter, buffer in self._of_weights:
+            parameter.grad = buffer.to(parameter.dtype) + (0 if parameter.grad is None else parameter.grad)
         self._arrived.clear()
+        self._of_weights.clear()

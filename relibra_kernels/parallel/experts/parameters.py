@@ -12,7 +12,8 @@ from ...planner.errors import InputError
 from .adapters import keep_adapted, kept_rows
 from .migration import expert_tensors
 
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias")
+_FACTORS = ("gate_up_proj_left", "gate_up_proj_right", "down_proj_left", "down_proj_right")
+EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias", *_FACTORS)
 
 
 def take_over(model: nn.Module) -> list[ReplicatedMoE]:

@@ -163,8 +163,9 @@ class ExpertParallelMLP(torch.autograd.Function):
         session.check_open(f"backward of {site.where}")
         tag, *saved = ctx.saved_tensors
         check_tag(tag, site.tag, site.where)
-        home, kept = ExpertWeights(*saved[:4]), ExpertWeights(*saved[4:8])
-        x, gates, *rows = saved[8:]
+        count = len(ExpertWeights._fields)
+        home, kept = ExpertWeights(*saved[:count]), ExpertWeights(*saved[count : 2 * count])
+        x, gates, *rows = saved[2 * count :]
         needed = ctx.needs_input_grad[5:]
         partials = []
         with session.running(site.where):

@@ -14,8 +14,7 @@ from hf_under_plan import compare, kernels_against_eager, recorded_and_replayed,
 from ranks import Ranks
 
 SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe")
-NO_CONFIG = ("ernie4_5_vl_moe", "mistral4", "deepseek_ocr2")
-KNOWN = dict.fromkeys(NO_CONFIG, "there is no tiny config of it that runs yet") | {
+KNOWN = {
     "zaya": "its router may choose to skip the experts, which a plan has no place for",
 }
 chosen = FAMILIES if os.environ.get("RELIBRA_FAMILIES") == "all" else SAMPLE
@@ -33,7 +32,7 @@ def test_two_ranks_under_plans_train_as_one_process(family, ranks):
     assert compare(family, ranks) == ""
 
 
-@pytest.mark.parametrize("family", sorted({*chosen, "deepseek_v4", "gemma4"} - {*NO_CONFIG}))
+@pytest.mark.parametrize("family", sorted({*chosen, "deepseek_v4", "gemma4"}))
 def test_what_was_recorded_is_replayed(family):
     error, sequences, unknown = recorded_and_replayed(family)
     assert error <= 1e-6

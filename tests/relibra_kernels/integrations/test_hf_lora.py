@@ -1,11 +1,10 @@
-"""PEFT adapters of experts: recorded, replayed, and under plans cut, moved, replicated and saved with their experts."""
+"""Adapters of experts, recorded and replayed, and under plans cut, moved, replicated and saved with their experts."""
 
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-pytest.importorskip("peft", reason="needs peft")
 from hf_families import make_model, make_tokens, other_trace
 from lora_under_plan import alone, together, traces_of, wrapped
 from ranks import Ranks
@@ -23,11 +22,26 @@ def ranks():
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["fetched", "kept"])
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
-def test_adapters_train_under_plans_as_in_one_process(family, keep, ranks, tmp_path):
+@pytest.mark.parametrize(
+    ("how", "family"),
+    [
+        ("peft", "qwen3_moe"),
+        ("peft", "gpt_oss"),
+        ("peft after", "mixtral"),
+        ("peft after", "gpt_oss"),
+        ("own", "mixtral"),
+    ],
+)
+def test_adapters_train_under_plans_as_in_one_process(how, family, keep, ranks, tmp_path):
+    """And a replica sends back the factors' gradients alone."""
+    if how != "own":
+        pytest.importorskip("peft", reason="needs peft")
     traces = traces_of(2, 8, 2)
-    got = ranks.run(together, family, traces, keep, str(tmp_path / "checkpoint"))[0]
-    for step, expected in enumerate(alone(family, traces)):
+    got = ranks.run(together, how, family, traces, keep, str(tmp_path / "checkpoint"))[0]
+    for step, alone_ in enumerate(alone(how, family, traces)):
+        expected = {
+            name.removeprefix("base_model.model.") if how == "peft after" else name: g for name, g in alone_.items()
+        }
         assert got[step].keys() == expected.keys()
         assert sum("experts" in name for name in expected) == 8  # A and B of two parameters of two layers
         for name, gradient in expected.items():
@@ -38,6 +52,7 @@ def test_adapters_train_under_plans_as_in_one_process(family, keep, ranks, tmp_p
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "glm4_moe"])
 def test_adapters_are_recorded_and_replayed(family, reentrant):
     """Generated and fed whole, with two micro-batches in flight."""
+    pytest.importorskip("peft", reason="needs peft")
 
     def step(checkpointed):
         model = wrapped(make_model(family)).train()
@@ -60,6 +75,7 @@ def test_adapters_are_recorded_and_replayed(family, reentrant):
     for name, gradient in expected.items():
         assert_close(got[name], gradient, 1e-5, name)
 
+    pytest.importorskip("peft", reason="needs peft")
     model, tokens = wrapped(make_model(family)).eval(), make_tokens(2, 6)
     with torch.no_grad(), record_routing(model) as record:
         out = model.generate(input_ids=tokens, max_new_tokens=3, min_new_tokens=3, do_sample=False)

@@ -17,11 +17,11 @@ from relibra_kernels.schedule import Schedule
 ACTIVATIONS = ("clamped silu", "capped silu", "gelu")
 
 
-def check(case, form, dtype):
-    p = problem(case, form, dtype)
+def check(case, form, dtype, adapted=()):
+    p = problem(case, form, dtype, adapted=adapted)
     got = run_functions(case, form, p)
     expected = oracle(case, form, p)
-    names = ("out", "dx", "dweights", *(f"gradient {i}" for i in range(4)))
+    names = ("out", "dx", "dweights", *(f"gradient {i}" for i in range(8)))
     for name, a, b in zip(names, (*got[:3], *got[3]), (*expected[:3], *expected[3]), strict=False):
         assert_close(a, b, RELATIVE[dtype], name)
     return got
@@ -40,6 +40,11 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("name", ["bias", "interleaved", "transposed", "clamped", "gpt-oss", *ACTIVATIONS])
 def test_every_form(name):
     check(CASES[3], FORMS[name], torch.float32)
+
+
+@pytest.mark.parametrize("name", ["qwen", "gpt-oss"])
+def test_low_rank_terms(name):
+    check(REPLICAS, FORMS[name], torch.float32, adapted=("gate_up", "down"))
 
 
 def test_replicas_with_biases():
