@@ -21,12 +21,14 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch.overrides import TorchFunctionMode
 
 from relibra_kernels import BatchPlan, RoutedBatch, RoutingTrace
-from relibra_kernels.integrations.megatron_moe import expert_parallel, torch_optimizer, with_relibra_experts
+from relibra_kernels.integrations.megatron_moe import expert_parallel, with_relibra_experts
+from relibra_kernels.integrations.megatron_optimizer import torch_optimizer
 from relibra_kernels.planner import PlanOptions
 
 LAYERS, EXPERTS, TOP_K, VOCABULARY = 2, 8, 2, 64
@@ -45,6 +47,8 @@ def cpu_in_place_of_cuda() -> None:
             kwargs = dict(kwargs or {})
             if kwargs.get("device") == "cuda":
                 kwargs["device"] = "cpu"
+            if function is torch.Tensor.type and len(args) == 1 and not kwargs:  # the distributed optimizer asks
+                return function(*args).replace("torch.", "torch.cuda.", 1)
             return function(*args, **kwargs)
 
     if not hasattr(moe_utils, "te_general_gemm"):  # the name that 0.16 forgets where Transformer Engine is missing
@@ -52,7 +56,16 @@ def cpu_in_place_of_cuda() -> None:
     torch._dynamo.config.disable = True  # Megatron compiles small functions, which takes minutes
     OnCpu().__enter__()  # for as long as the process lives
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
+    torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment,method-assign]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    put = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def put_with_step(self: Any, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
+        known = self._get_main_param_and_optimizer_states(parameter)  # of torch's Adam, whose step is in its state
+        with torch.no_grad():
+            put(self, parameter, {**known, **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = put_with_step
     tracker = tensor_parallel.get_cuda_rng_tracker()
     tracker.fork = fork
     tensor_parallel.random._get_cuda_rng_state = lambda *_, **__: torch.get_rng_state()
@@ -109,15 +122,36 @@ def rows_sequence_first(batch: int) -> np.ndarray:
     return np.arange(batch * LENGTH).reshape(batch, LENGTH).T.reshape(-1)
 
 
-class Trainer:
-    """One rank: model, runtime, Megatron's DDP and optimizer."""
+def make_state(optimizer: Any) -> None:
+    """What a checkpoint of the distributed optimizer is read into; Megatron makes it with Transformer Engine only."""
+    for one in getattr(optimizer, "chained_optimizers", [optimizer]):
+        one.init_state_fn(one.optimizer)
+        for state in one.optimizer.state.values():
+            state.setdefault("step", torch.zeros(()))
 
-    def __init__(self, **options: Any):
-        self.model = make_model(**options)
+
+class Trainer:
+    """One rank: model, runtime, Megatron's DDP and optimizer.
+
+    distributed: whether the optimizer's state is sharded over data parallel ranks. sharding: how that is saved.
+    """
+
+    def __init__(self, distributed: bool = False, sharding: str = "fully_reshardable", **options: Any):
+        self.model, self.sharding, self.distributed = make_model(**options), sharding, distributed
         self.ep = expert_parallel(self.model, gpus_per_node=parallel_state.get_expert_model_parallel_world_size())
-        how = DistributedDataParallelConfig(grad_reduce_in_fp32=True, average_in_collective=False)
+        how = DistributedDataParallelConfig(
+            grad_reduce_in_fp32=True, average_in_collective=False, use_distributed_optimizer=distributed
+        )
         self.ddp = DistributedDataParallel(self.model.config, how, self.model)
-        settings = OptimizerConfig(optimizer="adam", lr=1e-3, adam_eps=1e-4, clip_grad=0.0, bf16=False, fp16=False)
+        settings = OptimizerConfig(
+            optimizer="adam",
+            lr=1e-3,
+            adam_eps=1e-4,
+            clip_grad=0.0,
+            bf16=False,
+            fp16=False,
+            use_distributed_optimizer=distributed,
+        )
         self.optimizer = get_megatron_optimizer(settings, [self.ddp])
 
     def plan(self, batch: RoutedBatch, step: int) -> BatchPlan:
@@ -149,18 +183,22 @@ class Trainer:
         dist.all_reduce(total)
         return float(total)
 
-    def state(self) -> dict[str, Any]:
-        model = self.model.sharded_state_dict()
-        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model)}
+    def state(self, is_loading: bool = False) -> dict[str, Any]:
+        metadata = {"distrib_optim_sharding_type": self.sharding}
+        model = self.model.sharded_state_dict(metadata=metadata)
+        return {"model": model, "optimizer": self.optimizer.sharded_state_dict(model, is_loading, metadata=metadata)}
 
     def save(self, folder: Path) -> None:
         dist_checkpointing.save(self.state(), str(folder))
 
     def load(self, folder: Path, *, weights_only: bool = False) -> None:
         """Another expert-parallel size takes the weights; Megatron groups its optimizer's state by that size."""
-        state = self.state()
         if weights_only:
-            del state["optimizer"]
+            state = {"model": self.model.sharded_state_dict()}
+        else:
+            if self.distributed:
+                make_state(self.optimizer)
+            state = self.state(is_loading=True)
         loaded = dist_checkpointing.load(state, str(folder))
         self.model.load_state_dict(loaded["model"])
         if not weights_only:

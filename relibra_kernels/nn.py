@@ -149,20 +149,23 @@ def adapted(experts: nn.Module, biases: ExpertWeights) -> ExpertWeights:
     Factors are the module's own (`ReplicatedExperts.adapt`), or those that PEFT puts in a parameter's place while it
     runs: there the parameter is not what it names, but the sum, which would be made by asking for it.
     """
-    found: dict[str, Any] = {}
-    for name in ("gate_up", "down"):
-        attribute = f"{name}_proj"
-        places = experts._modules.get("parametrizations")
-        own = [getattr(experts, f"{attribute}_{side}", None) for side in ("left", "right")]
-        if isinstance(places, nn.ModuleDict) and attribute in places:
-            place: Any = places[attribute]
-            terms = [(t.lhs * t.scaling, t.rhs) for t in place if all(hasattr(t, n) for n in ("lhs", "rhs", "scaling"))]
-            if len(place) == len(terms) == 1:
-                found |= {name: place.original, f"{name}_left": terms[0][0].contiguous()}
-                found[f"{name}_right"] = terms[0][1].contiguous()
-                continue
-        found |= {name: getattr(experts, attribute), f"{name}_left": own[0], f"{name}_right": own[1]}
-    return biases._replace(**found)
+    gate_up, gate_up_left, gate_up_right = _with_factors(experts, "gate_up_proj")
+    down, down_left, down_right = _with_factors(experts, "down_proj")
+    return ExpertWeights(
+        gate_up, down, biases.gate_up_bias, biases.down_bias, gate_up_left, gate_up_right, down_left, down_right
+    )
+
+
+def _with_factors(experts: Any, attribute: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """A weight and its factors."""
+    places = experts._modules.get("parametrizations")
+    if isinstance(places, nn.ModuleDict) and attribute in places:
+        place: Any = places[attribute]
+        terms = [(t.lhs * t.scaling, t.rhs) for t in place if all(hasattr(t, n) for n in ("lhs", "rhs", "scaling"))]
+        if len(place) == len(terms) == 1:
+            return place.original, terms[0][0].contiguous(), terms[0][1].contiguous()
+    left, right = (getattr(experts, f"{attribute}_{side}", None) for side in ("left", "right"))
+    return getattr(experts, attribute), left, right
 
 
 class ReplicatedMoE(nn.Module):

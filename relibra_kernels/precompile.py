@@ -87,6 +87,28 @@ def warmup(
     return compiled + compile_on(where, wanted, jobs)
 
 
+def config_sources(model: nn.Module, tokens: int, device: str) -> dict[str, list[str]]:
+    """Kernel -> where its configs come from, for forward and backward of `tokens` tokens. Nothing is compiled.
+
+    What else was asked for on this device in this process counts too.
+
+    Args:
+        model: as for `warmup`; it may be without memory. device: a GPU by name, which need not be here.
+    """
+    from .configs import lookup
+    from .configs.limits import device_for
+    from .configs.products import product_named
+
+    target = device_for(product_named(device))
+    layers = take_over(model)
+    _launches(layers, [tokens], target, None)
+    found: dict[str, set[str]] = {}
+    for problem, answer in lookup.answers().items():
+        if problem.device == target:
+            found.setdefault(problem.kernel, set()).add(answer.source)
+    return {kernel: sorted(sources) for kernel, sources in sorted(found.items())}
+
+
 def _launches(
     layers: list[ReplicatedMoE], counts: list[int], target: "Device", replica_slots: int | None
 ) -> "list[Launch]":

@@ -67,7 +67,7 @@ def of_layers(problem: Problem, layers: np.ndarray) -> Problem:
 def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     cluster = problem.cluster
     layers = len(problem.table_LME)
-    home = problem.home
+    home = problem.home.copy()  # a solution is changed in place
     if member.moves != 0:
         home = place(
             problem.table_LME,
@@ -113,9 +113,16 @@ def solve_nothing(problem: Problem) -> Solution:
     return Solution(problem.home.copy(), empty, np.zeros_like(empty), np.zeros((layers, *slots), np.bool_))
 
 
-def drop_idle(solution: Solution) -> Solution:
-    """Kept replicas that compute nothing in any micro-batch go."""
+def drop_idle(solution: Solution, gpus_per_node: int) -> Solution:
+    """Kept replicas that compute nothing in any micro-batch go, but for those that fetched ones may come from."""
     idle = solution.kept & (solution.quota.sum(1) == 0)
+    layer, _, rank, slot = at = np.nonzero((solution.replicas >= 0) & ~solution.kept[:, None])
+    ranks, experts = solution.kept.shape[1], solution.home.shape[1]
+    node = np.arange(ranks) // gpus_per_node
+    sought = np.zeros((len(idle), ranks // gpus_per_node, experts), np.bool_)
+    sought[layer, node[rank], solution.replicas[at]] = True
+    layer, rank, slot = np.nonzero(idle)
+    idle[layer, rank, slot] = ~sought[layer, node[rank], solution.replicas[layer, 0, rank, slot]]
     solution.kept[idle] = False
     np.copyto(solution.replicas, -1, where=idle[:, None])
     return solution

@@ -12,6 +12,7 @@ from .solution import Effort, Solution, target_load
 _NEARLY = 1.3  # max/mean of layers that may be better left alone
 REACHED = 1.001  # max/mean over the balance asked for, at which it counts as reached
 _UNEVEN = 0.002  # over 1, mean of max/mean of a layer that other kept replicas may even out
+_ONWARD = 2  # times that homes are moved on from where they have moved to
 _MISSED = 1.005  # max/mean over the balance asked for, above which a layer is planned again
 
 
@@ -44,24 +45,30 @@ def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) 
     options, slots = problem.options, problem.cluster.replica_slots
     may_move = options.max_moves != 0 and problem.table_LME.shape[2] % problem.cluster.num_ranks == 0
     tried = {(tuple(range(len(problem.table_LME))), first)}
-    for moves_allowed in (0, options.max_moves) if may_move else (0,):
-        for kept in (float(slots), float(slots - 1), 0.0):
-            missed = np.flatnonzero(_over(problem, solution).max(1) > _MISSED)
-            if not len(missed):
-                return
-            used = solution.kept.sum(2)
-            elsewhere = used.sum(0) - used[missed].sum(0)
-            part = replace(of_layers(problem, missed), copies=problem.copies - int(elsewhere.max()))
-            member = Member(min(kept, part.copies / len(missed)), True, moves_allowed)
-            if (tuple(missed.tolist()), member) in tried:
-                continue
-            tried.add((tuple(missed.tolist()), member))
-            home, copies = hosts_of(part, member)
-            again = drop_idle(solve_over(part, home, copies, effort))
-            before = Solution(*(value[missed] for value in vars(solution).values()))
-            better = _over(part, again).max(1) < _over(part, before).max(1)
-            for name, value in vars(again).items():
-                getattr(solution, name)[missed[better]] = value[better]
+    ways: list[tuple[float, int | None, bool]] = [(float(kept), 0, False) for kept in (slots, slots - 1, 0)]
+    if may_move:
+        ways += [(kept, options.max_moves, False) for kept, _, _ in ways]
+        # Homes that have moved are a better start to move from, where there is no limit.
+        ways += [(0.0, None, True)] * _ONWARD if options.max_moves is None else []
+    for kept, moves_allowed, onward in ways:
+        missed = np.flatnonzero(_over(problem, solution).max(1) > _MISSED)
+        if not len(missed):
+            return
+        used = solution.kept.sum(2)
+        elsewhere = used.sum(0) - used[missed].sum(0)
+        part = replace(of_layers(problem, missed), copies=problem.copies - int(elsewhere.max()))
+        member = Member(min(kept, part.copies / len(missed)), True, moves_allowed)
+        if onward:
+            part = replace(part, home=solution.home[missed])
+        elif (tuple(missed.tolist()), member) in tried:
+            continue
+        tried.add((tuple(missed.tolist()), member))
+        home, copies = hosts_of(part, member)
+        again = drop_idle(solve_over(part, home, copies, effort), problem.cluster.gpus_per_node)
+        before = Solution(*(value[missed] for value in vars(solution).values()))
+        better = _over(part, again).max(1) < _over(part, before).max(1)
+        for name, value in vars(again).items():
+            getattr(solution, name)[missed[better]] = value[better]
 
 
 def leave_alone(problem: Problem, solution: Solution) -> None:

@@ -43,7 +43,7 @@ def plan_layers(problem: Problem) -> Solution:
     solution = solve_over(problem, home, copies, effort, best.tolerance)
     if best.tolerance:
         _loosen_singly(problem, solution, home, copies, effort)
-    drop_idle(solution)
+    drop_idle(solution, problem.cluster.gpus_per_node)
     if problem.options.balance is None:
         if problem.options.effort == "full":
             exchange_kept(problem, solution, effort.slack)
@@ -68,12 +68,15 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
     best = min(close, key=lambda member: seconds(member, _SECOND_LOOK))
     if sample.options.balance is not None:
         return best
+    # What stays may win where fetched replicas leave something over, though with full balance moves are cheaper.
+    stays = min((member for member in costs if member.moves == 0), key=costs.__getitem__)
     least = costs[best] * (1 - _LOOSER)
-    for tolerance in _TOLERANCES:
-        looser = replace(best, tolerance=tolerance)
-        cost = seconds(looser, _FIRST_LOOK)
-        if cost < least:
-            best, least = looser, cost
+    for member in dict.fromkeys((best, stays)):
+        for tolerance in _TOLERANCES:
+            looser = replace(member, tolerance=tolerance)
+            cost = seconds(looser, _FIRST_LOOK)
+            if cost < least:
+                best, least = looser, cost
     return best
 
 

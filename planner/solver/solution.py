@@ -184,6 +184,7 @@ def _fetch_many(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
             fetch(part, target_P[over], gpus_per_node)
         else:
             fetch_exits(part, target_P[over], experts, gpus_per_node, effort.exits, effort.sweeps)
+            fetch(part, target_P[over], gpus_per_node)
         slots.put(over, part)
 
 

@@ -1,15 +1,27 @@
-"""`relibra doctor --model FOLDER`: what works for a model of transformers, and what a copy of an expert takes."""
+"""`relibra doctor --model FOLDER`: what works for a model of transformers, its configs, and what a plan takes."""
 
+import importlib.util
 from collections.abc import Iterator
 from typing import Any, Literal
 
+from ..configs.config import GEMM_KERNELS
+from ..configs.files import SHIPPED
+from ..planner import ClusterSpec, PlanOptions, estimate_plan, generate_loads, plan_batch
 from ..planner.errors import ReLibraError
+from ..planner.pricing.models import shape_of_sizes
 
 MIB = 1 << 20
+RANKS, SLOTS, MICRO_BATCHES, TOKENS = 8, 2, 8, 4096  # of the plan that is estimated; tokens a rank and micro-batch
+
+Found = tuple[Literal["ok", "note", "problem"], str, str]
 
 
-def examine(folder: str) -> Iterator[tuple[Literal["ok", "note", "problem"], str, str]]:
-    """(level, what was found, what to do about it) for the model of a config.json, which is made without memory."""
+def examine(folder: str) -> Iterator[Found]:
+    """(level, what was found, what to do about it) for the model of a config.json, which is made without memory.
+
+    Args:
+        folder: with the config.json, or that file.
+    """
     try:
         import torch
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -19,14 +31,14 @@ def examine(folder: str) -> Iterator[tuple[Literal["ok", "note", "problem"], str
     try:
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
         yield "problem", f"{folder} gives no causal language model: {str(error).splitlines()[0]}", ""
         return
     yield from _of(model)
 
 
-def _of(model: Any) -> Iterator[tuple[Literal["ok", "note", "problem"], str, str]]:
+def _of(model: Any) -> Iterator[Found]:
     from ..integrations.transformers import expert_form
     from ..integrations.transformers.experts import expert_weights
     from ..integrations.transformers.moe_layers import moe_layers
@@ -60,3 +72,42 @@ def _of(model: Any) -> Iterator[tuple[Literal["ok", "note", "problem"], str, str
         "",
     )
     yield "ok", "record, replay and ExpertParallel: the model is taken over where it is", ""
+    yield from _configs(model)
+    yield from _plan(layers)
+
+
+def _configs(model: Any) -> Iterator[Found]:
+    """Which configs the GEMMs get on every GPU that has shipped ones."""
+    if importlib.util.find_spec("triton") is None:
+        yield "note", "configs: triton is not installed, so that no kernel is asked for its config", ""
+        return
+    from ..precompile import config_sources
+
+    for device in sorted({path.parent.name for path in SHIPPED.glob("*/*.json")}):
+        found = config_sources(model, TOKENS, device)
+        sources = ", ".join(f"{kernel}: {' and '.join(found[kernel])}" for kernel in GEMM_KERNELS if kernel in found)
+        yield "ok", f"configs on {device}, {TOKENS} tokens: {sources}", ""
+
+
+def _plan(layers: Any) -> Iterator[Found]:
+    """Memory of the fullest rank under a plan of generated routing, as `ep.estimate` counts it."""
+    experts, top_k, number = layers[0].experts, layers[0].top_k, layers[0].num_experts
+    if number < RANKS or number <= 2 * top_k:
+        yield "note", f"{number} experts are too few to estimate a plan of {RANKS} ranks", ""
+        return
+    weight = experts.down_proj[0]
+    hidden, intermediate = tuple(weight.shape)[:: -1 if getattr(experts, "is_transposed", False) else 1]
+    shape = shape_of_sizes(hidden, intermediate, number, top_k, layers=len(layers))
+    skew = min(7.3, number / top_k / 2)
+    loads = generate_loads(len(layers), MICRO_BATCHES, number, top_k, TOKENS * RANKS, max_mean=skew)
+    options = PlanOptions(balance=1.0, shape=shape)
+    plan = plan_batch(loads, ClusterSpec(1, RANKS, SLOTS), options=options)
+    found = estimate_plan(plan, loads, options.setting(number, RANKS))
+    kinds = ("home_weights", "gradient", "kept", "fetched", "token_buffer", "activation")
+    parts = ", ".join(f"{kind.replace('_', ' ')} {getattr(found, f'{kind}_bytes') / 1e9:.2f}" for kind in kinds)
+    yield (
+        "ok",
+        f"a plan of {RANKS} GPUs in one node, {SLOTS} slots, {TOKENS} tokens a rank and micro-batch (modelled, of "
+        f"generated routing with max/mean {skew:.1f}): {found.memory_bytes / 1e9:.2f} GB for a rank's experts: {parts}",
+        "relibra estimate does this for your routing",
+    )

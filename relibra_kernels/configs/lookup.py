@@ -96,6 +96,11 @@ def answers_for_all_rows(octaves: int) -> dict[Problem, Answer]:
     return {problem: answer(problem) for problem in asked}
 
 
+def answers() -> dict[Problem, Answer]:
+    """Everything that was asked so far, with what it got."""
+    return dict(_answers)
+
+
 def forget() -> None:
     """Read everything again: files and environment may have changed."""
     global _overrides

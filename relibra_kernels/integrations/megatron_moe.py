@@ -30,7 +30,7 @@ from ..planner.errors import InputError
 from ..router import comparison_of
 from .taken import TakenLayer
 
-__all__ = ["with_relibra_experts", "expert_parallel", "torch_optimizer"]
+__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids"]
 
 
 def with_relibra_experts(spec: Any) -> Any:
@@ -83,6 +83,10 @@ def expert_form(config: Any) -> ExpertForm:
     if config.activation_func is not silu:
         raise InputError(f"activation_func is {config.activation_func}; it must be torch.nn.functional.silu")
     return ExpertForm()
+
+
+# Formats of the distributed optimizer's state that know ranks and no parameters.
+_BY_RANK = ("dp_reshardable", "dp_zero_gather_scatter", "fully_sharded_bucket_space")
 
 
 class RecordedChoice:
@@ -209,6 +213,12 @@ class ReplicatedMoELayer(BaseMoELayer):
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
         """As Megatron's own layer: a tensor an expert, by its logical number, so that no placement shows."""
+        kind = (metadata or {}).get("distrib_optim_sharding_type", "")
+        if kind in _BY_RANK and list(self.placement()) != list(self.local_expert_indices):
+            raise InputError(
+                f"distrib_optim_sharding_type is {kind!r}, which saves the optimizer's state by rank, but experts have "
+                "moved: use 'fully_reshardable', or call ep.move_home(optimizer) before"
+            )
         experts = self.experts
         self.experts = None  # type: ignore[assignment]  # so that the others are asked as Megatron asks them
         try:
@@ -270,7 +280,8 @@ def expert_parallel(
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     ep = parallel_state.get_expert_model_parallel_group() if groups is None else groups.ep
     kind = "cuda" if "nccl" in dist.get_backend(ep) else "cpu"
-    mesh = DeviceMesh.from_group(ep, kind, mesh_dim_names=("ep",))
+    copies = parallel_state.get_expert_data_parallel_group() if groups is None else groups.expt_dp
+    mesh = _mesh_of(ep, copies, kind)
     size = dist.get_world_size(ep)
     if size % min(size, gpus_per_node):
         raise InputError(f"gpus_per_node is {gpus_per_node}; it must divide the expert-parallel group of {size}")
@@ -283,26 +294,25 @@ def expert_parallel(
     return runtime
 
 
+def layer_ids(model: nn.Module | Sequence[nn.Module]) -> tuple[int, ...]:
+    """Numbers from 0 of the decoder layers of this pipeline stage that have our experts, in the order of its plans.
+
+    What `trace.slice_layers` takes, so that a stage's trace has its layers only. Of virtual stages give the list of
+    chunks, as to `expert_parallel`.
+    """
+    chunks = [model] if isinstance(model, nn.Module) else model
+    found = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, ReplicatedMoELayer)]
+    return tuple(int(layer.layer_number) - 1 for layer in found)
+
+
+def _mesh_of(ep: Any, copies: Any, kind: str) -> DeviceMesh:
+    """Of the ranks that have this stage's experts: their copies, and the group over which each is spread."""
+    if dist.get_world_size(copies) == 1:
+        return DeviceMesh.from_group(ep, kind, mesh_dim_names=("ep",))
+    rows: list[Any] = [None] * dist.get_world_size(copies)
+    dist.all_gather_object(rows, dist.get_process_group_ranks(ep), group=copies)
+    return DeviceMesh.from_group([copies, ep], kind, mesh=torch.tensor(rows), mesh_dim_names=("copies", "ep"))
+
+
 def _experts_of(runtime: ExpertParallel, layer: int, rank: int) -> list[int]:
     return [int(expert) for expert in np.flatnonzero(runtime.home[layer] == rank)]
-
-
-class _Optimizers:
-    """The states of several optimizers as if they were one's."""
-
-    def __init__(self, optimizers: Sequence[torch.optim.Optimizer]):
-        self._optimizers = optimizers
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        return [group for optimizer in self._optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict[Tensor, Any]:
-        return {key: value for optimizer in self._optimizers for key, value in optimizer.state.items()}
-
-
-def torch_optimizer(optimizer: Any) -> Any:
-    """Megatron's optimizer as `ep.batch` takes it: with the state that moves with the experts."""
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    return _Optimizers([one.optimizer for one in inner])

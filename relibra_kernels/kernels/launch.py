@@ -52,6 +52,8 @@ def target(tensor: torch.Tensor) -> Device:
     recorder = _recorder.get()
     if recorder is not None:
         return recorder[0]
+    if tensor.is_meta:  # shapes alone, and nothing is launched
+        return INTERPRETER
     if tensor.device.type == "cpu":
         if not INTERPRETING:
             raise InputError("the tensors are on the CPU: the kernels need a GPU, or TRITON_INTERPRET=1 from the start")
@@ -73,9 +75,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> No
     if recorder is not None:
         recorder[1](Launch(kernel, grid, args, options))
         return
+    first = next(argument for argument in args if isinstance(argument, torch.Tensor))
+    if first.is_meta:
+        return
     if options.get("TMA") and not INTERPRETING:
         triton.set_allocator(_scratch)
-    with _on_device_of(next(argument for argument in args if isinstance(argument, torch.Tensor))):
+    with _on_device_of(first):
         kernel[grid](*args, **options)
 
 

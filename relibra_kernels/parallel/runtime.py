@@ -27,8 +27,15 @@ from .comm.watchdog import start_watchdog
 from .experts import checkpoint, gradients
 from .experts.adapters import adapter_rank, find_adapters
 from .experts.logical import logical_tensors
-from .experts.migration import move_layers
-from .experts.parameters import all_experts, device_of, expert_parameters, keep_experts, layers_to_share
+from .experts.migration import move_layers, spread_state
+from .experts.parameters import (
+    all_experts,
+    device_of,
+    expert_parameters,
+    keep_experts,
+    layers_to_share,
+    tensors_to_move,
+)
 from .live import LiveRouting
 from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
@@ -280,7 +287,7 @@ class ExpertParallel:
         loads = self._planning.loads_of(plan, batch, counted if everywhere else None)
         session = Session(self.options, self.comm.ledger)
         self.comm.ledger.begin_batch()
-        move_layers(self.comm, tensors, self.home, plan.home, self.device)
+        self._move(tensors, plan.home, optimizer)
         del tensors
         opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._transport)
         self._batch = self._last = opened
@@ -290,6 +297,22 @@ class ExpertParallel:
                 yield
         finally:
             self._batch, self._runner.in_batch = None, False
+
+    def _move(self, tensors: list[dict[str, Tensor]], home_LE: np.ndarray, optimizer: Any) -> None:
+        gather = getattr(optimizer, "gather", None)
+        parameters = [expert_parameters(moe.experts) for moe in self.layers]
+        with spread_state(gather, parameters, tensors, self.home != home_LE):
+            move_layers(self.comm, tensors, self.home, home_LE, self.device)
+
+    def move_home(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Move the experts, and their state, to where they were at first: rank by rank, in their order. Collective.
+
+        For checkpoints of other frameworks that save optimizer state by rank.
+        """
+        self._check_between_batches("move_home")
+        find_adapters(self.model, self.layers)
+        tensors = [tensors_to_move(moe.experts, optimizer) for moe in self.layers]
+        self._move(tensors, contiguous_home(len(self.layers), self.num_experts, self.comm.size), optimizer)
 
     @contextmanager
     def micro_batch(self, index: int, rows: np.ndarray | None = None) -> Iterator[None]:

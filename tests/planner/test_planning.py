@@ -31,6 +31,7 @@ from relibra_kernels.planner import (
 )
 from relibra_kernels.planner.pricing.balanced import forced_balanced
 from relibra_kernels.planner.solver import problem as solver_problem
+from relibra_kernels.planner.solver.solution import Solution
 
 SHAPE = MODELS["Qwen3-30B-A3B"]
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -337,6 +338,19 @@ def test_few_replicas_are_fetched_where_one_copy_a_rank_is_kept():
     plan = plan_batch(loads, ClusterSpec(8, 8), options=options)
     assert plan.imbalance_mean(loads) <= 1.005
     assert ((plan.replicas >= 0) & ~plan.kept[:, None]).sum() <= 7 * 2 * 16
+
+
+def test_an_idle_kept_replica_stays_where_fetched_ones_come_from():
+    """Two nodes of two: rank 2 keeps expert 0, computes none of it, and is the only holder on its node."""
+    home = np.array([[0, 0, 1, 1, 2, 2, 3, 3]], np.int32)
+    replicas = np.full((1, 1, 4, 1), -1, np.int32)
+    replicas[0, 0, 2:, 0] = 0
+    quota = np.array([[[[0], [0], [0], [5]]]], np.int32)
+    solution = Solution(home, replicas, quota, np.array([[[False], [False], [True], [False]]]))
+    assert solver_problem.drop_idle(solution, 2).kept[0, 2, 0]
+    solution.replicas[0, 0, 3], solution.quota[:] = -1, 0
+    assert not solver_problem.drop_idle(solution, 2).kept.any()
+    assert (solution.replicas == -1).all()
 
 
 def test_layers_that_miss_the_balance_are_not_planned_twice_alike(monkeypatch):

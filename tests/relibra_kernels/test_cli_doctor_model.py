@@ -9,6 +9,7 @@ import transformers
 from hf_all_families import tiny_model
 
 from relibra_kernels.cli import main
+from relibra_kernels.configs import lookup
 
 
 def about(folder, capsys):
@@ -22,6 +23,21 @@ def test_a_family_that_works(tmp_path, capsys):
     assert {entry["level"] for entry in found} == {"ok"}
     text = "\n".join(entry["text"] for entry in found)
     assert "1 MoE layers (1..1), top 2 of 8 experts" in text and "activation='silu'" in text
+    assert about(tmp_path / "config.json", capsys) == found  # the file itself
+
+
+def test_which_configs_it_gets_and_what_a_plan_takes(tmp_path, capsys):
+    """The figures are those of `estimate_plan` for the model's own sizes; every GPU with shipped configs is named."""
+    sizes = {"hidden_size": 2048, "moe_intermediate_size": 768, "num_experts": 128, "num_experts_per_tok": 8}
+    config = transformers.Qwen3MoeConfig(num_hidden_layers=2, vocab_size=64, **sizes)
+    config.save_pretrained(tmp_path)
+    lookup.forget()  # what was asked for another model's sake
+    texts = [entry["text"] for entry in about(tmp_path, capsys)]
+    configs = [text for text in texts if text.startswith("configs on ")]
+    assert len(configs) == 6 and all("gate_up: shipped" in text and "grad_weight: shipped" in text for text in configs)
+    (plan,) = (text for text in texts if text.startswith("a plan of 8 GPUs"))
+    home = 2 * 16 * 3 * 2048 * 768  # parameters of a rank's experts in two layers
+    assert f"home weights {2 * home / 1e9:.2f}, gradient {4 * home / 1e9:.2f}, kept " in plan
 
 
 @pytest.mark.parametrize(

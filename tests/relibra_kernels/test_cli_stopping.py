@@ -32,11 +32,18 @@ def members(group):
     return found
 
 
+def _hear_ctrl_c():
+    """In the new process: where this one runs in the background of a script, it would ignore the signal."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def interrupt(arguments, has_begun, folder, seconds=120):
     """(status, stdout, stderr) of a command that gets Ctrl-C once it is at work."""
     command = [sys.executable, "-m", "relibra_kernels", *arguments]
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
-        process = subprocess.Popen(command, stdout=out, stderr=err, cwd=folder, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=out, stderr=err, cwd=folder, start_new_session=True, preexec_fn=_hear_ctrl_c
+        )
         try:
             end = time.monotonic() + seconds
             while not has_begun(process):

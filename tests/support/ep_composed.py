@@ -26,8 +26,10 @@ def train_composed(case: Case, groups: int, dense: str, max_norm: float) -> dict
     shape, names = ((groups, size), ("copies", "ep")) if groups > 1 else ((size,), ("ep",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     model = ToyModel(case)
-    cluster = ClusterSpec(1, size, case.replica_slots)
-    ep = ExpertParallel(model, cluster, mesh, model_name="toy", reduction="sum" if dense == "ours" else "mean")
+    nodes = 2 if case.options.transport == "two" else 1
+    cluster = ClusterSpec(nodes, size // nodes, case.replica_slots)
+    reduction = "sum" if dense == "ours" else "mean"
+    ep = ExpertParallel(model, cluster, mesh, model_name="toy", reduction=reduction, options=case.options)
     called: torch.nn.Module = model
     if dense == "fsdp":
         experts = set(ep.expert_parameters())

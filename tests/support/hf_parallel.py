@@ -1,7 +1,6 @@
 """Hugging Face models over ranks through `DistributedConfig`: what a rank does, and one process beside it."""
 
 import dataclasses
-import importlib.util
 import os
 import tempfile
 from contextlib import ExitStack
@@ -28,7 +27,7 @@ def all_tokens() -> torch.Tensor:
 
 
 def load(family: str, ranks: int) -> torch.nn.Module:
-    """The model over the ranks, by `from_pretrained` where accelerate is there, else by the functions that it calls."""
+    """The model over the ranks, by `from_pretrained`, of a checkpoint that rank 0 wrote."""
     from transformers.distributed import DistributedConfig
 
     import relibra_kernels.integrations.transformers  # noqa: F401
@@ -36,18 +35,15 @@ def load(family: str, ranks: int) -> torch.nn.Module:
     rank, model = dist.get_rank(), make_model(family)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(ranks))
     config = DistributedConfig(fsdp_size=ranks, ep_size=ranks, ep_implementation="relibra")
-    if importlib.util.find_spec("accelerate"):
-        with tempfile.TemporaryDirectory() as own:
-            folder = [own]
-            dist.broadcast_object_list(folder, 0)  # of rank 0, which alone writes with transformers 5.24
-            if rank == 0:
-                model.save_pretrained(own)
-            dist.barrier()
-            loaded = type(model).from_pretrained(folder[0], distributed_config=config, attn_implementation="eager")
-            dist.barrier()
-            return loaded
-    config, _, mesh = type(model).prepare_distribute_model(config, device_map=None)
-    return type(model).maybe_distribute_model(model, config, mesh)
+    with tempfile.TemporaryDirectory() as own:
+        folders = [own]
+        dist.broadcast_object_list(folders)
+        if rank == 0:
+            model.save_pretrained(own)
+        dist.barrier()
+        loaded = type(model).from_pretrained(folders[0], distributed_config=config, attn_implementation="eager")
+        dist.barrier()  # before the folder goes
+    return loaded
 
 
 def step(model: torch.nn.Module, contexts, tokens: torch.Tensor, groups: np.ndarray) -> torch.Tensor:

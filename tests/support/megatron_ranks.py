@@ -17,7 +17,7 @@ def example():
         spec = importlib.util.spec_from_file_location("train_megatron", EXAMPLE)
         sys.modules["train_megatron"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        module.parallel_state.initialize_model_parallel(expert_model_parallel_size=dist.get_world_size())
+        module.parallel_state.initialize_model_parallel(expert_model_parallel_size=min(dist.get_world_size(), 2))
         module.cpu_in_place_of_cuda()
     return sys.modules["train_megatron"]
 
@@ -44,18 +44,20 @@ def train(steps: int, options: dict) -> dict:
         losses.append(trainer.step(step))
         if step == 0:
             gradients = logical(trainer, lambda p: p.main_grad)
-        moved |= bool((trainer.ep.home != np.arange(8) // (8 // dist.get_world_size())).any())
+        moved |= bool((trainer.ep.home != np.arange(8) // (8 // trainer.ep.comm.size)).any())
     stats = trainer.ep.stats()
     parameters = logical(trainer, lambda p: p.data)
     results = {"losses": losses, "gradients": gradients, "parameters": parameters, "moved": moved}
     return results | {"copies": stats.replicas, "agreeing_share": stats.agreeing_share}
 
 
-def save(folder: str, steps: int) -> float:
-    """Train, write a checkpoint, and give the loss of the step after it."""
-    trainer = trainer_that_moves({})
+def save(folder: str, steps: int, options: dict, before: str = "") -> float:
+    """Train, write a checkpoint, and give the loss of the step after it. `before`: a method of the runtime."""
+    trainer = trainer_that_moves(options)
     for step in range(steps):
         trainer.step(step)
+    if before:
+        getattr(trainer.ep, before)(example().torch_optimizer(trainer.optimizer))
     if dist.get_rank() == 0:
         Path(folder).mkdir(parents=True)
     dist.barrier()
@@ -63,7 +65,7 @@ def save(folder: str, steps: int) -> float:
     return trainer.step(steps)
 
 
-def resume(folder: str, steps: int, weights_only: bool = False) -> float:
-    trainer = trainer_that_moves({})
+def resume(folder: str, steps: int, options: dict, weights_only: bool = False) -> float:
+    trainer = trainer_that_moves(options)
     trainer.load(Path(folder), weights_only=weights_only)
     return trainer.step(steps)

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 from transformers.integrations.moe import ExpertsInterface
 
 from ... import ops
@@ -102,8 +103,9 @@ def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tup
     for name, weight in weights._asdict().items():
         if weight is not None:
             check_computable(name, weight)
-    device = hidden_states.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weights.gate_up.dtype
+    device, dtype = hidden_states.device.type, weights.gate_up.dtype
+    if device != "meta" and torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
     return hidden_states.to(dtype).contiguous(), weights.map(lambda weight: weight.to(dtype).contiguous())
 
 
@@ -144,11 +146,12 @@ def _candidates(experts: Any, layout: tuple[bool, bool, bool]) -> list[ExpertFor
 
 def _gates_alike(experts: Any, form: ExpertForm) -> bool:
     """Whether the module's gate and ours give the same, on values on both sides of every clamp and in both layouts."""
-    scrambled = torch.arange(256, dtype=torch.float64) * 37 % 256  # a permutation, so that columns go together anyhow
-    h_RJ = ((scrambled / 128 - 1) * 2 * form.limit).view(64, 4)
-    with torch.no_grad():
+    with torch.no_grad(), _disable_current_modes():  # torch.export's tensors have no values
+        # a permutation, so that columns go together anyhow
+        scrambled = torch.arange(256, dtype=torch.float64, device="cpu") * 37 % 256
+        h_RJ = ((scrambled / 128 - 1) * 2 * form.limit).view(64, 4)
         theirs, ours = experts._apply_gate(h_RJ), swiglu(h_RJ, form)
-    return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5)
+        return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5)
 
 
 def _flags(experts: Any) -> Flags:

@@ -118,7 +118,7 @@ def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]
 
 
 def _keeps_factors(active: list[tuple[Any, str]]) -> bool:
-    """Whether a forward has the factors themselves (`nn.term_of`): PEFT 0.21 adds up what else there is."""
+    """Whether a forward has the factors themselves (`nn.adapted`): PEFT 0.21 adds up what else there is."""
     return len(active) == 1 and active[0][0].num_experts > 1 and hasattr(active[0][0], "get_delta_factors")
 
 

@@ -6,8 +6,9 @@ rank confirms, then rows are swapped in place; so a failure leaves each layer ei
 `home` says which. Memory: the rows of one layer that move.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -28,7 +29,7 @@ def expert_tensors(parameter: Parameter, name: str, optimizer: torch.optim.Optim
     """
     tensors = _of_parameter(parameter, name, optimizer)
     master = getattr(parameter, "main_param", None)
-    if master is not None:
+    if master is not None and not getattr(parameter, "main_param_sharded", False):  # which is its optimizer's to give
         if master.shape != parameter.shape:
             raise InputError(
                 f"the master of {name} has shape {tuple(master.shape)}; it must have the parameter's shape "
@@ -46,6 +47,39 @@ def move_layers(
         for layer, of_layer in enumerate(tensors):
             move_experts(comm, of_layer, home_LE[layer], new_home_LE[layer], f"layer {layer}")
             home_LE[layer] = new_home_LE[layer]
+
+
+class Spread(Protocol):
+    """Tensors of one parameter that copies of the experts hold in parts, put together."""
+
+    tensors: dict[str, Tensor]
+
+    def scatter(self) -> None:
+        """Put this rank's parts back."""
+
+
+@contextmanager
+def spread_state(
+    gather: Callable[[Parameter], Spread | None] | None,
+    parameters: Sequence[Sequence[tuple[str, Parameter]]],
+    tensors: Sequence[dict[str, Tensor]],
+    moves_LE: np.ndarray,
+) -> Iterator[None]:
+    """Within, `tensors` of layers of which an expert moves have the spread state too. Collective over the copies.
+
+    Args:
+        gather: of an optimizer that spreads its state. parameters: of every layer, by name.
+    """
+    found: list[Spread] = []
+    for layer in np.flatnonzero(moves_LE.any(1)).tolist() if gather is not None else ():
+        for name, parameter in parameters[layer]:
+            spread = gather(parameter) if gather is not None and parameter.requires_grad else None
+            if spread is not None:
+                found.append(spread)
+                tensors[layer].update({f"{name}.{key}": tensor for key, tensor in spread.tensors.items()})
+    yield
+    for spread in found:
+        spread.scatter()
 
 
 def move_experts(

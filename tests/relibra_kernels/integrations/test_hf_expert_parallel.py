@@ -7,6 +7,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", minversion="5.23", reason="earlier ones have no expert parallelism to join")
+pytest.importorskip("accelerate", reason="transformers needs it for a DistributedConfig")
 from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_process, refusals, run_on_rank, shifted
 from ranks import Ranks
 from tolerance import assert_close

@@ -11,7 +11,7 @@ from transformers.integrations.moe import use_experts_implementation
 from versions import TORCH, TRANSFORMERS
 
 from relibra_kernels.form import GPT_OSS, ExpertForm
-from relibra_kernels.integrations.transformers import expert_form, experts_forward
+from relibra_kernels.integrations.transformers import expert_form, experts_forward, replace_moe_blocks
 from relibra_kernels.planner.errors import InputError
 
 
@@ -53,6 +53,41 @@ def test_one_graph_under_torch_compile(family):
     for name, gradient in gradients.items():
         assert_close(gradient, expected[name.removeprefix("_orig_mod.")], 1e-5, name)
     assert len(gradients) == len(expected)
+
+
+class Logits(torch.nn.Module):
+    """What torch.export takes: one tensor in, one out."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens):
+        return self.model(tokens, use_cache=False).logits
+
+
+@pytest.mark.parametrize("take_over", [False, True])
+def test_exported_without_a_forward_before(take_over):
+    tokens, model = make_tokens(2, 7), make_model("gpt_oss").eval()
+    expected, layers = model(tokens, use_cache=False).logits, len(experts_modules(model))
+    if take_over:
+        replace_moe_blocks(model)
+    else:
+        model.set_experts_implementation("relibra")
+    exported = torch.export.export(Logits(model), (tokens,), strict=False)
+    assert sum("moe_mlp" in str(node.target) for node in exported.graph.nodes) == layers
+    assert (exported.module()(tokens) - expected).abs().max() <= 1e-5
+
+
+def test_experts_without_memory_have_shapes():
+    model = make_model("qwen3_moe")
+    model.set_experts_implementation("relibra")
+    experts = experts_modules(model.to("meta"))[0]
+    x = torch.empty(5, 32, device="meta", requires_grad=True)
+    out = experts(x, torch.empty(5, 2, dtype=torch.int64, device="meta"), torch.empty(5, 2, device="meta"))
+    out.sum().backward()
+    assert out.is_meta and out.shape == x.grad.shape == x.shape
+    assert experts.down_proj.grad.shape == experts.down_proj.shape
 
 
 def test_forms_are_recognised():

@@ -3,21 +3,62 @@
 A sample of them; all with RELIBRA_FAMILIES=all, which is `make test-families`.
 """
 
+import itertools
 import os
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_all_families import FAMILIES
-from hf_under_plan import compare, kernels_against_eager, recorded_and_replayed, replayed_choices
+import transformers
+from hf_all_families import FAMILIES, tiny_model
+from hf_under_plan import LOOKS_BOTH_WAYS, compare, kernels_against_eager, recorded_and_replayed, replayed_choices
 from ranks import Ranks
+
+from relibra_kernels.integrations.transformers import expert_form
+from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
 SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe")
 KNOWN = {
     "zaya": "its router may choose to skip the experts, which a plan has no place for",
 }
 chosen = FAMILIES if os.environ.get("RELIBRA_FAMILIES") == "all" else SAMPLE
+
+
+def table() -> dict[str, list[str]]:
+    """Family -> what docs/huggingface.md says of it: kernels, record, replay, under a plan."""
+    page = Path(__file__).parents[3].joinpath("docs", "huggingface.md").read_text()
+    found = {}
+    rows = page.partition("| families | kernels | record | replay | under a plan |\n")[2].splitlines()[1:]
+    for row in itertools.takewhile(lambda line: line.startswith("|"), rows):
+        families, *said = (cell.strip() for cell in row.strip("|").split("|"))
+        for family in re.findall(r"[a-z]\w*", re.sub(r"\(.*?\)", "", families)):
+            assert family not in found, f"{family} is twice in the table"
+            found[family] = said
+    return found
+
+
+def test_the_table_of_families_is_what_the_code_does():
+    """Every family of transformers' experts interface is in it, and says yes where the tests here run it."""
+    said, models = table(), Path(transformers.__file__).parent / "models"
+    interface = {
+        path.parent.name for path in models.glob("*/modeling_*.py") if "@use_experts_implementation" in path.read_text()
+    }
+    outside = {family for family, (kernels, *_) in said.items() if "do not use transformers' experts" in kernels}
+    assert said.keys() - outside == interface
+    assert {family for family, cells in said.items() if cells[3].startswith("yes")} == {
+        family for family in FAMILIES if family not in KNOWN and family not in LOOKS_BOTH_WAYS
+    }
+    assert {family for family, cells in said.items() if cells[3].startswith("with every token")} == {*LOOKS_BOTH_WAYS}
+    for family, (kernels, *_) in said.items():
+        if family in FAMILIES:
+            assert kernels == "yes" and all(cell.startswith("yes") for cell in said[family][1:3])
+            with torch.device("meta"):
+                experts = [layer.experts for layer in moe_layers(tiny_model(family))]
+            assert experts and all(expert_form(module) for module in experts)
 
 
 @pytest.fixture(scope="module")

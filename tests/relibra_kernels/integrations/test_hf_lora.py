@@ -1,4 +1,4 @@
-"""Adapters of experts, recorded and replayed, and under plans cut, moved, replicated and saved with their experts."""
+"""Adapters of experts: recorded, replayed, and under plans cut, moved, replicated and saved; PEFT's, and our own."""
 
 import numpy as np
 import pytest
@@ -6,11 +6,14 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
 from hf_families import make_model, make_tokens, other_trace
-from lora_under_plan import alone, together, traces_of, wrapped
+from hf_under_plan import loss_of, prepared
+from hf_under_plan import make_tokens as tokens_of_step
+from lora_under_plan import RANK, alone, together, traces_of, wrapped
 from ranks import Ranks
 from tolerance import assert_close
 
-from relibra_kernels.integrations.transformers import record_routing, replay
+from relibra_kernels import ops
+from relibra_kernels.integrations.transformers import record_routing, replace_moe_blocks, replay
 from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
 
@@ -19,6 +22,37 @@ def ranks():
     group = Ranks(2)
     yield group
     group.close()
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("take_over", [False, True])
+def test_one_process_keeps_no_sum_of_weights_and_adapters(family, take_over, monkeypatch):
+    """Nothing of a frozen weight's size is kept for backward but the weight, and no gradient of its size computed."""
+    pytest.importorskip("peft", reason="needs peft")
+    tokens = tokens_of_step(0)
+    eager = wrapped(prepared(family))
+    loss_of(eager, tokens).backward()
+    model = prepared(family)
+    if take_over:
+        replace_moe_blocks(model)
+    else:
+        model.set_experts_implementation("relibra")
+    model, made = wrapped(model), []
+    weights = [p for p in model.parameters() if p.ndim == 3]
+    own, sizes, kept = {p.data_ptr() for p in weights}, {p.shape for p in weights}, []
+    assert len(own) == 4
+    whole = ops.grad_weight
+    monkeypatch.setattr(ops, "grad_weight", lambda *args, **how: (made.append(args[3].shape), whole(*args, **how)))
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        loss = loss_of(model, tokens)
+    assert {t.data_ptr() for t in kept if t.shape in sizes} == own
+    loss.backward()
+    assert len(made) == 8 and all(RANK in shape for shape in made)
+    expected = {name: p.grad for name, p in eager.named_parameters() if p.grad is not None}
+    got = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert_close(got[name], gradient, 1e-5, name)
 
 
 @pytest.mark.parametrize("keep", [False, True], ids=["fetched", "kept"])

@@ -7,8 +7,9 @@ import pytest
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
+import megatron_pipeline
 from megatron_ranks import resume, save, train
-from ranks import Ranks
+from ranks import RankError, Ranks
 from tolerance import assert_close
 
 
@@ -50,6 +51,32 @@ def test_two_ranks_under_plans_train_as_one(ranks, options):
             assert_close(got[kind][name], tensor, 1e-5, f"{kind} of {name}")
 
 
+@pytest.mark.parametrize(
+    ("size", "distributed"), [(2, True), (4, False), (4, True)], ids=["sharded state", "two copies", "both"]
+)
+def test_copies_of_the_experts_and_sharded_optimizer_state(ranks, size, distributed):
+    """Experts are spread over two ranks; the state of the distributed optimizer moves with them, from all copies."""
+    expected = ranks(1).run(train, 3, {**NO_AUX, "distributed": distributed})[0]
+    for got in ranks(size).run(train, 3, {**NO_AUX, "distributed": distributed}):
+        assert got["moved"] and got["copies"]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        for name, tensor in expected["parameters"].items():
+            assert_close(got["parameters"][name], tensor, 1e-5, name)
+
+
+@pytest.mark.parametrize(("chunks", "layers"), [(1, [(0, 1), (2, 3)]), (2, [(0, 2), (1, 3)])], ids=["1F1B", "virtual"])
+def test_pipeline_stages_train_as_one(ranks, chunks, layers):
+    """Two stages of two ranks each, by Megatron's schedules: every stage plans its own layers."""
+    first, losses, parameters = ranks(1).run(megatron_pipeline.alone)[0]
+    got = ranks(4).run(megatron_pipeline.together, first, chunks)
+    assert [of_rank[2] for of_rank in got] == [layers[0]] * 2 + [layers[1]] * 2
+    assert got[2][0] == got[3][0] == pytest.approx(losses, rel=1e-5)
+    assert got[0][1].keys() | got[2][1].keys() == parameters.keys()
+    for of_stage in (got[0][1], got[2][1]):
+        for name, tensor in of_stage.items():
+            assert_close(tensor, parameters[name], 1e-5, name)
+
+
 def test_the_routers_losses_stay(ranks):
     plain, with_loss = (ranks(1).run(train, 1, options)[0]["gradients"] for options in (NO_AUX, {}))
     changed = {name for name, gradient in plain.items() if not gradient.equal(with_loss[name])}
@@ -57,6 +84,19 @@ def test_the_routers_losses_stay(ranks):
 
 
 def test_a_checkpoint_knows_neither_plan_nor_number_of_ranks(ranks, tmp_path):
-    following = ranks(2).run(save, str(tmp_path / "two"), 3)[0]
-    assert ranks(2).run(resume, str(tmp_path / "two"), 3)[0] == following
-    assert ranks(1).run(resume, str(tmp_path / "two"), 3, True)[0] == pytest.approx(following, rel=1e-5)
+    following = ranks(2).run(save, str(tmp_path / "two"), 3, {})[0]
+    assert ranks(2).run(resume, str(tmp_path / "two"), 3, {})[0] == following
+    assert ranks(1).run(resume, str(tmp_path / "two"), 3, {}, True)[0] == pytest.approx(following, rel=1e-5)
+
+
+@pytest.mark.parametrize(("format_", "before"), [("fully_reshardable", ""), ("dp_reshardable", "move_home")])
+def test_a_checkpoint_of_the_distributed_optimizer(ranks, tmp_path, format_, before):
+    options = {**NO_AUX, "distributed": True, "sharding": format_}
+    following = ranks(2).run(save, str(tmp_path / "two"), 3, options, before)[0]
+    assert ranks(2).run(resume, str(tmp_path / "two"), 3, options)[0] == pytest.approx(following, rel=1e-6)
+
+
+def test_a_checkpoint_that_would_mix_experts_up_is_refused(ranks, tmp_path):
+    options = {**NO_AUX, "distributed": True, "sharding": "dp_reshardable"}
+    with pytest.raises(RankError, match=r"dp_reshardable.*saves the optimizer.*state by rank, but experts have moved"):
+        ranks(2).run(save, str(tmp_path / "two"), 1, options)

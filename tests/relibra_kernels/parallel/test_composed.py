@@ -1,11 +1,15 @@
 """Several expert-parallel groups, FSDP2, DDP, gradient accumulation and clipping: still training in one process."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from ep_composed import train_composed
 from toy_training import Case, train_alone
 from training_checks import worst_error
+
+from relibra_kernels.parallel import RuntimeOptions
 
 CASE = Case(ranks=4, experts=8, steps=3, sequence_lengths=(9, 14, 6, 11) * 4, micro_batches=2)
 MAX_NORM = 0.5
@@ -31,6 +35,15 @@ def test_is_training_alone(ranks, alone, groups, dense):
         np.testing.assert_array_equal(result["home"], results[0]["home"])
         np.testing.assert_allclose(result["losses"], losses, rtol=1e-12)
         np.testing.assert_allclose(result["norms"], norms, rtol=1e-6)
+        assert worst_error(result["parameters"], parameters) <= 1e-12
+
+
+def test_two_groups_of_two_nodes_with_two_hops(ranks):
+    """Each group has rails and nodes of its own."""
+    case = replace(CASE, ranks=8, options=RuntimeOptions(transport="two"))
+    losses, _, parameters = train_alone(case, max_norm=MAX_NORM)
+    for result in ranks(8).run(train_composed, case, 2, "ours", MAX_NORM):
+        np.testing.assert_allclose(result["losses"], losses, rtol=1e-12)
         assert worst_error(result["parameters"], parameters) <= 1e-12
 
 

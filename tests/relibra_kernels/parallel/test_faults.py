@@ -3,16 +3,21 @@
 Nothing half-written is left where a checkpoint should be, and training goes on from the last one to the bit.
 """
 
+import logging
+import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from ep_checkpoints import load_and_train
 from faulty_rank import STEPS, Fault, case_of, train_until_it_fails
-from ranks import fork_context
+from ranks import fork_context, one_rank
 from toy_training import train_parallel
 
-from relibra_kernels.parallel.comm.watchdog import describe
+from relibra_kernels.parallel.comm.collectives import Comm
+from relibra_kernels.parallel.comm.watchdog import _watch, describe
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +75,42 @@ def test_the_others_stop_with_an_error(ranks, uninterrupted, tmp_path, phase, st
         for rank, (_, resumed) in enumerate(ranks(2).run(load_and_train, case_of(2), folder, saved[-1] + 1)):
             for name, value in uninterrupted[rank]["parameters"].items():
                 np.testing.assert_array_equal(resumed["parameters"][name], value)
+
+
+class OnDevice:
+    """A collective that a device works on: on NCCL `wait` returns at once."""
+
+    done = False
+
+    def wait(self) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return self.done
+
+
+def test_the_watchdog_sees_what_a_device_still_works_on(caplog):
+    """From its completion, not from the host's wait; also where it belongs to a part of the group."""
+    with one_rank():
+        comm = Comm(None, 1)
+        part = Comm(None, 1, comm.ledger, part_of=comm)
+        comm._waits_on_host = part._waits_on_host = False
+        work, gone = OnDevice(), threading.Event()
+        with part.during("dispatch of layer 3"):
+            part.wait(work)
+        assert comm.position == (1, "dispatch of layer 3", True)
+        arguments = weakref.ref(comm), gone, dist.HashStore(), 0.2
+        thread = threading.Thread(target=_watch, args=arguments, daemon=True)
+        with caplog.at_level(logging.WARNING, "relibra_kernels.parallel.comm.watchdog"):
+            thread.start()
+            deadline = time.monotonic() + 20
+            while not caplog.records and time.monotonic() < deadline:
+                time.sleep(0.05)
+        gone.set()
+        thread.join(10)
+        assert "relibra: rank 0 of 1 has waited" in caplog.text and "in dispatch of layer 3 for" in caplog.text
+        work.done = True
+        assert comm.position == (1, "dispatch of layer 3", False)
 
 
 def test_the_watchdog_names_who_is_behind():
