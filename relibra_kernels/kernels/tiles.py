@@ -53,6 +53,22 @@ def stored(home_ptr, replica_ptr, weight, num_home, SIZE: tl.constexpr):
 
 
 @triton.jit
+def bias_row(home_ptr, replica_ptr, weight, num_home, column, inside, SIZE: tl.constexpr):
+    """[1, columns] fp32 of bias number `weight` of the two stores, each `SIZE` long.
+
+    A load of each store: Triton 3.6 fails on a choice between their pointers for gfx942.
+    """
+    here, far = inside, inside
+    if replica_ptr is not None:
+        here, far = inside & (weight < num_home), inside & (weight >= num_home)
+    row = tl.load(home_ptr + weight.to(tl.int64) * SIZE + column, mask=here, other=0.0).to(tl.float32)
+    if replica_ptr is not None:
+        at = (weight - num_home).to(tl.int64) * SIZE + column
+        row += tl.load(replica_ptr + at, mask=far, other=0.0).to(tl.float32)
+    return row[None, :]
+
+
+@triton.jit
 def index_of(weight, num_home, home_first, replica_first):
     """Number of a weight in the store that holds homes and replicas (`stores.two_stores`)."""
     return tl.where(weight < num_home, weight + home_first, weight - num_home + replica_first)
