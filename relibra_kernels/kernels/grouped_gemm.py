@@ -94,7 +94,7 @@ def _grouped_gemm_kernel(
             column = n0 + tl.arange(0, BLOCK_N)
             inside = column < N
             if bias_ptr is not None:
-                acc += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, N)
+                acc += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, N, XCDS)
             # a 64-bit start and 32-bit offsets inside the tile: registers
             out_at = out_ptr + row0.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
             tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row_R < end)[:, None] & inside[None, :])

@@ -53,19 +53,20 @@ def stored(home_ptr, replica_ptr, weight, num_home, SIZE: tl.constexpr):
 
 
 @triton.jit
-def bias_row(home_ptr, replica_ptr, weight, num_home, column, inside, SIZE: tl.constexpr):
+def bias_row(home_ptr, replica_ptr, weight, num_home, column, inside, SIZE: tl.constexpr, XCDS: tl.constexpr):
     """[1, columns] fp32 of bias number `weight` of the two stores, each `SIZE` long.
 
-    A load of each store: Triton 3.6 fails on a choice between their pointers for gfx942.
+    On AMD a load of each store: Triton 3.6 fails on a choice between their pointers for gfx942.
     """
-    here, far = inside, inside
-    if replica_ptr is not None:
-        here, far = inside & (weight < num_home), inside & (weight >= num_home)
-    row = tl.load(home_ptr + weight.to(tl.int64) * SIZE + column, mask=here, other=0.0).to(tl.float32)
-    if replica_ptr is not None:
-        at = (weight - num_home).to(tl.int64) * SIZE + column
-        row += tl.load(replica_ptr + at, mask=far, other=0.0).to(tl.float32)
-    return row[None, :]
+    if replica_ptr is None or XCDS == 1:
+        at = stored(home_ptr, replica_ptr, weight, num_home, SIZE)
+        return tl.load(at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        is_home = weight < num_home
+        home_at = home_ptr + weight.to(tl.int64) * SIZE + column
+        replica_at = replica_ptr + (weight - num_home).to(tl.int64) * SIZE + column
+        row = tl.load(home_at, mask=inside & is_home, other=0.0).to(tl.float32)
+        return (row + tl.load(replica_at, mask=inside & ~is_home, other=0.0).to(tl.float32))[None, :]
 
 
 @triton.jit
