@@ -9,7 +9,7 @@ from .options import PlanOptions
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
 from .pricing.outcome import wanted_by_nodes
-from .solver.again import split_over
+from .solver.new_quotas import split_over
 from .solver.search import Problem, plan_layers
 from .solver.solution import Solution
 

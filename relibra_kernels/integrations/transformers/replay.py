@@ -16,9 +16,9 @@ from torch import nn
 from ...alignment import Alignment, Shift
 from ...planner import RoutingTrace
 from ...planner.errors import InputError, ShapeError
-from .fed import Fed, fed_tokens
-from .feeder import Feeder
+from .fed_tokens import Fed, fed_tokens
 from .moe_layers import check_trace_of_model, model_inside, moe_layers, not_compiled
+from .replayed_rows import Feeder
 from .routers import replaying_routers
 
 

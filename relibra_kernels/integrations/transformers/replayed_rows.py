@@ -13,7 +13,7 @@ from ...alignment import Alignment
 from ...forwards import OpenForwards
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
-from .fed import Fed
+from .fed_tokens import Fed
 from .moe_layers import MoeLayer
 
 
