@@ -3,7 +3,8 @@
 Members of the family differ in five things: whether homes move, how many replicas are kept (shares of what memory
 allows), whether replicas of an expert are spread over nodes, how often a home may send kept replicas to other nodes,
 and how far above its target a rank may stay after fetching. Each member is solved and priced on a fixed sample of
-layers and micro-batches; the cheapest is then solved for all. A layer whose plan costs more than no change stays as it is.
+layers and micro-batches; the cheapest is then solved for all. A layer whose plan costs
+more than no change stays as it is.
 """
 
 from dataclasses import replace

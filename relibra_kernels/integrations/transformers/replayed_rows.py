@@ -1,4 +1,4 @@
-"""Which recorded experts the tokens of each forward get."""
+"""Which rows of a trace each forward replays: from the tokens that it is fed to the recorded ids of every layer."""
 
 import math
 from collections.abc import Callable, Sequence
