@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .drawing import plot_load
 from .errors import InputError, ShapeError
-from .showing import line_of, table_of
+from .plots import plot_load
+from .printing import line_of, table_of
 from .trace_files import load_arrays, save_arrays
 from .trace_report import (
     KNOWN,

@@ -18,7 +18,7 @@ from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, 
 from ..trace_rules import check_ids, check_num_experts, compact_dtype
 from .layers import LayersFound, LayersSeen
 from .parts import Decode, Part, missing_layers, parts_of
-from .placing import LastToken, Placed, placed
+from .row_positions import LastToken, Placed, placed
 
 _LOG = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..errors import InputError, ShapeError
 from ..trace import RoutingTrace
 from .parts import array_of, rows_of
-from .placing import LastToken
+from .row_positions import LastToken
 from .sequences import SequenceOptions, trace_of_sequences
 
 

@@ -2,7 +2,7 @@
 """`h = gather(x) @ gate_up` and `a = act(h)` in one pass: the activation works on the accumulators.
 
 A tile multiplies its rows with 2*BLOCK_N columns at once: BLOCK_N gate columns and the up columns that go with them,
-which the load brings side by side where the weights are concatenated. The two are taken apart at the end.
+which are loaded side by side where the weights are `[gate; up]`. The accumulator is taken apart at the end.
 """
 
 import torch

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from ...planner.trace_rules import compact_dtype
-from .fed import Fed, cache_of, fed_tokens
+from .fed_tokens import Fed, cache_of, fed_tokens
 from .moe_layers import MoeLayer, model_inside, moe_layers, not_compiled
 
 

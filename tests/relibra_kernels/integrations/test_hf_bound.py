@@ -18,7 +18,7 @@ from tolerance import assert_close
 
 from relibra_kernels.integrations.megatron import rows_of_context_parallel
 from relibra_kernels.integrations.transformers import record_routing, replay
-from relibra_kernels.integrations.transformers.fed import fed_tokens
+from relibra_kernels.integrations.transformers.fed_tokens import fed_tokens
 from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError, ShapeError

@@ -1,7 +1,7 @@
 """Where the recorded rows of a sequence belong among its tokens: the lengths, the starts, and what is taken as given.
 
-Parts follow each other in time. One that begins before the end of those before it was generated anew from there on:
-what was recorded beyond that point is void.
+Parts are in the order of time. Where a part begins before the end of an earlier one, the engine generated the sequence
+anew from there on, and what earlier parts recorded beyond that token is dropped.
 """
 
 from collections.abc import Sequence
