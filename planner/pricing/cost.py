@@ -67,16 +67,9 @@ class Cost:
         return sum(getattr(self, field.name) for field in fields(Cost) if not field.name.startswith("bytes"))
 
 
-def price(
-    outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None, planning_seconds: float = 0.0
-) -> Cost:
-    """The cost of a batch.
-
-    Args:
-        rows_LMRR: distinct rows from each source rank to each rank; None: they are estimated from loads.
-        planning_seconds: how long the batch waits for its plan.
-    """
-    parts = seconds_by_pair(outcome, setting, rows_LMRR)
+def price(outcome: Outcome, setting: Setting, planning_seconds: float = 0.0) -> Cost:
+    """The cost of a batch that waits `planning_seconds` for its plan."""
+    parts = seconds_by_pair(outcome, setting)
     bytes_fast, bytes_slow = replica_bytes(outcome, setting.model, keep_replicas=setting.keep_replicas)
     return Cost(
         **{name: float(part.sum()) for name, part in parts.items()},
@@ -88,14 +81,14 @@ def price(
     )
 
 
-def seconds_by_pair(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None) -> dict[str, np.ndarray]:
+def seconds_by_pair(outcome: Outcome, setting: Setting) -> dict[str, np.ndarray]:
     """Seconds [L, M] of every layer and micro-batch, by part: fixed, dense, experts, exchange, fetched."""
     dense = _dense(outcome, setting)
     return {
         "fixed": np.where(dense > 0, setting.device.layer_seconds, 0.0),
         "dense": dense,
         "experts": _slot_seconds(outcome.slot_load, setting).sum(3).max(2),
-        "exchange": exchange(outcome, setting, rows_LMRR).seconds,
+        "exchange": exchange(outcome, setting).seconds,
         "fetched": _fetched(outcome, setting, dense),
     }
 
@@ -163,21 +156,18 @@ class Exchange(NamedTuple):
     far_rows: np.ndarray
 
 
-def exchange(outcome: Outcome, setting: Setting, rows_LMRR: np.ndarray | None = None) -> Exchange:
+def exchange(outcome: Outcome, setting: Setting) -> Exchange:
     """What the exchanges of tokens take; rows are those of one of the four."""
     if setting.transport != "auto":
-        return _hops(outcome, setting, setting.transport, rows_LMRR)
-    one, two = (_hops(outcome, setting, way, rows_LMRR) for way in ("one", "two"))
+        return _hops(outcome, setting, setting.transport)
+    one, two = (_hops(outcome, setting, way) for way in ("one", "two"))
     pairs = zip(one, two, strict=True)
     return Exchange(*(np.where(one.seconds <= two.seconds, of_one, of_two) for of_one, of_two in pairs))
 
 
-def _hops(outcome: Outcome, setting: Setting, way: str, rows_LMRR: np.ndarray | None) -> Exchange:
+def _hops(outcome: Outcome, setting: Setting, way: str) -> Exchange:
     ranks, device = outcome.slot_load.shape[2], setting.device
-    if rows_LMRR is not None:
-        near, far = _known_rows(rows_LMRR, setting.gpus_per_node)
-    else:
-        near, far = _estimated_rows(outcome, setting, way)
+    near, far = _estimated_rows(outcome, setting, way)
     row_bytes = 2 * setting.model.hidden_size
     launch = device.launch_fast if ranks == setting.gpus_per_node else device.launch_slow
     if way == "two" and ranks > setting.gpus_per_node:
@@ -187,18 +177,11 @@ def _hops(outcome: Outcome, setting: Setting, way: str, rows_LMRR: np.ndarray | 
     return Exchange(np.where(moves, EXCHANGES * (busy + launch), 0.0), near, far)
 
 
-def _known_rows(rows_LMRR: np.ndarray, gpus_per_node: int) -> tuple[np.ndarray, np.ndarray]:
-    """[L, M] twice: rows that the busiest rank sends or gets inside its node, and between nodes."""
-    ranks = rows_LMRR.shape[2]
-    node = np.arange(ranks) // gpus_per_node
-    same = node[:, None] == node
-    near, far = rows_LMRR * (same & ~np.eye(ranks, dtype=bool)), rows_LMRR * ~same
-    busiest = [np.maximum(part.sum(3).max(2), part.sum(2).max(2)) for part in (near, far)]
-    return busiest[0], busiest[1]
-
-
 def _estimated_rows(outcome: Outcome, setting: Setting, way: str) -> tuple[np.ndarray, np.ndarray]:
-    """The same, estimated from what ranks compute for their own node and for others."""
+    """[L, M] twice: rows that the busiest rank sends or gets inside its node, and between nodes.
+
+    Estimated from what ranks compute for their own node and for others.
+    """
     gpus, top_k = setting.gpus_per_node, setting.model.top_k
     load = outcome.slot_load.sum(3).astype(np.float64)
     layers, micro_batches, ranks = load.shape

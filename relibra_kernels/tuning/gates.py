@@ -21,6 +21,7 @@ from .models import Model
 from .search_goal import layer_shape
 
 SLOTS, ROWS_PER_SLOT = 16, 4096
+LARGE = 1024  # rows a slot, from which on a loop must be deep
 _LEAST_BUFFERS = {"sm_80": 2, "sm_90": 3, "sm_100": 3}
 _MOST_SHARED_BYTES = {"grouped_gemm": 128.5}  # a clock; an SM of Hopper moves 128
 _MOST_SHARED_BYTES_ELSE = 136.0
@@ -29,7 +30,7 @@ _MOST_EPILOGUE_GRAD_HIDDEN = ((2880, 0.215), (0, 0.26))  # from this hidden size
 _NARROW_STORES = {"grad_hidden": 1}  # partial sums, one a row
 _NARROW_STORES_BY_3_6 = 33  # of grad_hidden with interleaved weights: w*a, 8 columns at a time
 _NARROW_LOADS = 1  # a bias, one a column
-_MOST_INDICES = 40  # of rows, a thread; grad_weight has 39. A tile that is read 4 bytes at a time has more
+_MOST_INDICES = 44  # of rows, a thread; grad_weight has up to 42. A tile that is read 4 bytes at a time has more
 # In a step, by Triton's minor version: no more than the loops had with two products a step and row indices that were
 # loaded where they are used. 3.6 has one more in down and dx.
 _MOST_BARRIERS = {6: 3, 7: 3}
@@ -109,6 +110,11 @@ def same_code(compiled: Sequence[tuple[str, str, str]]) -> list[str]:
         if before != config:
             found.append(f"{before} = {config}: {what}")
     return found
+
+
+def is_shallow(code: MachineCode | None, device: Device) -> bool:
+    """Whether the main loop has fewer buffers than a large batch needs; False where it was not read."""
+    return code is not None and bool(code.buffers) and min(code.buffers) < _LEAST_BUFFERS.get(device.name, 1)
 
 
 def _pipeline_faults(code: MachineCode, device: Device) -> list[str]:

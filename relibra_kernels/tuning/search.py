@@ -11,6 +11,7 @@ from ..configs.limits import Device, device_for
 from ..configs.products import Product
 from ..configs.spaces import SPACE, SPILLS_ELSEWHERE, candidates
 from .compile_task import Outcome, Task
+from .gates import LARGE, is_shallow
 from .launch_model import Resources
 from .models import Model
 from .ranking import estimate
@@ -112,7 +113,7 @@ class OfflineSearch:
         scored = []
         for compiled in candidates(goal.kernel, self.device, torch.bfloat16):
             resources = self._resources(goal.model, goal.kernel, goal.part, compiled)
-            if resources is None:
+            if resources is None or (goal.rows_per_slot >= LARGE and is_shallow(resources.code, self.device)):
                 continue
             for config in _with_groups(goal.kernel, compiled):
                 even, *uneven = (estimate(work, config, resources, self.product) for work in works)
