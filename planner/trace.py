@@ -83,10 +83,7 @@ class RoutingTrace:
             raise InputError(f"num_experts is {experts}, but must be at least the {ids.shape[2]} choices of a token")
         check_id_dtype(ids.dtype, experts, "expert_ids")
         checked = check_offsets(offsets, len(ids))
-        try:
-            layers = tuple(int(layer) for layer in moe_layer_ids)
-        except (TypeError, ValueError):
-            raise InputError(f"moe_layer_ids is {moe_layer_ids!r}, but must be layer numbers") from None
+        layers = tuple(checked_numbers(moe_layer_ids, "moe_layer_ids").tolist())
         if len(layers) != ids.shape[1] or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise InputError(f"moe_layer_ids is {layers}, but must be {ids.shape[1]} increasing layer numbers")
         reasons = None if unknown is None else _checked_reasons(unknown, checked)
