@@ -37,6 +37,7 @@ def one_of(argument: str, given: str, known: Iterable[str], others: str = "") ->
     names = {name.lower(): name for name in known}
     if given.lower() in names:
         return names[given.lower()]
-    near = difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.6)
+    begun = [name for name in names if given and name.startswith(given.lower())]
+    near = begun or difflib.get_close_matches(given.lower(), names, n=1, cutoff=0.6)
     meant = f" (did you mean {names[near[0]]}?)" if near else ""
     raise InputError(f"{argument} is {given!r}{meant}, but must be one of {', '.join(names.values())}{others}")

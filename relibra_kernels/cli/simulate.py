@@ -37,7 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
     parser.add_argument("--replica-slots", type=int, default=2, metavar="S", help="default 2")
     parser.add_argument("--device", default="8xH100", help=f"one of {', '.join(DEVICES)}; default 8xH100")
-    parser.add_argument("--policies", default=",".join(POLICIES), metavar="A,B", help=f"of {', '.join(POLICIES)}")
+    parser.add_argument(
+        "--policies",
+        default=",".join(POLICIES),
+        metavar="A,B",
+        help=f"of {', '.join(POLICIES)}; balanced, the yardstick, always",
+    )
     parser.add_argument(
         "--policy",
         action="append",
@@ -171,7 +176,10 @@ def _scenarios(args: argparse.Namespace, ranks: list[int], recorded: Input | Non
 def _able(
     scenarios: list[Scenario], policies: list[str], others: dict[str, Policy]
 ) -> tuple[list[tuple[Scenario, list[str]]], list[str]]:
-    """Scenarios with the policies that can serve them, and a line for what cannot be, before any of the work."""
+    """Scenarios with the policies that can serve them, and a line for what cannot be, before any of the work.
+
+    Forced balance is the yardstick of every scenario, also where it is not asked for.
+    """
     work, lines = [], []
     for scenario in scenarios:
         experts, title = scenario.options.shape.experts, Case(scenario, 0, 1, {}).title
@@ -183,7 +191,8 @@ def _able(
         for name, reason in why.items():
             by_reason.setdefault(reason, []).append(name)
         lines += [f"{title}, {', '.join(names)}: {reason}" for reason, names in by_reason.items() if reason]
-        work.append((scenario, by_reason[""]))
+        able = by_reason[""]
+        work.append((scenario, able if "balanced" in able else [*able, "balanced"]))
     return work, lines
 
 

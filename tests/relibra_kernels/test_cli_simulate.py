@@ -38,6 +38,21 @@ def test_the_report_is_one_page_without_a_network(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
 
+def test_the_yardstick_is_forced_balance_also_where_it_is_not_asked_for(tmp_path, capsys):
+    """Not the fastest of those that were: 1 would read as perfectly balanced."""
+    arguments = [*SMALL, "--ep", "16", "--policies", "static,eplb-global", "--json", "--html", str(tmp_path / "r.html")]
+    assert main(["simulate", *arguments]) == 0
+    out = capsys.readouterr().out
+    seconds = {row["policy"]: row["modelled_seconds"] for row in json.loads(out.splitlines()[-1])}
+    assert list(seconds) == ["static", "eplb-global", "balanced"]
+    ratio = f"{seconds['balanced'] / seconds['eplb-global']:.3f}"
+    assert ratio != "1.000"
+    assert re.search(rf"^eplb-global +\S+ +{ratio} ", out, re.MULTILINE)
+    assert f"{seconds['eplb-global']:.3g} s" in (tmp_path / "r.html").read_text()
+    chart = (tmp_path / "r.html").read_text().split("<h3>Throughput over forced balanced routing</h3>")[1]
+    assert ratio in chart.split("<h3>")[0]
+
+
 def test_a_flat_heat_map_says_that_this_is_the_result(tmp_path):
     np.savez(tmp_path / "loads.npz", loads=np.full((2, 3, 128), 640))
     arguments = [str(tmp_path / "loads.npz"), "--ep", "16", "--policies", "static", "--html", str(tmp_path / "r.html")]
@@ -102,7 +117,8 @@ def test_batches_in_a_row_start_from_the_homes_before(tmp_path, capsys):
     np.savez(tmp_path / "loads.npz", loads=np.repeat(loads, 4, 1))
     arguments = ["simulate", str(tmp_path / "loads.npz"), "--shape", "64,32,32,4", "--ep", "8", "--batches", "2"]
     assert main([*arguments, "--replica-slots", "0", "--balance", "1", "--policies", "relibra", "--json"]) == 0
-    first, second = json.loads(capsys.readouterr().out.splitlines()[-1])
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])
+    first, second = (row for row in rows if row["policy"] == "relibra")
     assert first["moved_mean"] > second["moved_mean"] and (first["batch"], second["batch"]) == (0, 1)
 
 
@@ -144,6 +160,7 @@ def test_on_recorded_loads(tmp_path, capsys):
         (["--models", "nope"], "--models is 'nope'"),
         (["--models", "qwen3-30b-a3"], "(did you mean Qwen3-30B-A3B?)"),
         (["--policies", "RELIBA"], "(did you mean relibra?)"),
+        (["--policies", "static,eplb"], "(did you mean eplb-global?)"),
         (["--device", "8xh10"], "(did you mean 8xH100?)"),
         (["--policy", "nope.py"], "must be FILE.py:FUNCTION"),
         (["--batches", "0"], "--batches is 0"),

@@ -75,7 +75,7 @@ def stacked(results: Sequence[Result]) -> str:
             for part, seconds, colour in parts
             if seconds > 0
         )
-        rows.append(_row(result.policy, inside, f"{result.cost.seconds:.2f} s"))
+        rows.append(_row(result.policy, inside, f"{result.cost.seconds:.3g} s"))
     return f"<p>{keys}</p>{''.join(rows)}{_axis(top, ' s')}"
 
 
