@@ -208,7 +208,9 @@ class RoutingTrace:
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """[n, L, K] of these rows of the trace, signed as in `expert_ids`; row -1 is padding and gives -1."""
-        rows = np.asarray(rows)
+        rows = checked_numbers(rows, "rows")
+        if rows.size and not -1 <= rows.min() <= rows.max() < max(len(self._ids), 1):
+            raise InputError(f"rows span {rows.min()}..{rows.max()}, but the trace has rows 0..{len(self._ids) - 1}")
         if not len(self._ids):
             return np.full((len(rows), *self._ids.shape[1:]), -1, id_dtype(self._num_experts))
         ids = self._ids[rows].astype(id_dtype(self._num_experts))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from relibra_kernels.integrations import slime, verl
+from relibra_kernels.integrations import megatron, slime, verl
 from relibra_kernels.integrations.batches import plan_micro_batches
 from relibra_kernels.parallel import RoutedBatch
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, count_loads
@@ -285,3 +285,16 @@ def test_arguments_that_deal_out_a_batch_are_whole_numbers(routing):
             slime.plan_for_train(rollout | {key: wrong}, E, CLUSTER, halves)
     with pytest.raises(ShapeError, match="response_mask has 99 tokens"):
         slime.plan_for_train(rollout | {"loss_masks": [torch.ones(99)] * 8}, E, CLUSTER, halves)
+
+
+def test_rows_layers_and_ranks_of_a_trace_are_whole_numbers_within_it(routing):
+    trace = slime.trace_of_rollout(slime_rollout(routing), E)
+    for wrong in ("a", [1.5], [9]):
+        with pytest.raises(InputError, match="layers is"):
+            megatron.replay_targets(trace, layers=wrong)
+    for rank, size in (("a", 2), (0.5, 2), (2, 2), (0, 0)):
+        with pytest.raises(InputError, match="rank is"):
+            megatron.rows_of_context_parallel(trace, rank, size)
+    for wrong in ([0.5], [trace.num_tokens], [-2]):  # the last would be a row counted from the end
+        with pytest.raises(InputError, match="rows"):
+            trace.rows(wrong)
