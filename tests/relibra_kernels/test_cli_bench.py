@@ -5,6 +5,7 @@ import json
 import pytest
 
 from relibra_kernels.cli import main
+from relibra_kernels.cli.bench.clock import Figures, verdict
 
 SMALL = ["bench", "--shape", "64,32,4,2", "--tokens", "32", "--rounds", "2", "--device", "cpu", "--dtype", "fp32"]
 
@@ -17,6 +18,19 @@ def test_a_table_and_json(capsys):
     assert all(figures["forward_ms"] > 0 and figures["backward_ms"] > 0 for figures in found.values())
     assert any(line.startswith("relibra ") and line.endswith(" 1.00x") for line in lines)
     assert "2 of 4 experts of 64,32,4,2, fp32; measured here" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("theirs", "words"),
+    [
+        ([2.0, 2.2], "ours take less time, 2.10x as fast"),
+        ([0.2, 0.3], "ours take MORE time, 0.25x as fast"),
+        ([0.9, 3.0], "no difference"),
+    ],
+)
+def test_the_verdict_is_of_the_layer_and_none_where_rounds_overlap(theirs, words):
+    figures = {"relibra": Figures([0.5, 0.5], [0.5, 0.5]), "peer": Figures([0.0, 0.0], theirs)}
+    assert words in verdict(figures, "peer")
 
 
 @pytest.mark.parametrize(

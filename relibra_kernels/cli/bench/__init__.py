@@ -10,9 +10,7 @@ _DTYPES = ("bf16", "fp16", "fp32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    what = parser.add_mutually_exclusive_group()
-    what.add_argument("--model", default="Qwen3-30B-A3B", help="name of a known model; default Qwen3-30B-A3B")
-    what.add_argument("--shape", help=SHAPE_HELP)
+    parser.add_argument("--model", "--shape", default="Qwen3-30B-A3B", help=f"{SHAPE_HELP}; default Qwen3-30B-A3B")
     parser.add_argument("--tokens", type=int, metavar="N", help="of a micro-batch; default 8192, on a CPU 256")
     parser.add_argument("--experts", type=int, metavar="E", help="of the layer on this rank; default all, on a CPU 16")
     parser.add_argument("--skew", type=float, default=1.1, help="log-normal width of popularity; default 1.1")
@@ -29,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from ...tuning.models import model_named
-    from .clock import lines_of, measure
+    from .clock import lines_of, measure, verdict
     from .layers import make_layer
     from .peers import implementations
 
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
     device = here if args.device == "auto" else args.device
     if device not in ("cuda", "cpu") or (device == "cuda" and here == "cpu"):
         raise InputError(f"--device is {args.device!r}, but must be auto or cpu{', or cuda' if here == 'cuda' else ''}")
-    model = model_named(args.shape or args.model)
+    model = model_named(args.model)
     experts = min(args.experts or (16 if device == "cpu" else model.num_experts), model.num_experts)
     tokens = args.tokens or (256 if device == "cpu" else 8192)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
@@ -51,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
     )
     found = measure(layer, runs, args.rounds)
     print("\n".join(lines_of(found, tokens * min(model.top_k, experts), layer)))
+    if "transformers grouped_mm" in found:
+        print(verdict(found, "transformers grouped_mm"))
     missing = [peer for peer in ("transformers grouped_mm", "liger", "scattermoe", "sonic-moe") if peer not in found]
     if missing:
         print(f"not compared (not installed, or not for this layer or device): {', '.join(missing)}")

@@ -74,6 +74,19 @@ def lines_of(found: dict[str, Figures], assignments: int, layer: Layer) -> list[
     return lines
 
 
+def verdict(found: dict[str, Figures], peer: str) -> str:
+    """What ours gain over `peer` in this layer, or that the rounds differ by more than the two do."""
+    ours, theirs = (
+        [forward + backward for forward, backward in zip(figures.forward_s, figures.backward_s, strict=True)]
+        for figures in (found["relibra"], found[peer])
+    )
+    if max(ours) >= min(theirs) and max(theirs) >= min(ours):
+        return f"over {peer}: no difference that the spread of the rounds lets see"
+    ratio = _total(found[peer]) / _total(found["relibra"])
+    less = "take less" if ratio > 1 else "take MORE"
+    return f"over {peer}: ours {less} time, {ratio:.2f}x as fast; experts alone, not a whole step"
+
+
 def _total(figures: Figures) -> float:
     return median(figures.forward_s) + median(figures.backward_s)
 
