@@ -34,6 +34,27 @@ class Fed:
     elsewhere: np.ndarray | None = None
 
 
+class CachedColumns:
+    """Which of the columns that a cache holds are tokens, and not padding, of each row of a batch."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._real: list[np.ndarray] = []
+
+    def add(self, real_BS: np.ndarray) -> None:
+        self._real.append(real_BS)
+        self.count += real_BS.shape[1]
+
+    def cut(self, count: int) -> np.ndarray:
+        """Keep the first `count` columns; int64 [B], how many tokens of each row that is."""
+        self._real, self.count = [np.concatenate(self._real, 1)[:, :count]], count
+        tokens: np.ndarray = self._real[0].sum(1)
+        return tokens
+
+    def select(self, rows: np.ndarray) -> None:
+        self._real = [real[rows] for real in self._real]
+
+
 def fed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fed:
     """From the arguments of a model's forward. Waits for the device."""
     ids: Tensor | None = kwargs.get("input_ids", args[0] if args else None)

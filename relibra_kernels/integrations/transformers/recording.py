@@ -1,7 +1,9 @@
 """Recording the routing of a Hugging Face model, in `generate` and in plain forwards, as a trace."""
 
+import dataclasses
 import logging
 import math
+import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,7 +16,7 @@ from torch import Tensor, nn
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from ...planner.trace_rules import compact_dtype
-from .fed_tokens import Fed, cache_of, fed_tokens
+from .fed_tokens import CachedColumns, Fed, cache_of, fed_tokens
 from .moe_layers import MoeLayer, model_inside, moe_layers, not_compiled
 
 _LOG = logging.getLogger(__name__)
@@ -37,6 +39,20 @@ class _Sequence:
         self.expert_ids.append(expert_ids)
         self.known.append(known)
 
+    def cut(self, rows: int) -> None:
+        """Keep the first rows."""
+        excess = sum(map(len, self.expert_ids)) - rows
+        while excess > 0:
+            keep = max(len(self.expert_ids[-1]) - excess, 0)
+            excess -= len(self.expert_ids[-1]) - keep
+            ids, expert_ids, known = self.token_ids.pop(), self.expert_ids.pop(), self.known.pop()
+            if keep:
+                self.add(None if ids is None else ids[:keep], expert_ids[:keep], known[:keep])
+
+    def copy(self) -> "_Sequence":
+        ids, expert_ids, known = [*self.token_ids], [*self.expert_ids], [*self.known]
+        return dataclasses.replace(self, token_ids=ids, expert_ids=expert_ids, known=known)
+
 
 class RoutingRecord:
     """What `record_routing` saw: `trace()` makes a trace of it."""
@@ -46,6 +62,8 @@ class RoutingRecord:
         self._sequences: list[_Sequence] = []
         self._open: list[_Sequence] = []  # of the batch whose cache grows
         self._cache: Any = None  # of that batch
+        self._columns = CachedColumns()  # of that cache
+        self._moved = False  # whether rows changed places in a cache
         self._fed: Fed | None = None
         self._chosen: list[Tensor | None] = []
 
@@ -53,19 +71,22 @@ class RoutingRecord:
         """A trace of the recorded sequences: batch by batch, row by row.
 
         A plain forward is a whole sequence a row, or several that are packed in one (`cu_seq_lens_q` or `position_ids`
-        say where they begin). In `generate`, the last sampled token was never fed and is unknown, and what was fed
-        after the first end-of-sequence token is left out. ERNIE-VL's image tokens go to experts of their own, and are
-        unknown.
+        say where they begin); so is every step of `generate` without a cache. With one, the last sampled token was
+        never fed and is unknown, and what was fed after the first end-of-sequence token is left out; so is what was
+        taken out of the cache again (`crop`), as drafts that were not chosen are. ERNIE-VL's image tokens go to experts
+        of their own, and are unknown.
 
         Args:
             token_ids: of every sequence, without padding, as `generate` returned them: they say how long sequences
-                are, and recorded routing that was not theirs is refused. Padding behind packed sequences is left out;
-                without them, so are sequences of one token at the end of a packed row, with a warning.
+                are, and recorded routing that was not theirs is refused. Needed where beams changed places. Padding
+                behind packed sequences is left out; without them, so are sequences of one token at the end of a packed
+                row, with a warning.
 
         Raises: InputError where nothing was recorded, or the ids are not what was fed.
         """
         if not self._sequences:
             raise InputError("nothing was recorded: run the model inside of `with record_routing(model)`")
+        self._cut_to_cache(token_ids is not None)
         sequences = self._told_from_padding(None if token_ids is None else len(token_ids))
         num_experts = self._layers[0].num_experts
         parts, unknown = [], []
@@ -147,6 +168,7 @@ class RoutingRecord:
             return
         ids_BSLK, known_BS = rows_TLK.reshape(*fed.real.shape, *ids_TLK.shape[1:]), known.reshape(fed.real.shape)
         if not fed.cached:
+            self._columns = CachedColumns()
             self._open = [_Sequence(sampled=fed.cached is not None) for _ in fed.real]
             self._sequences += self._open
         elif fed.cache is not self._cache or len(fed.real) != len(self._open):
@@ -154,12 +176,59 @@ class RoutingRecord:
                 f"the cache holds {fed.cached} tokens of {len(fed.real)} sequences whose routing was not recorded: "
                 "begin recording before the first of them is fed"
             )
-        self._cache = fed.cache if fed.cache is not None else cache_of(outputs)
+        elif fed.cached < self._columns.count:
+            self._cut(fed.cached)
+        self._follow(fed.cache if fed.cache is not None else cache_of(outputs))
+        self._columns.add(fed.real)
         for b, sequence in enumerate(self._open):
             sequence.sampled |= bool(fed.cached)
             real = fed.real[b]
             token_ids = None if fed.token_ids is None else fed.token_ids[b, real]
             sequence.add(token_ids, ids_BSLK[b, real], known_BS[b, real])
+
+    def _cut(self, columns: int) -> None:
+        """The last tokens were taken out of the cache: those that a draft proposed and the model did not choose."""
+        for sequence, rows in zip(self._open, self._columns.cut(columns), strict=True):
+            sequence.cut(int(rows))
+
+    def _cut_to_cache(self, token_ids_given: bool) -> None:
+        if self._moved and not token_ids_given:
+            raise InputError(
+                "beams changed places while they were recorded: only token_ids says which of them `generate` returned"
+            )
+        columns = 0 if self._cache is None else int(self._cache.get_seq_length())
+        if 0 < columns < self._columns.count:
+            self._cut(columns)
+
+    def _follow(self, cache: Any) -> None:
+        """Have the sequences change places with the rows of this cache, and no longer with those of the last one."""
+        if cache is self._cache:
+            return
+        if self._cache is not None:
+            vars(self._cache).pop("reorder_cache", None)
+        self._cache, self._columns = cache, self._columns if cache is not None else CachedColumns()
+        before = getattr(getattr(cache, "reorder_cache", None), "__func__", None)
+        if before is None:
+            return
+
+        def reorder_cache(this: Any, beam_idx: Tensor) -> None:
+            before(this, beam_idx)
+            if this is self._cache:  # and no copy of it
+                self._move(beam_idx.numpy(force=True))
+
+        cache.reorder_cache = types.MethodType(reorder_cache, cache)
+
+    def _move(self, rows: np.ndarray) -> None:
+        self._moved |= bool((rows != np.arange(len(rows))).any())
+        self._open = [self._open[row].copy() for row in rows]
+        self._sequences[-len(rows) :] = self._open
+        self._columns.select(rows)
+
+    def _close(self) -> None:
+        """Let go of the cache, as it is now."""
+        if self._sequences:
+            self._cut_to_cache(True)
+        self._follow(None)
 
     def _add_packed(self, fed: Fed, packed: tuple[int, ...], ids_TLK: np.ndarray, known_T: np.ndarray) -> None:
         """A sequence for each of those that one row is packed of, without padding behind them."""
@@ -177,7 +246,8 @@ class RoutingRecord:
             sequence = _Sequence(False, alone, 0 if alone else most, [token_ids], [ids_TLK[own]], [known_T[own]])
             self._sequences.append(sequence)
             place += length
-        self._open, self._cache = [], None
+        self._follow(None)
+        self._open = []
 
 
 def _checked_length(index: int, sequence: _Sequence, fed: np.ndarray | None, rows: int, given: np.ndarray) -> int:
@@ -234,6 +304,7 @@ def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
     finally:
         for hook in hooks:
             hook.remove()
+        record._close()
 
 
 def _eos_token_ids(model: nn.Module) -> list[int]:

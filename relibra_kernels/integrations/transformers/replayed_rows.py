@@ -13,7 +13,7 @@ from ...alignment import Alignment
 from ...forwards import OpenForwards
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
-from .fed_tokens import Fed
+from .fed_tokens import CachedColumns, Fed
 from .moe_layers import MoeLayer
 
 
@@ -47,6 +47,7 @@ class Feeder(OpenForwards):
             parts = [np.asarray(ids, np.int64) for ids in token_ids]
             self._token_ids = np.concatenate(parts) if parts else np.zeros(0, np.int64)
         self._done = np.zeros(trace.num_sequences, np.int64)  # tokens of each sequence that a cache holds
+        self._columns = CachedColumns()
         self.current = None
         self.alignment: Alignment | None = None
         self.on_resumed: Callable[[], Any] = lambda: None
@@ -108,7 +109,10 @@ class Feeder(OpenForwards):
                 f"the forward was fed {len(fed.real)} rows, but the trace has {len(self._lengths)} sequences"
             )
         if fed.cached == 0:
-            self._done[:] = 0
+            self._done[:], self._columns = 0, CachedColumns()
+        elif fed.cached is not None and fed.cached < self._columns.count:  # its last tokens were taken back
+            self._done = self._columns.cut(fed.cached)
+        self._columns.add(fed.real)
         position = self._done[:, None] + fed.real.cumsum(1) - 1
         inside = fed.real & (position < self._lengths[:, None])
         self._done += fed.real.sum(1)
