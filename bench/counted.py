@@ -36,8 +36,8 @@ from relibra_kernels.form import ExpertForm
 from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
 from relibra_kernels.schedule import Schedule
-from relibra_kernels.tuning.columns import columns_issued
 from relibra_kernels.tuning.models import MODELS
+from relibra_kernels.tuning.padded_columns import columns_issued
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
 TOKENS_PER_RANK, RANKS = 4096, 8

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .cluster import ClusterSpec
-from .drawing import plot_balance, plot_replicas
 from .errors import FormatError, PlanError, ReLibraError, ShapeError
 from .files import load_npz, save_npz, scalar
 from .loads import total_loads
 from .plan_rules import check_quotas, check_structure
-from .showing import line_of, table_of
+from .plots import plot_balance, plot_replicas
+from .printing import line_of, table_of
 from .transfers import fetch_sources, kept_sources
 
 if TYPE_CHECKING:

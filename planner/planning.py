@@ -9,7 +9,7 @@ from .options import PlanOptions
 from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
 from .pricing.outcome import wanted_by_nodes
-from .solver.again import split_over
+from .solver.new_quotas import split_over
 from .solver.search import Problem, plan_layers
 from .solver.solution import Solution
 
@@ -26,8 +26,8 @@ def plan_batch(
 ) -> BatchPlan:
     """Plan one batch. Deterministic: the same loads give the same plan, bit for bit, on every machine.
 
-    loads:         integer [L, M, E], or [L, M, R, E] by source rank: then nodes get experts that their own tokens use,
-                   as far as that costs no balance and, with a previous placement, no move
+    loads:         integer [L, M, E], or [L, M, R, E] by source rank. With sources, experts come to nodes whose own
+                   tokens use them, where balance does not suffer and no more experts leave `previous_home`
     previous_home: [L, E], the placement that the batch before left the experts in
     model:         a name that the plan carries, so that it is not used for another model
     """

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .drawing import plot_load
 from .errors import InputError, ShapeError
-from .showing import line_of, table_of
+from .plots import plot_load
+from .printing import line_of, table_of
 from .trace_files import load_arrays, save_arrays
 from .trace_report import (
     KNOWN,
@@ -83,10 +83,7 @@ class RoutingTrace:
             raise InputError(f"num_experts is {experts}, but must be at least the {ids.shape[2]} choices of a token")
         check_id_dtype(ids.dtype, experts, "expert_ids")
         checked = check_offsets(offsets, len(ids))
-        try:
-            layers = tuple(int(layer) for layer in moe_layer_ids)
-        except (TypeError, ValueError):
-            raise InputError(f"moe_layer_ids is {moe_layer_ids!r}, but must be layer numbers") from None
+        layers = tuple(checked_numbers(moe_layer_ids, "moe_layer_ids").tolist())
         if len(layers) != ids.shape[1] or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise InputError(f"moe_layer_ids is {layers}, but must be {ids.shape[1]} increasing layer numbers")
         reasons = None if unknown is None else _checked_reasons(unknown, checked)
@@ -211,7 +208,9 @@ class RoutingTrace:
 
     def rows(self, rows: np.ndarray) -> np.ndarray:
         """[n, L, K] of these rows of the trace, signed as in `expert_ids`; row -1 is padding and gives -1."""
-        rows = np.asarray(rows)
+        rows = checked_numbers(rows, "rows")
+        if rows.size and not -1 <= rows.min() <= rows.max() < max(len(self._ids), 1):
+            raise InputError(f"rows span {rows.min()}..{rows.max()}, but the trace has rows 0..{len(self._ids) - 1}")
         if not len(self._ids):
             return np.full((len(rows), *self._ids.shape[1:]), -1, id_dtype(self._num_experts))
         ids = self._ids[rows].astype(id_dtype(self._num_experts))

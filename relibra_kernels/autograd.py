@@ -13,8 +13,8 @@ from . import ops
 from .form import ExpertForm
 from .operands import check_layer
 from .planner.errors import ShapeError
-from .products import Products
 from .schedule import Schedule
+from .slot_products import Products
 from .weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
 
 NO_WEIGHTS = ExpertWeights(None, None)

@@ -1,8 +1,9 @@
 """Which forward a module runs in: the one that is open, or in a backward the one whose activations are recomputed.
 
-A recomputation runs within backward, where another forward may be open, or none. So every tensor that autograd saves
-remembers the forwards that are open then, the inputs of a checkpointed block among them. A recomputation begins with
-unpacking them, which brings these forwards back for the rest of that backward in that thread.
+A forward is open while a replay or micro-batch runs it. Activation checkpointing recomputes it within backward, when
+another forward may be open, or none. So each tensor that autograd saves remembers which forwards were open when it was
+saved. Recomputation unpacks the saved inputs of its block first, and that makes their forwards current again, for the
+rest of that backward in that thread.
 """
 
 import threading

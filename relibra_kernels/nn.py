@@ -37,13 +37,13 @@ class ReplicatedExperts(nn.Module):
 
     Forward: hidden_states `[T, H]`, top_k_index `[T, K]` (-1 = dropped), top_k_weights `[T, K]` -> `[T, H]`.
 
-    Where `dispatcher` is set, forward is `dispatcher(self, hidden_states, top_k_index, top_k_weights)`: that is how
-    the expert-parallel runtime takes the layer over. `num_experts` counts the experts whose parameters are here.
-
-    `layer` is what the runtime drives where the block around the experts is another framework's: it has these
-    `experts` and a `router` whose `replay` can be set, as a `ReplicatedMoE` has. `all_experts` is the number of the
-    layer's experts where a rank made only its share of them. `adapters` are low-rank factors beside the parameters, as
-    the runtime found them.
+    Attributes that the expert-parallel runtime and its adapters set:
+        dispatcher: if set, forward is `dispatcher(self, hidden_states, top_k_index, top_k_weights)`.
+        num_experts: experts whose parameters are on this rank. all_experts: those of the whole layer, or None where
+            all were made here.
+        layer: for a block of another framework, an object with these `experts` and a `router` whose `replay` can be
+            set, as a `ReplicatedMoE` has them. None: the block is a `ReplicatedMoE`.
+        adapters: PEFT's low-rank factors of the parameters.
     """
 
     def __init__(

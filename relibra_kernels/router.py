@@ -26,10 +26,12 @@ class TopKRouter(nn.Module):
 
     Forward: hidden_states `[..., H]` -> (router_logits `[T, E]`, weights `[T, K]`, indices `[T, K]`), as Hugging Face.
 
-    The expert-parallel runtime sets `replay`, an object that gives each micro-batch its own recorded ids. Every forward
-    then calls `replay()` instead of looking at `recorded`. It returns (ids int64 `[T, K]`, whether no row is -1), or
-    None where the router chooses. If it has a method `compare`, this returns a function that is called with (live ids,
-    recorded ids), or None. While torch.compile traces, `replay.compiled(scores, top_k)` gives the ids `[T, K]`.
+    The expert-parallel runtime sets `replay`, an object that gives each micro-batch its own recorded ids. The router
+    then calls it in every forward, instead of reading `recorded`:
+        replay(): (ids int64 `[T, K]`, whether no row is -1), or None where the router is to choose.
+        replay.compare(), if there is such a method: a function of (live ids, recorded ids) that the router calls with
+            both, or None.
+        replay.compiled(scores, top_k): the ids `[T, K]`, while torch.compile traces.
     """
 
     e_score_correction_bias: torch.Tensor

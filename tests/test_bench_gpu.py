@@ -205,3 +205,28 @@ def test_tables_show_every_stage_and_what_is_wrong():
     assert "| correct | layer qwen bf16 | wrong | Wrong: far / off |" in text
     assert "| grouped_gemm x | down | 256 | 0 | 10 | 9 | 11 | graph |" in text
     assert "| t | 32 x 256 | 128x128x64w8s3 | 41.5 | 64x64x64w4s3 | 10.0% | 0.5 | 0 |" in text
+
+
+def report_into(page, results, device):
+    lines = [{"stage": "correct", "case": "layer qwen bf16", "status": "ok", "seconds": 1, "device": device}]
+    results.write_text(
+        "".join(json.dumps({**line, "figures": {"worst_error": 0.004}, "error": ""}) + "\n" for line in lines)
+    )
+    command = [sys.executable, str(BENCH / "gpu_report.py"), str(results), "--write", str(page)]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def test_a_gpus_results_go_between_the_marks_of_the_page(tmp_path):
+    before = (BENCH.parent / "docs" / "benchmarks.md").read_text()
+    page = tmp_path / "page.md"
+    page.write_text(before)
+    refused = report_into(page, tmp_path / "results.jsonl", "rehearsal")
+    assert refused.returncode == 1 and "no results of a GPU" in refused.stderr and page.read_text() == before
+    assert report_into(page, tmp_path / "results.jsonl", "NVIDIA H100 80GB HBM3").returncode == 0
+    head, tail = (before.split(mark)[part] for mark, part in (("<!-- measured", 0), ("<!-- end -->", 1)))
+    after = page.read_text()
+    assert after.startswith(head) and after.endswith(tail) and after.count("<!-- end -->") == 1
+    assert "Device: NVIDIA H100 80GB HBM3" in after and "| layer qwen bf16 | ok | 0.004 |" in after
+    page.write_text(head)
+    unmarked = report_into(page, tmp_path / "results.jsonl", "NVIDIA H100 80GB HBM3")
+    assert unmarked.returncode == 1 and "no place between the marks" in unmarked.stderr

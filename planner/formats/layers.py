@@ -1,11 +1,12 @@
 """Which of the recorded layers are MoE layers: dense ones appear as layers of zeros."""
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from ..errors import InputError, ShapeError
+from ..trace_rules import checked_numbers
 from .parts import missing_layers
 
 
@@ -67,10 +68,7 @@ class LayersSeen:
         return LayersFound(list(range(first, count)), tuple(range(first)), top_k)
 
     def _named(self, named: Sequence[int], count: int, top_k: int) -> LayersFound:
-        try:
-            layers: list[Any] = [int(layer) for layer in named]
-        except (TypeError, ValueError):
-            raise InputError(f"moe_layer_ids is {named!r}, but must be layer numbers") from None
+        layers = checked_numbers(named, "moe_layer_ids").tolist()
         if not layers or layers != sorted(set(layers)) or layers[0] < 0 or layers[-1] >= count:
             raise InputError(f"moe_layer_ids is {layers}, but {count} layers were recorded")
         return LayersFound(layers, tuple(layer for layer in range(count) if layer not in layers), top_k)

@@ -13,7 +13,7 @@ import numpy as np
 from ..errors import FormatError, InputError, ShapeError
 from ..trace import RoutingTrace
 from .parts import array_of
-from .sequences import Holes, trace_of_sequences
+from .sequences import Holes, trace_of_sequences, whole
 
 
 def from_megatron(
@@ -30,14 +30,16 @@ def from_megatron(
     moe_layer_ids:    the layer number of each router; None: 0 to L - 1
     holes:            of a token without routing (-1, or zeros with K > 1) in any layer: "refuse", or keep it "unknown"
     """
+    if not isinstance(recorded, Iterable):
+        raise ShapeError(f"recorded is {recorded!r}, but must be [tokens, k] a router")
     routers = [array_of(indices, f"recorded of router {i}") for i, indices in enumerate(recorded)]
     if not routers or any(indices.ndim != 2 or indices.shape != routers[0].shape for indices in routers):
         raise ShapeError(
             f"recorded has the shapes {[indices.shape for indices in routers][:8]}, but must be [tokens, k] a router"
         )
     try:
-        lengths = [len(routers[0])] if sequence_lengths is None else [int(n) for n in sequence_lengths]
-    except (TypeError, ValueError):
+        lengths = [len(routers[0])] if sequence_lengths is None else [whole(n) for n in sequence_lengths]
+    except (TypeError, ValueError, OverflowError):
         raise InputError(f"sequence_lengths is {sequence_lengths!r}, but must be integers") from None
     if min(lengths, default=-1) < 0 or sum(lengths) != len(routers[0]):
         raise InputError(f"sequence_lengths sum to {sum(lengths)}, but {len(routers[0])} tokens were recorded")
@@ -65,6 +67,8 @@ def from_megatron_lines(
     """
     parts: dict[tuple[int, int], dict[int, np.ndarray]] = {}
     of_mtp = 0
+    if not isinstance(lines, Iterable):
+        raise FormatError(f"lines is {lines!r}, but must be the objects of a router trace")
     for number, line in enumerate(lines, 1):
         if not isinstance(line, Mapping):
             raise FormatError(f"line {number} is no object")
@@ -75,11 +79,15 @@ def from_megatron_lines(
         if missing:
             raise FormatError(f"line {number} has no {missing[0]!r}, only {sorted(line)}")
         try:
-            indices = np.asarray(line["top_indices"]).reshape(-1, int(line["topk"]))
+            indices, top_k = np.asarray(line["top_indices"]), whole(line["topk"])
+            if indices.size == 0:
+                indices = indices.reshape(0, top_k)
+            if indices.ndim != 2 or indices.shape[1] != top_k:  # cut anew, rows would be of other tokens
+                raise ValueError(f"top_indices has shape {list(indices.shape)}, and topk is {top_k}")
             if indices.size and indices.dtype.kind not in "iu":  # a cast would make 1.5 an expert
                 raise TypeError(f"top_indices has {indices.dtype}")
             indices = indices.astype(np.int64)
-            step, rank, layer = (int(line[key]) for key in ("step", "rank", "layer"))
+            step, rank, layer = (whole(line[key]) for key in ("step", "rank", "layer"))
         except (ValueError, TypeError, OverflowError) as error:
             raise FormatError(
                 f"line {number} must have integers, and in top_indices [tokens, topk] of them: {error}"

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..errors import FormatError, InputError, ShapeError
 from ..trace_rules import check_id_dtype, compact_dtype, token_chunks
-from .said import DTYPE, Said, Version, checked_start, fields_of, said_of
+from .response_fields import DTYPE, Said, Version, checked_start, fields_of, said_of
 
 Decode = Callable[[Any, str], Any]  # (payload, what messages call it) -> array of ids [rows, L, K]
 

@@ -7,18 +7,18 @@ appear as layers of zeros. A row of zeros names expert 0 K times, so with K > 1 
 
 import logging
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, TypedDict, Unpack
 
 import numpy as np
 
-from ..errors import InputError, ShapeError
+from ..errors import FormatError, InputError, ShapeError
 from ..trace import RoutingTrace
 from ..trace_report import KNOWN, LAST_TOKEN, MASKED, NO_ROUTING, NOT_RECORDED, OUTSIDE, VersionSpan
 from ..trace_rules import check_ids, check_num_experts, compact_dtype
 from .layers import LayersFound, LayersSeen
 from .parts import Decode, Part, missing_layers, parts_of
-from .placing import LastToken, Placed, placed
+from .row_positions import LastToken, Placed, placed
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,11 +96,13 @@ def trace_of_sequences(
     masks = options.get("masks"), options.get("replay_masks")
     per_sequence = {
         "num_tokens": lengths_of(options.get("num_tokens"), options.get("token_ids")),
-        "starts": [starts] if isinstance(starts, int | np.integer) else starts,
-        "masks": masks[0],
-        "replay_masks": masks[1],
+        "starts": [starts] if isinstance(starts, int | np.integer) else listed("starts", starts),
+        "masks": listed("masks", masks[0]),
+        "replay_masks": listed("replay_masks", masks[1]),
     }
     seen, sequences, names = LayersSeen(what), [], []
+    if not isinstance(recorded, Iterable) or isinstance(recorded, str | bytes | Mapping):
+        raise FormatError(f"{what} is {str(recorded)[:40]!r}, but must have an entry for each sequence")
     for index, entry in enumerate(recorded):
         name = f"{what} of sequence {options.get('first_sequence', 0) + index}"
         names.append(name)
@@ -129,10 +131,19 @@ def trace_of_sequences(
     return trace
 
 
+def listed(key: str, values: Any) -> Any:
+    """`values`, which must have one for each sequence, or be None. Raises: InputError."""
+    if values is None or (
+        hasattr(values, "__len__") and hasattr(values, "__getitem__") and not isinstance(values, str | bytes | Mapping)
+    ):
+        return values
+    raise InputError(f"{key} is {str(values)[:40]!r}, but must be a list with one for each sequence")
+
+
 def lengths_of(num_tokens: Sequence[int] | None, token_ids: Sequence[Sequence[int]] | None) -> list[int] | None:
     """N of each sequence from either; both must agree."""
     try:
-        given = None if num_tokens is None else [int(n) for n in num_tokens]
+        given = None if num_tokens is None else [whole(n) for n in num_tokens]
         lengths = given if token_ids is None else [len(ids) for ids in token_ids]
     except (TypeError, ValueError, OverflowError) as error:
         raise InputError(f"num_tokens and token_ids must be a length and a list for each sequence: {error}") from None
@@ -141,6 +152,14 @@ def lengths_of(num_tokens: Sequence[int] | None, token_ids: Sequence[Sequence[in
     if lengths is not None and min(lengths, default=0) < 0:
         raise InputError(f"num_tokens is {lengths[:8]}, but must not be negative")
     return lengths
+
+
+def whole(value: Any) -> int:
+    """Raises: TypeError, ValueError, OverflowError where it is no whole number."""
+    number = int(value)
+    if isinstance(value, str | bytes) or number != value:  # 9.5 must not become 9
+        raise ValueError(f"{value!r} is no whole number")
+    return number
 
 
 def _of(key: str, values: Any, index: int) -> Any:
@@ -172,10 +191,13 @@ def _assembled(
     """The trace. What it is made of is freed on the way."""
     layers = found.layers
     offsets = np.cumsum([0, *(sequence.tokens for sequence in sequences)], dtype=np.int64)
-    reasons = [
-        _reasons(sequence, layers, name, *(None if mask is None else mask[index] for mask in masks))
-        for index, (sequence, name) in enumerate(zip(sequences, names, strict=True))
-    ]
+    try:
+        reasons = [
+            _reasons(sequence, layers, name, *(None if mask is None else mask[index] for mask in masks))
+            for index, (sequence, name) in enumerate(zip(sequences, names, strict=True))
+        ]
+    except MemoryError as error:
+        raise InputError(f"{offsets[-1]} tokens do not fit into memory: {error}") from None
     if holes == "refuse":
         for name, codes, sequence in zip(names, reasons, sequences, strict=True):
             _refuse_holes(name, codes, sequence, layers)
@@ -216,7 +238,7 @@ def _reasons(sequence: Placed, layers: list[int], name: str, mask: Any, replay_m
 
 
 def _checked_mask(key: str, value: Any, tokens: int, name: str) -> np.ndarray:
-    mask = np.asarray(value)
+    mask = np.asarray(value(tokens) if callable(value) else value)
     if mask.shape != (tokens,) or mask.dtype.kind not in "biu":
         raise ShapeError(f"{key} of {name} is {mask.dtype} {mask.shape}, but must be bool [{tokens}], one a token")
     return mask.astype(bool)

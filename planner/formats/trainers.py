@@ -27,8 +27,8 @@ def from_slime(
 ) -> RoutingTrace:
     """A trace of slime's samples, `Sample.rollout_routed_experts` each; the last token of each is unknown.
 
-    With lengths, rows of slime's padding (`arange % E`, appended for the last token and for alignment) are cut off
-    where they are exactly that; any other row too many is a misalignment. Options: see `SequenceOptions`.
+    slime pads with rows of `arange % E`, for the last token and for alignment. Where lengths are given, such rows
+    beyond the end of a sample are cut off; any other row too many is refused. Options: see `SequenceOptions`.
     """
     return trace_of_sequences(
         rollout_routed_experts,
@@ -84,9 +84,12 @@ def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Un
 
 @loader("nemo-rl", "JSON lines with `routed_experts`: 'nrlre1:...'")
 def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unpack[SequenceOptions]) -> RoutingTrace:
-    """A trace of NeMo-RL's envelopes, one a sequence; -1 is what was not recorded, and so are rows of 0..K-1 in every
-    layer, which NeMo-RL fills in for the last token, padding, and tool results that no later turn fed: at the end, and
-    inside of a sequence where routers could not have chosen so by accident. Options: see `SequenceOptions`."""
+    """A trace of NeMo-RL's envelopes, one a sequence. Rows of -1 are unknown tokens.
+
+    NeMo-RL fills in 0..K-1 in every layer for the last token, padding, and tool results that no later turn fed. Such
+    rows are unknown too: at the end of a sequence always, inside of it where routers could not have chosen so by
+    accident. Options: see `SequenceOptions`.
+    """
 
     def decode(payload: Any, name: str) -> Any:
         if payload is not None and not isinstance(payload, str):

@@ -4,6 +4,7 @@ Rows are in place, zeros where there is no routing: the last token, padding, too
 multi-turn sample, and whole samples that verl adds to fill up a batch. Its masks say which of these are meant.
 """
 
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
@@ -11,7 +12,7 @@ import numpy as np
 from ..errors import InputError, ShapeError
 from ..trace import RoutingTrace
 from .parts import array_of, rows_of
-from .placing import LastToken
+from .row_positions import LastToken
 from .sequences import SequenceOptions, trace_of_sequences
 
 
@@ -30,7 +31,8 @@ def from_verl(
     routed_experts: padded [bs, j, L, K] with `attention_mask` [bs, j], packed [1, total, L, K] or [total, L, K] with
                     `cu_seqlens` [bs + 1], or the rows [n, L, K] of each sequence (a list, or a jagged tensor), None for
                     a sample without any; these may lack the last token's row
-    attention_mask: padding is left out wherever it is, also between prompt and answer
+    attention_mask: padding is left out wherever it is, also between prompt and answer; beside a list or jagged tensor
+                    it says the length of each sequence, and which columns of padded masks are its tokens
     response_mask:  0 for tokens of a response that were not generated (tool results, padding): they need no routing.
                     [bs, responses], or of each sequence [responses], the last tokens of the row; None: every token does
     replay_mask:    0 for tokens that are not replayed, laid out like `routed_experts`: they become unknown
@@ -38,20 +40,15 @@ def from_verl(
     """
     routed_experts, response_mask, replay_mask = map(rows_of, (routed_experts, response_mask, replay_mask))
     if isinstance(routed_experts, list | tuple):
-        if attention_mask is not None or cu_seqlens is not None:
-            raise InputError(
-                "attention_mask and cu_seqlens are for padded and packed arrays, but routed_experts is a list"
-            )
+        if cu_seqlens is not None:
+            raise InputError("cu_seqlens is for packed arrays, but routed_experts is a list")
         sequences: list[Any] = list(routed_experts)
-        replay = None if replay_mask is None else list(replay_mask)
-        masks = (
-            None
-            if response_mask is None
-            else [
-                needed_tokens(mask, _length(ids, index, options))
-                for index, (mask, ids) in enumerate(zip(response_mask, sequences, strict=True))
-            ]
-        )
+        real = None if attention_mask is None else _real_tokens(rows_of(attention_mask), len(sequences))
+        masks = _of_each(response_mask, "response_mask", real, len(sequences))
+        masks = masks and [mask if mask is None else partial(needed_tokens, mask) for mask in masks]
+        replay = _of_each(replay_mask, "replay_mask", real, len(sequences))
+        if real is not None and options.get("num_tokens") is None:
+            options["num_tokens"] = [int(row.sum()) for row in real]
     else:
         ids = array_of(routed_experts, "routed_experts")
         if (attention_mask is None) == (cu_seqlens is None):
@@ -74,18 +71,41 @@ def from_verl(
     return trace_of_sequences(sequences, num_experts, last_token=last_token, **options)
 
 
-def _length(ids: Any, index: int, options: Any) -> int:
-    lengths = options.get("num_tokens") or options.get("token_ids")
-    if ids is not None:
-        return len(ids)
-    if lengths is None:
-        raise InputError(f"routed_experts of sequence {index} is missing, and its length is not known: give num_tokens")
-    return lengths[index] if isinstance(lengths[index], int) else len(lengths[index])
+def _real_tokens(attention_mask: Any, count: int) -> list[np.ndarray]:
+    """Of each sequence bool [its row of the padded batch]."""
+    rows = [array_of(row, "attention_mask").astype(bool).reshape(-1) for row in attention_mask]
+    if len(rows) != count:
+        raise ShapeError(f"attention_mask has {len(rows)} rows, but routed_experts has {count} sequences")
+    return rows
+
+
+def _of_each(mask: Any, name: str, real: list[np.ndarray] | None, count: int) -> list[Any] | None:
+    """The mask of each sequence; of padded ones what `real` tokens have. Raises: ShapeError."""
+    if mask is None:
+        return None
+    if isinstance(mask, list | tuple):
+        rows = list(mask)
+    else:
+        padded = array_of(mask, name)
+        if padded.ndim != 2 or real is None or padded.shape[1] > min(map(len, real), default=0):
+            raise ShapeError(
+                f"{name} has shape {padded.shape}, but routed_experts is a list: give the attention_mask of the padded "
+                f"batch, whose last columns {name} has, or a list with the mask of each sequence"
+            )
+        rows = [row[of[len(of) - len(row) :]] for row, of in zip(padded, real, strict=False)]
+    if len(rows) != count:
+        raise ShapeError(f"{name} has {len(rows)} entries, but routed_experts has {count} sequences")
+    return rows
 
 
 def needed_tokens(response_mask: Any, tokens: int) -> np.ndarray:
-    """bool [tokens]: the prompt, and what was generated; nothing of a sample without anything generated."""
-    mask = np.asarray(array_of(response_mask, "response_mask")).astype(bool).reshape(-1)[:tokens]
+    """bool [tokens]: the prompt, and what was generated; nothing of a sample without anything generated.
+
+    Raises: ShapeError where the response is longer than the sequence.
+    """
+    mask = np.asarray(array_of(response_mask, "response_mask")).astype(bool).reshape(-1)
+    if len(mask) > tokens:
+        raise ShapeError(f"response_mask has {len(mask)} tokens, but its sequence has {tokens}")
     return np.concatenate([np.full(tokens - len(mask), bool(mask.any())), mask])
 
 
@@ -99,7 +119,7 @@ def _padded(
             "[bs, tokens, layers, k] and [bs, tokens]"
         )
     for row, (of_row, real) in enumerate(zip(ids, mask, strict=True)):
-        if of_row[~real].any() and not (of_row[~real] == -1).all((1, 2)).all():
+        if not _blank(of_row[~real]).all():
             raise InputError(
                 f"routed_experts of row {row} has routing where attention_mask is 0: they are not of the same batch, "
                 "or shifted against each other"
@@ -118,6 +138,11 @@ def _padded(
     return [row[real] for row, real in zip(ids, mask, strict=True)], needed, replay
 
 
+def _blank(rows_TLK: np.ndarray) -> np.ndarray:
+    """bool [rows]: zeros, or -1."""
+    return ~rows_TLK.any((1, 2)) | (rows_TLK == -1).all((1, 2))
+
+
 def _packed(ids: np.ndarray, cu_seqlens: Any) -> list[np.ndarray]:
     packed = ids[0] if ids.ndim == 4 and len(ids) == 1 else ids
     offsets = np.asarray(array_of(cu_seqlens, "cu_seqlens"))
@@ -129,7 +154,7 @@ def _packed(ids: np.ndarray, cu_seqlens: Any) -> list[np.ndarray]:
     if offsets[0] != 0 or (np.diff(offsets.astype(np.int64)) < 0).any() or offsets[-1] > len(packed):
         raise InputError(f"cu_seqlens is {offsets.tolist()[:8]}, but must rise from 0 to at most {len(packed)} rows")
     tail = packed[int(offsets[-1]) :]
-    if tail.any() and not (tail == -1).all():
+    if not _blank(tail).all():
         raise InputError(
             f"cu_seqlens ends at {offsets[-1]}, but routed_experts goes on: rows beyond it must be zeros (padding)"
         )

@@ -30,9 +30,9 @@ def from_vllm(
 ) -> RoutingTrace:
     """A trace of these sequences, with the last sampled token of each unknown.
 
-    routed_experts:        of each sequence [N - 1, L, K] of any integer dtype that holds the ids, its .npy in base64,
-                           None where there is none, or a list of these for one that was generated in parts; also a
-                           mapping with `routed_experts` and `routed_experts_prompt_start`
+    routed_experts:        an entry for each sequence: an array [N - 1, L, K] of any integer dtype that holds the ids;
+                           the base64 of its .npy file; a mapping with `routed_experts` and
+                           `routed_experts_prompt_start`; a list of these, if it was generated in parts; or None
     prompt_routed_experts: rows that go before them, from releases that hand them over apart
     options:               as `SequenceOptions` has them
     """

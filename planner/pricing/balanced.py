@@ -1,4 +1,5 @@
-"""Routing forced to be balanced: every expert gets the same. Not a policy (it changes the model) but the bound."""
+"""Routing forced to be balanced: every expert gets the same. No policy, since it changes
+the model, but a lower bound for the time of one."""
 
 import numpy as np
 

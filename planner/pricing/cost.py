@@ -3,20 +3,21 @@
 For every (layer, micro-batch) the step takes, one after the other,
   fixed        host and device work that nothing changes
   dense        attention and shared experts, forward and backward
-  experts      the busiest rank's grouped GEMMs. A slot's rows are rounded up to tiles; each of its three GEMMs takes at
-               least its weights' way through memory, that of the weight gradient a read and a write of fp32
+  experts      the busiest rank's grouped GEMMs. A slot's rows are rounded up to whole tiles. Forward and the input's
+               gradient each take at least the time in which memory reads the slot's bf16 weights, the weights' gradient
+               the time in which memory reads and writes the fp32 sums
   exchange     four all-to-alls at the busiest link, with a price for each launch. A token travels to a rank once (one
                hop) or to a node once and then inside it (two hops)
-  fetched      fetched replicas. They are sent while the dense part computes, so what counts is the time by which they
-               take longer, a part of the time that is hidden (a transfer slows the compute beside it), and launches
+  fetched      fetched replicas, which are sent while the dense part computes. Three things count: the time that they
+               take longer than it, `contention` of the rest (a transfer slows the compute beside it), and launches
 and once for the batch
-  kept         kept replicas: weights once to every node and handed on there, gradients added up in the node and sent
-               home; priced like fetched ones, hidden behind one micro-batch of the layer
+  kept         kept replicas: weights go once to every node and are handed on there; gradients are added up in the
+               node and sent home. Priced like fetched ones, hidden behind the dense part of one micro-batch
   migration    experts that change their home, with optimizer state; hidden behind nothing
   planning     where it is not hidden behind the rollout
 
-Where tokens come from is unknown in a table without sources. Then rows are *estimated*: all ranks send alike, and a
-token chooses ranks independently, in proportion to what they compute for its node.
+Rows of tokens that travel are *estimated* from loads. The estimate takes all ranks to send alike, and a token to choose
+each of its ranks independently, in proportion to what they compute for its node.
 """
 
 from dataclasses import dataclass, fields
@@ -36,7 +37,11 @@ _TILE = 128  # rows of a GEMM tile: each slot computes whole tiles
 class Setting:
     """What a batch is priced for.
 
-    keep_replicas: fetched replicas stay from forward to backward instead of being sent again.
+    model, device:   sizes and achieved rates
+    gpus_per_node:   ranks a node of the expert-parallel group
+    sequence_length: tokens of a sequence, for attention
+    transport:       "one" or "two" hops between nodes, or "auto", the cheaper of them in each layer and micro-batch
+    keep_replicas:   fetched replicas stay from forward to backward instead of being sent again
     """
 
     model: ModelShape
@@ -49,7 +54,15 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cost:
-    """Seconds of one optimizer step, by what they are spent on; and bytes per layer and micro-batch."""
+    """Modelled seconds of one optimizer step, all layers and micro-batches together; `seconds` is their sum.
+
+    fixed:      host and device work that nothing changes. dense: attention and shared experts
+    experts:    grouped GEMMs of the busiest ranks. exchange: all-to-alls of tokens
+    fetched, kept: what replicas take that is not hidden. migration: experts that change their home
+    planning:   waiting for the plan
+    bytes_fast, bytes_slow: bytes of replicas and migration inside nodes and between them, all ranks together, a layer
+                and micro-batch
+    """
 
     fixed: float
     dense: float

@@ -13,12 +13,12 @@ class DeviceSpec:
     """Achieved rates of one GPU and its share of the networks; bytes and FLOP a second, in one direction.
 
     Attributes:
-        grouped_flops: of grouped GEMMs. dense_flops: of attention and shared experts.
-        hbm: bytes a second that a slot's weights and gradients take through memory.
-        fast, slow: inside a node, and between nodes.
-        launch_fast, launch_slow: seconds of one all-to-all beside its bytes, inside a node and across.
-        contention: part of a transfer's time that it costs where it runs beside compute; transfer_launch: seconds that
-            starting one costs.
+        grouped_flops: FLOP a second of grouped GEMMs. dense_flops: of attention and shared experts.
+        hbm: bytes a second that the GPU's own memory gives.
+        fast, slow: bytes a second of its network inside a node, and of that between nodes.
+        launch_fast, launch_slow: seconds that one all-to-all takes without any bytes, inside a node and between nodes.
+        contention: a transfer that runs beside compute delays it by this part of the transfer's time.
+        transfer_launch: seconds that starting such a transfer takes.
         layer_seconds: fixed host and device work of a layer and micro-batch.
         memory: bytes of the device.
     """

@@ -28,8 +28,8 @@ class Estimate:
         (modelled: estimated from loads).
     Memory of the fullest rank:
         home_weights_bytes, gradient_bytes: weights and fp32 gradient sums of its home slots, all layers.
-        kept_bytes: kept replicas with their gradients. fetched_bytes: of two layers' fetched weights and one's
-        gradients; with `keep_replicas` weights of all layers (both counted).
+        kept_bytes: kept replicas with their gradients. fetched_bytes: fetched replicas: weights of two layers and
+        gradients of one; with `keep_replicas` weights of all layers (both counted).
         token_buffer_bytes: where rows are sent, received and combined, for the largest layer. activation_bytes: what
         one micro-batch in flight keeps of all layers for backward, without activation recomputation (both modelled).
     Seconds of the step (modelled):

@@ -23,10 +23,11 @@ class ModelShape:
     Attributes:
         layers: MoE layers. experts, top_k: of each.
         hidden_size, intermediate_size: of one routed expert, which has gate, up and down projections.
-        heads, kv_heads, head_dim: attention. With multi-head latent attention head_dim is what queries and keys have
-            without the rotary part, and the next four fields are not zero (q_rank is, where queries are not
-        compressed). q_rank, kv_rank, rope_dim, value_dim: latent attention's ranks and head sizes.
+        heads, kv_heads, head_dim: attention. With multi-head latent attention, head_dim is the size of a head's queries
+            and keys without their rotary part.
         shared_intermediate_size: of all shared experts together, which every rank runs for its own tokens.
+        q_rank, kv_rank, rope_dim, value_dim: sizes of multi-head latent attention: of compressed queries (0: they are
+            not compressed), of compressed keys and values, of a head's rotary part and values. All 0: plain attention.
         adapter_rank: of low-rank adapters of all three projections, beside frozen weights; 0: the weights are trained.
     """
 

@@ -1,4 +1,4 @@
-"""What a policy does with a batch, in the counts that `cost.py` prices: plans and baselines are compared so."""
+"""What a policy does with a batch, as the counts that `cost.py` prices. Plans and baselines are compared by them."""
 
 from dataclasses import dataclass
 
@@ -13,10 +13,10 @@ _BY_BATCH = ("kept_in", "kept_out", "kept_near_in", "kept_near_out", "moved_in",
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """L layers, M micro-batches, R ranks; arrays of counts.
+    """What a policy does with one batch: counts over L layers, M micro-batches, R ranks with P slots each.
 
     slot_load:  int [L, M, R, P]  assignments computed in each of a rank's slots (home, then replica)
-    local:      float [L, M, R]   of a rank's assignments, those whose token is on its node; None: an equal share
+    local:      float [L, M, R]   assignments of a rank whose token is on its node; None: load / number of nodes
     pushed_in, pushed_out:  int [L, M, R]  fetched replicas that a rank gets or gives, in its node
     far_in, far_out:        int [L, M, R]  the same between nodes, which only baselines do
     kept_in, kept_out:      int [L, R]     kept replicas that cross between nodes, to a relay
@@ -118,7 +118,7 @@ def moves(home_LE: np.ndarray, previous_LE: np.ndarray, ranks: int) -> dict[str,
 
 
 def outcome_of_plan(plan: BatchPlan, loads: np.ndarray, previous_home: np.ndarray | None = None) -> Outcome:
-    """What a BatchPlan costs. Without a previous placement nothing counts as moved."""
+    """The counts of a plan for these loads [L, M, E] or [L, M, R, E]. Without `previous_home` [L, E] nothing moves."""
     table = total_loads(loads)
     layers, micro_batches, ranks, _ = plan.replicas.shape
     held = held_experts(plan.home, ranks)

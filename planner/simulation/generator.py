@@ -1,10 +1,14 @@
 """Routing like that of real models, from published statistics: log-normal popularity that drifts between micro-batches.
 
-Calibrated, not fitted: `generate_loads` searches the width of the popularity so that the mean over (layer, micro-batch)
-of the hottest expert's load over the mean expert's is the one asked for, and the part of it that is fixed for the batch
-so that the asked-for part of the eight hottest experts changes between adjacent micro-batches. No expert gets more than
-one assignment of a token. Published (see docs/simulator.md): Qwen3-30B-A3B 7.3 on DAPO-Math, with 16-20 % of the eight
-hottest changing; DeepSeek-R1 5.2-8.2 by workload; gpt-oss-20b 1.9-3.8.
+An expert's popularity is exp(width * z). z is normal, and the sum of a part that is fixed for the batch and a part that
+is new in every micro-batch. Two numbers are searched, so that two statistics come out as asked for:
+
+max_mean  sets the width: load of the hottest expert over that of the mean expert, mean over (layer, micro-batch)
+change    sets the size of the new part: share of the eight hottest experts that were not among the eight hottest of
+          the micro-batch before
+
+No expert gets more than one assignment of a token. Published (see docs/simulator.md): Qwen3-30B-A3B max/mean 7.3 on
+DAPO-Math, with a change of 16-20 %; DeepSeek-R1 5.2-8.2 by workload; gpt-oss-20b 1.9-3.8.
 """
 
 import numpy as np
@@ -26,7 +30,11 @@ def generate_loads(
     change: float = 0.18,
     seed: int = 0,
 ) -> np.ndarray:
-    """int32 [L, M, E]: loads of micro-batches of `tokens` tokens over all ranks."""
+    """int32 [L, M, E]: loads of micro-batches with `tokens` tokens each, all ranks together.
+
+    max_mean: load of the hottest expert over the mean expert's, mean over (layer, micro-batch)
+    change:   share of the eight hottest experts that is new in each micro-batch
+    """
     share = _shares(layers, micro_batches, experts, top_k, max_mean, change, seed)
     return np.random.default_rng([seed, 1]).binomial(tokens, share).astype(np.int32)
 
@@ -41,9 +49,10 @@ def generate_trace(
     max_mean: float = 7.3,
     seed: int = 0,
 ) -> RoutingTrace:
-    """Sequences of `length` tokens, the last of each not recorded, with experts drawn by popularity (Gumbel top-k).
+    """A trace of sequences of `length` tokens, of which the last is not recorded, as engines leave it.
 
-    Every sequence counts as a micro-batch of the drift.
+    Experts are drawn by popularity (Gumbel top-k), which drifts from one sequence to the next. max_mean: as for
+    `generate_loads`, with sequences for micro-batches.
     """
     share = _shares(layers, sequences, experts, top_k, max_mean, 0.18, seed)
     rng = np.random.default_rng([seed, 1])

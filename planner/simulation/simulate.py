@@ -37,9 +37,15 @@ class Scenario:
 
 @dataclass(frozen=True, eq=False)
 class Result:
-    """One policy. planning_seconds were measured on the machine that simulates; all else is modelled.
+    """What one policy comes to. `planning_seconds` is measured on the machine that simulates; all else is modelled.
 
-    fits: whether its kept replicas are within the cap; a baseline that does not fit is shown without it.
+    imbalance_mean, imbalance_worst: max/mean over ranks, of the (layer, micro-batch) pairs
+    fetched:     fetched replicas per layer and micro-batch, all ranks together. kept: kept ones per layer
+    moved:       experts that changed their home, per layer
+    local_share: part of the assignments that are computed on their token's node
+    fits:        whether its kept replicas are within the memory cap; a baseline that does not fit is shown all the same
+    rank_load:   int [L, M, R], assignments of each rank
+    home:        int32 [L, E] of our plan: where the next batch finds the experts. None for baselines
     """
 
     policy: str
@@ -68,7 +74,7 @@ def simulate(
     """Every policy's result by name. Ours is what `plan_batch` returns for the scenario's options.
 
     previous_home: [L, E], where our plan of the batch before left the experts; None: contiguous homes
-    others: policies of the caller's own, by the names that `policies` has for them
+    others: the caller's own policies: name in `policies` -> function of (table int [L, M, E], cluster)
     """
     known = BASELINES | dict(others or {})
     table = total_loads(loads)

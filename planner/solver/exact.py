@@ -1,11 +1,13 @@
-"""The split in whole assignments with the lowest busiest rank there is for given hosts: a maximum flow, for many pairs
-of layer and micro-batch at once.
+"""The exact split: whole assignments to given hosts, so that the busiest rank has as few as any split allows.
 
-What a rank has above the limit is pushed along shortest paths to ranks below it: from a rank to an expert that it
-computes some of, and on to that expert's other hosts. Distances are found anew before every sweep, and a sweep pushes
-from the farthest ranks inwards, so this is push-relabel with exact labels. Where a rank above the limit reaches none
-below it, take all ranks that it reaches: no split can move assignments out of this set. Its mean, rounded up, is a
-lower bound for the busiest rank, and becomes the limit. So the limit that is met in the end is the optimum.
+A maximum flow, for many pairs of layer and micro-batch at once. Every pair has a limit for its ranks. What a rank has
+above it is pushed along shortest paths to ranks below it: from a rank to an expert that it computes some of, and on to
+that expert's other hosts. A sweep finds all distances anew, then pushes from the farthest ranks inwards (push-relabel
+with exact labels).
+
+A rank above the limit may reach no rank below it. Then no split can move assignments out of the set of ranks that it
+reaches. The mean load of the set, rounded up, is a lower bound for the busiest rank, and becomes the limit. So a limit
+that was raised and is met in the end is the optimum.
 """
 
 import numpy as np

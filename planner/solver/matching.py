@@ -1,10 +1,12 @@
-"""Which label a new group of experts gets, so that most experts keep their rank: solved many at once."""
+"""Which rank (or node) each new group of experts gets, so that as few experts as possible change theirs."""
 
 import numpy as np
 
 
 def match_labels(overlap_BPQ: np.ndarray) -> np.ndarray:
-    """int64 [B, P]: the label of every new group, each used once, with the largest total overlap.
+    """int64 [B, P]: the label (rank or node) of every new group, each used once, with the largest total overlap.
+
+    overlap_BPQ: for each of B problems, what new group p and the present group of label q have in common.
 
     The Hungarian method with potentials (rows added one by one along shortest augmenting paths), for all B problems in
     step. Integers throughout.

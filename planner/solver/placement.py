@@ -3,13 +3,16 @@
 Nodes first, then the ranks inside each node, by the same two steps for all layers at once. Loads over micro-batches are
 vectors: experts that are hot in the same micro-batches must not share a node.
 
-* `assign`: longest processing time. Hottest expert first, to the bin with room whose load overlaps least with it.
-* `improve`: pairwise swaps. First those that lower the sum of squares of bin loads, which is separable over bins, so
-  that disjoint pairs of bins swap at once. Then, where nothing but the placement can level the nodes, those that lower
-  the sum over micro-batches of the busiest bin. Plans with kept replicas leave the second kind out: replicas must take
-  what all nodes have above their share, and that grows by about a sixth when only the busiest node counts.
+A bin is a node, or a rank of one node.
 
-With a placement to start from, swaps start there, each must be worth what it moves, and labels are matched at the end.
+* `assign`: hottest expert first, to the bin with room whose load overlaps least with it (longest processing time).
+* `improve`: pairwise swaps. First those that lower the sum of squares of bin loads. It is a sum over bins, so disjoint
+  pairs of bins swap at once. With `polish`, then those that lower the load of the busiest bin, summed over
+  micro-batches. Plans with kept replicas go without: their replicas must take what *every* node has above its share,
+  and a placement for the busiest node alone makes that about a sixth more.
+
+With a placement to start from, swaps start there, and each must gain enough for the experts that it moves. In the end
+every group of experts gets the rank on which most of it is already.
 
 All arithmetic is on integers that float64 holds exactly, so the order of summation, and with it the number of threads,
 cannot change the outcome.

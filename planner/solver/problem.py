@@ -1,4 +1,4 @@
-"""What is planned: some layers under some options, the hosts that one way to plan gives them, what a solution costs."""
+"""One planning problem: layers and options, the homes and kept replicas that each way to plan gives, and prices."""
 
 from dataclasses import dataclass, replace
 

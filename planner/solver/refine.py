@@ -1,11 +1,11 @@
-"""A whole solution made better: other kept replicas, layers planned again that miss a balance, layers left alone."""
+"""Improve a whole solution: swap kept replicas, plan layers that miss the balance again, leave layers unplanned."""
 
 from dataclasses import replace
 
 import numpy as np
 
 from ..plan import rank_loads
-from .exchange import exchange
+from .kept_swaps import swap_kept
 from .problem import Member, Problem, drop_idle, hosts_of, layer_seconds, of_layers, solve_nothing, solve_over
 from .solution import Effort, Solution, target_load
 
@@ -16,9 +16,9 @@ _ONWARD = 2  # times that homes are moved on from where they have moved to
 _MISSED = 1.005  # max/mean over the balance asked for, above which a layer is planned again
 
 
-def exchange_kept(problem: Problem, solution: Solution, slack: float) -> None:
-    """Other kept replicas, in place, in layers that stay uneven without any fetched ones, where that is cheaper or the
-    balance is asked for."""
+def swap_kept_where_uneven(problem: Problem, solution: Solution, slack: float) -> None:
+    """Swap kept replicas, in place, in layers that stay uneven and fetch none. With a `balance` asked for, every swap
+    that helps stays; without, only what makes the layer cheaper."""
     fetched = ((solution.replicas >= 0) & ~solution.kept[:, None]).any((1, 2, 3))
     over = _over(problem, solution)
     uneven = over.max(1) > REACHED if problem.options.balance is not None else over.mean(1) > 1 + _UNEVEN
@@ -29,7 +29,7 @@ def exchange_kept(problem: Problem, solution: Solution, slack: float) -> None:
     other = Solution(*(value[uneven] for value in vars(solution).values()))
     before = Solution(*(value.copy() for value in vars(other).values()))
     target = target_load(part.table_LME, problem.cluster.num_ranks, problem.options.balance, slack)
-    exchange(part.table_LME, other, target)
+    swap_kept(part.table_LME, other, target)
     if problem.options.balance is None:
         _put(other, layer_seconds(part, before) <= layer_seconds(part, other), before)
     for name, value in vars(other).items():

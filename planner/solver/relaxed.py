@@ -1,9 +1,9 @@
 """The split in real numbers: what every host computes so that ranks are level, as near to local-first as that allows.
 
-Where hosts are given, ranks can be scaled: a host gets w * a * u / (the sum of a * u over the expert's hosts), with a
-factor u for every rank and a preference a for every host. Raising u where a rank has less than the mean and lowering it
-where it has more (matrix scaling, Sinkhorn and Knopp, over-relaxed) ends at level ranks where these are in reach, and
-of all level splits at the one nearest to the preference. All layers and micro-batches are scaled at once.
+Hosts are given. Let w be an expert's load, a the preference of a host, u a factor of a rank. A host computes
+w * a * u / (the sum of a * u over the expert's hosts). Rounds raise u where a rank has less than the mean and lower it
+where it has more (matrix scaling, Sinkhorn and Knopp, over-relaxed). That ends at level ranks where the hosts allow
+them, and of all level splits at the one nearest to the preference. All layers and micro-batches are scaled at once.
 
 Only +, -, *, / and square roots are used, element by element or in a fixed order, so every machine gets the same bits.
 """

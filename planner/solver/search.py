@@ -1,9 +1,10 @@
 """Which of a small family of plans takes the least time.
 
-Members differ in where homes are (as they are, or moved), in how much is kept (shares of what memory allows), whether
-copies of an expert are spread over nodes, how often a home may send to other nodes, and what fetched replicas may leave
-over. Each is solved and priced on a fixed sample of layers and micro-batches; the cheapest is then solved for all. A
-layer whose plan costs more than no change is left as it is.
+Members of the family differ in five things: whether homes move, how many replicas are kept (shares of what memory
+allows), whether replicas of an expert are spread over nodes, how often a home may send kept replicas to other nodes,
+and how far above its target a rank may stay after fetching. Each member is solved and priced on a fixed sample of
+layers and micro-batches; the cheapest is then solved for all. A layer whose plan costs
+more than no change stays as it is.
 """
 
 from dataclasses import replace
@@ -14,11 +15,11 @@ from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
 from .kept import Copies
 from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
-from .refine import REACHED, exchange_kept, insist, leave_alone
+from .refine import REACHED, insist, leave_alone, swap_kept_where_uneven
 from .solution import Effort, Solution
 
 EFFORTS = {
-    "full": Effort(rounds=24, sweeps=16, slack=1 / 1024, within=0.1, again=2, exits=8, near=0.002),
+    "full": Effort(rounds=24, sweeps=16, slack=1 / 1024, within=0.1, again=2, few_last=8, near=0.002),
     "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
@@ -36,7 +37,7 @@ def plan_layers(problem: Problem) -> Solution:
     """The cheapest solution of the family."""
     effort = EFFORTS[problem.options.effort]
     if problem.options.balance is not None:
-        effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, exits=16, near=0.0)
+        effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, few_last=16, near=0.0)
     members = _members(problem)
     best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
     home, copies = hosts_of(problem, best)
@@ -46,16 +47,16 @@ def plan_layers(problem: Problem) -> Solution:
     drop_idle(solution, problem.cluster.gpus_per_node)
     if problem.options.balance is None:
         if problem.options.effort == "full":
-            exchange_kept(problem, solution, effort.slack)
+            swap_kept_where_uneven(problem, solution, effort.slack)
         leave_alone(problem, solution)
     else:
-        exchange_kept(problem, solution, 0.0)
+        swap_kept_where_uneven(problem, solution, 0.0)
         insist(problem, solution, effort, best)
     return solution
 
 
 def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
-    quick = replace(effort, again=min(effort.again, 1), exits=0)
+    quick = replace(effort, again=min(effort.again, 1), few_last=0)
     hosts = {member: hosts_of(sample, member) for member in members}
 
     def seconds(member: Member, micro_batches: int) -> float:

@@ -8,8 +8,8 @@ from ..cluster import ClusterSpec
 from ..plan import held_experts
 from ..pricing.cost import Setting
 from .exact import PairFlow
-from .exits import fetch_exits, level_slots
 from .fetched import FetchPrice, Slots, fetch
+from .fetched_by_flow import fetch_by_flow, level_slots
 from .hosts import Hosts
 from .kept import Copies
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
@@ -28,7 +28,7 @@ class Effort:
     slack: how far above the mean, as a part of it, a rank may be where full balance is not asked for. within: pairs
     that the relaxed split leaves further above than this are not split exactly; None: all are. few: rounds of adding
     few fetched replicas by the exact split, before more are fetched faster where that does not do. again: rounds of
-    these, for pairs more than `near` above their target, and exits: of adding few once more in the end.
+    these, for pairs more than `near` above their target, and few_last: of adding few once more in the end.
     """
 
     rounds: int
@@ -37,7 +37,7 @@ class Effort:
     within: float | None
     few: int = 0
     again: int = 0
-    exits: int = 0
+    few_last: int = 0
     near: float = 0.0
 
 
@@ -166,7 +166,7 @@ def _fetch_few(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: 
     above = np.maximum(slots.load.sum(2) - target_P[:, None], 0).sum(1)
     little = np.flatnonzero(above <= _FEW * target_P)
     part = slots.of_pairs(little)
-    fetch_exits(part, target_P[little], experts, gpus_per_node, effort.few, effort.sweeps)
+    fetch_by_flow(part, target_P[little], experts, gpus_per_node, effort.few, effort.sweeps)
     slots.put(little, part)
 
 
@@ -183,7 +183,7 @@ def _fetch_many(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
             level_slots(part, target_P[over], experts, min(effort.sweeps, _AGAIN_SWEEPS))
             fetch(part, target_P[over], gpus_per_node)
         else:
-            fetch_exits(part, target_P[over], experts, gpus_per_node, effort.exits, effort.sweeps)
+            fetch_by_flow(part, target_P[over], experts, gpus_per_node, effort.few_last, effort.sweeps)
             fetch(part, target_P[over], gpus_per_node)
         slots.put(over, part)
 

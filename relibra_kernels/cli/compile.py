@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     same = same_code(digests)
     for pair in same:
         print(f"the same code twice: {pair}", file=sys.stderr)
+    if not bad and not same:
+        print(f"{len(found)} launches compiled without spills")
     if args.json:
         print(json.dumps(found))
     return 1 if bad or same else 0

@@ -19,7 +19,7 @@ from ..planner.errors import FormatError, InputError, ReLibraError, one_of
 from ..planner.files import load_npz, save_npz
 from ..planner.formats.reading import read_arrays, read_json, read_json_lines
 from ..planner.formats.registry import LOADERS
-from ..planner.formats.said import BESIDE, INSIDE, LENGTHS, fields_of
+from ..planner.formats.response_fields import BESIDE, INSIDE, LENGTHS, fields_of
 from ..planner.formats.sequences import HOLES, SequenceOptions
 from ..planner.trace_writer import TraceWriter
 from .function_file import load_function

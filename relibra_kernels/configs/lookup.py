@@ -4,9 +4,9 @@ Asked in this order: `RELIBRA_CONFIG`, configs agreed on by `warmup`, the user's
 what was measured before what was only compiled), and a heuristic that always answers. The logger of this
 module says at level INFO which one did.
 
-A file answers for a layer with exactly its sizes and layout, with the bucket whose slots and rows a slot are nearest,
-in powers of two (rows count first; between two equally near ones the larger), up to a factor of `REACH`. What was
-found for another generation of a kernel (`config.GENERATIONS`) is not used.
+A file answers only for a layer of exactly its sizes and layout. Of the layer's buckets the nearest answers, by rows a
+slot first, then by slots, both counted in powers of two; of two equally near ones the larger. A bucket further away
+than `REACH` does not answer, nor does what was found for another generation of a kernel (`config.GENERATIONS`).
 """
 
 import logging

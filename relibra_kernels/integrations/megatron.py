@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..planner import RoutingTrace
 from ..planner.errors import InputError, ShapeError
+from ..planner.trace_rules import checked_numbers
 from .places import expert_of_place, place_of_expert, places_of_assignments
 
 __all__ = [
@@ -108,7 +109,7 @@ def replay_targets(
         raise InputError(
             f"rows name trace row {wrong[0]} {times[wrong[0]]} times; every recorded row is fed once{hint}"
         )
-    chosen = range(trace.num_layers) if layers is None else layers
+    chosen = range(trace.num_layers) if layers is None else checked_numbers(layers, "layers").tolist()
     if any(not 0 <= layer < trace.num_layers for layer in chosen):
         raise InputError(f"layers is {list(chosen)}, but the trace has layers 0..{trace.num_layers - 1}")
     ids_TLK = trace.rows(fed).astype(np.int64)
@@ -138,8 +139,9 @@ def rows_of_context_parallel(trace: RoutingTrace, rank: int, size: int, *, zigza
     Every sequence is padded (-1) to a multiple of the chunks that it is cut into: with `zigzag`, as Megatron does, 2 *
     size, of which the rank has chunks `rank` and `2 * size - 1 - rank`; without, `size`, of which it has chunk `rank`.
     """
-    if not 0 <= rank < size:
-        raise InputError(f"rank is {rank}; it must be one of the {size} ranks of context parallelism")
+    whole = all(isinstance(value, int | np.integer) for value in (rank, size))
+    if not whole or not 0 <= rank < size:
+        raise InputError(f"rank is {rank!r}; it must be one of the {size} ranks of context parallelism")
     chunks = 2 * size if zigzag else size
     mine = (rank, chunks - 1 - rank) if zigzag else (rank,)
     shares = [np.zeros(0, np.int64)]

@@ -28,7 +28,7 @@ from ..parallel import ExpertParallel, RuntimeOptions
 from ..planner import ClusterSpec
 from ..planner.errors import InputError
 from ..router import comparison_of
-from .taken import TakenLayer
+from .taken_layer import TakenLayer
 
 __all__ = ["with_relibra_experts", "expert_parallel", "layer_ids"]
 

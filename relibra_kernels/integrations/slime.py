@@ -5,6 +5,7 @@ With `--use-rollout-routing-replay`, slime's rollout data holds `rollout_routed_
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
@@ -12,9 +13,9 @@ import numpy as np
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_slime
 from ..planner.errors import InputError
-from ..planner.formats.sequences import Holes, RecordOptions
+from ..planner.formats.sequences import Holes, RecordOptions, listed
 from ..planner.formats.verl import needed_tokens
-from .batches import PlannedBatch, plan_routed_batch, to_numpy
+from .batches import PlannedBatch, plan_routed_batch
 
 
 def trace_of_rollout(
@@ -38,15 +39,13 @@ def trace_of_rollout(
             f"rollout_data has no {missing[0]!r}: start slime with --use-rollout-routing-replay "
             f"(it has {sorted(rollout_data)})"
         )
-    lengths = [len(sample) for sample in rollout_data["tokens"]]
-    masks = None
-    if rollout_data.get("loss_masks") is not None:
-        generated = [to_numpy(mask) for mask in rollout_data["loss_masks"]]
-        masks = [needed_tokens(mask, tokens) for mask, tokens in zip(generated, lengths, strict=True)]
+    masks = rollout_data.get("loss_masks")
+    if masks is not None:
+        masks = [partial(needed_tokens, mask) for mask in listed("loss_masks", masks)]
     return from_slime(
         rollout_data["rollout_routed_experts"],
         num_experts,
-        num_tokens=lengths,
+        token_ids=rollout_data["tokens"],
         starts=rollout_data.get("routed_experts_start_len"),
         masks=masks,
         moe_layer_ids=moe_layer_ids,

@@ -28,9 +28,10 @@ def trace_of_batch(
     """The trace of `DataProto.batch`: sequence i is row i.
 
     Args:
-        batch: has `routed_experts`, and `attention_mask` where it is padded. Where `input_ids` are jagged too, their
-            lengths are checked. Of its masks, `response_mask` says which tokens were generated: the others (tool
-            results, padding samples) need no routing; and `replay_mask` which are replayed: the others are unknown.
+        batch: has `routed_experts`, and `attention_mask` where it or its masks are padded. Where `input_ids` are jagged
+            too, their lengths are checked. Of its masks, `response_mask` says which tokens were generated: the others
+            (tool results, padding samples) need no routing; and `replay_mask` which are replayed: the others are
+            unknown.
         holes: of a token that needs routing and has none: "refuse" the batch, or leave the token "unknown".
 
     Raises: InputError where there is no routing, or it is not aligned with the mask or the ids.
@@ -45,7 +46,7 @@ def trace_of_batch(
     return from_verl(
         routed,
         num_experts,
-        attention_mask=None if jagged else batch["attention_mask"],
+        attention_mask=batch.get("attention_mask"),
         response_mask=batch.get("response_mask"),
         replay_mask=batch.get("replay_mask"),
         num_tokens=[len(row) for row in ids.unbind()] if jagged and _is_jagged(ids) else None,  # type: ignore[union-attr]

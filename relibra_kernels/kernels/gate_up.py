@@ -2,7 +2,7 @@
 """`h = gather(x) @ gate_up` and `a = act(h)` in one pass: the activation works on the accumulators.
 
 A tile multiplies its rows with 2*BLOCK_N columns at once: BLOCK_N gate columns and the up columns that go with them,
-which the load brings side by side where the weights are concatenated. The two are taken apart at the end.
+which are loaded side by side where the weights are `[gate; up]`. The accumulator is taken apart at the end.
 """
 
 import torch
@@ -19,12 +19,12 @@ from .launch import TABLES, launch
 from .stores import two_stores
 from .swiglu import form_constants
 from .tiles import (
+    bias_row,
     contract,
     count_tiles,
     describe_rows,
     describe_weights,
     first_program,
-    stored,
     tile_of,
     weight_of,
     weight_store,
@@ -113,9 +113,8 @@ def _gate_up_kernel(
             if CONCATENATED:
                 gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
                 if bias_ptr is not None:
-                    bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, 2 * I)
-                    gate += tl.load(bias_at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-                    up += tl.load(bias_at + I + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                    gate += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, 2 * I, XCDS)
+                    up += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, I + column, inside, 2 * I, XCDS)
                 mask = stored_R[:, None] & inside[None, :]
                 h_at = row_of_tile * (2 * I) + column[None, :]
                 tl.store(h_tile + h_at, gate.to(h_ptr.dtype.element_ty), mask=mask)
@@ -123,8 +122,7 @@ def _gate_up_kernel(
             else:
                 wide = 2 * n0 + tl.arange(0, WIDE)
                 if bias_ptr is not None:
-                    bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, 2 * I)
-                    both += tl.load(bias_at + wide, mask=wide < 2 * I, other=0.0).to(tl.float32)[None, :]
+                    both += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, wide, wide < 2 * I, 2 * I, XCDS)
                 mask = stored_R[:, None] & (wide < 2 * I)[None, :]
                 tl.store(h_tile + (row_of_tile * (2 * I) + wide[None, :]), both.to(h_ptr.dtype.element_ty), mask=mask)
                 gate, up = both.reshape(BLOCK_M, BLOCK_N, 2).split()

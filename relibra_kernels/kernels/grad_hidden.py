@@ -1,7 +1,10 @@
 """From the output's gradient back to h in one pass: gather dout, times downᵀ, recompute a, dSwiGLU.
 
-With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`, and `w * a` for the gradient
-of down. Each column tile writes its part of `<g, a>` as fp32 partials; a second kernel adds them in order: no atomics.
+Row r is token t under one of its choices, with gate weight w and activation `a = act(h)`; `g[r] = dout[t] @ down`.
+Three results: `dh = dSwiGLU(w * g, h)`; the gate weight's gradient `<g, a> + <dout, bias>`, dot products
+over columns; and `w * a`, from which `grad_weight` makes the gradient of down.
+
+Each column tile writes its part of `<g, a>` as fp32 partials; a second kernel adds them in order: no atomics.
 """
 
 import torch

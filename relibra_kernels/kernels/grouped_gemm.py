@@ -16,12 +16,12 @@ from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid
 from .launch import TABLES, launch
 from .stores import two_stores
 from .tiles import (
+    bias_row,
     contract,
     count_tiles,
     describe_rows,
     describe_weights,
     first_program,
-    stored,
     tile_of,
     weight_of,
     weight_store,
@@ -94,8 +94,7 @@ def _grouped_gemm_kernel(
             column = n0 + tl.arange(0, BLOCK_N)
             inside = column < N
             if bias_ptr is not None:
-                bias_at = stored(bias_ptr, replica_bias_ptr, weight, num_home, N)
-                acc += tl.load(bias_at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+                acc += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, N, XCDS)
             # a 64-bit start and 32-bit offsets inside the tile: registers
             out_at = out_ptr + row0.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
             tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row_R < end)[:, None] & inside[None, :])

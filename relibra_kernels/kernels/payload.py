@@ -1,7 +1,8 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 """Payload rows (`relibra_kernels.payload`): packed by one program a token, so that a hidden state is read once.
 
-The bytes of a payload are seen through three pointers of its parts' types, with the row's length in each.
+A row of a payload holds a hidden state, slots and gate weights. The kernels get one pointer of the right type for each
+of the three, all into the same bytes, and the length of a row in elements of that type.
 """
 
 import torch

@@ -1,10 +1,11 @@
 # mypy: disallow-incomplete-defs=False, disallow-untyped-defs=False
 """The kernels of `schedule.py`: what blocks of assignments count and where they place them.
 
-1. count: each block of assignments counts those of every slot, a row of `shift` a block.
-2. scan: one program turns the counts into each block's first occurrence numbers, and the totals into offsets.
-3. scatter: each block sorts its (slot, index) pairs; position in the sorted block plus the block's shift is the
-   occurrence number j of an assignment in its slot, and the slot's offset plus j its row.
+1. count: each block of assignments counts its assignments of every slot. The counts are the block's row of `shift`.
+2. scan: one program turns the counts into what a block adds to a position in it (3.), and the totals into the slots'
+   offsets.
+3. scatter: each block sorts its (slot, index) pairs. An assignment's position in the sorted block plus the block's
+   `shift` is its occurrence number j in the slot; the slot's offset plus j is its row.
 
 Up to `MOST_COUNTED` assignments every block counts all of them by itself, so that no block waits for another and one
 launch does all three. Each has small tables of its own; those of block 0 are the schedule's.

@@ -53,6 +53,23 @@ def stored(home_ptr, replica_ptr, weight, num_home, SIZE: tl.constexpr):
 
 
 @triton.jit
+def bias_row(home_ptr, replica_ptr, weight, num_home, column, inside, SIZE: tl.constexpr, XCDS: tl.constexpr):
+    """[1, columns] fp32 of bias number `weight` of the two stores, each `SIZE` long.
+
+    On AMD a load of each store: Triton 3.6 fails on a choice between their pointers for gfx942.
+    """
+    if replica_ptr is None or XCDS == 1:
+        at = stored(home_ptr, replica_ptr, weight, num_home, SIZE)
+        return tl.load(at + column, mask=inside, other=0.0).to(tl.float32)[None, :]
+    else:
+        is_home = weight < num_home
+        home_at = home_ptr + weight.to(tl.int64) * SIZE + column
+        replica_at = replica_ptr + (weight - num_home).to(tl.int64) * SIZE + column
+        row = tl.load(home_at, mask=inside & is_home, other=0.0).to(tl.float32)
+        return (row + tl.load(replica_at, mask=inside & ~is_home, other=0.0).to(tl.float32))[None, :]
+
+
+@triton.jit
 def index_of(weight, num_home, home_first, replica_first):
     """Number of a weight in the store that holds homes and replicas (`stores.two_stores`)."""
     return tl.where(weight < num_home, weight + home_first, weight - num_home + replica_first)

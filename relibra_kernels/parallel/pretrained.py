@@ -60,8 +60,9 @@ def load_pretrained(
         folder: with safetensors, in one file or several with an index.
         device: where parameters come to that are on the meta device; None: the CPU.
     Returns: bytes that this rank read.
-    Raises: FormatError where the folder is not of this model; InputError on the other ranks, where a buffer that files
-        do not hold has no memory, and within a batch. Nothing is changed then.
+    Raises: nothing is changed then. FormatError where the folder is not of this model. InputError within a batch, where
+        a buffer is on the meta device and not in the files, and on ranks whose own files are right when another rank's
+        are not.
     """
     ep._check_between_batches("load_pretrained")
     problem: ReLibraError | None = None

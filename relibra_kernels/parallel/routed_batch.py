@@ -3,11 +3,13 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
 from ..planner import RoutingTrace, load_table
 from ..planner.errors import InputError, ShapeError
+from ..planner.trace_rules import checked_numbers
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,6 +83,7 @@ class RoutedBatch:
         Raises: InputError where ranks have different numbers of micro-batches, or a sequence is dealt out twice or
             never.
         """
+        micro_batches = _dealt(micro_batches, "micro_batches")
         counts = {len(parts) for parts in micro_batches}
         if len(counts) != 1 or 0 in counts:
             raise InputError(f"ranks have {sorted(counts)} micro-batches; all must have the same number, at least one")
@@ -88,7 +91,7 @@ class RoutedBatch:
         order = []
         for r, parts in enumerate(micro_batches):
             for m, part in enumerate(parts):
-                for sequence in map(int, part):
+                for sequence in part:
                     if not 0 <= sequence < trace.num_sequences or rank[sequence] >= 0:
                         raise InputError(
                             f"micro_batches[{r}][{m}] has sequence {sequence}; it must be one of "
@@ -139,9 +142,15 @@ class RoutedBatch:
         Raises: InputError where the sequences do not divide.
         """
         count = trace.num_sequences
-        if micro_batch_size_per_gpu < 1 or count % num_ranks or (count // num_ranks) % micro_batch_size_per_gpu:
+        whole = isinstance(micro_batch_size_per_gpu, int | np.integer)
+        if (
+            not whole
+            or micro_batch_size_per_gpu < 1
+            or count % num_ranks
+            or (count // num_ranks) % micro_batch_size_per_gpu
+        ):
             raise InputError(
-                f"micro_batch_size_per_gpu is {micro_batch_size_per_gpu}; {count} sequences must divide over "
+                f"micro_batch_size_per_gpu is {micro_batch_size_per_gpu!r}; {count} sequences must divide over "
                 f"{num_ranks} ranks in micro-batches of it"
             )
         each = count // num_ranks
@@ -169,6 +178,8 @@ class RoutedBatch:
 
         Raises: InputError as in `from_micro_batches`.
         """
+        micro_batch_indices_of_rank = _dealt(micro_batch_indices_of_rank, "micro_batch_indices_of_rank")
+        partition_of_rank = _dealt([partition_of_rank], "partition_of_rank")[0]
         if len(partition_of_rank) != len(micro_batch_indices_of_rank):
             raise InputError(
                 f"partition_of_rank is for {len(partition_of_rank)} ranks and micro_batch_indices_of_rank for "
@@ -176,13 +187,13 @@ class RoutedBatch:
             )
         dealt = []
         for rank, (samples, parts) in enumerate(zip(partition_of_rank, micro_batch_indices_of_rank, strict=True)):
-            for index in (int(i) for part in parts for i in part):
+            for index in (i for part in parts for i in part):
                 if not 0 <= index < len(samples):
                     raise InputError(
                         f"micro_batch_indices_of_rank[{rank}] has {index}; it must lie in 0..{len(samples) - 1}, "
                         "positions in the rank's partition"
                     )
-            dealt.append([[int(samples[int(i)]) for i in part] for part in parts])
+            dealt.append([[samples[i] for i in part] for part in parts])
         return cls.from_micro_batches(trace, dealt)
 
     def of_rank(self, rank: int) -> "RoutedBatch":
@@ -277,3 +288,14 @@ def routed_batch(
     if micro_batch_of_sequence is None or num_micro_batches is None:
         raise InputError("micro_batch_of_sequence or num_micro_batches is None; a trace needs both")
     return RoutedBatch(batch, np.asarray(micro_batch_of_sequence), num_micro_batches)
+
+
+def _dealt(value: Any, name: str) -> list[list[list[int]]]:
+    """Numbers of sequences by rank and micro-batch. Raises: InputError where they are none (1.5 must not become 1)."""
+    try:
+        return [
+            [checked_numbers(part, f"{name}[{r}][{m}]").tolist() for m, part in enumerate(parts)]
+            for r, parts in enumerate(value)
+        ]
+    except TypeError:
+        raise InputError(f"{name} is {str(value)[:60]}, but must have a list for each rank and micro-batch") from None

@@ -33,11 +33,11 @@ class RuntimeOptions:
     compare_dense: the first batch compares parameters outside of the experts between ranks; False where ranks hold
                    different parts of them as plain tensors (tensor parallelism)
     spare_rows:    tokens a rank and micro-batch that may choose other experts than were recorded
-    on_shift:      what to do where, in the first micro-batch of a batch, the model's own choice in the first MoE layers
-                   is another than the record says: "refuse" (an error below 50 % of equal top-k sets, a warning below
-                   90 %), "warn", or "ignore", which compares nothing, for records of a stale policy. None: "refuse"
-                   where the model's choice agrees with the record of the next token or layer instead, and where 1,000
-                   token-layers or more of a rank were compared; "warn" for other records of a few tokens
+    on_shift:      whether the record is of these tokens: in the first micro-batch of a batch, the top-k sets that the
+                   model's first MoE layers would choose are compared with the record. "refuse": an error where fewer
+                   than 50 % are equal, a warning below 90 %. "warn": a warning below 90 %. "ignore": no comparison, for
+                   records of a stale policy. None: "refuse" where the record fits a neighbouring token or layer better,
+                   or where 1,000 (token, layer) pairs of a rank or more were compared; else "warn"
     transport:     how tokens travel between nodes: "one" hop, straight to the rank; "two" hops, once to a node and then
                    inside it, which adds up partial sums in the node first; "auto": what costs less on this cluster by
                    the price model

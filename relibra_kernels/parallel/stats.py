@@ -17,13 +17,14 @@ class BatchStats:
         static_max_mean, planned_max_mean, actual_max_mean: assignments of the busiest rank over the mean of ranks, mean
             over layers and micro-batches: with contiguous homes and no replicas, as planned, and as it ran. Static is
             None where no routing was recorded.
-        saved_seconds: what static placement would have computed longer on its busiest rank, less what replicas and
-            moves took. Modelled from measured seconds: mean compute seconds of the ranks * (static - actual max/mean)
-            - mean seconds of replicas and migration. Exchanges, which balance shortens too, are not in it. None with
-            static_max_mean.
-        layers_run: (layer, micro-batch) pairs that ran. unknown_tokens, differing_tokens: tokens without a record; and
-            token-layers that chose other experts than recorded. agreeing_share: of compared top-k sets, see
-            `RuntimeOptions.on_shift`; None where none was compared. replicas, replicas_kept: of the plan.
+        saved_seconds: compute time that the plan saved on the busiest rank, less the time of replicas and migration.
+            Modelled from measured seconds: mean compute seconds of the ranks * (static_max_mean - actual_max_mean)
+            - mean seconds of replicas and migration. It leaves out exchanges, which balance shortens too. None where
+            static_max_mean is.
+        layers_run: (layer, micro-batch) pairs that ran. unknown_tokens: tokens without a record. differing_tokens:
+            (token, layer) pairs that chose other experts than recorded. agreeing_share: part of the compared top-k sets
+            that agree with the record, see `RuntimeOptions.on_shift`; None where none was compared. replicas,
+            replicas_kept: replicas of the plan, and kept ones among them.
     Of this rank, rank:
         *_seconds: CUDA events, or the host's clock; `live` is unrecorded tokens, `tables` the preparation of a
             micro-batch. Parts may overlap.

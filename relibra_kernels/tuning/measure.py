@@ -132,10 +132,10 @@ class OnlineSearch:
 
         Raises: OutOfTime.
         """
-        incumbent, *rivals = self.candidates(goal)
+        incumbent, *others = self.candidates(goal)
         workloads: Sequence[Workload] | None = None
         timed: dict[Config, Measured] = {}
-        for config in (incumbent, *rivals):
+        for config in (incumbent, *others):
             key, name = self._key(goal, config), f"{goal.kernel} {goal.part} {goal.slots}x{goal.rows_per_slot} {config}"
             if key not in self.journal.known:
                 if self.out_of_time():

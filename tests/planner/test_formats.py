@@ -225,7 +225,7 @@ def test_verl_padding_is_where_the_mask_says(routing):
         from_verl(np.roll(rows, -1, axis=1), E, attention_mask=mask)
     with pytest.raises(InputError, match="needs attention_mask if it is padded, or cu_seqlens"):
         from_verl(rows, E)
-    with pytest.raises(InputError, match="is a list"):
+    with pytest.raises(InputError, match="sequence 1 has 9 rows, but its 6 tokens need 6"):
         from_verl(list(rows), E, attention_mask=mask)
     with pytest.raises(ShapeError, match="attention_mask"):
         from_verl(rows, E, attention_mask=mask[:2])

@@ -9,8 +9,8 @@ from skewed_loads import skewed_loads
 from relibra_kernels.planner import ClusterSpec
 from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
-from relibra_kernels.planner.solver.exits import fetch_exits
 from relibra_kernels.planner.solver.fetched import Slots, fetch
+from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
 from relibra_kernels.planner.solver.hosts import Hosts
 from relibra_kernels.planner.solver.kept import choose_copies, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
@@ -149,7 +149,7 @@ def test_of_ranks_that_are_as_good_the_lowest_hosts_a_replica():
     assert kept.rank.tolist() == [1]
     for fetching in (
         lambda slots: fetch(slots, np.array([50]), 4),
-        lambda slots: fetch_exits(slots, np.array([50]), 4, 4, 1, 8),
+        lambda slots: fetch_by_flow(slots, np.array([50]), 4, 4, 1, 8),
     ):
         expert = np.stack([np.arange(4), np.full(4, -1)], 1)[None]
         load = np.array([[[80, 0], [20, 0], [20, 0], [20, 0]]])

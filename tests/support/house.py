@@ -64,7 +64,7 @@ ROOMS = (
     Room("nn", "the layer as modules", f"router compiled autograd ops {BASE} errors"),
     Room("router", "top-k routers, replay and recording", "errors"),
     Room("compiled", "the MoE MLP for torch.compile", f"autograd ops {BASE}"),
-    Room("autograd", "the MoE MLP, forward and backward", f"ops {BASE} errors", "autograd products"),
+    Room("autograd", "the MoE MLP, forward and backward", f"ops {BASE} errors", "autograd slot_products"),
     Room("ops", "which backend computes", "kernels reference errors"),
     Room("tuning", "the search for configs, offline", f"compiling kernels configs {BASE} progress {PLANNER}"),
     Room("compiling", "compile without a GPU", "kernels configs progress errors"),
@@ -95,7 +95,7 @@ ROOMS = (
         "files errors",
         "planner.plan planner.plan_rules planner.splits planner.transfers planner.loads planner.cluster "
         "planner.trace planner.trace_rules planner.trace_report planner.trace_files planner.trace_writer "
-        "planner.showing planner.drawing",
+        "planner.printing planner.plots",
     ),
     Room("files", "files written whole or not at all", "errors", "planner.files planner.npz_rows"),
     Room("errors", "the errors of all rooms", "", "planner.errors"),

@@ -2,8 +2,8 @@
 
 Copies are given out one by one to the expert with the highest load per copy, then packed into ranks with equal counts,
 heaviest first to the least loaded rank. Hierarchical: experts are packed into nodes first, and copied only inside them.
-As published, two copies of an expert may land on one rank, and all copies of an expert do the same; `split` gives it
-the best split per micro-batch instead, which its authors do not have.
+As published, two copies of an expert may land on one rank, and every copy computes an equal share of the expert's
+load. With `split`, shares are the best ones of each micro-batch instead, which its authors do not have.
 """
 
 import numpy as np

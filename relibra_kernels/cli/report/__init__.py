@@ -10,7 +10,7 @@ from ..simulation_table import BEYOND, COLUMNS, Case
 from .charts import bars, colour_bar, dots, flatness, heat_map, legend, stacked
 from .style import STYLE
 
-_RIVAL = "best rival"
+_BASELINE = "best baseline"
 
 
 def write_report(path: Path, cases: Sequence[Case], inputs: dict[str, str]) -> None:
@@ -37,16 +37,16 @@ def _best(case: Case) -> tuple[str | None, str | None]:
         (r for r in case.rows.values() if r.fits and r.policy not in ("balanced", "static")),
         key=lambda r: (r.cost.seconds, r.policy != OURS),
     )
-    rivals = [r.policy for r in able if r.policy != OURS]
-    return (able[0].policy if able else None), (rivals[0] if rivals else None)
+    baselines = [r.policy for r in able if r.policy != OURS]
+    return (able[0].policy if able else None), (baselines[0] if baselines else None)
 
 
 def _is_level(case: Case) -> bool:
     """Whether ours is the fastest, and another as fast within what the model can tell."""
-    best, rival = _best(case)
-    if best != OURS or rival is None:
+    best, baseline = _best(case)
+    if best != OURS or baseline is None:
         return False
-    return case.rows[rival].cost.seconds <= 1.001 * case.rows[OURS].cost.seconds
+    return case.rows[baseline].cost.seconds <= 1.001 * case.rows[OURS].cost.seconds
 
 
 def _summary(cases: Sequence[Case]) -> str:
@@ -71,15 +71,15 @@ def _summary(cases: Sequence[Case]) -> str:
     words += f". Another policy is faster in: {'; '.join(lost)}." if lost else "."
     lines = []
     for case in cases:
-        rival, rows = _best(case)[1], case.rows
+        baseline, rows = _best(case)[1], case.rows
         base = rows["balanced"].cost.seconds
         marks = [(kind, base / rows[name].cost.seconds, name) for kind, name in
-                 (("static", "static"), ("rival", rival), ("ours", OURS)) if name in rows]  # fmt: skip
+                 (("static", "static"), ("baseline", baseline), ("ours", OURS)) if name in rows]  # fmt: skip
         lines.append((case.title, marks))
     return (
         f"<h2>Summary</h2><p>{words}</p>"
         f"<h3>Throughput over forced balanced routing (1 = perfectly balanced)</h3>"
-        f"{legend({'static': 'static', 'rival': _RIVAL, 'ours': OURS}, ' mark')}{dots(lines)}"
+        f"{legend({'static': 'static', 'baseline': _BASELINE, 'ours': OURS}, ' mark')}{dots(lines)}"
         "<p class=note>Forced balanced routing gives every expert the same: a yardstick, not a policy. A plan whose "
         "kept replicas let more tokens stay on their node can be faster than it.</p>"
     )

@@ -54,7 +54,7 @@ def bars(values: Sequence[tuple[str, float, str]]) -> str:
     rows = [
         _row(
             name,
-            f"<i class={_KINDS.get(name, 'rival')} style='width:{100 * value / top:.1f}%'></i>"
+            f"<i class={_KINDS.get(name, 'baseline')} style='width:{100 * value / top:.1f}%'></i>"
             f"<span class=one style='left:{100 / top:.1f}%'></span>",
             label,
         )

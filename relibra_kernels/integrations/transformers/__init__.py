@@ -9,8 +9,8 @@ layers. `before = model.get_experts_implementation()`, made first, undoes it to 
 from .blocks import replace_moe_blocks
 from .expert_parallel import communication
 from .experts import expert_form, experts_forward
-from .in_use import LayerInUse, layers
-from .planned import batch, micro_batch, plan
+from .layers_in_use import LayerInUse, layers
+from .planned_batch import batch, micro_batch, plan
 from .recording import RoutingRecord, record_routing
 from .replay import replay
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from ...nn import ReplicatedExperts
 from ...planner.errors import InputError, ShapeError
 from ...router import comparison_of
-from ..taken import TakenLayer
-from .answers import answer_of
+from ..taken_layer import TakenLayer
 from .experts import FamilyExperts
 from .moe_layers import MoeLayer, moe_layers
+from .router_answers import answer_of
 
 
 class FamilyRouter:

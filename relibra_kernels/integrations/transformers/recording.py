@@ -1,5 +1,6 @@
 """Recording the routing of a Hugging Face model, in `generate` and in plain forwards, as a trace."""
 
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,8 +14,10 @@ from torch import Tensor, nn
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from ...planner.trace_rules import compact_dtype
-from .fed import Fed, cache_of, fed_tokens
+from .fed_tokens import Fed, cache_of, fed_tokens
 from .moe_layers import MoeLayer, model_inside, moe_layers, not_compiled
+
+_LOG = logging.getLogger(__name__)
 
 
 @dataclass
@@ -23,6 +26,7 @@ class _Sequence:
     known of, bool [n], of every forward."""
 
     sampled: bool  # a token was sampled after the last one that was fed
+    perhaps_padding: bool = False  # one token at the end of a packed row
     padding: int = 0  # how many of its tokens may be padding behind it, to a multiple of the packed row
     token_ids: list[np.ndarray | None] = field(default_factory=list)
     expert_ids: list[np.ndarray] = field(default_factory=list)
@@ -55,17 +59,17 @@ class RoutingRecord:
 
         Args:
             token_ids: of every sequence, without padding, as `generate` returned them: they say how long sequences
-                are, and recorded routing that was not theirs is refused. Padding behind packed sequences is left out.
+                are, and recorded routing that was not theirs is refused. Padding behind packed sequences is left out;
+                without them, so are sequences of one token at the end of a packed row, with a warning.
 
         Raises: InputError where nothing was recorded, or the ids are not what was fed.
         """
         if not self._sequences:
             raise InputError("nothing was recorded: run the model inside of `with record_routing(model)`")
-        if token_ids is not None and len(token_ids) != len(self._sequences):
-            raise InputError(f"token_ids has {len(token_ids)} sequences, but {len(self._sequences)} were recorded")
+        sequences = self._told_from_padding(None if token_ids is None else len(token_ids))
         num_experts = self._layers[0].num_experts
         parts, unknown = [], []
-        for index, sequence in enumerate(self._sequences):
+        for index, sequence in enumerate(sequences):
             rows = np.concatenate(sequence.expert_ids)
             known = [part for part in sequence.token_ids if part is not None]
             ids = np.concatenate(known) if len(known) == len(sequence.token_ids) else None
@@ -84,6 +88,21 @@ class RoutingRecord:
             tuple(layer.layer_id for layer in self._layers),
             unknown=np.concatenate(unknown),
         )
+
+    def _told_from_padding(self, wanted: int | None) -> list[_Sequence]:
+        """All sequences, or all but those of one token at the end of a packed row, which padding looks like."""
+        surely = [sequence for sequence in self._sequences if not sequence.perhaps_padding]
+        left_out = len(self._sequences) - len(surely)
+        if wanted == len(self._sequences):
+            return self._sequences
+        if wanted is not None and wanted != len(surely):
+            raise InputError(f"token_ids has {wanted} sequences, but {len(self._sequences)} were recorded")
+        if wanted is None and left_out:
+            _LOG.warning(
+                "%d sequences of one token at the end of packed rows are taken for padding: token_ids says which are",
+                left_out,
+            )
+        return surely
 
     def _length(self, sequence: _Sequence, ids: np.ndarray | None, fed: int) -> int:
         if not sequence.sampled:
@@ -147,13 +166,16 @@ class RoutingRecord:
         lengths = list(packed)
         if fed.padded_behind:
             lengths.pop()
-        while len(lengths) > 1 and lengths[-1] == 1:  # padding whose positions are all 0
-            lengths.pop()
-        place, most = 0, math.gcd(*lengths) - 1
-        for length in lengths:
+        surely = len(lengths)
+        while not fed.padded_behind and surely > 1 and lengths[surely - 1] == 1:  # padding, if all its positions are 0
+            surely -= 1
+        place, most = 0, math.gcd(*lengths[:surely]) - 1
+        for index, length in enumerate(lengths):
             own = slice(place, place + length)
             token_ids = None if fed.token_ids is None else fed.token_ids[0, own]
-            self._sequences.append(_Sequence(False, most, [token_ids], [ids_TLK[own]], [known_T[own]]))
+            alone = index >= surely
+            sequence = _Sequence(False, alone, 0 if alone else most, [token_ids], [ids_TLK[own]], [known_T[own]])
+            self._sequences.append(sequence)
             place += length
         self._open, self._cache = [], None
 

@@ -16,9 +16,9 @@ from torch import nn
 from ...alignment import Alignment, Shift
 from ...planner import RoutingTrace
 from ...planner.errors import InputError, ShapeError
-from .fed import Fed, fed_tokens
-from .feeder import Feeder
+from .fed_tokens import Fed, fed_tokens
 from .moe_layers import check_trace_of_model, model_inside, moe_layers, not_compiled
+from .replayed_rows import Feeder
 from .routers import replaying_routers
 
 
@@ -43,10 +43,10 @@ def replay(
         token_ids: of every sequence; a forward that is fed other ids is refused.
         rows: int [B * S], the trace row of every token that is fed, -1 for padding; for inputs laid out otherwise (a
             share of context parallelism), and for `torch.compile`: without them compiled models run uncompiled within.
-        on_shift: what to do where the model's own choice in the first forward's first MoE layers is another than the
-            record says: "refuse" (an error below 50 %, a warning below 90 %), "warn", or "ignore", for records of a
-            stale policy. None: "refuse"; where token_ids are given, which are checked themselves, "refuse" for a record
-            that is shifted by a token or layer, or where 1,000 token-layers were compared, else "warn".
+        on_shift: whether the record is of these tokens: in the first forward, the top-k sets that the first MoE layers
+            would choose are compared with the record. "refuse": an error where fewer than 50 % are equal, a warning
+            below 90 %. "warn": a warning below 90 %. "ignore": no comparison, for records of a stale policy. None:
+            "refuse"; with `token_ids`, which are checked themselves, as None of `RuntimeOptions`.
 
     Yields the `Alignment`, whose `share` says how much of the record the model would have chosen itself.
     Raises: InputError where the trace is not of this model, or a forward is not fed its tokens.

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ...alignment import LAYERS, Alignment
 from ...forwards import at_end_of_backward, backward_task, forwards_now, opened
 from ...planner.errors import InputError, ShapeError
-from .answers import answer_of
-from .feeder import Feeder
 from .moe_layers import MoeLayer
+from .replayed_rows import Feeder
+from .router_answers import answer_of
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 Ranks run the same collectives in the same order, so whoever has begun fewer is who the others wait for. Every rank's
 watchdog writes down its position in the store that the process group was made with, and reads the others' only when it
-has something to say. A process-group timeout says where a rank was; this says why, before it comes.
+waits too long itself. A process-group timeout says only where the waiting rank was; this warning comes before it and
+names the rank that is waited for.
 """
 
 import json

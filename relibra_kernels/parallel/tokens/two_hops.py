@@ -4,8 +4,9 @@ Out:   to the rank of the same place on every node that computes some of its cho
        ranks. A token's own node is a node like the others, to which it has nothing to cross.
 Back:  partial results are added up in the node, in the order of its ranks' choices, and cross once.
 
-Both hops are one hop between fewer ranks: the first between the ranks of a rail, whose slots are (rank in the node,
-slot there) as one number; the second between the ranks of a node, whose tokens are the rows of the first.
+A rail is the ranks of one place, one on every node. Both hops are done by `hop.py`, in smaller groups. The first goes
+between the ranks of a rail; what it calls a slot is (rank in the node, slot there) as one number. The second goes
+between the ranks of a node; its tokens are the rows that the first brought.
 """
 
 from collections.abc import Callable, Sequence

@@ -18,7 +18,7 @@ from tolerance import assert_close
 
 from relibra_kernels.integrations.megatron import rows_of_context_parallel
 from relibra_kernels.integrations.transformers import record_routing, replay
-from relibra_kernels.integrations.transformers.fed import fed_tokens
+from relibra_kernels.integrations.transformers.fed_tokens import fed_tokens
 from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 from relibra_kernels.planner import RoutingTrace
 from relibra_kernels.planner.errors import InputError, ShapeError
@@ -211,6 +211,28 @@ def test_packed_rows_with_tails_record_and_replay(told_by, tail, multiple):
     longer = other_trace([5, 9 + multiple, 7])  # one more would be padding to the multiple
     with pytest.raises(InputError, match="feed them whole"), replay(model, longer, on_shift="ignore"):
         model(ids, **options)
+
+
+@pytest.mark.parametrize("told_by", ["positions", "offsets"])
+@pytest.mark.parametrize("lengths", [[5, 3, 1], [1, 1, 1], [4, 1, 1]])
+def test_a_packed_sequence_of_one_token_is_not_lost(told_by, lengths, caplog):
+    """At the end of a row it looks like padding, so that only token_ids can say what it is."""
+    model = make_model("qwen3_moe").eval()
+    ids, positions, bounds, token_ids = packed(lengths)
+    options = {"position_ids": positions, "use_cache": False}
+    if told_by == "offsets":
+        options["cu_seq_lens_q"] = bounds
+    trace = other_trace(lengths)
+    with torch.no_grad(), record_routing(model) as record, replay(model, trace, token_ids=token_ids):
+        model(ids, **options)
+    np.testing.assert_array_equal(record.trace(token_ids).expert_ids, trace.expert_ids)
+    assert "taken for padding" not in caplog.text
+    surely = next(i for i in range(3, 0, -1) if i == 1 or lengths[i - 1] > 1)
+    assert np.diff(record.trace().offsets).tolist() == lengths[:surely]
+    assert f"{3 - surely} sequences of one token at the end of packed rows are taken for padding" in caplog.text
+    if surely < 2:
+        with pytest.raises(InputError, match="token_ids has 2 sequences, but 3 were recorded"):
+            record.trace(token_ids[:2])
 
 
 def test_shares_of_context_parallelism():

@@ -74,6 +74,10 @@ def test_exported_without_a_forward_before(take_over):
         replace_moe_blocks(model)
     else:
         model.set_experts_implementation("relibra")
+    if TORCH < (2, 12) and not take_over:  # as in test_compiled_without_a_forward_before
+        with pytest.raises(InputError, match="run the model once before it is compiled"):
+            torch.export.export(Logits(model), (tokens,), strict=False)
+        return
     exported = torch.export.export(Logits(model), (tokens,), strict=False)
     assert sum("moe_mlp" in str(node.target) for node in exported.graph.nodes) == layers
     assert (exported.module()(tokens) - expected).abs().max() <= 1e-5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from relibra_kernels.integrations import slime, verl
+from relibra_kernels.integrations import megatron, slime, verl
 from relibra_kernels.integrations.batches import plan_micro_batches
 from relibra_kernels.parallel import RoutedBatch
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, count_loads
@@ -244,3 +244,57 @@ def test_mini_batches_that_do_not_divide_are_refused(routing, mini, micro, epoch
     trace = verl.trace_of_batch(verl_batch(routing), E)
     with pytest.raises(InputError, match=message):
         next(verl.plan_mini_batches(trace, CLUSTER, mini, micro, epochs=epochs))
+
+
+def test_verl_batch_without_padding_keeps_its_padded_masks(routing):
+    """verl makes ids and routing jagged, and leaves `attention_mask` and `response_mask` as they were."""
+    batch = verl_batch(routing)
+    mask = batch["attention_mask"]
+    batch["response_mask"] = mask[:, 6:].clone()
+    batch["response_mask"][0, 2], batch["routed_experts"][0, 8] = 0, 0  # a tool result
+    padded = verl.trace_of_batch(batch, E)
+    unpadded = batch | {
+        key: torch.nested.as_nested_tensor(
+            [row[real.bool()] for row, real in zip(batch[key], mask, strict=True)], layout=torch.jagged
+        )
+        for key in ("input_ids", "routed_experts")
+    }
+    trace = verl.trace_of_batch(unpadded, E)
+    assert (trace.reasons == padded.reasons).all() and (trace.expert_ids == padded.expert_ids).all()
+    assert trace.unknown.sum() == len(routing) + 1
+    with pytest.raises(ShapeError, match="response_mask has shape"):
+        verl.trace_of_batch(unpadded | {"attention_mask": None}, E)
+    with pytest.raises(InputError, match="needs attention_mask"):
+        verl.trace_of_batch({"routed_experts": batch["routed_experts"]}, E)
+
+
+def test_arguments_that_deal_out_a_batch_are_whole_numbers(routing):
+    rollout = slime_rollout(routing)
+    halves = [[list(range(4))], [list(range(4, 8))]]
+    for wrong in ("ab", None, [[[0.5]], [[1]]], [["0"], [[1]]], [[0], [1]]):
+        with pytest.raises(InputError, match="micro_batches"):
+            slime.plan_for_train(rollout, E, CLUSTER, wrong)
+    for wrong in ("ab", [[0.5], [1]]):
+        with pytest.raises(InputError, match="partition_of_rank"):
+            slime.plan_for_train(rollout, E, CLUSTER, [[[0]], [[0]]], partition_of_rank=wrong)
+    for wrong in ("2", None, 2.0):
+        with pytest.raises(InputError, match="micro_batch_size_per_gpu is"):
+            verl.plan_for_update(verl_batch(routing), E, CLUSTER, wrong)
+    for key, wrong in (("loss_masks", [[1, 1]]), ("loss_masks", 5), ("tokens", [5] * 8), ("tokens", None)):
+        with pytest.raises(InputError):
+            slime.plan_for_train(rollout | {key: wrong}, E, CLUSTER, halves)
+    with pytest.raises(ShapeError, match="response_mask has 99 tokens"):
+        slime.plan_for_train(rollout | {"loss_masks": [torch.ones(99)] * 8}, E, CLUSTER, halves)
+
+
+def test_rows_layers_and_ranks_of_a_trace_are_whole_numbers_within_it(routing):
+    trace = slime.trace_of_rollout(slime_rollout(routing), E)
+    for wrong in ("a", [1.5], [9]):
+        with pytest.raises(InputError, match="layers is"):
+            megatron.replay_targets(trace, layers=wrong)
+    for rank, size in (("a", 2), (0.5, 2), (2, 2), (0, 0)):
+        with pytest.raises(InputError, match="rank is"):
+            megatron.rows_of_context_parallel(trace, rank, size)
+    for wrong in ([0.5], [trace.num_tokens], [-2]):  # the last would be a row counted from the end
+        with pytest.raises(InputError, match="rows"):
+            trace.rows(wrong)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ..plan import BatchPlan, held_experts
-from .exits import level_slots
 from .fetched import Slots
+from .fetched_by_flow import level_slots
 
 _EXACT = 1 << 20
 

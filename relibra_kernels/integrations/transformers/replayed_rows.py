@@ -1,4 +1,4 @@
-"""Which recorded experts the tokens of each forward get."""
+"""Which rows of a trace each forward replays: from the tokens that it is fed to the recorded ids of every layer."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ from ...alignment import Alignment
 from ...forwards import OpenForwards
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
-from .fed import Fed
+from .fed_tokens import Fed
 from .moe_layers import MoeLayer
 
 

@@ -1,25 +1,25 @@
-"""Other kept replicas where those that there are do not level every micro-batch.
+"""Swap kept replicas for others in layers where some micro-batches stay uneven.
 
-The exact split says what is missing: ranks from which no path leads to one with room. A kept replica of an expert that
-these ranks compute much of, on a rank outside, opens one. It takes the place of the least used one there, and stays
-where the split over all micro-batches of the layer is better for it. One a layer is tried at a time, all layers at
-once.
+The exact split shows where work is stuck: on a set of overloaded ranks that share no expert with ranks that have room.
+A new kept replica helps: an expert of which these ranks compute much, on a rank outside of the set. It takes the slot
+of the least used kept replica of that rank. The swap stays if the exact split over all micro-batches of the layer is
+better with it. Each round tries one swap in every layer.
 """
 
 import numpy as np
 
 from ..plan import held_experts
 from .exact import FAR
-from .exits import flow_of_slots, level_slots
 from .fetched import Slots
+from .fetched_by_flow import flow_of_slots, level_slots
 from .solution import Solution
 
 _TRIES = 48
 _SWEEPS = 200
 
 
-def exchange(table_LME: np.ndarray, solution: Solution, target_LM: np.ndarray) -> None:
-    """Exchange kept replicas, in place, of layers without fetched ones, until the targets are met or nothing helps."""
+def swap_kept(table_LME: np.ndarray, solution: Solution, target_LM: np.ndarray) -> None:
+    """Swap kept replicas, in place, of layers without fetched ones, until the targets are met or no swap helps."""
     layers, _, experts = table_LME.shape
     ranks, slots = solution.kept.shape[1:]
     held = held_experts(solution.home, ranks)

@@ -24,10 +24,10 @@ from ...planner.plan import contiguous_home
 from ...planner.pricing.models import shape_of_sizes
 from ...weights import ExpertWeights
 from .expert_parallel import RelibraEP, collective_device, implementations_of
-from .fed import Fed
-from .feeder import Feeder
+from .fed_tokens import Fed
 from .moe_layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
+from .replayed_rows import Feeder
 from .routers import replaying_routers
 
 

@@ -1,7 +1,7 @@
 """Where the recorded rows of a sequence belong among its tokens: the lengths, the starts, and what is taken as given.
 
-Parts follow each other in time. One that begins before the end of those before it was generated anew from there on:
-what was recorded beyond that point is void.
+Parts are in the order of time. Where a part begins before the end of an earlier one, the engine generated the sequence
+anew from there on, and what earlier parts recorded beyond that token is dropped.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,8 @@ LastToken = Literal["left out", "in place", "either"]
 class Placed:
     """A sequence of `tokens` tokens, of which `pieces` (first token, staged ids) were recorded.
 
-    certain: a length or a start said so; otherwise the rows are taken to begin at token 0.
+    certain: a length or a start said so; otherwise the rows are taken to begin at token 0, and to end with the
+        sequence.
     """
 
     tokens: int
@@ -52,6 +53,7 @@ def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, nam
         else {"left out": (max(0, tokens - 1),), "in place": (tokens,)}.get(last_token, (max(0, tokens - 1), tokens))
     )
     started = parts[0].start is not None
+    certain = tokens is not None or (started and last_token != "either")  # "either": the rows do not say where they end
     if needed and not any(part.start is not None for part in parts) and len(parts) > 1:
         whole = sum(len(part.ids) for part in parts)
         if whole not in needed and len(parts[-1].ids) in needed:
@@ -74,10 +76,9 @@ def placed(parts: Sequence[Part], tokens: int | None, last_token: LastToken, nam
         assert needed is not None
         if end not in needed:
             pieces, end = _fitted(pieces, end, tokens, needed, last_token, started, name)
-        started = True
     if spans and spans[-1][1] == end:  # the last token was generated with the rows before it
         spans[-1] = (spans[-1][0], tokens, spans[-1][2])
-    return Placed(tokens, tuple((at, ids) for at, ids in pieces if len(ids)), tuple(spans), started)
+    return Placed(tokens, tuple((at, ids) for at, ids in pieces if len(ids)), tuple(spans), certain)
 
 
 def _located(parts: Sequence[Part], last_token: LastToken, name: str) -> list[Part]:

@@ -1,6 +1,7 @@
-"""What whole tiles compute past the ends of a weight, over what a layer needs: counted from the tiles, row by row.
+"""How much tiles compute beyond a weight's columns: multiply-adds issued over multiply-adds needed, counted.
 
-Rows past the end of a slot come on top; `bench/counted.py` counts those.
+A tile is computed whole, also where it reaches past the end of a weight. Rows past the end of a slot come on top;
+`bench/counted.py` counts those.
 """
 
 from ..configs.config import GemmConfig, parse_config

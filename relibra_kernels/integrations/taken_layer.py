@@ -8,7 +8,7 @@ from ..nn import ReplicatedExperts
 
 @dataclass(eq=False)
 class TakenLayer:
-    """The experts that are here, and what replays the block's routing.
+    """One MoE layer in another framework's block: our experts, and the object through which its routing is replayed.
 
     router: has `top_k`, and `replay`, which the runtime sets: it gives (recorded ids int64 `[T, K]`, whether no row is
         -1) for the forward that runs now, or None where that is routed live.

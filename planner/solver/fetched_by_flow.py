@@ -1,4 +1,4 @@
-"""Fetched replicas, as few as possible: each gives a set of overloaded ranks a way to ranks with room.
+"""Fetched replicas, as few as possible: each lets a set of overloaded ranks pass work on to ranks with room.
 
 Where a (layer, micro-batch) stays above its target, the exact split says why: there are ranks from which no path leads
 to a rank with room. A replica opens such a path: a rank outside of the set, with a free slot, fetches from its own node
@@ -35,8 +35,10 @@ def level_slots(slots: Slots, target_P: np.ndarray, experts: int, sweeps: int) -
     return flow
 
 
-def fetch_exits(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, rounds: int, sweeps: int) -> None:
-    """Add fetched replicas, in place, until the targets are met or nothing leads on."""
+def fetch_by_flow(
+    slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node: int, rounds: int, sweeps: int
+) -> None:
+    """Add fetched replicas, in place, until the targets are met or no further replica helps."""
     open_ = np.arange(len(target_P))
     for turn in range(rounds + 1):
         open_ = open_[slots.load[open_].sum(2).max(1) > target_P[open_]]
@@ -59,7 +61,7 @@ def fetch_exits(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
 
 def _add(slots: Slots, flow: PairFlow, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
     """Add replicas, in place; bool [P], the pairs that got any."""
-    at, expert, rank = _exits(slots, flow, target_P, gpus_per_node)
+    at, expert, rank = _replicas_to_add(slots, flow, target_P, gpus_per_node)
     new = (slots.expert[at, rank] < 0).argmax(1)
     slots.expert[at, rank, new], slots.fetched[at, rank, new] = expert, True
     slots.free[at, rank] -= 1
@@ -68,7 +70,7 @@ def _add(slots: Slots, flow: PairFlow, target_P: np.ndarray, gpus_per_node: int)
     return helped
 
 
-def _exits(
+def _replicas_to_add(
     slots: Slots, flow: PairFlow, target_P: np.ndarray, gpus_per_node: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pair, expert and rank of the replicas to add: one a node and pair at most."""
