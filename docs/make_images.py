@@ -129,7 +129,7 @@ def main() -> None:
             ["dispatch", "once to each rank it needs"],
             ["experts", "grouped GEMMs over slots"],
             ["combine", "each rank returns one sum"],
-            ["sum", "of the ranks' sums, in a fixed order"],
+            ["sum", "in the order of its experts"],
         ],
         "Backward takes the same way: dx and the gate weights' gradients return in one payload.",
     )
