@@ -337,7 +337,7 @@ def _checked_reasons(value: Any, offsets: np.ndarray) -> np.ndarray:
 
 def _compacted(ids: np.ndarray, unknown: np.ndarray, num_experts: int) -> np.ndarray:
     dtype = np.dtype(compact_dtype(num_experts))
-    if ids.itemsize == dtype.itemsize:
+    if ids.itemsize == dtype.itemsize and ids.dtype.isnative:  # other byte orders only look as narrow
         compact = ids.view(dtype)  # of signed ids, -1 is all ones
         wrong = ids.dtype.kind == "u" and unknown.any() and (compact[unknown] != np.iinfo(dtype).max).any()
         if not wrong:

@@ -182,6 +182,18 @@ def test_an_id_takes_one_byte_up_to_256_experts_and_two_beyond(num_experts, widt
     np.testing.assert_array_equal(RoutingTrace.load(tmp_path / "old.npz").expert_ids, ids)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "num_experts"), [(">i2", 200), (">i2", 300), (">u2", 257), (">u2", 40_000), (">i4", 300), (">u8", 257)]
+)
+def test_ids_of_the_other_byte_order(dtype, num_experts, tmp_path):
+    """Those that are as wide as they are kept are not the same bytes."""
+    ids = np.array([[[1, 0]], [[num_experts - 1, 5]]])
+    trace = RoutingTrace(ids.astype(dtype), [0, 2], num_experts, [0])
+    np.testing.assert_array_equal(trace.expert_ids, ids)
+    trace.save(tmp_path / "t.npz")
+    np.testing.assert_array_equal(RoutingTrace.load(tmp_path / "t.npz").expert_ids, ids)
+
+
 def test_the_narrowest_ids_are_not_copied():
     ids = small_trace().expert_ids.copy()
     trace = RoutingTrace(ids, [0, 5, 5, 12], 16, range(3))
