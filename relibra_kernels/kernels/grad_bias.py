@@ -13,7 +13,7 @@ from ..operands import check_grad
 from ..schedule import Schedule
 from .constants import ceil_div, chosen_block, next_power_of_2
 from .launch import TABLES, launch
-from .tiles import slots_of, stored
+from .tiles import slots_of
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_home"], do_not_specialize_on_alignment=TABLES)
@@ -62,10 +62,23 @@ def _grad_bias_kernel(
                     values *= tl.load(weights_ptr + assignment, mask=here, other=0.0).to(tl.float32)[:, None]
                 total += tl.sum(values, 0)
     if found > 0 or not ACCUMULATE:
-        at = stored(grad_ptr, replica_grad_ptr, weight, num_home, N) + column
-        if ACCUMULATE:
-            total += tl.load(at, mask=inside, other=0.0)
-        tl.store(at, total.to(grad_ptr.dtype.element_ty), mask=inside)
+        # a branch for each store: Triton 3.6 fails on a choice between their pointers for AMD
+        if replica_grad_ptr is None:
+            _add(grad_ptr, weight, total, column, inside, N, ACCUMULATE)
+        else:
+            if weight < num_home:
+                _add(grad_ptr, weight, total, column, inside, N, ACCUMULATE)
+            else:
+                _add(replica_grad_ptr, weight - num_home, total, column, inside, N, ACCUMULATE)
+
+
+@triton.jit
+def _add(grad_ptr, index, total, column, inside, N: tl.constexpr, ACCUMULATE: tl.constexpr):
+    """Columns of gradient number `index` of one store: `total`, added to what is there where it accumulates."""
+    at = grad_ptr + index.to(tl.int64) * N + column
+    if ACCUMULATE:
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 def grad_bias(
