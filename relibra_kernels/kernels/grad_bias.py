@@ -16,6 +16,13 @@ from .launch import TABLES, launch
 from .tiles import slots_of
 
 
+@triton.jit
+def _put(at, total, inside, ACCUMULATE: tl.constexpr):
+    if ACCUMULATE:
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total.to(at.dtype.element_ty), mask=inside)
+
+
 @triton.jit(do_not_specialize=["num_slots", "num_home"], do_not_specialize_on_alignment=TABLES)
 def _grad_bias_kernel(
     rows_ptr,
@@ -62,23 +69,13 @@ def _grad_bias_kernel(
                     values *= tl.load(weights_ptr + assignment, mask=here, other=0.0).to(tl.float32)[:, None]
                 total += tl.sum(values, 0)
     if found > 0 or not ACCUMULATE:
-        # a branch for each store: Triton 3.6 fails on a choice between their pointers for AMD
-        if replica_grad_ptr is None:
-            _add(grad_ptr, weight, total, column, inside, N, ACCUMULATE)
+        # a branch: Triton 3.6 fails on a choice between the stores' pointers for gfx942
+        if replica_grad_ptr is None:  # noqa: SIM114 (decided when it is compiled)
+            _put(grad_ptr + weight.to(tl.int64) * N + column, total, inside, ACCUMULATE)
+        elif weight < num_home:
+            _put(grad_ptr + weight.to(tl.int64) * N + column, total, inside, ACCUMULATE)
         else:
-            if weight < num_home:
-                _add(grad_ptr, weight, total, column, inside, N, ACCUMULATE)
-            else:
-                _add(replica_grad_ptr, weight - num_home, total, column, inside, N, ACCUMULATE)
-
-
-@triton.jit
-def _add(grad_ptr, index, total, column, inside, N: tl.constexpr, ACCUMULATE: tl.constexpr):
-    """Columns of gradient number `index` of one store: `total`, added to what is there where it accumulates."""
-    at = grad_ptr + index.to(tl.int64) * N + column
-    if ACCUMULATE:
-        total += tl.load(at, mask=inside, other=0.0)
-    tl.store(at, total.to(grad_ptr.dtype.element_ty), mask=inside)
+            _put(replica_grad_ptr + (weight - num_home).to(tl.int64) * N + column, total, inside, ACCUMULATE)
 
 
 def grad_bias(

@@ -150,9 +150,10 @@ def test_where_a_table_begins_compiles_nothing_anew():
 @interpreting
 def test_the_command_prints_a_table_and_json(capsys):
     assert main(["compile", "--target", "sm_90", "--kernel", "permute", "--json"]) == 0
-    *table, last = capsys.readouterr().out.splitlines()
+    *table, sum_line, last = capsys.readouterr().out.splitlines()
     reports = json.loads(last)
     assert len(table) == len(reports) + 1 and "registers" in table[0]
+    assert sum_line == f"{len(reports)} launches compiled without spills"
     keys = {"kernel", "config", "registers", "spill_bytes", "shared_bytes", "mma", "tma"}
     assert all(keys <= report.keys() and report["spill_bytes"] == 0 for report in reports)
 
