@@ -128,8 +128,8 @@ def main() -> None:
             ["tables", "rank and slot, on the device"],
             ["dispatch", "once to each rank it needs"],
             ["experts", "grouped GEMMs over slots"],
-            ["combine", "rows go back, one payload"],
-            ["sum", "weighted, in the token's order"],
+            ["combine", "each rank returns one sum"],
+            ["sum", "in the order of its experts"],
         ],
         "Backward takes the same way: dx and the gate weights' gradients return in one payload.",
     )
@@ -139,7 +139,7 @@ def main() -> None:
         [
             ["home", "parameters, optimizer state"],
             ["move", "before the batch, if it pays"],
-            ["copy", "kept once, fetched a layer"],
+            ["copy", "for a batch, or for a layer"],
             ["compute", "copy takes its quota of rows"],
             ["gradient", "fp32, in a fixed order"],
             ["home again", "optimizer steps there only"],

@@ -4,13 +4,20 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
+from unittest.mock import Mock
 
 import pytest
-from gpu_stages import correct, kernels, layer, smoke, step, tune
+import torch
+from entry_kernels import entry_kernels
+from gpu_stages import correct, kernels, layer, rank_checks, smoke, step, tune
+from gpu_stages.ahead import launches_ahead
 from gpu_stages.case import OK, STAGES, STATUSES, Case, Result, empty, plain, results_of
 from gpu_stages.clock import FakeClock, times_of
+from gpu_stages.problems import FORMS
 from gpu_stages.profile import timeline
 from gpu_stages.runner import Runner
 from gpu_stages.table import tables
@@ -18,6 +25,10 @@ from gpu_stages.worker import Missing, Wrong, status_of
 
 from relibra_kernels.cli import main
 from relibra_kernels.configs.files import load_entries, path_of
+from relibra_kernels.configs.limits import device_for
+from relibra_kernels.configs.products import PRODUCTS
+from relibra_kernels.form import Activation
+from relibra_kernels.kernels.launch import Launch, recording
 from relibra_kernels.planner.errors import FormatError
 from relibra_kernels.tuning.catalogue import PARTS
 from relibra_kernels.tuning.import_results import measured_entries
@@ -100,6 +111,37 @@ def test_no_kernel_is_left_out():
         assert set(module.KERNELS) == set(PARTS), module.__name__
     assert all(part in PARTS[kernel] for kernel, part in tune.PARTS)
     assert {kernel for kernel, _ in tune.PARTS} >= {"gate_up", "grouped_gemm", "grad_hidden", "grad_weight"}
+
+
+class OnTheCpu:
+    """A setting for what is recorded and not run."""
+
+    device = torch.device("cpu")
+    report = Mock()
+
+    def size(self, real, tiny):
+        return real
+
+    def randn(self, *shape, dtype=torch.bfloat16):
+        return torch.zeros(shape, dtype=dtype)
+
+
+def test_every_kernel_is_launched_on_a_gpu():
+    """All entry points of the package, also those that only rows on their way between ranks need."""
+    device = device_for(PRODUCTS["H100"])
+    launched = {launch.kernel.__name__ for launch in launches_ahead(device, rehearse=False)}
+    checked: list[Launch] = []
+    for check in (rank_checks.payload, rank_checks.packed_replicas):
+        with recording(device, checked.append), suppress(Wrong):  # nothing runs, so nothing is right
+            check(OnTheCpu())
+    entries = entry_kernels()
+    assert len(entries) > 10
+    assert launched | {launch.kernel.__name__ for launch in checked} == entries
+    assert {case.function for case in correct.cases(False)} >= {"rank_checks.payload", "rank_checks.packed_replicas"}
+
+
+def test_every_activation_is_checked_on_a_gpu():
+    assert {FORMS[name].activation for name in correct.FORMS} == set(get_args(Activation))
 
 
 def test_what_an_exception_means():

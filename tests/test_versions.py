@@ -48,6 +48,7 @@ def test_one_check_writes_its_row_only(matrix):
 def test_a_failure_is_written_and_the_next_check_runs(matrix):
     done, after = matrix("1 failed, 2 passed in 1.00s\\n", 1, "image", "huggingface", "sm_90")
     assert done.returncode == 1
+    assert done.stderr.count("1 failed, 2 passed in 1.00s") == 2, "the log of what failed"
     assert after[("image", "huggingface")][:2] == after[("image", "sm_90")][:2] == ["FAILED", "1 failed, 2 passed"]
 
 

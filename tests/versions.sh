@@ -45,7 +45,7 @@ make_environment() {
 # check NAME CHECK PYTHON: run it, and write its last line of output, without times, into its row of the page
 check() {
     local log=$folder/$1-$2.log status=passed counts row
-    "$2" "$3" > "$log" 2> "$log.errors" || { status=FAILED failed=1; tail -40 "$log" "$log.errors" >&2; }
+    "$2" "$3" > "$log" 2> "$log.errors" || { status=FAILED failed=1; tail -n 40 "$log" "$log.errors" >&2; }
     counts=$(grep -v '^ *$' "$log" | grep -v '^|' | tail -1 | sed -E 's/ in [0-9.]+s.*//; s/^=+ //; s/, [0-9]+ warnings?//; s/\|/ /g' | cut -c1-150)
     row="| $1 | $2 | $status | ${counts:--} | $(date +%F) |"
     echo "$row"

@@ -14,6 +14,7 @@ from relibra_kernels.tuning.models import Model
 from . import correct
 from .layer_checks import LayerProblem, run_layer
 from .problems import DTYPES, FORMS, layer_of, model_of, parts_of, uneven
+from .rank_checks import adapted_experts
 from .shares import LAYER_TOKENS, REPLICAS, SHARES, TOKENS
 from .tiny_layer import call_all
 
@@ -69,6 +70,9 @@ def _correct(setting: Any) -> None:
                 model = Model("odd", hidden, half, 7, 3, FORMS[form])
                 for replicas in (0, 2):
                     _parts(setting, model, 7, 1500, replicas, dtype)
+    for expert_form in (FORMS["qwen"], FORMS["gpt-oss"]):
+        experts, (x, index, weights, _) = adapted_experts(setting, expert_form)
+        experts(x.requires_grad_(), index, weights).sum().backward()
 
 
 def _step(model: Model, experts: int, tokens: int) -> None:

@@ -12,8 +12,9 @@ if TYPE_CHECKING:
 # kernel -> relative error against float64 in the Frobenius norm, by the dtype of its operands; one product each
 TOLERANCE = {"bf16": 1.0e-2, "fp16": 2e-3, "fp32": 1e-5}
 LAYER_TOLERANCE = {"bf16": 1.5e-2, "fp16": 2e-3, "fp32": 1e-5}
+CLAMPED = ("clamped", "clamped silu", "capped silu")  # at a limit that many rows meet
 REHEARSED = (("schedule", "bf16"), ("grad_hidden", "fp16"))
-FORMS = ("qwen", "bias", "interleaved", "transposed", "clamped", "gpt-oss")
+FORMS = ("qwen", "bias", "interleaved", "transposed", *CLAMPED, "gelu tanh", "gpt-oss")
 KERNELS = ("schedule", "permute", "gate_up", "swiglu", "grouped_gemm", "grad_hidden", "grad_weight", "grad_bias",
            "replica_reduce")  # fmt: skip
 # tokens, hidden size, intermediate size: rows of 16 bytes that are no multiple of a block; rows that no descriptor
@@ -67,8 +68,11 @@ def cases(rehearse: bool) -> list[Case]:
             "weights_that_are_views",
             "wide_block_k",
             "fp32_precision_setting",
-            "packed_replicas",
         )
+    ]
+    found += [
+        Case(name.replace("_", " "), f"rank_checks.{name}", beside=True, seconds=90, rehearsed=name == "payload")
+        for name in ("payload", "packed_replicas", "adapters")
     ]
     alone = ("second_stream", "device_by_index", "step_without_waiting", "compiled_after_warmup", "graph_of_a_layer")
     return found + [
@@ -159,7 +163,7 @@ def layers(setting: Setting, form: str, dtype: str, sizes: list[list[int]]) -> N
         for accumulate in setting.size((True, False), (True,)):
             first, second = (run_layer(problem, dtype, accumulate=accumulate) for _ in range(2))
             what = f"{form} {dtype} T={tokens} H={hidden} I={half} accumulate={accumulate}"
-            if form == "clamped":
+            if form in CLAMPED:
                 expected = exact_layer(problem, first["h"])
             found = errors(setting, first, expected)
             worst = {name: max(error, worst.get(name, 0.0)) for name, error in found.items()}
@@ -248,17 +252,3 @@ def fp32_precision_setting(setting: Setting) -> None:
         found[name] = error
         setting.report.figures(**found)
         check(setting, f"fp32_precision = {name}", {"worst": error}, tolerance)
-
-
-def packed_replicas(setting: Setting) -> None:
-    """What no layer of one process launches: replicas packed for the push."""
-    import torch
-
-    from relibra_kernels import kernels, reference
-
-    weights = setting.randn(5, setting.size(720, 20), setting.size(1432, 24), dtype=torch.float32)
-    which = torch.tensor([4, 0, 2], dtype=torch.int32, device=setting.device)
-    packed = [f.pack_replicas(weights, which, torch.bfloat16) for f in (kernels, reference)]
-    found = errors(setting, {"packed": packed[0]}, {"packed": packed[1]})
-    setting.report.figures(errors=found, worst_error=max(found.values()))
-    check(setting, "packed replicas", found, TOLERANCE["bf16"])

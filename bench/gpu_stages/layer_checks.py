@@ -82,7 +82,7 @@ def run_layer(
 
 def exact_layer(problem: LayerProblem, h: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
     """`h`: what backward starts from. A clamp's gradient is 0 or 1: only of the same h are both sides the same."""
-    with _backend("reference"):
+    with backend("reference"):
         return _run(problem, torch.float64, reference.build_schedule, True, False, None, 0, h)
 
 
@@ -121,7 +121,7 @@ def _run(
 
 
 @contextmanager
-def _backend(name: str) -> Iterator[None]:
+def backend(name: str) -> Iterator[None]:
     before = os.environ.get("RELIBRA_BACKEND")
     os.environ["RELIBRA_BACKEND"] = name
     try:

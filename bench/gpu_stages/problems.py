@@ -28,6 +28,9 @@ FORMS: dict[str, ExpertForm] = {
     "interleaved": ExpertForm(is_concatenated=False),
     "transposed": ExpertForm(is_transposed=True),
     "clamped": ExpertForm(activation="clamped", limit=0.7),
+    "clamped silu": ExpertForm(activation="clamped_silu", limit=0.7),
+    "capped silu": ExpertForm(activation="capped_silu", limit=0.7),
+    "gelu tanh": ExpertForm(activation="gelu_tanh"),
     "gpt-oss": GPT_OSS,
 }
 

@@ -97,6 +97,10 @@ def versions() -> Iterator[Finding]:
     if transformers is not None and (5, 17) <= _numbers(transformers) < (5, 23):
         text = f"transformers {transformers} has no hook for expert parallelism: ep_implementation='relibra' is refused"
         yield Finding(topic, "note", text, "pip install 'transformers>=5.23', or replace_moe_blocks and ExpertParallel")
+    torch = _version("torch")
+    if torch is not None and _numbers(torch)[:2] == (2, 11):
+        text = f"torch {torch}: torch.compile(fullgraph=True) of a Hugging Face model that has not run is refused"
+        yield Finding(topic, "note", text, "run the model once before it is compiled")
 
 
 def devices() -> Iterator[Finding]:

@@ -61,7 +61,8 @@ def _of(model: Any) -> Iterator[Found]:
     except ReLibraError as error:
         yield "problem", f"kernels: {error}", "record and replay work all the same"
         return
-    yield "ok", f"kernels: {form}", ""
+    biases = "with" if form.has_bias else "without"
+    yield "ok", f"kernels: ours compute its experts, {form.activation}-gated, {biases} biases", ""
     weights = expert_weights(first.experts).tensors()
     elements = sum(weight[0].numel() for weight in weights)
     size, gradient = elements * weights[0].element_size(), elements * 4

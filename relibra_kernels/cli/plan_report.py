@@ -65,10 +65,11 @@ def lines_of(report: dict[str, Any], written: str) -> list[str]:
     """For people; the last line is what the plan gains."""
     gain = report["static_modelled_seconds"] / report["modelled_seconds"] if report["modelled_seconds"] else 1.0
     verdict = f"{gain:.2f}x as fast" if gain >= 1.005 else "no gain: nothing pays here"
+    over = report["modelled_over_one_hop_balanced"]
+    one_hop = "" if over == report["modelled_over_balanced"] else f", {over:.4f} of it with one hop"
     return [
         f"modelled step: {report['modelled_over_balanced']:.4f} of forced balanced routing "
-        f"(static {report['static_modelled_over_balanced']:.4f}), "
-        f"{report['modelled_over_one_hop_balanced']:.4f} of it with one hop; "
+        f"(static {report['static_modelled_over_balanced']:.4f}){one_hop}; "
         f"{report['local_share']:.1%} of the assignments stay on their node",
         f"per layer: {report['kept_mean']:.1f} kept replicas, up to {report['kept_bytes_worst'] / 1e9:.2f} GB "
         f"of a rank; {report['moves_mean']:.1f} experts moved",

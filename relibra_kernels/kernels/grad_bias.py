@@ -13,7 +13,14 @@ from ..operands import check_grad
 from ..schedule import Schedule
 from .constants import ceil_div, chosen_block, next_power_of_2
 from .launch import TABLES, launch
-from .tiles import slots_of, stored
+from .tiles import slots_of
+
+
+@triton.jit
+def _put(at, total, inside, ACCUMULATE: tl.constexpr):
+    if ACCUMULATE:
+        total += tl.load(at, mask=inside, other=0.0)
+    tl.store(at, total.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_slots", "num_home"], do_not_specialize_on_alignment=TABLES)
@@ -62,10 +69,13 @@ def _grad_bias_kernel(
                     values *= tl.load(weights_ptr + assignment, mask=here, other=0.0).to(tl.float32)[:, None]
                 total += tl.sum(values, 0)
     if found > 0 or not ACCUMULATE:
-        at = stored(grad_ptr, replica_grad_ptr, weight, num_home, N) + column
-        if ACCUMULATE:
-            total += tl.load(at, mask=inside, other=0.0)
-        tl.store(at, total.to(grad_ptr.dtype.element_ty), mask=inside)
+        # a branch: Triton 3.6 fails on a choice between the stores' pointers for gfx942
+        if replica_grad_ptr is None:  # noqa: SIM114 (decided when it is compiled)
+            _put(grad_ptr + weight.to(tl.int64) * N + column, total, inside, ACCUMULATE)
+        elif weight < num_home:
+            _put(grad_ptr + weight.to(tl.int64) * N + column, total, inside, ACCUMULATE)
+        else:
+            _put(replica_grad_ptr + (weight - num_home).to(tl.int64) * N + column, total, inside, ACCUMULATE)
 
 
 def grad_bias(

@@ -135,3 +135,11 @@ def test_transformers_without_a_hook_for_expert_parallelism(capsys, monkeypatch)
     with_versions(monkeypatch, transformers="5.16.1")
     status, found = findings(capsys)
     assert status == 1 and any("5.16.1 is older than 5.17" in entry["text"] for entry in found)
+
+
+@pytest.mark.parametrize(("torch_there", "told"), [("2.11.0+cu130", 1), ("2.12.0", 0), ("2.13.0+cpu", 0)])
+def test_torch_whose_compiler_needs_a_forward_first(capsys, monkeypatch, torch_there, told):
+    with_versions(monkeypatch, torch=torch_there)
+    status, found = findings(capsys)
+    notes = [entry for entry in found if "fullgraph=True" in entry["text"]]
+    assert status == 0 and [entry["level"] for entry in notes] == ["note"] * told

@@ -22,7 +22,10 @@ def test_a_family_that_works(tmp_path, capsys):
     found = about(tmp_path, capsys)
     assert {entry["level"] for entry in found} == {"ok"}
     text = "\n".join(entry["text"] for entry in found)
-    assert "1 MoE layers (1..1), top 2 of 8 experts" in text and "activation='silu'" in text
+    assert (
+        "1 MoE layers (1..1), top 2 of 8 experts" in text
+        and "ours compute its experts, silu-gated, without biases" in text
+    )
     assert about(tmp_path / "config.json", capsys) == found  # the file itself
 
 

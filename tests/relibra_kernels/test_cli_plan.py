@@ -155,7 +155,9 @@ def test_two_hops_are_compared_with_balance_over_two_hops_and_over_one(tmp_path,
     for transport in ("one", "two"):
         arguments = ["--shape", "Qwen3-30B-A3B", "--transport", transport, "--json"]
         assert run(tmp_path, tmp_path / "skewed.npz", *arguments) == 0
-        report = json.loads(capsys.readouterr().out.splitlines()[-1])
+        out = capsys.readouterr().out
+        assert ("of it with one hop" in out) == (transport == "two")
+        report = json.loads(out.splitlines()[-1])
         ratios[transport] = [report["modelled_over_balanced"], report["modelled_over_one_hop_balanced"]]
     assert ratios["one"][0] == ratios["one"][1]
     assert ratios["two"][1] < 0.95 * ratios["two"][0]

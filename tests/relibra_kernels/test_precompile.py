@@ -1,8 +1,6 @@
 """`warmup`: a first training step after it compiles nothing, counted in compile-only form."""
 
-import importlib
 import os
-import pkgutil
 import time
 from collections import defaultdict
 from contextlib import nullcontext
@@ -11,15 +9,15 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from entry_kernels import entry_kernels
 
 pytest.importorskip("triton", reason="needs triton")
 
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
-from relibra_kernels import kernels, precompile, warmup
+from relibra_kernels import precompile, warmup
 from relibra_kernels.compiling import precompiling
 from relibra_kernels.compiling.compile_only import launch_digest
 from relibra_kernels.configs import lookup
@@ -217,10 +215,7 @@ def test_launches_of_a_layer(tokens, most):
 
 def test_every_kernel_is_launched_by_a_layer_or_by_the_runtime():
     """A kernel that nothing launches does not exist: all entry points of the package, counted."""
-    found = {}
-    for module in pkgutil.iter_modules(kernels.__path__):
-        members = vars(importlib.import_module(f"{kernels.__name__}.{module.name}"))
-        found |= {n: k for n, k in members.items() if isinstance(k, JITFunction) and n.endswith("_kernel")}
+    found = entry_kernels()
     launched = set()
     for form in (ExpertForm(), GPT_OSS):
         plain, adapted = make_layer(form), make_layer(form, rank=8)
@@ -228,7 +223,7 @@ def test_every_kernel_is_launched_by_a_layer_or_by_the_runtime():
             launches = precompile._launches([plain, adapted], [64, 1 << 16], H100, replica_slots)
             launched |= {launch.kernel.__name__ for launch in launches}
     assert len(found) > 10
-    assert launched == found.keys()
+    assert launched == found
 
 
 def test_threads_that_compile_parse_in_turn(monkeypatch):

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
-from hf_families import make_model, make_tokens, other_trace
+from hf_families import checkpoint_activations, make_model, make_tokens, other_trace
 from hf_under_plan import loss_of, prepared
 from hf_under_plan import make_tokens as tokens_of_step
 from lora_under_plan import RANK, alone, together, traces_of, wrapped
@@ -91,7 +91,7 @@ def test_adapters_are_recorded_and_replayed(family, reentrant):
     def step(checkpointed):
         model = wrapped(make_model(family)).train()
         if checkpointed:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
             model.enable_input_require_grads()
         losses = []
         layers = moe_layers(model)
