@@ -66,9 +66,14 @@ def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) 
         home, copies = hosts_of(part, member)
         again = drop_idle(solve_over(part, home, copies, effort), problem.cluster.gpus_per_node)
         before = Solution(*(value[missed] for value in vars(solution).values()))
-        better = _over(part, again).max(1) < _over(part, before).max(1)
-        for name, value in vars(again).items():
-            getattr(solution, name)[missed[better]] = value[better]
+        gain = _over(part, before).max(1) - _over(part, again).max(1)
+        for layer in np.argsort(-gain, kind="stable")[: np.count_nonzero(gain > 0)]:
+            now, then = used[missed[layer]], again.kept[layer].sum(1)
+            if (used.sum(0) - now + then).max() > problem.copies:  # layers that stay as they are may hold more
+                continue
+            used[missed[layer]] = then
+            for name, value in vars(again).items():
+                getattr(solution, name)[missed[layer]] = value[layer]
 
 
 def leave_alone(problem: Problem, solution: Solution) -> None:

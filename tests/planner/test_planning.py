@@ -195,6 +195,16 @@ def test_recorded_routing_is_balanced(tmp_path, nodes, gpus, bound):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_layers_planned_again_keep_to_the_memory_of_all_layers():
+    """Some of them stay as they were, with more kept replicas than the others' new plans count on."""
+    rng = np.random.default_rng(1)
+    loads = rng.integers(0, 1000, (3, 4, 18)) * (rng.random((3, 4, 18)) < 0.5)
+    loads[:, :, 5] *= rng.integers(1, 60, (3, 4))
+    options = PlanOptions(balance=1.0, kept_bytes=3 * SHAPE.copy_bytes, fetched_slots=1, shape=SHAPE)
+    plan = plan_batch(loads, ClusterSpec(3, 3, 2), options=options)
+    assert plan.kept.sum((0, 2)).max() == 3
+
+
 def test_importing_the_planner_needs_numpy_alone():
     code = """
 import sys
