@@ -6,6 +6,7 @@ waits too long itself. A process-group timeout says only where the waiting rank 
 names the rank that is waited for.
 """
 
+import atexit
 import json
 import logging
 import threading
@@ -19,6 +20,8 @@ import torch.distributed as dist
 from .collectives import Comm
 
 logger = logging.getLogger(__name__)
+_running: dict[threading.Thread, threading.Event] = {}
+_LAST_SECONDS = 10.0  # for a watchdog's last words, when the process ends
 
 
 def start_watchdog(comm: Comm, seconds: float) -> Callable[[], None]:
@@ -30,11 +33,28 @@ def start_watchdog(comm: Comm, seconds: float) -> Callable[[], None]:
     watched = weakref.ref(comm, lambda _: gone.set())
     arguments = watched, gone, store, seconds
     thread = threading.Thread(target=_watch, args=arguments, name="relibra-watchdog", daemon=True)
+    _running[thread] = gone
     thread.start()
     return gone.set
 
 
+@atexit.register
+def _stop_all() -> None:
+    """Python ends threads that still run when it exits, and one that is inside the store then aborts the process."""
+    for gone in list(_running.values()):
+        gone.set()
+    for thread in list(_running):
+        thread.join(_LAST_SECONDS)
+
+
 def _watch(watched: "weakref.ref[Comm]", gone: threading.Event, store: dist.Store, seconds: float) -> None:
+    try:
+        _report(watched, gone, store, seconds)
+    finally:
+        _running.pop(threading.current_thread(), None)
+
+
+def _report(watched: "weakref.ref[Comm]", gone: threading.Event, store: dist.Store, seconds: float) -> None:
     since, last, said = time.monotonic(), -1, -1
     pause = 0.0  # where this rank is, is known from the start on
     while not gone.wait(pause):

@@ -4,6 +4,8 @@ Nothing half-written is left where a checkpoint should be, and training goes on 
 """
 
 import logging
+import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -121,3 +123,25 @@ def test_the_watchdog_names_who_is_behind():
         "3 collectives behind), rank 3 (not seen yet)"
     )
     assert "no rank that is known to be behind" in describe(1, 2, 7, "combine", 31.4, {0: (7, "combine")})
+
+
+WATCHED_TO_THE_END = """
+import time
+import torch.distributed as dist
+from relibra_kernels.parallel.comm.watchdog import start_watchdog
+
+class Comm:
+    size, rank, ranks, position = 2, 0, (0, 1), (0, "", False)
+
+dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", 0, 1, True), rank=0, world_size=1)
+comms = [Comm() for _ in range(4)]
+for comm in comms:
+    start_watchdog(comm, 1e-4)  # nearly always inside the store
+time.sleep(0.3)
+"""
+
+
+def test_a_process_ends_while_its_watchdogs_write():
+    for _ in range(3):  # two of three aborted where the threads were left to Python's end
+        done = subprocess.run([sys.executable, "-c", WATCHED_TO_THE_END], capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
