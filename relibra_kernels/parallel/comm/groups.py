@@ -11,6 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ...planner import ClusterSpec
 from ...planner.errors import CommunicationError, InputError, ReLibraError
+from .at_exit import wait_for_workers
 from .collectives import Comm
 
 
@@ -56,6 +57,7 @@ class Groups:
     """
 
     def __init__(self, mesh: DeviceMesh | None, cluster: ClusterSpec):
+        wait_for_workers()
         group, others = None, []
         if mesh is not None:
             names = mesh.mesh_dim_names or ()

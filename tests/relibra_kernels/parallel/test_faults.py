@@ -12,6 +12,7 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 import torch.distributed as dist
 from ep_checkpoints import load_and_train
 from faulty_rank import STEPS, Fault, case_of, train_until_it_fails
@@ -19,7 +20,9 @@ from ranks import fork_context, one_rank
 from toy_training import train_parallel
 
 from relibra_kernels.parallel.comm.collectives import Comm
+from relibra_kernels.parallel.comm.groups import Groups
 from relibra_kernels.parallel.comm.watchdog import _watch, describe
+from relibra_kernels.planner import ClusterSpec
 
 
 @pytest.fixture(scope="module")
@@ -145,3 +148,23 @@ def test_a_process_ends_while_its_watchdogs_write():
     for _ in range(3):  # two of three aborted where the threads were left to Python's end
         done = subprocess.run([sys.executable, "-c", WATCHED_TO_THE_END], capture_output=True, text=True, timeout=120)
         assert done.returncode == 0, done.stderr
+
+
+def reduce_and_end(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    _HELD.append(Groups(None, ClusterSpec(1, 2, 1)))  # as a run that is not closed
+    for _ in range(9):
+        total = torch.tensor([1.0])
+        dist.all_reduce(total)
+        float(total)
+    dist.destroy_process_group()
+
+
+_HELD = []
+
+
+def test_a_process_ends_right_after_a_collective(tmp_path):
+    for number in range(6):  # one of two aborted where nothing waited for gloo's workers
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        torch.multiprocessing.start_processes(reduce_and_end, (str(folder),), nprocs=2, start_method="spawn")
