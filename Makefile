@@ -54,9 +54,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The docs as a site in site/, in an environment of its own; without it they are plain Markdown.
+# The docs as a site in site/, in an environment of its own, and its links; without it they are plain Markdown.
 docs: .venv/docs/installed
-	.venv/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	.venv/docs/bin/python .ci/check_site.py site
 
 .venv/docs/installed: mkdocs.yml
 	$(PYTHON) -m venv .venv/docs
