@@ -59,7 +59,7 @@ COLUMNS = (
     Column("local", "part of assignments that stay on their node", lambda _, r: _share(r.local_share), 6),
     Column("MB fast", "a layer and micro-batch, in nodes", lambda _, r: f"{r.cost.bytes_fast / 1e6:.0f}"),
     Column("MB slow", "the same between nodes", lambda _, r: f"{r.cost.bytes_slow / 1e6:.0f}"),
-    Column("step s", "seconds of the simulated layers, modelled", lambda _, r: f"{r.cost.seconds:.3g}"),
+    Column("step s", "seconds of the simulated layers, modelled", lambda _, r: f"{r.cost.seconds:#.3g}"),
     Column("plan s", "seconds of planning, measured here", lambda _, r: f"{r.planning_seconds:.2f}", 7),
 )
 BEYOND = "beyond the cap"

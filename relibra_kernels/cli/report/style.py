@@ -44,8 +44,9 @@ opacity:.6}.dot{position:absolute;top:.15em;width:.8em;height:.8em;margin-left:-
 i.ours,.dot.ours,.key.ours{background:var(--ours)}.dot.ours{transform:rotate(45deg);border-radius:0}
 .axis{color:var(--dim)}.axis .track span{font-size:.85em}.axis .track{background:none}
 .axis .track span{position:absolute;transform:translateX(-50%)}
+.keyed{white-space:nowrap;margin-right:1em}
 .key{display:inline-block;width:.8em;height:.8em;
-margin:0 .3em 0 1em;vertical-align:-.05em}.key:first-child{margin-left:0}
+margin-right:.3em;vertical-align:-.05em}
 .mark.baseline{border-radius:50%}.mark.ours{transform:rotate(45deg)}.maps{display:grid;
 grid-template-columns:repeat(auto-fit,minmax(260px,1fr));gap:1.2em}figure{margin:0}
 figcaption{margin-bottom:.3em}.maps svg{width:100%;height:150px;display:block}.scale{display:flex;
