@@ -118,7 +118,18 @@ def test_every_rival_says_what_it_needs_and_where_that_is_said():
     table = page.split("## Balancing")[1].split("## Kernels")[0]
     rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
     named = {re.match(r"(?:Megatron )?[\w-]+", cells[0])[0]: cells for cells in rows}
-    rivals = ("MoonEP", "UltraEP", "Megatron ECHO", "ForeMoE", "LAER-MoE", "RoutePack", "LLEP", "EPLB", "LPLB", "ReLibra")
+    rivals = (
+        "MoonEP",
+        "UltraEP",
+        "Megatron ECHO",
+        "ForeMoE",
+        "LAER-MoE",
+        "RoutePack",
+        "LLEP",
+        "EPLB",
+        "LPLB",
+        "ReLibra",
+    )
     for rival in rivals:
         assert len(named[rival]) == 4 and all(named[rival]), rival
         assert "https://" in named[rival][0] or "could not be read" in named[rival][0], rival
