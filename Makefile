@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: docs demo test test-families test-megatron test-extras quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
-.PHONY: test-versions rehearse gpu carry
+.PHONY: test-versions rehearse gpu carry collect quick-in-time
 
 demo: .venv/installed
 	$(BIN)/relibra demo
@@ -14,7 +14,14 @@ TEST := $(BIN)/python -m pytest -q -p no:benchmark --numprocesses 2 --dist loadf
 test: .venv/installed
 	$(TEST)
 
-# Under a minute: the planner, the layer in plain torch, and the rules of the house.
+# Under a minute on two cores, 10 s of it to collect all tests; what CI allows of CPU time has some margin.
+collect: .venv/installed
+	$(BIN)/python .ci/cpu_seconds.py 13 $(BIN)/python -m pytest --collect-only -qq
+
+quick-in-time: .venv/installed
+	$(BIN)/python .ci/cpu_seconds.py 100 $(MAKE) quick
+
+# The planner, the layer in plain torch, and the rules of the house.
 QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
 	test_replica_reduce.py test_router.py test_schedule.py test_unpermute.py tuning/test_model.py)
 
@@ -76,6 +83,9 @@ release-check: .venv/installed
 # What takes longer than .ci/run may.
 nightly: .venv/installed
 	RELIBRA_BROWSER=required bash .ci/run
+	$(MAKE) demo
+	$(MAKE) quick-in-time
+	RELIBRA_COMMANDS=all $(BIN)/python -m pytest -q tests/test_commands.py
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
