@@ -256,6 +256,8 @@ BAD = [
     (None, 0, "tokens is 0"),
     (None, [], r"tokens is \[\]"),
     (None, [4, -1], r"tokens is \[4, -1\]"),
+    (None, [4, 2.5], r"tokens is \[4, 2.5\]"),
+    (None, torch.zeros(4, 10), r"tokens is a tensor of shape \[4, 10\], but must be how many .*: 40 for that one"),
 ]
 
 
