@@ -38,6 +38,7 @@ def folder(tmp_path, monkeypatch):
         np.save(tmp_path / "IN" / f"{number:03}.npy", sequence[:-1].astype(np.uint8))
     (tmp_path / "FOLDER").mkdir()
     sizes = {"num_hidden_layers": 2, "num_experts": 8, "num_experts_per_tok": 2, "hidden_size": 64}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 128}
     config = {"model_type": "qwen3_moe", "moe_intermediate_size": 32, "architectures": ["Qwen3MoeForCausalLM"], **sizes}
     (tmp_path / "FOLDER" / "config.json").write_text(json.dumps(config))
     blocks = {info.strip(): code for info, code in FENCE.findall((ROOT / "CONTRIBUTING.md").read_text())}
