@@ -94,3 +94,20 @@ def test_targets_that_pages_name_exist():
     for line in page_commands.commands():
         if line.startswith("make "):
             assert re.search(rf"^{line.split()[1]}:", makefile, re.MULTILINE), line
+
+
+@pytest.mark.skipif(os.environ.get("RELIBRA_COMMANDS") != "all", reason="make nightly runs it, after make demo")
+def test_the_readmes_table_is_what_the_demo_prints():
+    """Its rows without times, which do not vary, against what `make demo` has left."""
+    summary = json.loads((ROOT / "demo-output" / "summary.json").read_text())
+    names = ("static", "planned", "balanced")
+    rows = {
+        "max/mean over ranks, mean": [f"{summary[f'{name}_max_mean']:.3f}" for name in names],
+        "max/mean over ranks, worst": [f"{summary[f'{name}_max_mean_worst']:.3f}" for name in names],
+        "replicas a layer and micro-batch": [f"{summary[f'{name}_replicas']:.2f}" for name in names],
+        "experts moved a step": [f"{summary[f'{name}_experts_moved']:.1f}" for name in names],
+        "MB moved a step: tokens": [f"{summary[f'{name}_token_bytes_per_step'] / 1e6:.1f}" for name in names],
+        "  replicas and their gradients": [f"{summary[f'{name}_replica_bytes_per_step'] / 1e6:.1f}" for name in names],
+    }
+    for label, cells in rows.items():
+        assert re.search(rf"^{label} +{' +'.join(cells)}$", (ROOT / "README.md").read_text(), re.MULTILINE), label
