@@ -108,6 +108,9 @@ def test_a_trace_brings_its_own_model_and_length(tmp_path, capsys):
     assert main([*arguments, "--policies", "static,relibra"]) == 0
     out = capsys.readouterr().out
     assert "sequences of 10 tokens" in out and "gpt-oss-20b, EP 8: 24 layers x 2 micro-batches" in out
+    assert main([*arguments[:-1], "8,16"]) == 2
+    error = capsys.readouterr().err
+    assert "--ep is 8,16, but --sequences-per-rank needs one number of ranks: give one (--ep 8), or --micro" in error
     assert main([*arguments, "--models", "Mixtral-8x7B"]) == 2
     assert "the trace chooses 4 of 32 experts, but Mixtral-8x7B chooses 2 of 8" in capsys.readouterr().err
 
