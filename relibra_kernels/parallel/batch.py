@@ -79,7 +79,7 @@ class OpenBatch:
         transport: Transport,
     ):
         self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
-        self._store, self._batch = store, batch
+        self._store, self.routed = store, batch
         device = self.device = store.device
         comm = self._comm = groups.experts
         self._sums = GradientSums(session.options.gradient_dtype is not None)
@@ -115,15 +115,24 @@ class OpenBatch:
 
         Raises: InputError where the plan has none of this index, or `rows` do not fit, here or on another rank.
         """
-        count = self.plan.num_micro_batches
-        if not isinstance(index, int | np.integer) or not 0 <= index < count:
-            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+        self.check_index(index)
         opened = self._open(int(index), rows)
         self._records.setdefault(int(index), []).append(opened.record)
         return opened
 
+    def check_index(self, index: int) -> None:
+        """Raises: InputError where the plan has no such micro-batch."""
+        count = self.plan.num_micro_batches
+        if not isinstance(index, int | np.integer) or not 0 <= index < count:
+            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+
+    @property
+    def serial(self) -> int:
+        """Batches that open later have greater ones."""
+        return self._session.serial
+
     def _open(self, index: int, rows: np.ndarray | None) -> AnyMicroBatch:
-        batch, parts, store = self._batch, self._parts, self._store
+        batch, parts, store = self.routed, self._parts, self._store
         if batch is None or self._tables is None:
             return UnrecordedMicroBatch(parts, index)
         rows = batch.rows[index] if rows is None and batch.rows is not None else rows
