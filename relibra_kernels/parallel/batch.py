@@ -13,14 +13,13 @@ from ..planner import BatchPlan
 from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
-from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, adapted_weights
-from .experts.kept import KeptReplicas, replicas_to_keep, sources_of_fetched
+from .experts.kept import KeptReplicas, sources_of_fetched
 from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
 from .routed_batch import RoutedBatch
@@ -53,13 +52,6 @@ class ExpertStore:
         with torch.no_grad():
             return adapted_weights(self.experts[layer])
 
-    def replica_bytes(self, layer: int) -> int:
-        """Memory of one kept replica: see `kept_replica_bytes`."""
-        with torch.enable_grad():
-            weights = adapted_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
-        sizes = [(t[0].numel(), t.requires_grad, t.element_size()) for t in weights.tensors()]
-        return sum(kept_replica_bytes(count, count * trained, size) for count, trained, size in sizes)
-
 
 class OpenBatch:
     """Made once the experts are at their homes. Making it fetches the kept replicas: collective.
@@ -83,10 +75,7 @@ class OpenBatch:
         device = self.device = store.device
         comm = self._comm = groups.experts
         self._sums = GradientSums(session.options.gradient_dtype is not None)
-        kept = np.zeros_like(plan.kept)
-        if store.rows is not None and plan.kept.any():
-            each = [store.replica_bytes(layer) for layer in range(store.num_layers)]
-            kept = replicas_to_keep(plan, each, session.options.kept_bytes)
+        kept = plan.kept & (plan.replicas[:, 0] >= 0) & (store.rows is not None)  # [L, R, S]
         with session.ledger.span("replica", device):
             self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
         placements = Placements(plan, loads_LMRE, device)
