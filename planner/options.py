@@ -22,7 +22,7 @@ class PlanOptions:
             takes the least time.
         effort: "full", or "fast" for one attempt of each kind.
         kept_bytes: memory of a rank for kept replicas, over all layers of the table; one takes `shape.copy_bytes`. 0:
-            none are kept. None: a tenth of the device's memory.
+            none are kept. None: a tenth of the device's memory. The runtime keeps whatever a plan keeps.
         fetched_slots: at most so many of a rank's replica slots are fetched; 0: replicas are only kept. None: all.
         max_moves: at most so many experts of a layer change their home; 0: homes stay. None: as many as pay.
         transport: how tokens travel between nodes, which the price depends on: "one" hop, straight to the rank; "two"

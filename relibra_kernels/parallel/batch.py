@@ -13,14 +13,13 @@ from ..planner import BatchPlan
 from ..planner.errors import CommunicationError, InputError, ReLibraError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
-from ..planner.pricing.models import kept_replica_bytes
 from ..weights import ExpertWeights
 from .ahead import BatchTables, Prepared
 from .comm.devices import download_later
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, adapted_weights
-from .experts.kept import KeptReplicas, replicas_to_keep, sources_of_fetched
+from .experts.kept import KeptReplicas, sources_of_fetched
 from .experts.replicas import ReplicaPushes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
 from .routed_batch import RoutedBatch
@@ -53,13 +52,6 @@ class ExpertStore:
         with torch.no_grad():
             return adapted_weights(self.experts[layer])
 
-    def replica_bytes(self, layer: int) -> int:
-        """Memory of one kept replica: see `kept_replica_bytes`."""
-        with torch.enable_grad():
-            weights = adapted_weights(self.experts[layer]) if self.experts else self.weights_of(layer)
-        sizes = [(t[0].numel(), t.requires_grad, t.element_size()) for t in weights.tensors()]
-        return sum(kept_replica_bytes(count, count * trained, size) for count, trained, size in sizes)
-
 
 class OpenBatch:
     """Made once the experts are at their homes. Making it fetches the kept replicas: collective.
@@ -79,14 +71,11 @@ class OpenBatch:
         transport: Transport,
     ):
         self.plan, self._groups, self._session, self._loads = plan, groups, session, loads_LMRE
-        self._store, self._batch = store, batch
+        self._store, self.routed = store, batch
         device = self.device = store.device
         comm = self._comm = groups.experts
         self._sums = GradientSums(session.options.gradient_dtype is not None)
-        kept = np.zeros_like(plan.kept)
-        if store.rows is not None and plan.kept.any():
-            each = [store.replica_bytes(layer) for layer in range(store.num_layers)]
-            kept = replicas_to_keep(plan, each, session.options.kept_bytes)
+        kept = plan.kept & (plan.replicas[:, 0] >= 0) & (store.rows is not None)  # [L, R, S]
         with session.ledger.span("replica", device):
             self._kept = KeptReplicas(comm, plan, store.effective, kept, device)
         placements = Placements(plan, loads_LMRE, device)
@@ -115,15 +104,24 @@ class OpenBatch:
 
         Raises: InputError where the plan has none of this index, or `rows` do not fit, here or on another rank.
         """
-        count = self.plan.num_micro_batches
-        if not isinstance(index, int | np.integer) or not 0 <= index < count:
-            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+        self.check_index(index)
         opened = self._open(int(index), rows)
         self._records.setdefault(int(index), []).append(opened.record)
         return opened
 
+    def check_index(self, index: int) -> None:
+        """Raises: InputError where the plan has no such micro-batch."""
+        count = self.plan.num_micro_batches
+        if not isinstance(index, int | np.integer) or not 0 <= index < count:
+            raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
+
+    @property
+    def serial(self) -> int:
+        """Batches that open later have greater ones."""
+        return self._session.serial
+
     def _open(self, index: int, rows: np.ndarray | None) -> AnyMicroBatch:
-        batch, parts, store = self._batch, self._parts, self._store
+        batch, parts, store = self.routed, self._parts, self._store
         if batch is None or self._tables is None:
             return UnrecordedMicroBatch(parts, index)
         rows = batch.rows[index] if rows is None and batch.rows is not None else rows

@@ -236,6 +236,10 @@ class RoutedBatch:
         here = (self.micro_batch_of_sequence == micro_batch) & (self._ranks == rank)
         return self._order[here[self._order]]
 
+    def trace_of(self, micro_batch: int) -> RoutingTrace:
+        """The sequences of one micro-batch of this rank, in the order of its rows."""
+        return self.trace.select(self.sequences(micro_batch))
+
     def padded_rows(self, micro_batch: int, rank: int = 0, width: int | None = None, left: bool = False) -> np.ndarray:
         """The `rows` of an input whose sequences are padded to one width, at the end or on the left: [B * width].
 

@@ -5,11 +5,12 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..alignment import Alignment
 from ..planner import RoutingTrace
 from ..planner.errors import InputError
+from .batch import OpenBatch
 from .live import LiveRouting
 from .microbatch import AnyMicroBatch
 from .routed_batch import RoutedBatch
@@ -20,16 +21,20 @@ from .tokens.layer import Experts
 class ModelRunner:
     """The layers of one model. Every layer's dispatcher and router ask it.
 
+    Args:
+        model: theirs, for those who know the model by its runner.
+
     Attributes:
         live: routing where no batch is open.
         forwards: which micro-batch a forward belongs to.
-        in_batch: whether a batch is open. closed: whether nothing may run any more.
+        batch: the one that is open. closed: whether nothing may run any more.
     """
 
-    def __init__(self, live: LiveRouting):
-        self.live = live
+    def __init__(self, live: LiveRouting, model: nn.Module | None = None):
+        self.live, self.model = live, model
         self.forwards: ForwardContext[AnyMicroBatch] = ForwardContext()
-        self.in_batch = self.closed = False
+        self.batch: OpenBatch | None = None
+        self.closed = False
         self._record: RoutingRecord | None = None
 
     @property
@@ -58,6 +63,24 @@ class ModelRunner:
         return self.live.run(layer, experts, x_TH, index_TK, weights_TK)
 
     @contextmanager
+    def running(self, batch: OpenBatch) -> Iterator[None]:
+        """Within, `batch` is open: a forward is of one of its micro-batches. It is finished at the end."""
+        self.batch = batch
+        try:
+            with batch.running():
+                yield
+        finally:
+            self.batch = None
+
+    def open_batch(self) -> OpenBatch:
+        """The batch that is open, for its next micro-batch. Raises: InputError where there is none, or one is open."""
+        if self.batch is None:
+            raise InputError("micro_batch is used outside of batch: open `with ep.batch(plan, ...)` first")
+        if self.forwards.open is not None:
+            raise InputError("a micro-batch is open already: leave it before the next begins")
+        return self.batch
+
+    @contextmanager
     def recording(self, record: "RoutingRecord") -> Iterator[None]:
         """Within, live forwards are recorded."""
         before, self._record = self._record, record
@@ -70,7 +93,7 @@ class ModelRunner:
         if self.closed:
             raise InputError(f"MoE layer {layer} runs after ExpertParallel.close: its experts cannot be reached")
         found = self.forwards.find()
-        if found is None and self.in_batch:
+        if found is None and self.batch is not None:
             if not self.forwards.recomputes:
                 raise InputError(
                     f"MoE layer {layer} runs in a batch, but outside of a micro-batch: use `with ep.micro_batch(m)`"

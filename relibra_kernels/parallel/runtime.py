@@ -85,7 +85,6 @@ class ExpertParallel(SpreadModel):
             self._shape,
             self._transport.name,
         )
-        self._batch: OpenBatch | None = None
         self._last: OpenBatch | None = None
 
     def close(self) -> None:
@@ -151,7 +150,7 @@ class ExpertParallel(SpreadModel):
     ) -> Estimate:
         """What a batch would take: bytes, memory by kind, modelled time, and whether planning it pays. Collective.
 
-        Nothing moves. Weights are taken to be bf16, and what the plan keeps to fit into `RuntimeOptions.kept_bytes`.
+        Nothing moves. Weights are taken to be bf16.
 
         Args:
             batch: the routed batch, of the group or of this rank.
@@ -222,7 +221,7 @@ class ExpertParallel(SpreadModel):
             optimizer,
             self.home,
             (self.options, self.reduction),
-            is_open=self._batch is not None,
+            is_open=self._runner.batch is not None,
             counted=counted is not None,
             problem=problem,
         )
@@ -233,14 +232,9 @@ class ExpertParallel(SpreadModel):
         self.comm.ledger.begin_batch()
         self._move(tensors, plan.home, optimizer)
         del tensors
-        opened = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._transport)
-        self._batch = self._last = opened
-        self._runner.in_batch = True
-        try:
-            with opened.running():
-                yield
-        finally:
-            self._batch, self._runner.in_batch = None, False
+        self._last = OpenBatch(session, self.groups, plan, loads, batch, self._store(), self._transport)
+        with self._runner.running(self._last):
+            yield
 
     @contextmanager
     def micro_batch(self, index: int, rows: np.ndarray | None = None) -> Iterator[None]:
@@ -255,11 +249,7 @@ class ExpertParallel(SpreadModel):
                 order) each token is; -1 for padding, which visits no expert. None: what the routed batch says, or else
                 the input is exactly those rows.
         """
-        if self._batch is None:
-            raise InputError("micro_batch is used outside of batch: open `with ep.batch(plan, ...)` first")
-        if self._runner.forwards.open is not None:
-            raise InputError("a micro-batch is open already: leave it before the next begins")
-        with self._runner.forwards.entered(self._batch.micro_batch(index, rows)):
+        with self._runner.forwards.entered(self._runner.open_batch().micro_batch(index, rows)):
             yield
 
     def _store(self) -> ExpertStore:

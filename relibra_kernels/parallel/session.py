@@ -27,7 +27,6 @@ class RuntimeOptions:
     keep_replicas: replicas fetched in forward stay until backward instead of being fetched again
     overlap:       the rows that stay on their rank are computed while the others travel
     combine_dtype: torch.float32 sums a token's partial results unrounded (twice the bytes of bf16); None: the model's
-    kept_bytes:   memory a rank for kept replicas over all layers; None: all that the plan keeps
     gradient_dtype: torch.float32 adds up the gradients of bf16 and fp16 experts unrounded over the micro-batches of a
                    batch (4 bytes an element), unless they have a `main_grad`; None: in the parameters' dtype
     compare_dense: the first batch compares parameters outside of the experts between ranks; False where ranks hold
@@ -48,7 +47,6 @@ class RuntimeOptions:
     keep_replicas: bool = False
     overlap: bool = False
     combine_dtype: torch.dtype | None = None
-    kept_bytes: int | None = None
     gradient_dtype: torch.dtype | None = torch.float32
     compare_dense: bool = True
     spare_rows: int = 0
@@ -66,10 +64,8 @@ class RuntimeOptions:
             raise InputError(f"transport is {self.transport!r}; it must be one of {', '.join(TRANSPORTS)}")
         if not self.watchdog_seconds > 0:
             raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
-        for name in ("kept_bytes", "spare_rows"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise InputError(f"{name} is {value}; it must not be negative")
+        if self.spare_rows < 0:
+            raise InputError(f"spare_rows is {self.spare_rows}; it must not be negative")
 
 
 class Session:

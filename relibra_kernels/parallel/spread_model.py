@@ -167,5 +167,5 @@ class SpreadModel:
         return dataclasses.replace(shape, adapter_rank=adapter_rank(experts))
 
     def _check_between_batches(self, what: str) -> None:
-        if self._runner.in_batch:
+        if self._runner.batch is not None:
             raise InputError(f"{what} is used within a batch: leave it first")

@@ -56,7 +56,7 @@ def lives_of_kept_replicas(case: Case) -> tuple[bool, bool]:
     mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
     plan = make_plan(case, ep, RoutedBatch(trace.select(mine), groups[mine], case.micro_batches), 0)
     with ep.batch(plan, trace.select(mine), groups[mine], optimizer):
-        kept = weakref.ref(ep._batch._kept.weights(0).gate_up)
+        kept = weakref.ref(ep._runner.batch._kept.weights(0).gate_up)
         within = kept() is not None
     ep.stats()  # of the batch that is over
     return within, kept() is not None

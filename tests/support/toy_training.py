@@ -36,9 +36,9 @@ class Case:
     micro_batches: int = 2
     sequence_lengths: tuple[int, ...] = (5, 9, 3, 7, 6, 4, 8, 5)  # sequence i: rank i % ranks
     routing: str = "skewed"  # skewed | same (every token the same experts) | empty_expert (expert 0 never)
-    plan: str = (
-        "planned"  # planned | static | shuffled (random homes and kept replicas by hand) | mixed (layer 0: none kept)
-    )
+    # planned | static | shuffled (random homes, kept replicas) | fetched (random homes, none kept) | mixed (shuffled,
+    # none kept in layer 0)
+    plan: str = "planned"
     steps: int = 1
     dtype: torch.dtype = torch.float64
     padding: int = 0  # padding tokens before every sequence
@@ -298,14 +298,19 @@ def make_plan(case: Case, ep: ExpertParallel, batch: RoutedBatch, step: int) -> 
         return plan_batch(loads, ep.cluster, previous_home=home, model="toy", options=options)
     if case.plan == "static":
         return static_plan(loads, ep.cluster, "toy")
-    plan = shuffled_plan(loads, ep.cluster, step)
-    if case.plan in ("shuffled", "uneven"):
+    plan = shuffled_plan(loads, ep.cluster, step, keep=case.plan != "fetched")
+    if case.plan in ("shuffled", "uneven", "fetched"):
         return plan
-    return replace(plan, kept=plan.kept & (np.arange(case.layers) > 0)[:, None, None], loads=loads)
+    fetched, first = shuffled_plan(loads, ep.cluster, step, keep=False), np.arange(case.layers) == 0
+    replicas, quota = (
+        np.where(first[:, None, None, None], getattr(fetched, name), getattr(plan, name))
+        for name in ("replicas", "quota")
+    )
+    return replace(plan, replicas=replicas, quota=quota, kept=plan.kept & ~first[:, None, None], loads=loads)
 
 
-def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> BatchPlan:
-    """Random homes, kept replicas of any node in every slot, random quotas: everything is used."""
+def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int, keep: bool = True) -> BatchPlan:
+    """Random homes, kept replicas of any node in every slot (or fetched ones of their own), random quotas."""
     random = np.random.default_rng(seed)
     loads = loads_LMRE.sum(2)
     layers, _, experts = loads.shape
@@ -316,8 +321,9 @@ def shuffled_plan(loads_LMRE: np.ndarray, cluster: ClusterSpec, seed: int) -> Ba
     kept = np.zeros_like(empty.kept)
     for layer in range(layers):
         for rank in range(ranks):
-            for slot, expert in enumerate(random.permutation(np.flatnonzero(home[layer] != rank))[:slots]):
-                kept[layer, rank, slot] = True
+            near = keep | (home[layer] // cluster.gpus_per_node == rank // cluster.gpus_per_node)
+            for slot, expert in enumerate(random.permutation(np.flatnonzero((home[layer] != rank) & near))[:slots]):
+                kept[layer, rank, slot] = keep
                 replicas[layer, :, rank, slot] = expert
     left = loads.copy()
     for layer, m, rank, slot in np.ndindex(replicas.shape):

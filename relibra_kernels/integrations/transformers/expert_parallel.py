@@ -84,6 +84,12 @@ def implementations_of(model: nn.Module) -> list[RelibraEP]:
     return found
 
 
+def runner_of_open_batch() -> ModelRunner | None:
+    """Of the model whose batch opened last."""
+    found = [one.runner for one in _IMPLEMENTATIONS.values() if one.runner is not None and one.runner.batch is not None]
+    return max(found, key=lambda runner: runner.batch.serial, default=None)  # type: ignore[union-attr]
+
+
 def communication(model: nn.Module) -> Comm:
     """The expert-parallel group of a model, which counts the bytes that travel, by kind."""
     return implementations_of(model)[0].groups.experts

@@ -23,25 +23,12 @@ from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
 from ...planner.pricing.models import shape_of_sizes
 from ...weights import ExpertWeights
-from .expert_parallel import RelibraEP, collective_device, implementations_of
+from .expert_parallel import RelibraEP, collective_device, implementations_of, runner_of_open_batch
 from .fed_tokens import Fed
 from .moe_layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
 from .replayed_rows import Feeder
 from .routers import replaying_routers
-
-
-@dataclasses.dataclass
-class _Opened:
-    """A batch that is open. `traces`: of each micro-batch; None where routing is live."""
-
-    model: nn.Module
-    runner: ModelRunner
-    batch: OpenBatch
-    traces: list[RoutingTrace] | None
-
-
-_OPENED: list[_Opened] = []  # the last one is what `micro_batch` is about
 
 
 def plan(
@@ -101,7 +88,7 @@ def batch(
     comm, routed = groups.experts, None
     problem: ReLibraError | None = None
     try:
-        if any(opened.model is model for opened in _OPENED):
+        if first.runner is not None:
             raise InputError("a batch is open already: leave it before the next begins")
         if trace is not None and not isinstance(trace, RoutedBatch) and micro_batch_of_sequence is None:
             raise InputError("trace and micro_batch_of_sequence go together: give both or none")
@@ -124,22 +111,17 @@ def batch(
         loads = _planning(model, first, cluster).loads_of(plan, routed, None)
     options, transport = RuntimeOptions(on_shift=on_shift), OneHop(comm, groups.host)
     session = Session(options, comm.ledger)
-    runner = ModelRunner(LiveRouting(transport, plan.home, options))
+    runner = ModelRunner(LiveRouting(transport, plan.home, options), model)
     store = ExpertStore(lambda layer: _weights_of(implementations[layer]), len(implementations), None, device)
     opened = OpenBatch(session, groups, plan, loads, routed, store, transport)
-    traces = None if routed is None else _traces(routed)
-    mine = _Opened(model, runner, opened, traces)
-    runner.in_batch = True
-    _OPENED.append(mine)
     assert comm.alarm is not None
     comm.alarm.begin()
     for layer, implementation in enumerate(implementations):
         implementation.runner, implementation.layer = runner, layer
     try:
-        with opened.running():
+        with runner.running(opened):
             yield
     finally:
-        _OPENED.remove(mine)
         for implementation in implementations:
             implementation.runner, implementation.weights = None, None
 
@@ -152,33 +134,30 @@ def micro_batch(index: int, rows: np.ndarray | None = None) -> Iterator[None]:
         rows: int [tokens fed], the row of each token in the micro-batch's trace (its sequences in trace order), -1 for
             padding; None: the forward is fed those sequences whole, padded (the attention mask says where) or packed.
     """
-    if not _OPENED:
+    runner = runner_of_open_batch()
+    if runner is None or runner.model is None:
         raise InputError("micro_batch is used outside of batch: open `with batch(model, plan)` first")
-    now = _OPENED[-1]
-    forwards, count = now.runner.forwards, now.batch.plan.num_micro_batches
-    if not isinstance(index, int | np.integer) or not 0 <= index < count:
-        raise InputError(f"index is {index!r}; the plan has micro-batches 0..{count - 1}")
-    if forwards.open is not None:
-        raise InputError("a micro-batch is open already: leave it before the next begins")
-    if now.traces is None:
+    opened, forwards, model = runner.open_batch(), runner.forwards, runner.model
+    opened.check_index(index)
+    if opened.routed is None:
         if rows is not None:
             raise InputError("rows are of a trace, and the batch was opened without one")
-        with forwards.entered(now.batch.micro_batch(index, None)):
+        with forwards.entered(opened.micro_batch(index, None)):
             yield
         return
-    trace, layers = now.traces[int(index)], moe_layers(now.model)
+    trace, layers = opened.routed.trace_of(index), moe_layers(model)
     feeder = Feeder(trace, layers, None)
 
     def feed(fed: Fed) -> None:
-        forwards.current = now.batch.micro_batch(index, feeder.feed(fed))
+        forwards.current = opened.micro_batch(index, feeder.feed(fed))
 
     with ExitStack() as stack:
-        stack.enter_context(replaying_routers(layers, feeder, now.batch.alignment))
+        stack.enter_context(replaying_routers(layers, feeder, opened.alignment))
         if rows is not None:
             feeder.use_rows(checked_rows(rows, trace))
-            stack.enter_context(forwards.entered(now.batch.micro_batch(index, np.asarray(rows))))
+            stack.enter_context(forwards.entered(opened.micro_batch(index, np.asarray(rows))))
         else:
-            stack.enter_context(fed_by_forwards(now.model, feed))
+            stack.enter_context(fed_by_forwards(model, feed))
             stack.enter_context(forwards.entered(None))
         yield
 
@@ -215,10 +194,6 @@ def _shape_of(layers: list[MoeLayer], implementation: RelibraEP) -> ModelShape:
     hidden_size, intermediate_size = down.shape[-2:][::-1] if implementation.form.is_transposed else down.shape[-2:]
     sizes = hidden_size, intermediate_size, implementation.num_experts, layers[0].top_k
     return shape_of_sizes(*sizes, layers=len(layers))
-
-
-def _traces(batch: RoutedBatch) -> list[RoutingTrace]:
-    return [batch.trace.select(batch.sequences(m)) for m in range(batch.num_micro_batches)]
 
 
 def _weights_of(implementation: RelibraEP) -> ExpertWeights:

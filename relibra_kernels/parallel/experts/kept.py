@@ -1,11 +1,11 @@
 """Kept replicas: fetched once a batch, with a gradient buffer that goes home once.
 
 Weights cross to another node once, to the relay that hands them on to the node's other ranks that keep the expert.
-Gradients go the way back: a relay adds up those of its node before its own goes home. What does not fit into memory is
-fetched for every micro-batch like any other replica.
+Gradients go the way back: a relay adds up those of its node before its own goes home. Where weights are there only
+while their layer runs, nothing is kept: what the plan keeps is fetched for every micro-batch, like any other replica.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,28 +17,13 @@ from . import blob
 from .replicas import GradientReturn, Transfers, home_slot_of_expert, transfers
 
 
-def replicas_to_keep(plan: BatchPlan, bytes_each: Sequence[int], budget: int | None) -> np.ndarray:
-    """bool [L, R, S]: the replicas that are kept. Layers in turn, while the fullest rank stays within its budget.
-
-    Args:
-        bytes_each: weights and gradient of one expert of each layer.
-        budget: bytes a rank over all layers; None: no limit.
-    """
-    chosen = plan.kept & (plan.replicas[:, 0] >= 0)
-    used = np.zeros(plan.num_ranks, np.int64)
-    for layer, each in enumerate(bytes_each):
-        need = used + chosen[layer].sum(1) * each
-        if budget is not None and need.max() > budget:
-            chosen[layer] = False
-        else:
-            used = need
-    return chosen
-
-
 def sources_of_fetched(plan: BatchPlan, kept_LRS: np.ndarray) -> np.ndarray:
     """int32 [L, M, R, S]: the rank that sends each replica that is fetched, -1 for empty and kept slots.
 
-    Those of a layer that keeps fewer than the plan says come from their homes, on whatever node.
+    Replicas of a layer that keeps fewer than the plan says come from their homes, on whatever node.
+
+    Args:
+        kept_LRS: bool, the replicas that are kept: the plan's, or none.
     """
     wanted = plan.kept & (plan.replicas[:, 0] >= 0)
     as_planned = (wanted == kept_LRS).all((1, 2))
@@ -52,7 +37,7 @@ class KeptReplicas:
 
     Args:
         weights_of: the home weights of a layer.
-        kept_LRS: from `replicas_to_keep`.
+        kept_LRS: bool, the replicas that are kept: the plan's, or none.
     """
 
     def __init__(

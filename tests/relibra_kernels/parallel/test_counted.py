@@ -8,9 +8,9 @@ from toy_training import Case
 
 from relibra_kernels.parallel import RuntimeOptions
 
-FETCHING = Case(plan="shuffled", options=RuntimeOptions(kept_bytes=0))
+FETCHING = Case(plan="fetched")
 TWO_NODES = Case(ranks=4, gpus_per_node=2, plan="static", options=RuntimeOptions(transport="two"))
-TWO_FETCHING = replace(TWO_NODES, plan="shuffled", options=RuntimeOptions(kept_bytes=0, transport="two"))
+TWO_FETCHING = replace(TWO_NODES, plan="fetched")
 
 
 @pytest.mark.parametrize(
@@ -20,7 +20,7 @@ TWO_FETCHING = replace(TWO_NODES, plan="shuffled", options=RuntimeOptions(kept_b
         (Case(plan="shuffled"), 4),  # kept replicas cost none
         (FETCHING, 7),
         (replace(FETCHING, padding=2), 7),
-        (replace(FETCHING, options=RuntimeOptions(kept_bytes=0, keep_replicas=True)), 6),
+        (replace(FETCHING, options=RuntimeOptions(keep_replicas=True)), 6),
     ],
     ids=["no replicas", "kept", "fetched", "fetched, padded", "fetched once"],
 )

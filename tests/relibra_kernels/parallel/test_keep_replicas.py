@@ -13,8 +13,7 @@ from relibra_kernels.parallel import RuntimeOptions
 from relibra_kernels.parallel.experts.replicas import ReplicaPushes, ReplicaRoute, Transfers
 from relibra_kernels.weights import ExpertWeights
 
-FETCHED = RuntimeOptions(kept_bytes=0)  # all replicas of the shuffled plan are fetched for every micro-batch
-FETCH = Case(plan="shuffled", options=FETCHED)
+FETCH = Case(plan="fetched")
 CASES = {
     "one micro-batch after the other": FETCH,
     "two in flight": replace(FETCH, order="one_ahead", micro_batches=4),
@@ -26,8 +25,7 @@ CASES = {
     "h computed again, main_grad": replace(FETCH, recompute=True, main_grad=True),
     "kept replicas": Case(plan="shuffled"),
     "kept replicas above fetched ones": Case(plan="mixed"),
-    "some are kept": Case(plan="shuffled", layers=3, options=RuntimeOptions(kept_bytes=2 * 2 * 3 * 16 * 24 * 16)),
-    "rows fetched again": replace(FETCH, options=replace(FETCHED, redispatch=True, overlap=True)),
+    "rows fetched again": replace(FETCH, options=RuntimeOptions(redispatch=True, overlap=True)),
     "tokens routed live": replace(FETCH, unrecorded=0.2),
 }
 
@@ -45,7 +43,7 @@ def test_same_bits_with_fewer_pushes(ranks, case):
 
 def test_replicas_live_as_long_as_their_graph(ranks):
     """None after a pass without gradients; then 4 graphs of 2 layers, of which backward lets go one after the other."""
-    keeping = replace(FETCH, options=replace(FETCHED, keep_replicas=True))
+    keeping = replace(FETCH, options=RuntimeOptions(keep_replicas=True))
     for moments in ranks(2).run(lives_of_replicas, keeping):
         assert moments == [0, 8, 6, 2, 0]
 

@@ -43,10 +43,9 @@ CASES = {
     "experts that do not divide": Case(ranks=3, gpus_per_node=3, experts=10, plan="uneven", steps=3),
     "as many experts as ranks": Case(ranks=4, gpus_per_node=4, experts=4, plan="shuffled"),
     "steps with migration": Case(plan="shuffled", steps=4),
-    "kept replicas fetched for every micro-batch": Case(plan="shuffled", options=RuntimeOptions(kept_bytes=0)),
-    "replicas kept as far as there is room": Case(
-        plan="shuffled", layers=3, options=RuntimeOptions(kept_bytes=2 * 2 * 3 * 16 * 24 * 16)
-    ),
+    "replicas fetched for every micro-batch": Case(plan="fetched"),
+    "fetched on two nodes": Case(ranks=4, gpus_per_node=2, plan="fetched"),
+    "replicas kept in some layers": Case(plan="mixed", layers=3),
     "received rows fetched again": Case(plan="shuffled", options=RuntimeOptions(redispatch=True)),
     "own rows while others travel": Case(
         ranks=3, gpus_per_node=3, experts=9, plan="shuffled", options=RuntimeOptions(overlap=True)

@@ -135,17 +135,3 @@ def test_bytes_of_the_planners_own_plan_are_what_estimate_says(ranks):
     assert replicas["slow"] == estimate.kept_slow_bytes > 0
     assert sum(sent["migration", net] for net in ("fast", "slow")) == estimate.migration_bytes
     assert estimate.planned_max_mean < 1.05 < estimate.static_max_mean
-
-
-def test_kept_replicas_without_room_are_fetched_for_every_micro_batch(ranks):
-    """Weights twice and gradients once a micro-batch, instead of once each."""
-    fetching = replace(CASE, options=RuntimeOptions(kept_bytes=0))
-    kept, fetched = (ranks(4).run(count_wire, case) for case in (CASE, fetching))
-    assert kept[0]["stats"].replicas_kept > 0 and fetched[0]["stats"].replicas_kept == 0
-
-    def slow(results: list[dict], kind: str) -> int:
-        return sum(result["sent"].get((kind, "slow"), 0) for result in results)
-
-    weights, gradients = slow(kept, "kept_weights"), slow(kept, "kept_gradients")
-    assert slow(fetched, "replica_weights") == 2 * CASE.micro_batches * weights > 0
-    assert slow(fetched, "replica_gradients") == CASE.micro_batches * gradients > 0
