@@ -19,8 +19,8 @@ from .refine import REACHED, insist, leave_alone, swap_kept_where_uneven
 from .solution import Effort, Solution
 
 EFFORTS = {
-    "full": Effort(rounds=24, sweeps=16, slack=1 / 1024, within=0.1, again=2, few_last=8, near=0.002),
-    "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
+    "full": Effort(rounds=24, node_rounds=24, sweeps=16, slack=1 / 1024, within=0.1, again=2, few_last=8, near=0.002),
+    "fast": Effort(rounds=14, node_rounds=12, sweeps=0, slack=1 / 256, within=0.0),
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
 _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried below what memory allows
