@@ -96,6 +96,11 @@ def leave_alone(problem: Problem, solution: Solution) -> None:
         _undo(problem, solution)
 
 
+def put_cheaper(problem: Problem, solution: Solution, other: Solution) -> None:
+    """Layers of another solution, in place, where that takes less time."""
+    _put(solution, layer_seconds(problem, other) < layer_seconds(problem, solution), other)
+
+
 def _over(problem: Problem, solution: Solution) -> np.ndarray:
     """float [L, M]: max/mean over the balance asked for."""
     busiest = rank_loads(problem.table_LME, solution.home, solution.replicas, solution.quota).max(2)

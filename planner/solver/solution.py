@@ -66,6 +66,7 @@ def fetch_price(
     balance: float | None,
     slots: int,
     tolerance: float = 0.0,
+    hottest: bool = False,
 ) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
     them."""
@@ -76,9 +77,8 @@ def fetch_price(
         return FetchPrice(slots, 1.0, 1e-6, 1e-6)
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
     exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
-    return FetchPrice(
-        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch, tolerance
-    )
+    each = trip * (exposed + (1 - exposed) * device.contention)
+    return FetchPrice(slots, assignment, each, 3 * device.transfer_launch, tolerance, hottest)
 
 
 def solve(
@@ -118,10 +118,12 @@ def solve(
             if len(copies.layer) and cluster.num_nodes > 1:
                 split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, effort.node_rounds), load_FM)
             slots = dense.slots(layer, best[pairs], price.slots)
-            if effort.few and len(copies.layer):
+            if price.hottest:
+                fetch(slots, target, gpus, hottest=True)
+            elif effort.few and len(copies.layer):
                 _fetch_few(slots, target, experts, gpus, effort)
             missed = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + (_MISSED if effort.few else 0.0)))
-            if len(missed):
+            if len(missed) and not price.hottest:
                 at = layer[missed], micro_batch[missed]
                 many = dense.slots(at[0], dense.fill(hosts, split)[at], price.slots)
                 _fetch_many(many, target[missed], experts, gpus, effort)
