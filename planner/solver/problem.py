@@ -7,7 +7,7 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..pricing.cost import Setting, exchange, kept_seconds, seconds_by_pair
+from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
 from .kept import Copies, choose_copies, pack, shares
 from .kept_by_node import choose_by_node
@@ -166,6 +166,14 @@ def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     once = kept_seconds(outcome, problem.setting)
     once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
     return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
+
+
+def seconds_in_all(problem: Problem, solution: Solution) -> float:
+    """Modelled seconds of all layers. Moves take what the rank takes that moves most over all of them."""
+    outcome = outcome_of(solution, problem)
+    outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
+    once = float(kept_seconds(outcome, problem.setting).sum()) + migration_seconds(outcome, problem.setting)
+    return float(pair_seconds(problem, outcome).sum()) + once
 
 
 def spaced(count: int, most: int) -> np.ndarray:

@@ -29,6 +29,7 @@ _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas 
 _LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
+_FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
 _FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and three close to the best again
 _CLOSE = 1.015
 
@@ -43,21 +44,34 @@ def plan_layers(problem: Problem) -> Solution:
     best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
     searched = options.balance is None and options.effort == "full"
     solution = _solve(problem, best, effort, singly=searched)
-    if searched and best.kept < _SCARCE and problem.cluster.num_ranks < _MANY:
-        # Layers in which the sample was wrong. What keeps nothing is within any memory.
-        for moved in sorted({member.moves for member in members if not member.kept} & {0, None}, key=str):
-            other = Member(0.0, moves=moved, tolerance=best.tolerance)
-            if other != best:
-                put_cheaper(problem, solution, _solve(problem, other, effort, singly=False))
     drop_idle(solution, problem.cluster.gpus_per_node)
     if options.balance is None:
         if searched:
             swap_kept_where_uneven(problem, solution, effort.slack)
+            _put_others(problem, solution, members, best, effort)
         leave_alone(problem, solution)
     else:
         swap_kept_where_uneven(problem, solution, 0.0)
         insist(problem, solution, effort, best)
     return solution
+
+
+def _put_others(problem: Problem, solution: Solution, members: list[Member], best: Member, effort: Effort) -> None:
+    """Put in place layers in which the sample was wrong. What keeps nothing is within any memory; where all slots are
+    within it, on one node, all of them are tried too."""
+    one = problem.cluster.num_nodes == 1
+    if (best.kept >= _SCARCE and not one) or problem.cluster.num_ranks >= _MANY:
+        return
+    moved = sorted({member.moves for member in members if not member.kept} & {0, None}, key=str)
+    others = [Member(0.0, moves=each, tolerance=best.tolerance) for each in moved]
+    slots = problem.cluster.replica_slots
+    if one and 0 < slots <= problem.copies // len(problem.table_LME):
+        others.append(Member(float(slots)))
+    for other in others:
+        if other != best:
+            found = drop_idle(_solve(problem, other, effort, singly=one), problem.cluster.gpus_per_node)
+            swap_kept_where_uneven(problem, found, effort.slack)
+            put_cheaper(problem, solution, found)
 
 
 def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) -> Solution:
@@ -66,9 +80,10 @@ def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) ->
     solution = solve_over(problem, home, copies, effort, member.tolerance)
     if singly and (member.tolerance or not member.kept or problem.cluster.num_nodes == 1):
         plain = replace(effort, sweeps=0)  # fetch once, without exact splits
-        ways = [(plain, 0.0, False)]
-        if member.tolerance or problem.cluster.num_nodes == 1:
-            ways += [(plain, each, True) for each in (0.0, _TOLERANCES[1])]
+        ways = [(plain, 0.0, problem.cluster.num_nodes == 1)]
+        if member.tolerance or problem.cluster.num_ranks <= _FEW:
+            ways += [(plain, 0.0, False), (plain, 0.0, True), (plain, _TOLERANCES[1], True)]
+        if member.tolerance:
             ways += [(effort, each, False) for each in (0.0, *_TOLERANCES)]
         _fetch_singly(problem, solution, home, copies, ways)
     return solution
@@ -124,7 +139,7 @@ def _members(problem: Problem) -> list[Member]:
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
     if cluster.num_nodes > 1:
         family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
-    if most < 1.5:
+    if most < 1.5 or cluster.num_nodes == 1:
         family.append(Member(0.0))
     if cluster.num_nodes > 1 and 0 < most < _SCARCE:
         family.append(Member(most, by_node=True))
