@@ -16,13 +16,14 @@ import numpy as np
 class FetchPrice:
     """What a fetched replica costs and saves. slots: of a rank that may be fetched; assignment: seconds of one on the
     busiest rank; replica: of one more from the busiest sender; any: of fetching at all. tolerance: how far above its
-    target, as a part of it, a rank may stay."""
+    target, as a part of it, a rank may stay. hottest: each hands on its hottest expert, to the rank with most room."""
 
     slots: int
     assignment: float
     replica: float
     any: float
     tolerance: float = 0.0
+    hottest: bool = False
 
 
 @dataclass(eq=False)
@@ -46,8 +47,11 @@ class Slots:
             getattr(self, name)[pairs] = array
 
 
-def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
-    """Add fetched replicas until the targets are met. Returns int64 [P]: the most replicas that one rank sends."""
+def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int, hottest: bool = False) -> np.ndarray:
+    """Add fetched replicas until the targets are met. Returns int64 [P]: the most replicas that one rank sends.
+
+    hottest: not the expert and taker with which most moves, but the giver's hottest expert and the roomiest taker.
+    """
     pairs, ranks, places = slots.expert.shape
     nodes = ranks // gpus_per_node
     of_node = slots.load.sum(2).reshape(pairs, nodes, gpus_per_node).sum(2)
@@ -70,7 +74,10 @@ def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
         room = np.where(free[row] > 0, top[:, None] - total[row], 0)[:, None]
         amount = np.where(holds, 0, np.minimum(room, np.minimum(load[row, donor], excess[:, None])[:, :, None]))
         amount[what < 0] = 0
-        choice = amount.reshape(len(row), -1).argmax(1)
+        rated = amount
+        if hottest:  # by the load of the expert, then by the taker's room
+            rated = (amount > 0) * (load[row, donor][:, :, None] * (top.max() + 1) + room)
+        choice = rated.reshape(len(row), -1).argmax(1)
         place, host = np.divmod(choice, gpus_per_node)
         amount = amount[at, place, host]
         go = amount > 0
