@@ -8,6 +8,7 @@ if importlib.util.find_spec("megatron") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
 import megatron_pipeline
+import megatron_shares_training
 from megatron_ranks import resume, save, train
 from ranks import RankError, Ranks
 from tolerance import assert_close
@@ -62,6 +63,40 @@ def test_copies_of_the_experts_and_sharded_optimizer_state(ranks, size, distribu
         assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
         for name, tensor in expected["parameters"].items():
             assert_close(got["parameters"][name], tensor, 1e-5, name)
+
+
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"context": 2, "expert": 2}, {}),
+        ({"tensor": 2, "expert": 2}, {"moe_shared_expert_intermediate_size": 16}),
+        ({"context": 2, "tensor": 2, "expert": 4}, RECOMPUTED),
+        ({"context": 2, "expert": 2, "data": 2}, {"distributed": True}),
+    ],
+    ids=["context", "sequence", "context and sequence, recomputed", "context and copies"],
+)
+def test_ranks_that_share_sequences_train_as_one(ranks, sizes, options):
+    """Context parallelism, and tensor with sequence parallelism: every rank plans and replays its own tokens."""
+    size = sizes.get("context", 1) * sizes.get("tensor", 1) * sizes.get("data", 1)
+    options = {**NO_AUX, **options}
+    expected = ranks(1).run(megatron_shares_training.train, {}, 3, options)[0]
+    for got in ranks(size).run(megatron_shares_training.train, sizes, 3, options):
+        assert got["moved"] and got["copies"]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert bool(got["cut"]) == ("tensor" in sizes)
+        for kind in ("gradients", "parameters"):
+            if kind == "gradients" and "distributed" in options:
+                continue  # each rank has reduced its shard only
+            assert got[kind].keys() == expected[kind].keys()
+            for name, tensor in expected[kind].items():
+                if name in got["cut"]:
+                    tensor = megatron_shares_training.part_of(
+                        tensor, got["cut"][name], got["tensor_rank"], sizes["tensor"]
+                    )
+                assert_close(got[kind][name], tensor, 1e-5, f"{kind} of {name}")
 
 
 @pytest.mark.parametrize(("chunks", "layers"), [(1, [(0, 1), (2, 3)]), (2, [(0, 2), (1, 3)])], ids=["1F1B", "virtual"])
