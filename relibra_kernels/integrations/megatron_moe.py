@@ -7,7 +7,7 @@ Megatron's router, its losses and its shared experts stay. A rank makes its shar
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..parallel import ExpertParallel, RuntimeOptions
@@ -25,7 +25,7 @@ from ..planner import ClusterSpec
 from ..planner.errors import InputError
 from .megatron_layer import ReplicatedMoELayer
 
-__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids"]
+__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids", "named_weights"]
 
 
 def with_relibra_experts(spec: Any, *, groups: Any = None) -> Any:
@@ -113,6 +113,24 @@ def layer_ids(model: nn.Module | Sequence[nn.Module]) -> tuple[int, ...]:
     chunks = [model] if isinstance(model, nn.Module) else model
     found = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, ReplicatedMoELayer)]
     return tuple(int(layer.layer_number) - 1 for layer in found)
+
+
+def named_weights(ep: ExpertParallel) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of this pipeline stage under the name that Megatron's grouped experts have. Collective.
+
+    `mlp.experts.linear_fc1.weight17` is gate and up [2 * I, H] of the logical expert 17, `linear_fc2.weight17` its down
+    projection [H, I], whatever rank has them: the names, with global numbers of experts, that mbridge and verl map to
+    Hugging Face's. All other parameters are this rank's own, under their names in the model (that of each virtual chunk
+    after its number). One layer's experts are gathered at a time.
+    """
+    for name, tensor in ep.named_logical_parameters():
+        stem, _, own = name.rpartition(".")
+        theirs = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}.get(own)
+        if theirs is None or not stem.endswith("mlp.experts"):
+            yield name, tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            yield f"{stem}.{theirs}.weight{expert}", weight
 
 
 def _mesh_of(ep: Any, copies: Any, kind: str) -> DeviceMesh:

@@ -9,7 +9,7 @@ if importlib.util.find_spec("megatron") is None:
 
 import megatron_pipeline
 import megatron_shares_training
-from megatron_ranks import resume, save, train
+from megatron_ranks import exported, resume, save, train
 from ranks import RankError, Ranks
 from tolerance import assert_close
 
@@ -116,6 +116,20 @@ def test_the_routers_losses_stay(ranks):
     plain, with_loss = (ranks(1).run(train, 1, options)[0]["gradients"] for options in (NO_AUX, {}))
     changed = {name for name, gradient in plain.items() if not gradient.equal(with_loss[name])}
     assert any(name.endswith("router.weight") for name in changed)
+
+
+def test_weights_are_exported_by_the_names_of_megatrons_grouped_experts(ranks):
+    """By logical numbers, whatever rank has them."""
+    expected, *got = (ranks(size).run(exported, 2, NO_AUX) for size in (1, 2))
+    expected = expected[0]
+    for number in range(8):
+        for name, shape in (("linear_fc1", (48, 32)), ("linear_fc2", (32, 24))):
+            assert expected[f"decoder.layers.1.mlp.experts.{name}.weight{number}"].shape == shape
+    assert "decoder.layers.0.mlp.router.weight" in expected and not any("proj" in n.split(".")[-1] for n in expected)
+    for of_rank in got[0]:
+        assert of_rank.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_close(of_rank[name], tensor, 1e-5, name)
 
 
 def test_a_checkpoint_knows_neither_plan_nor_number_of_ranks(ranks, tmp_path):
