@@ -41,7 +41,7 @@ $(MEGATRON_ENV)/installed: pyproject.toml constraints.txt | .venv/installed
 	$(MEGATRON_ENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
 		packaging einops psutil pytest scipy
 	$(MEGATRON_ENV)/bin/python -m pip install --quiet --no-deps $(if $(filter 0.16.%,$(MEGATRON)),,--python-version 3.12 \
-		--only-binary=:all: --target $(MEGATRON_ENV)/lib/python3.*/site-packages) megatron-core==$(MEGATRON)
+		--only-binary=:all: --ignore-requires-python --target $(MEGATRON_ENV)/lib/python3.*/site-packages) megatron-core==$(MEGATRON)
 	touch $@
 
 # The notebook in a Jupyter kernel, and the loggers' own files: an environment of its own on top of .venv.

@@ -124,6 +124,7 @@ def named_weights(ep: ExpertParallel) -> Iterator[tuple[str, Tensor]]:
     after its number). One layer's experts are gathered at a time.
     """
     for name, tensor in ep.named_logical_parameters():
+        assert tensor is not None  # every parameter has a value
         stem, _, own = name.rpartition(".")
         theirs = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}.get(own)
         if theirs is None or not stem.endswith("mlp.experts"):
