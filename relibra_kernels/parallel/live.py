@@ -45,7 +45,7 @@ class LiveRouting:
         """The experts of one layer: [tokens, H]. Collective."""
         session, where = self._session, f"layer {layer}, live"
         home_slots = len(experts.weights.down)
-        with session.ledger.span("live", x_TH.device):
+        with session.ledger.layer_span("live", x_TH.device, timed=False):
             share, slots = self._placement(layer, x_TH.device)
             try:
                 path = live_path(self._transport, shared_destinations(index_TK, share, slots), home_slots, where)

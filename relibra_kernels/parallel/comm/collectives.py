@@ -83,20 +83,31 @@ class Comm:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Turn a failed collective into a CommunicationError that names the phase and this rank."""
-        count = self._progress.position[0] + 1
-        self._progress.position = (count, phase, True)
+        self.begins(phase)
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what gloo and NCCL raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            rank, size = self._name
-            raise CommunicationError(
-                f"rank {rank} of {size} failed in {phase}: {reason}. The usual cause is that another "
-                "rank died, or did not answer within the process-group timeout"
-            ) from error
-        self._progress.position = (count, phase, False)
+        except RuntimeError as error:
+            raise self.failure(error, phase) from error
+        self.is_over(phase)
+
+    def begins(self, phase: str) -> None:
+        """The host begins a collective, or to wait for one."""
+        self._progress.position = (self._progress.position[0] + 1, phase, True)
+
+    def is_over(self, phase: str) -> None:
+        """And has done so."""
+        self._progress.position = (self._progress.position[0], phase, False)
+
+    def failure(self, error: RuntimeError, phase: str) -> RuntimeError | CommunicationError:
+        """What to raise for what gloo and NCCL raise."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        rank, size = self._name
+        return CommunicationError(
+            f"rank {rank} of {size} failed in {phase}: {reason}. The usual cause is that another "
+            "rank died, or did not answer within the process-group timeout"
+        )
 
     def wait(self, work: dist.Work) -> None:
         """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
@@ -140,14 +151,18 @@ class Comm:
             phase: what is going on, for the error if it fails.
             into: [sum(receive_counts), ...], where to receive; new memory where None.
         """
-        self._count(kind, send_counts, send[:1].numel() * send.element_size() if len(send) else 0)
+        rows = send.shape[0]
+        if rows:
+            self._count(kind, send_counts, send.nbytes // rows)
         received = send.new_empty((sum(receive_counts), *send.shape[1:])) if into is None else into
         if self.size == 1:
             return Exchange(self, received.copy_(send) if into is not None else send, None, phase, send)
-        with self.during(phase):
-            work = dist.all_to_all_single(
-                received, send, list(receive_counts), list(send_counts), group=self.group, async_op=True
-            )
+        self.begins(phase)
+        try:
+            work = dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self.failure(error, phase) from error
+        self.is_over(phase)
         return Exchange(self, received, work, phase, send)
 
     def exchange(
@@ -219,9 +234,11 @@ class Comm:
     def _count(self, kind: str, send_counts: Sequence[int], row_bytes: int) -> None:
         first = self.rank // self.gpus_per_node * self.gpus_per_node
         inside = sum(send_counts[first : first + self.gpus_per_node])
-        for fast, rows in ((True, inside - send_counts[self.rank]), (False, sum(send_counts) - inside)):
-            if rows:
-                self.ledger.add_bytes(kind, fast, rows * row_bytes)
+        near, far = inside - send_counts[self.rank], sum(send_counts) - inside
+        if near:
+            self.ledger.add_bytes(kind, True, near * row_bytes)
+        if far:
+            self.ledger.add_bytes(kind, False, far * row_bytes)
 
 
 @dataclass
@@ -237,8 +254,12 @@ class Exchange:
     def wait(self) -> Tensor:
         """The received rows; on GPUs the current stream waits, not the host."""
         if self.work is not None:
-            with self.comm.during(self.phase):
+            self.comm.begins(self.phase)
+            try:
                 self.comm.wait(self.work)
+            except RuntimeError as error:
+                raise self.comm.failure(error, self.phase) from error
+            self.comm.is_over(self.phase)
             self.work = None
         self.send = None
         return self.received

@@ -19,4 +19,4 @@ def live_path(
     counts = tables.counts.cpu().numpy()
     phase = f"the exchange of live counts of {where}"
     received = exchange_messages(transport.host, transport.messages(counts), phase)
-    return transport.path(tables, 0, transport.sizes(counts, received)[0], num_slots, where, overlap)
+    return transport.paths(tables, transport.sizes(counts, received), [num_slots], [where], overlap)[0]
