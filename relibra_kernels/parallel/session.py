@@ -42,6 +42,8 @@ class RuntimeOptions:
     transport:     how tokens travel between nodes: "one" hop, straight to the rank; "two" hops, once to a node and then
                    inside it, which adds up partial sums in the node first; "auto": what costs less on this cluster by
                    the price model
+    live_wait_seconds: how long a rank that runs one forward after another without a batch waits for the others to begin
+                   the next one. It applies where the forward before ended less than a second ago
     timed_every:   one of so many micro-batches has its layers timed by part, for `ep.stats()`; 0: none
     watchdog_seconds: after so long in one collective a warning in the log says for whom a rank waits
     """
@@ -56,6 +58,7 @@ class RuntimeOptions:
     spare_rows: int = 0
     on_shift: Shift | None = None
     transport: str = "auto"
+    live_wait_seconds: float = 9.0
     timed_every: int = 8
     watchdog_seconds: float = 60.0
 
@@ -67,8 +70,9 @@ class RuntimeOptions:
         check_on_shift(self.on_shift)
         if self.transport not in TRANSPORTS:
             raise InputError(f"transport is {self.transport!r}; it must be one of {', '.join(TRANSPORTS)}")
-        if not self.watchdog_seconds > 0:
-            raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
+        for name in ("watchdog_seconds", "live_wait_seconds"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
         for name in ("kept_bytes", "spare_rows", "timed_every"):
             value = getattr(self, name)
             if value is not None and value < 0:

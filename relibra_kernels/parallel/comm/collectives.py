@@ -3,6 +3,7 @@
 Every exchange is an all-to-all whose split sizes both sides already know, so nothing here reads a count from a device.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -109,11 +110,14 @@ class Comm:
             "rank died, or did not answer within the process-group timeout"
         )
 
-    def wait(self, work: dist.Work) -> None:
+    def wait(self, work: dist.Work, patience: float | None = None) -> None:
         """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
 
-        Raises: CommunicationError naming the rank that stopped, and its error.
+        Args:
+            patience: seconds that the host waits at most; None: until the process group gives up.
+        Raises: CommunicationError naming the rank that stopped, and its error, or those that did not come in time.
         """
+        begin = time.monotonic()
         if not self._waits_on_host:
             self._progress.last = work
             work.wait()
@@ -132,6 +136,19 @@ class Comm:
                 raise CommunicationError(
                     f"rank {self._name[0]} stopped waiting for rank {rank}, which stopped: {reason}"
                 )
+            if patience is not None:
+                missing = self._missing()
+                if time.monotonic() - begin >= patience:
+                    raise CommunicationError(
+                        f"rank {self._name[0]} has waited {patience:g} s for rank {', '.join(map(str, missing))}"
+                    )
+
+    def _missing(self) -> list[int]:
+        """Say in the store that this rank waits in the collective that it has begun last; who has not said so."""
+        default = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore(f"relibra-waiting-{self.ranks}-{self._progress.position[0]}", default)
+        store.set(str(self.rank), "")
+        return [rank for place, rank in enumerate(self.ranks) if not store.check([str(place)])]
 
     def start(
         self,
@@ -251,12 +268,15 @@ class Exchange:
     phase: str
     send: Tensor | None
 
-    def wait(self) -> Tensor:
-        """The received rows; on GPUs the current stream waits, not the host."""
+    def wait(self, patience: float | None = None) -> Tensor:
+        """The received rows; on GPUs the current stream waits, not the host.
+
+        Args: patience: as for `Comm.wait`.
+        """
         if self.work is not None:
             self.comm.begins(self.phase)
             try:
-                self.comm.wait(self.work)
+                self.comm.wait(self.work, patience)
             except RuntimeError as error:
                 raise self.comm.failure(error, self.phase) from error
             self.comm.is_over(self.phase)

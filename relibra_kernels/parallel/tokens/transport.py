@@ -131,15 +131,18 @@ class Transport(Protocol):
         """
 
 
-def exchange_messages(host: Comm, messages: Sequence[np.ndarray], phase: str) -> list[np.ndarray]:
+def exchange_messages(
+    host: Comm, messages: Sequence[np.ndarray], phase: str, patience: float | None = None
+) -> list[np.ndarray]:
     """What every rank told this one. Between hosts: a GPU goes on with what it has. Collective.
 
     Args:
         messages: int64 [n] for each rank; two ranks send each other messages of one length.
+        patience: seconds to wait at most; None: as long as the process group does.
     """
     lengths = [len(message) for message in messages]
     sent = torch.from_numpy(np.concatenate(messages))
-    received = host.exchange(sent, lengths, lengths, "counts", phase).numpy()
+    received = host.start(sent, lengths, lengths, "counts", phase).wait(patience).numpy()
     return np.split(received, np.cumsum(lengths)[:-1])
 
 
