@@ -14,7 +14,7 @@ from torch import Tensor
 from ...schedule import Schedule
 from .destinations import Destinations
 
-CELLS = 1 << 23  # (layer, rank, token) cells that are looked at together: bounds the memory that tables take on the way
+CELLS = 1 << 25  # (layer, rank, token) cells that are looked at together: 9 bytes of memory each, on the way
 
 
 class LayerTables(NamedTuple):
@@ -97,12 +97,13 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
     known = rank_LTK >= 0
     place = torch.where(known & (rank_LTK < me), rank_LTK + 1, rank_LTK.masked_fill(rank_LTK == me, 0))
     token = torch.arange(tokens, device=device)[:, None]
-    cell_LTK = torch.where(known, place * tokens + token, cells)
+    unknown = ~known
+    cell_LTK = (place * tokens + token).masked_fill(unknown, cells)
     choices = _choices(cell_LTK, cells)
     visited = choices > 0
     row_of_cell = visited.cumsum(1, dtype=torch.int32) - 1
     bound = tokens * min(top_k, num_ranks)
-    row_LTK = torch.where(known, row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK), bound)
+    row_LTK = row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK).masked_fill(unknown, bound)
     earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
     again = ((place[..., :, None] == place[..., None, :]) & earlier).any(-1)
     first = known & ~again
@@ -136,7 +137,7 @@ def visits(rank_LTK: Tensor, num_ranks: int) -> Tensor:
     for start in range(0, layers, step):
         part = rank_LTK[start : start + step]
         token = torch.arange(tokens, device=part.device)[:, None]
-        choices = _choices(torch.where(part >= 0, part * tokens + token, num_ranks * tokens), num_ranks * tokens)
+        choices = _choices((part * tokens + token).masked_fill(part < 0, num_ranks * tokens), num_ranks * tokens)
         parts.append(_counts(choices[:, :-1].view(len(part), num_ranks, tokens)))
     return torch.cat(parts)
 

@@ -52,9 +52,9 @@ class TwoHops:
 
     def tables(self, destinations: Destinations) -> SendTables:
         size = self._node.size
-        there = destinations.rank >= 0
-        node = torch.where(there, destinations.rank // size, -1)
-        place = torch.where(there, destinations.slot * size + destinations.rank % size, -1)
+        rank = destinations.rank
+        node = torch.div(rank, size, rounding_mode="floor")  # -1 stays
+        place = (destinations.slot * size + rank % size).masked_fill(rank < 0, -1)
         tables = send_tables(Destinations(node, place.to(torch.int16)), self._rail.size, self._rail.rank)
         crossing = tables.counts.view(len(tables.counts), -1, 3)[:, :, 0]
         to_ranks = visits(destinations.rank, self._rail.size * size).flatten(1)
