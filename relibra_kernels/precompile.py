@@ -232,8 +232,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
     back = there._replace(has_slots=False)
     slots_of_sent = _meta(sent, len(sent), top_k, dtype=torch.int16)
-    ops.pack_payload(tokens, weights, slots_of_sent, send, there.new(len(sent), x.device))
-    ops.unpack_gradients(back.new(len(sent), x.device), send, back)
+    for dtype in {x.dtype, gates.dtype}:  # in which routers give gate weights
+        given = _meta(weights, dtype=dtype)
+        ops.pack_payload(tokens, given, slots_of_sent, send, there.new(len(sent), x.device))
+        ops.unpack_gradients(back.new(len(sent), x.device), send, back, weights_dtype=dtype)
     for rows in received:
         handed_on = Schedule(_meta(sent, 2), sent, _meta(sent, rows, top_k))  # with two hops, as tokens are sent
         as_tokens = _meta(x, rows, experts.hidden_size), _meta(gates, rows, top_k)
