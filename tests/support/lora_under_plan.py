@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from hf_under_plan import LENGTH, MICRO_BATCHES, SEQUENCES, STEPS, loss_of, make_tokens, moving_plan, prepared
+from hf_under_plan import MICRO_BATCHES, SEQUENCES, STEPS, loss_of, make_tokens, moving_plan, prepared
 from torch import Tensor, nn
 
 from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutedBatch, RoutingTrace
@@ -21,7 +21,10 @@ RANK = 3
 def wrapped(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    names = [
+        name.split(".")[-3:] for name, p in model.named_parameters() if p.ndim == 3 and name.split(".")[-2] == "experts"
+    ]
+    experts = sorted({".".join(name) for name in names})
     config = LoraConfig(r=RANK, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
     torch.manual_seed(1)
     return get_peft_model(model, config)
@@ -133,14 +136,17 @@ def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, fold
 def factor_bytes(ep: ExpertParallel) -> int:
     """fp32 factors of one expert, which are less than its weights."""
     experts = ep.layers[0].experts
-    hidden, inner = experts.hidden_size, experts.intermediate_size
-    elements = RANK * (hidden + 2 * inner) + RANK * (inner + hidden)
-    assert elements < 3 * hidden * inner
+    hidden, inner, width = experts.hidden_size, experts.intermediate_size, experts.form.width(experts.intermediate_size)
+    elements = RANK * (hidden + width) + RANK * (inner + hidden)
+    assert elements < hidden * (width + inner)
     return 4 * elements
 
 
-def traces_of(layers: int, experts: int, top_k: int) -> list[RoutingTrace]:
+def traces_of(family: str) -> list[RoutingTrace]:
     from hf_under_plan import random_trace
 
-    assert LENGTH > 1
-    return [random_trace(layers, tuple(range(layers)), experts, top_k, step) for step in range(STEPS)]
+    from relibra_kernels.integrations.transformers.moe_layers import moe_layers
+
+    layers = moe_layers(prepared(family))
+    numbers = tuple(layer.layer_id for layer in layers)
+    return [random_trace(len(layers), numbers, layers[0].num_experts, layers[0].top_k, step) for step in range(STEPS)]

@@ -45,7 +45,7 @@ def experts_forward(
     # choices of another rank's experts have the id num_experts and weight 0; before 5.23 nothing says if there are any
     if getattr(self, "_is_expert_parallel", True):
         top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
-    return _compute(hidden_states, top_k_index, top_k_weights, expert_weights(self), form)
+    return _compute(hidden_states, top_k_index, top_k_weights, adapted(self, form), form)
 
 
 ExpertsInterface.register("relibra", experts_forward)
@@ -80,8 +80,8 @@ class FamilyExperts(ReplicatedExperts):
     """
 
     def __init__(self, experts: nn.Module) -> None:
-        form, weights = expert_form(experts), expert_weights(experts)
-        num_experts, *of_down = weights.down.shape
+        form = expert_form(experts)
+        num_experts, *of_down = adapted(experts, form).down.shape
         hidden_size, intermediate_size = of_down[::-1] if form.is_transposed else of_down
         super().__init__(num_experts, hidden_size, intermediate_size, form=form, device="meta")
         for name, parameter in experts._parameters.items():
@@ -109,31 +109,26 @@ def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tup
     return hidden_states.to(dtype).contiguous(), weights.map(lambda weight: weight.to(dtype).contiguous())
 
 
-def expert_weights(experts: Any) -> ExpertWeights:
-    """The parameters of an experts module of transformers, [E, ...] each; while PEFT adapts them, and its factors."""
-    biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if experts.has_bias else (None, None)
-    return adapted(experts, ExpertWeights(None, None, *biases))
-
-
 def expert_form(experts: Any) -> ExpertForm:
     """The form of an experts module of transformers. Raises: InputError, naming the flag that is not supported."""
     name = type(experts).__name__
-    for flag, supported in (("has_gate", True), ("has_post_expert_norm", False)):
-        value = getattr(experts, flag, supported)
-        if value != supported:
-            raise InputError(f"{flag} of {name} is {value}; relibra computes experts with {flag}={supported} only")
+    if getattr(experts, "has_post_expert_norm", False):
+        raise InputError(f"has_post_expert_norm of {name} is True; relibra computes experts without such a norm only")
     layout = (bool(experts.is_transposed), bool(experts.is_concatenated), bool(experts.has_bias))
     for form in _candidates(experts, layout):
         if _gates_alike(experts, form):
             return form
     act = getattr(experts, "act_fn", None)
+    gate = "_apply_gate" if experts.has_gate else "the activation without a gate"
     raise InputError(
-        f"_apply_gate of {name} (act_fn {type(act).__name__}) is none of {', '.join(get_args(Activation))} with "
+        f"{gate} of {name} (act_fn {type(act).__name__}) is none of {', '.join(get_args(Activation))} with "
         f"is_concatenated={layout[1]}; relibra computes no other"
     )
 
 
 def _candidates(experts: Any, layout: tuple[bool, bool, bool]) -> list[ExpertForm]:
+    if not experts.has_gate:
+        return [ExpertForm(layout[0], True, layout[2], "relu2")]
     forms = [ExpertForm(*layout), ExpertForm(*layout, "gelu_tanh")]
     limit = getattr(experts, "limit", getattr(experts, "swiglu_limit", None))
     alpha = getattr(experts, "alpha", getattr(experts, "swiglu_alpha", None))
@@ -150,7 +145,8 @@ def _gates_alike(experts: Any, form: ExpertForm) -> bool:
         # a permutation, so that columns go together anyhow
         scrambled = torch.arange(256, dtype=torch.float64, device="cpu") * 37 % 256
         h_RJ = ((scrambled / 128 - 1) * 2 * form.limit).view(64, 4)
-        theirs, ours = experts._apply_gate(h_RJ), swiglu(h_RJ, form)
+        theirs = experts._apply_gate(h_RJ) if form.has_gate else experts.act_fn(h_RJ)
+        ours = swiglu(h_RJ, form)
         return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5)
 
 

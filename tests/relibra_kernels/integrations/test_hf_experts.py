@@ -138,7 +138,7 @@ def experts_like(flags: dict, act=torch.nn.SiLU, **how):
 @pytest.mark.parametrize(
     ("flags", "act", "message"),
     [
-        ({"has_gate": False}, torch.nn.SiLU, "has_gate of OddExperts is False"),
+        ({"has_gate": False}, torch.nn.SiLU, r"the activation without a gate of OddExperts \(act_fn SiLU\)"),
         ({"has_post_expert_norm": True}, torch.nn.SiLU, "has_post_expert_norm of OddExperts is True"),
         ({}, torch.nn.GELU, r"_apply_gate of OddExperts \(act_fn GELU\)"),
         ({"is_concatenated": False}, torch.nn.SiLU, "is_concatenated=False"),  # the default gate is concatenated

@@ -22,7 +22,7 @@ from versions import TRANSFORMERS
 from relibra_kernels.integrations.transformers import expert_form
 from relibra_kernels.integrations.transformers.moe_layers import moe_layers
 
-SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe")
+SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe", "nemotron_h")
 KNOWN = {
     "zaya": "its router may choose to skip the experts, which a plan has no place for",
 }
@@ -88,6 +88,6 @@ def test_the_experts_get_what_is_replayed(family):
     np.testing.assert_array_equal(*replayed_choices(family))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "diffusion_gemma"])
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "diffusion_gemma", "glm5_next"])
 def test_other_activations_are_exact_under_replay(family):
     assert kernels_against_eager(family) <= 1e-12

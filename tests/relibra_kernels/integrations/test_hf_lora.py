@@ -64,13 +64,15 @@ def test_one_process_keeps_no_sum_of_weights_and_adapters(family, take_over, mon
         ("peft after", "mixtral"),
         ("peft after", "gpt_oss"),
         ("own", "mixtral"),
+        ("peft", "nemotron_h"),
+        ("own", "nemotron_h"),
     ],
 )
 def test_adapters_train_under_plans_as_in_one_process(how, family, keep, ranks, tmp_path):
     """And a replica sends back the factors' gradients alone."""
     if how != "own":
         pytest.importorskip("peft", reason="needs peft")
-    traces = traces_of(2, 8, 2)
+    traces = traces_of(family)
     got = ranks.run(together, how, family, traces, keep, str(tmp_path / "checkpoint"))[0]
     for step, alone_ in enumerate(alone(how, family, traces)):
         expected = {
