@@ -45,7 +45,7 @@ def entry(name: str, value: Any) -> list[str]:
         return [f"### {name}", _what_it_holds(value)]
     lines = [f"### {name}", _block(f"{name}{signature(value)}"), _block(inspect.getdoc(value) or "")]
     if inspect.isclass(value):
-        for attribute, member in vars(value).items():
+        for attribute, member in _members(value).items():
             if isinstance(member, classmethod | staticmethod):
                 member = getattr(value, attribute)
             documented = getattr(member, "__doc__", None)  # its own, not what it inherits
@@ -56,6 +56,15 @@ def entry(name: str, value: Any) -> list[str]:
             calls = " or ".join(f"`{attribute}{signature(form)}`" for form in forms) or f"`{attribute}`"
             lines.append(f"* {calls}: {first}")
     return lines
+
+
+def _members(value: type) -> dict[str, Any]:
+    """What a class defines, and what it inherits from classes of this package; its own first."""
+    members: dict[str, Any] = {}
+    for cls in value.__mro__:
+        if cls.__module__.startswith("relibra_kernels"):
+            members |= {name: member for name, member in vars(cls).items() if name not in members}
+    return members
 
 
 def signature(value: Any) -> str:

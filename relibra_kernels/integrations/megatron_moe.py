@@ -7,28 +7,22 @@ builders of 0.19 are taken too.
 
 import copy
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
-from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
-from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.spec_utils import ModuleSpec, build_module
-from torch import Tensor, nn
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from megatron.core.transformer.spec_utils import ModuleSpec
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from ..form import ExpertForm
-from ..nn import ReplicatedExperts
 from ..parallel import ExpertParallel, RuntimeOptions
 from ..planner import ClusterSpec
 from ..planner.errors import InputError
-from ..router import comparison_of
-from .taken_layer import TakenLayer
+from .megatron_layer import ReplicatedMoELayer
 
 __all__ = ["with_relibra_experts", "expert_parallel", "layer_ids"]
 
@@ -61,201 +55,6 @@ def _replaced(spec: Any) -> tuple[Any, int]:
         setattr(spec, name, one)
         total += count
     return spec, total
-
-
-def expert_form(config: Any) -> ExpertForm:
-    """The form of a config's experts. Raises: InputError, naming what we do not compute."""
-    silu = torch.nn.functional.silu
-    for name, wanted in (
-        ("gated_linear_unit", True),
-        ("add_bias_linear", False),
-        ("moe_apply_probs_on_input", False),
-        ("moe_latent_size", None),
-        ("moe_expert_capacity_factor", None),
-        ("expert_tensor_parallel_size", 1),
-        ("activation_func_clamp_value", None),
-        ("fp8", None),
-        ("fp4", None),
-    ):
-        value = getattr(config, name, wanted)
-        if value != wanted and not (value is None and wanted in (1, False)):
-            raise InputError(f"{name} is {value!r}; relibra computes experts with {name}={wanted!r} only")
-    if config.activation_func is not silu:
-        raise InputError(f"activation_func is {config.activation_func}; it must be torch.nn.functional.silu")
-    return ExpertForm()
-
-
-# Formats of the distributed optimizer's state that know ranks and no parameters.
-_BY_RANK = ("dp_reshardable", "dp_zero_gather_scatter", "fully_sharded_bucket_space")
-
-
-class RecordedChoice:
-    """In the place of a router's `RouterReplay`: answers its top-k with what the runtime has for this forward.
-
-    Where the runtime has nothing, what was there before answers. Rows of -1 are chosen live.
-    """
-
-    def __init__(self, router: nn.Module, top_k: int):
-        self.before: Any = getattr(router, "router_replay", None)
-        self.top_k = top_k
-        self.replay: Callable[[], tuple[Tensor | None, bool] | None] | None = None
-        self.recorded: Tensor | None = None  # of the forward that runs now
-        self._complete = False
-
-    def begin(self) -> None:
-        """Before a forward of the router."""
-        self.recorded, self._complete = (None if self.replay is None else self.replay()) or (None, False)
-
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: Any = None,
-        group_topk: Any = None,
-        default_compute_topk: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        recorded = self.recorded
-        if recorded is None and self.before is not None:
-            found: tuple[Tensor, Tensor] = self.before.get_replay_topk(
-                scores, topk, num_groups, group_topk, default_compute_topk
-            )
-            return found
-        if recorded is not None and recorded.shape != (len(scores), topk):
-            raise InputError(f"a router got {len(scores)} tokens and chooses {topk}; its replay is {recorded.shape}")
-        compare = comparison_of(self.replay)
-        if recorded is None or not self._complete or compare is not None:
-            live: Tensor = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
-            if compare is not None and recorded is not None:
-                compare(live, recorded)
-            recorded = live if recorded is None else torch.where(recorded < 0, live, recorded)
-        return scores.gather(1, recorded), recorded
-
-
-class ReplicatedMoELayer(BaseMoELayer):
-    """Megatron's router and shared experts around our experts.
-
-    Before `expert_parallel` it runs with an expert-parallel group of one rank only.
-    """
-
-    def __init__(
-        self, config: Any, submodules: Any = None, layer_number: Any = None, pg_collection: Any = None, **more: Any
-    ):
-        groups = get_default_pg_collection() if pg_collection is None else pg_collection
-        name = more.pop("name", None)
-        super().__init__(config=config, layer_number=layer_number, pg_collection=groups, **more)
-        form = expert_form(config)
-        self.router = submodules.router(config=config, pg_collection=groups, **more)
-        device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
-        sizes = (self.num_local_experts, config.hidden_size, config.moe_ffn_hidden_size)
-        experts = ReplicatedExperts(*sizes, form=form, dtype=config.params_dtype, device="meta")  # draws no numbers
-        self.experts = experts.to_empty(device=device)
-        self.experts.all_experts = config.num_moe_experts
-        self._initialise()
-        parallel = self.ep_group.size() > 1
-        for parameter in self.experts.parameters():
-            parameter.allreduce = not parallel  # type: ignore[attr-defined]  # Megatron's DDP goes by it
-        self.choice = RecordedChoice(self.router, config.moe_router_topk)
-        self.router.router_replay = self.choice
-        self.experts.layer = TakenLayer(self.experts, self.choice)
-        if self.use_shared_expert:
-            known = {"name": f"{name}.shared_experts"} if name is not None else {}
-            self.shared_experts = build_module(
-                submodules.shared_experts,
-                config=config,
-                pg_collection=groups,
-                gate=getattr(config, "moe_shared_expert_gate", False),
-                **known,
-            )
-        self._expt_dp = groups.expt_dp
-        self._recompute = config.recompute_granularity == "selective" and "moe" in (config.recompute_modules or ())
-        self.placement: Callable[[], Sequence[int]] = lambda: self.local_expert_indices
-
-    def _initialise(self) -> None:
-        """Every expert from a seed of its own, so that experts do not depend on the number of ranks."""
-        config, home = self.config, self.experts.gate_up_proj.device
-        if not config.perform_initialization:
-            return
-        base = int(torch.randint(1 << 40, ()))  # Megatron seeds the ranks of an expert-parallel group alike
-        with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []), torch.no_grad():
-            for slot, expert in enumerate(self.local_expert_indices):
-                torch.manual_seed(base + expert)
-                config.init_method(self.experts.gate_up_proj[slot])
-                config.output_layer_init_method(self.experts.down_proj[slot])
-
-    def forward(self, hidden_states: Tensor, intermediate_tensors: Any = None, padding_mask: Any = None) -> Any:
-        """hidden_states [S, B, H] -> ([S, B, H], None)."""
-        if intermediate_tensors is not None:
-            raise InputError("intermediate_tensors are of partial CUDA graphs, which are not supported")
-        mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-        if self._recompute:
-            return checkpoint(self._run, False, hidden_states, mask), None
-        return self._run(hidden_states, mask), None
-
-    def _run(self, hidden_states: Tensor, padding_mask: Tensor | None) -> Tensor:
-        self.choice.begin()
-        probs_TE, map_TE = self.router(hidden_states, padding_mask)
-        index_TK = self._chosen(probs_TE, map_TE)
-        weights_TK = probs_TE.gather(1, index_TK.clamp(min=0)).masked_fill(index_TK < 0, 0.0)
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
-        out = self.experts(x_TH, index_TK, weights_TK).view_as(hidden_states)
-        return out if self.shared_experts is None else out + self.shared_experts(hidden_states)
-
-    def _chosen(self, probs_TE: Tensor, map_TE: Tensor) -> Tensor:
-        """int64 [T, K] of a routing map; in the order of the recorded ids where those were chosen."""
-        top_k = self.choice.top_k
-        scores, index_TK = probs_TE.detach().masked_fill(~map_TE, -1.0).topk(top_k, dim=1)
-        index_TK = index_TK.masked_fill(scores < 0, -1)
-        recorded = self.choice.recorded
-        if recorded is None:
-            return index_TK
-        same = map_TE.gather(1, recorded.clamp(min=0)).all(1, keepdim=True) & (recorded >= 0)
-        return torch.where(same, recorded, index_TK)
-
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: Any = None) -> dict:
-        """As Megatron's own layer: a tensor an expert, by its logical number, so that no placement shows."""
-        kind = (metadata or {}).get("distrib_optim_sharding_type", "")
-        if kind in _BY_RANK and list(self.placement()) != list(self.local_expert_indices):
-            raise InputError(
-                f"distrib_optim_sharding_type is {kind!r}, which saves the optimizer's state by rank, but experts have "
-                "moved: use 'fully_reshardable', or call ep.move_home(optimizer) before"
-            )
-        experts = self.experts
-        self.experts = None  # type: ignore[assignment]  # so that the others are asked as Megatron asks them
-        try:
-            state: dict[str, Any] = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        finally:
-            self.experts = experts
-        for attribute, name in (("gate_up_proj", "linear_fc1"), ("down_proj", "linear_fc2")):
-            state[f"{prefix}experts.{attribute}"] = self._sharded(
-                f"{prefix}experts.experts.{name}.weight", getattr(experts, attribute), sharded_offsets
-            )
-        return state
-
-    def _sharded(self, key: str, parameter: Tensor, offsets: tuple) -> ShardedTensorFactory:
-        axes, total = len(offsets) + 1, self.config.num_moe_experts
-        halves = 2 if key.endswith("linear_fc1.weight") else 1  # gate and up, as Megatron splits them
-        numbers = list(self.placement())
-
-        def build(key: str, tensor: Tensor, replica_id: Any, _range: Any) -> list[ShardedTensor]:
-            return [
-                ShardedTensor.from_rank_offsets(
-                    key,
-                    part,
-                    *offsets,
-                    (len(offsets), number, total),
-                    (axes, half, halves),
-                    replica_id=replica_id,
-                    prepend_axis_num=axes,
-                )
-                for number, rows in zip(numbers, tensor, strict=True)
-                for half, part in enumerate(rows.chunk(halves))
-            ]
-
-        def merge(parts: list[Tensor]) -> Tensor:
-            return torch.stack([torch.cat(parts[i : i + halves]) for i in range(0, len(parts), halves)])
-
-        replica_id = (0, 0, dist.get_rank(self._expt_dp))
-        return ShardedTensorFactory(key, parameter, build, merge, replica_id)
 
 
 def expert_parallel(

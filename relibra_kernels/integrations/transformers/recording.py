@@ -1,12 +1,10 @@
 """Recording the routing of a Hugging Face model, in `generate` and in plain forwards, as a trace."""
 
-import dataclasses
 import logging
 import math
 import types
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,42 +14,11 @@ from torch import Tensor, nn
 from ...planner import RoutingTrace
 from ...planner.errors import InputError
 from ...planner.trace_rules import compact_dtype
+from .fed_sequence import FedSequence
 from .fed_tokens import CachedColumns, Fed, cache_of, fed_tokens
 from .moe_layers import MoeLayer, model_inside, moe_layers, not_compiled
 
 _LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class _Sequence:
-    """What one row of a batch was fed: token ids (None for embeddings), compact ids [n, L, K] and which tokens they are
-    known of, bool [n], of every forward."""
-
-    sampled: bool  # a token was sampled after the last one that was fed
-    perhaps_padding: bool = False  # one token at the end of a packed row
-    padding: int = 0  # how many of its tokens may be padding behind it, to a multiple of the packed row
-    token_ids: list[np.ndarray | None] = field(default_factory=list)
-    expert_ids: list[np.ndarray] = field(default_factory=list)
-    known: list[np.ndarray] = field(default_factory=list)
-
-    def add(self, token_ids: np.ndarray | None, expert_ids: np.ndarray, known: np.ndarray) -> None:
-        self.token_ids.append(token_ids)
-        self.expert_ids.append(expert_ids)
-        self.known.append(known)
-
-    def cut(self, rows: int) -> None:
-        """Keep the first rows."""
-        excess = sum(map(len, self.expert_ids)) - rows
-        while excess > 0:
-            keep = max(len(self.expert_ids[-1]) - excess, 0)
-            excess -= len(self.expert_ids[-1]) - keep
-            ids, expert_ids, known = self.token_ids.pop(), self.expert_ids.pop(), self.known.pop()
-            if keep:
-                self.add(None if ids is None else ids[:keep], expert_ids[:keep], known[:keep])
-
-    def copy(self) -> "_Sequence":
-        ids, expert_ids, known = [*self.token_ids], [*self.expert_ids], [*self.known]
-        return dataclasses.replace(self, token_ids=ids, expert_ids=expert_ids, known=known)
 
 
 class RoutingRecord:
@@ -59,8 +26,8 @@ class RoutingRecord:
 
     def __init__(self, layers: list[MoeLayer], eos_token_ids: Sequence[int]):
         self._layers, self._eos = layers, np.asarray(eos_token_ids, np.int64)
-        self._sequences: list[_Sequence] = []
-        self._open: list[_Sequence] = []  # of the batch whose cache grows
+        self._sequences: list[FedSequence] = []
+        self._open: list[FedSequence] = []  # of the batch whose cache grows
         self._cache: Any = None  # of that batch
         self._columns = CachedColumns()  # of that cache
         self._moved = False  # whether rows changed places in a cache
@@ -92,12 +59,10 @@ class RoutingRecord:
         parts, unknown = [], []
         for index, sequence in enumerate(sequences):
             rows = np.concatenate(sequence.expert_ids)
-            known = [part for part in sequence.token_ids if part is not None]
-            ids = np.concatenate(known) if len(known) == len(sequence.token_ids) else None
             if token_ids is None:
-                length = self._length(sequence, ids, len(rows))
+                length = sequence.length(self._eos)
             else:
-                length = _checked_length(index, sequence, ids, len(rows), np.asarray(token_ids[index], np.int64))
+                length = sequence.checked_length(index, np.asarray(token_ids[index], np.int64))
             rows = rows[:length]
             parts += [rows, np.zeros((length - len(rows), *rows.shape[1:]), rows.dtype)]
             unknown += [~np.concatenate(sequence.known)[:length], np.ones(length - len(rows), bool)]
@@ -110,7 +75,7 @@ class RoutingRecord:
             unknown=np.concatenate(unknown),
         )
 
-    def _told_from_padding(self, wanted: int | None) -> list[_Sequence]:
+    def _told_from_padding(self, wanted: int | None) -> list[FedSequence]:
         """All sequences, or all but those of one token at the end of a packed row, which padding looks like."""
         surely = [sequence for sequence in self._sequences if not sequence.perhaps_padding]
         left_out = len(self._sequences) - len(surely)
@@ -124,16 +89,6 @@ class RoutingRecord:
                 left_out,
             )
         return surely
-
-    def _length(self, sequence: _Sequence, ids: np.ndarray | None, fed: int) -> int:
-        if not sequence.sampled:
-            return fed
-        prompt = len(sequence.expert_ids[0])
-        if ids is not None:
-            ended = np.flatnonzero(np.isin(ids[prompt:], self._eos))
-            if len(ended):
-                return prompt + int(ended[0]) + 1
-        return fed + 1
 
     def _begin(self, fed: Fed) -> None:
         self._fed, self._chosen = fed, [None] * len(self._layers)
@@ -169,7 +124,7 @@ class RoutingRecord:
         ids_BSLK, known_BS = rows_TLK.reshape(*fed.real.shape, *ids_TLK.shape[1:]), known.reshape(fed.real.shape)
         if not fed.cached:
             self._columns = CachedColumns()
-            self._open = [_Sequence(sampled=fed.cached is not None) for _ in fed.real]
+            self._open = [FedSequence(sampled=fed.cached is not None) for _ in fed.real]
             self._sequences += self._open
         elif fed.cache is not self._cache or len(fed.real) != len(self._open):
             raise InputError(
@@ -243,30 +198,11 @@ class RoutingRecord:
             own = slice(place, place + length)
             token_ids = None if fed.token_ids is None else fed.token_ids[0, own]
             alone = index >= surely
-            sequence = _Sequence(False, alone, 0 if alone else most, [token_ids], [ids_TLK[own]], [known_T[own]])
+            sequence = FedSequence(False, alone, 0 if alone else most, [token_ids], [ids_TLK[own]], [known_T[own]])
             self._sequences.append(sequence)
             place += length
         self._follow(None)
         self._open = []
-
-
-def _checked_length(index: int, sequence: _Sequence, fed: np.ndarray | None, rows: int, given: np.ndarray) -> int:
-    most = rows + 1 if sequence.sampled else rows
-    least = len(sequence.expert_ids[0]) if sequence.sampled else rows
-    if sequence.padding and fed is not None and len(given) < rows and len(np.unique(fed[len(given) :])) == 1:
-        least = rows - sequence.padding
-    if not least <= len(given) <= most:
-        raise InputError(
-            f"token_ids of sequence {index} has {len(given)} tokens, but {rows} were fed; it must be {least} to {most}"
-        )
-    shared = min(rows, len(given))
-    if fed is not None and (fed[:shared] != given[:shared]).any():
-        where = int(np.argmax(fed[:shared] != given[:shared]))
-        raise InputError(
-            f"token_ids of sequence {index} has {given[where]} at position {where}, but the model was fed {fed[where]} "
-            "there: other sequences, or beams that changed places"
-        )
-    return len(given)
 
 
 @contextmanager
