@@ -78,7 +78,8 @@ class SpreadModel:
         return device_of(self.layers)
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """This rank's experts: what FSDP2 (`ignored_params`) and DDP must leave alone."""
+        """This rank's experts and their adapters: what FSDP2 (`ignored_params`) and DDP must leave alone."""
+        find_adapters(self.model, self.layers)
         return [parameter for moe in self.layers for _, parameter in expert_parameters(moe.experts)]
 
     def dense_parameters(self) -> list[nn.Parameter]:
