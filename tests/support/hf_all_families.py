@@ -110,6 +110,7 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     ),
     "mistral_large4": ("MistralLarge4TextModel", _LATENT),
     "mixtral": ("MixtralForCausalLM", {}),
+    "muse_spark": ("MuseSparkTextModel", {"moe_hidden_size": 16, "mlp_layer_types": ["dense", "sparse"]}),
     "nemotron_h": (
         "NemotronHForCausalLM",
         {

@@ -25,7 +25,7 @@ from ...planner import ClusterSpec
 from ...planner.errors import InputError
 from ...planner.plan import contiguous_home
 from ...weights import ExpertWeights
-from .experts import cast_for_experts, expert_form
+from .experts import cast_for_experts, expert_form, refuse_norm
 
 try:
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
@@ -43,6 +43,7 @@ class RelibraEP(EPImplementation):
                 f"tp_size is {tp_mesh.size()}; ep_implementation 'relibra' needs ranks that hold different tokens: set "
                 "tp_size=1 and fsdp_size to the number of ranks"
             )
+        refuse_norm(experts)
         self.experts, self.form = experts, expert_form(experts)
         self.groups = _groups_of(ep_mesh)
         self.num_experts = self.num_local_experts * self.groups.experts.size
