@@ -51,15 +51,16 @@ $(MEGATRON_ENV)/installed: pyproject.toml constraints.txt | .venv/installed
 		--only-binary=:all: --ignore-requires-python --target $(MEGATRON_ENV)/lib/python3.*/site-packages) megatron-core==$(MEGATRON)
 	touch $@
 
-# The notebook in a Jupyter kernel, and the loggers' own files: an environment of its own on top of .venv.
+# The notebook in a Jupyter kernel, the loggers' own files, torchtitan's MoE modules: an environment of its own on top of .venv.
 test-extras: .venv/extras/installed
-	MPLBACKEND=agg .venv/extras/bin/python -m pytest -q tests/test_loggers.py tests/test_notebook.py
+	MPLBACKEND=agg .venv/extras/bin/python -m pytest -q tests/test_loggers.py tests/test_notebook.py \
+		tests/relibra_kernels/integrations/test_torchtitan.py
 
 .venv/extras/installed: pyproject.toml | .venv/installed
 	$(PYTHON) -m venv .venv/extras
 	printf 'import site; site.addsitedir("%s")\n' "$(CURDIR)"/.venv/lib/python3.*/site-packages > beneath.pth
 	mv beneath.pth .venv/extras/lib/python3.*/site-packages/
-	.venv/extras/bin/python -m pip install --quiet tensorboard wandb prometheus-client nbclient ipykernel
+	.venv/extras/bin/python -m pip install --quiet tensorboard wandb prometheus-client nbclient ipykernel torchtitan==0.3.0
 	touch $@
 
 lint: .venv/installed

@@ -32,7 +32,8 @@ def moe_mlp_forward(
     out: torch.Tensor | None = None,
     checked: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(out [T, H], h [T*K, 2I])`; h is what backward needs. A token whose assignments are all dropped gives zeros.
+    """`(out [T, H], h [T*K, 2I])`; h is what backward needs, `[T*K, I]` without a gate. A token whose assignments are
+    all dropped gives zeros.
 
     Args:
         x_TH: rows, contiguous, in the dtype of the weights.

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from .planner.errors import InputError
 
-Activation = Literal["silu", "clamped", "clamped_silu", "capped_silu", "gelu_tanh"]
+Activation = Literal["silu", "clamped", "clamped_silu", "capped_silu", "gelu_tanh", "relu2"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,9 @@ class ExpertForm:
             "clamped" (gpt-oss): with gate <= limit and |up| <= limit, gate * sigmoid(alpha * gate) * (up + 1).
             "clamped_silu": with gate <= limit and |up| <= limit, silu(gate) * up.
             "capped_silu": with |up| <= limit, min(silu(gate), limit) * up.
-        limit: of the last three. alpha: of "clamped".
+            "relu2" (Nemotron-H): max(up, 0)^2, without a gate. What is called gate_up elsewhere is then up alone, with
+            `I` columns.
+        limit: of the three that have one. alpha: of "clamped".
     """
 
     is_transposed: bool = False
@@ -36,10 +38,29 @@ class ExpertForm:
             raise InputError(f"activation is {self.activation!r}; it must be one of {names}")
         if not self.limit > 0:
             raise InputError(f"limit is {self.limit}; it must be positive")
+        if not (self.has_gate or self.is_concatenated):
+            raise InputError(f"is_concatenated is False; it must be True with {self.activation!r}, which has no gate")
+
+    @property
+    def has_gate(self) -> bool:
+        return self.activation != "relu2"
+
+    @property
+    def first_name(self) -> str:
+        """What Hugging Face calls the weight that comes first."""
+        return "gate_up_proj" if self.has_gate else "up_proj"
+
+    def width(self, intermediate_size: int) -> int:
+        """Columns of h, the first product: gate and up, or up alone."""
+        return 2 * intermediate_size if self.has_gate else intermediate_size
+
+    def intermediate_size(self, width: int) -> int:
+        """The other way round."""
+        return width // 2 if self.has_gate else width
 
     def gate_up_shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, int]:
         """Shape of one expert's gate_up weight."""
-        shape = (2 * intermediate_size, hidden_size)
+        shape = (self.width(intermediate_size), hidden_size)
         return shape[::-1] if self.is_transposed else shape
 
     def down_shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 """The layer as modules: `ReplicatedExperts`, `TopKRouter` with replay, and `ReplicatedMoE` of both."""
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -28,20 +29,16 @@ __all__ = [
 Dispatcher = Callable[["ReplicatedExperts", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-_PARAMETERS = (  # of `ReplicatedExperts`, in the order of `ExpertWeights`
-    "gate_up_proj",
-    "down_proj",
-    "gate_up_proj_bias",
-    "down_proj_bias",
-    "gate_up_proj_left",
-    "gate_up_proj_right",
-    "down_proj_left",
-    "down_proj_right",
-)
+@cache
+def _parameter_names(first: str) -> dict[str, str]:
+    return {f: f.replace("gate_up", first).replace("down", "down_proj") for f in ExpertWeights._fields}
 
 
 class ReplicatedExperts(nn.Module):
     """All routed experts of one layer, with parameters named and shaped as Hugging Face names and shapes them.
+
+    `gate_up_proj`, or `up_proj` where the form has no gate; `down_proj`; their biases and factors, None where there are
+    none.
 
     Args:
         form: layout and activation; the default is that of Qwen3, DeepSeek and most others.
@@ -57,6 +54,8 @@ class ReplicatedExperts(nn.Module):
             set, as a `ReplicatedMoE` has them. None: the block is a `ReplicatedMoE`.
         adapters: PEFT's low-rank factors of the parameters.
     """
+
+    gate_up_proj: nn.Parameter  # or up_proj
 
     def __init__(
         self,
@@ -85,11 +84,12 @@ class ReplicatedExperts(nn.Module):
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(num_experts, *shape, dtype=dtype, device=device))
 
-        self.gate_up_proj = parameter(*self.form.gate_up_shape(hidden_size, intermediate_size))
+        first, width = self.form.first_name, self.form.width(intermediate_size)
+        self.register_parameter(first, parameter(*self.form.gate_up_shape(hidden_size, intermediate_size)))
         self.down_proj = parameter(*self.form.down_shape(hidden_size, intermediate_size))
-        self.gate_up_proj_bias = parameter(2 * intermediate_size) if self.form.has_bias else None
+        self.register_parameter(f"{first}_bias", parameter(width) if self.form.has_bias else None)
         self.down_proj_bias = parameter(hidden_size) if self.form.has_bias else None
-        for name in ("gate_up_proj_left", "gate_up_proj_right", "down_proj_left", "down_proj_right"):
+        for name in (f"{first}_left", f"{first}_right", "down_proj_left", "down_proj_right"):
             self.register_parameter(name, None)  # until `adapt`
         self.reset_parameters()
 
@@ -97,8 +97,13 @@ class ReplicatedExperts(nn.Module):
     def weights(self) -> ExpertWeights:
         """The parameters, as the functions of `autograd` take them; under PEFT's adapters with their factors beside."""
         if not self._modules:  # no adapter has put anything in a parameter's place
-            return ExpertWeights(*map(self._parameters.get, _PARAMETERS))
-        return adapted(self, ExpertWeights(None, None, self.gate_up_proj_bias, self.down_proj_bias))
+            return ExpertWeights(*map(self._parameters.get, self.parameter_names.values()))
+        return adapted(self, self.form)
+
+    @property
+    def parameter_names(self) -> dict[str, str]:
+        """Field of `ExpertWeights` -> attribute, in the order of the fields."""
+        return _parameter_names(self.form.first_name)
 
     @property
     def is_transposed(self) -> bool:
@@ -116,11 +121,11 @@ class ReplicatedExperts(nn.Module):
         """
         if rank < 1:
             raise InputError(f"rank is {rank}; it must be positive")
-        if self.gate_up_proj_left is not None:
+        if self.down_proj_left is not None:
             raise InputError("the experts have factors already")
         for parameter in self.parameters():
             parameter.requires_grad_(False)
-        for name in ("gate_up_proj", "down_proj"):
+        for name in (self.form.first_name, "down_proj"):
             weight = getattr(self, name)
             left = nn.Parameter(weight.new_zeros(*weight.shape[:2], rank))
             right = nn.Parameter(weight.new_zeros(weight.shape[0], rank, weight.shape[2]))
@@ -131,9 +136,9 @@ class ReplicatedExperts(nn.Module):
 
     def reset_parameters(self, std: float = 0.02) -> None:
         """Normal weights, zero biases."""
-        for weight in (self.gate_up_proj, self.down_proj):
-            nn.init.normal_(weight, std=std)
-        for bias in (self.gate_up_proj_bias, self.down_proj_bias):
+        for name in (self.form.first_name, "down_proj"):
+            nn.init.normal_(getattr(self, name), std=std)
+            bias = getattr(self, f"{name}_bias")
             if bias is not None:
                 nn.init.zeros_(bias)
 
@@ -157,17 +162,18 @@ class ReplicatedExperts(nn.Module):
         return f"{self.num_experts}, hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}"
 
 
-def adapted(experts: nn.Module, biases: ExpertWeights) -> ExpertWeights:
-    """The weights `gate_up_proj` and `down_proj` of an experts module and their factors, with these biases.
+def adapted(experts: nn.Module, form: ExpertForm) -> ExpertWeights:
+    """The weights and biases of an experts module, and the weights' factors.
 
     Factors are the module's own (`ReplicatedExperts.adapt`), or those that PEFT puts in a parameter's place while it
     runs: there the parameter is not what it names, but the sum, which would be made by asking for it.
     """
-    gate_up, gate_up_left, gate_up_right = _with_factors(experts, "gate_up_proj")
+    first, first_left, first_right = _with_factors(experts, form.first_name)
     down, down_left, down_right = _with_factors(experts, "down_proj")
-    return ExpertWeights(
-        gate_up, down, biases.gate_up_bias, biases.down_bias, gate_up_left, gate_up_right, down_left, down_right
+    first_bias, down_bias = (
+        getattr(experts, f"{name}_bias") if form.has_bias else None for name in (form.first_name, "down_proj")
     )
+    return ExpertWeights(first, down, first_bias, down_bias, first_left, first_right, down_left, down_right)
 
 
 def _with_factors(experts: Any, attribute: str) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:

@@ -132,13 +132,14 @@ def check_weights(weights: ExpertWeights, x_TH: torch.Tensor, form: ExpertForm, 
     intermediate_size = down.shape[1 if form.is_transposed else 2]
     expected = (form.gate_up_shape(hidden_size, intermediate_size), form.down_shape(hidden_size, intermediate_size))
     if (tuple(gate_up.shape[1:]), tuple(down.shape[1:])) != expected:
+        width = "2I" if form.has_gate else "I"
         raise ShapeError(
             f"the {store} gate_up is {tuple(gate_up.shape)} and down {tuple(down.shape)}; with hidden size "
             f"{hidden_size} and is_transposed={form.is_transposed} they must be "
-            + ("[E, H, 2I] and [E, I, H]" if form.is_transposed else "[E, 2I, H] and [E, H, I]")
+            + (f"[E, H, {width}] and [E, I, H]" if form.is_transposed else f"[E, {width}, H] and [E, H, I]")
         )
     biases = [None if bias is None else tuple(bias.shape) for bias in (weights.gate_up_bias, weights.down_bias)]
-    with_bias = [(len(gate_up), 2 * intermediate_size), (len(down), hidden_size)]
+    with_bias = [(len(gate_up), form.width(intermediate_size)), (len(down), hidden_size)]
     if biases != (with_bias if form.has_bias else [None, None]):
         raise ShapeError(
             f"the {store} biases are {biases}; with has_bias={form.has_bias} they must be {with_bias} or None"

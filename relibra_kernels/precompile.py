@@ -59,7 +59,7 @@ def warmup(
     replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
     layers = take_over(module)
     find_adapters(module, layers)
-    where = layers[0].experts.gate_up_proj.device
+    where = layers[0].experts.down_proj.device
     if device is None and where.type != "cuda":
         raise InputError(f"the model is on {where}; kernels are compiled for a GPU: move it there, or give a device")
     from .compiling.precompiling import compile_for, compile_on
@@ -152,7 +152,7 @@ def _steps(layers: list[ReplicatedMoE], counts: list[int], replica_slots: int | 
 
 
 def _shape(experts: ReplicatedExperts) -> tuple:
-    main = getattr(experts.gate_up_proj, "main_grad", None) is not None
+    main = getattr(experts.down_proj, "main_grad", None) is not None
     weights = [None if p is None else (tuple(p.shape), p.dtype, p.requires_grad) for p in adapted_weights(experts)]
     return (experts.form, experts.recompute, main, *weights)
 
@@ -170,7 +170,7 @@ def _step_alone(layer: ReplicatedMoE, count: int) -> None:
         main_grad = getattr(tensor, "main_grad", None)
         if main_grad is not None:
             twin.main_grad = _meta(main_grad)  # type: ignore[attr-defined]
-    weight = layer.experts.gate_up_proj
+    weight = layer.experts.down_proj
     x = _meta(weight, count, layer.experts.hidden_size).requires_grad_()
     if module is layer:
         functional_call(module, tensors, (x,)).sum().backward()
@@ -201,7 +201,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         for rows in received
     ]
     schedule = schedules[-1]
-    x = _meta(experts.gate_up_proj, received[-1], experts.hidden_size)
+    x = _meta(experts.down_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
     grad = own.map(lambda weight: zeros_fp32(_meta(weight)) if weight.requires_grad else None)
@@ -211,7 +211,7 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         replica_grad = ExpertWeights(*trained).map(zeros_fp32)
     kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
-    for accumulate in {True, hasattr(experts.gate_up_proj, "main_grad")}:
+    for accumulate in {True, hasattr(experts.down_proj, "main_grad")}:
         dx, dgates = moe_mlp_backward(
             _meta(x),
             x,

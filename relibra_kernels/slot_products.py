@@ -52,7 +52,7 @@ class Products:
         return out
 
     def gate_up(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """h `[rows, 2I]` and a `[rows, I]`."""
+        """h `[rows, 2I]`, without a gate `[rows, I]`, and a `[rows, I]`."""
         if self.home.is_adapted("gate_up"):
             transpose = not self.form.is_transposed
             h_RJ = self.whole(x_TH, "gate_up", transpose=transpose, gather=True, bias=True)

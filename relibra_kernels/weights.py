@@ -10,7 +10,8 @@ import torch
 class ExpertWeights(NamedTuple):
     """Tensors of several experts `[E, ...]` in the layout of an `ExpertForm`; biases only where the form has them.
 
-    Weights always have gate_up and down. As gradients, whatever is None is not computed.
+    Weights always have gate_up (up alone where there is no gate) and down. As gradients, whatever is None is not
+    computed.
 
     Adapted experts compute with `gate_up[e] + gate_up_left[e] @ gate_up_right[e]`, and so with down: the factors of a
     weight `[E, A, B]` are `[E, A, r]` and `[E, r, B]`, both or none of them there.

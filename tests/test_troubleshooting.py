@@ -149,7 +149,7 @@ PROVOKED = {
     "zeros only in layer 0": one_choice,
     "trace has (layers, top-k, experts)": other_model,
     'Specified `experts_implementation="relibra"` is not supported': not_imported,
-    "has_gate of ... is False": lambda: with_experts(has_gate=False),
+    "the activation without a gate of ...": lambda: with_experts(has_gate=False),
     "_apply_gate of ...": lambda: with_experts(act_fn=torch.nn.Tanh()),
     "without experts that transformers or we compute": lambda: relibra.layers(torch.nn.Linear(2, 2)),
     "the forward was fed token 17 at [0, 3]": lambda: replayed(other_token, changes=True),

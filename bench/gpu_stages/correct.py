@@ -14,7 +14,7 @@ TOLERANCE = {"bf16": 1.0e-2, "fp16": 2e-3, "fp32": 1e-5}
 LAYER_TOLERANCE = {"bf16": 1.5e-2, "fp16": 2e-3, "fp32": 1e-5}
 CLAMPED = ("clamped", "clamped silu", "capped silu")  # at a limit that many rows meet
 REHEARSED = (("schedule", "bf16"), ("grad_hidden", "fp16"))
-FORMS = ("qwen", "bias", "interleaved", "transposed", *CLAMPED, "gelu tanh", "gpt-oss")
+FORMS = ("qwen", "bias", "interleaved", "transposed", *CLAMPED, "gelu tanh", "no gate", "gpt-oss")
 KERNELS = ("schedule", "permute", "gate_up", "swiglu", "grouped_gemm", "grad_hidden", "grad_weight", "grad_bias",
            "replica_reduce")  # fmt: skip
 # tokens, hidden size, intermediate size: rows of 16 bytes that are no multiple of a block; rows that no descriptor

@@ -31,6 +31,7 @@ FORMS: dict[str, ExpertForm] = {
     "clamped silu": ExpertForm(activation="clamped_silu", limit=0.7),
     "capped silu": ExpertForm(activation="capped_silu", limit=0.7),
     "gelu tanh": ExpertForm(activation="gelu_tanh"),
+    "no gate": ExpertForm(activation="relu2"),
     "gpt-oss": GPT_OSS,
 }
 

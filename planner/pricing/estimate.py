@@ -133,7 +133,7 @@ def _rows(outcome: Outcome, setting: Setting) -> np.ndarray:
 
 def _activation_bytes(outcome: Outcome, setting: Setting) -> int:
     """Received rows, and gate and up of every assignment, in bf16."""
-    gate_up = 4 * setting.model.intermediate_size * outcome.rank_load.sum(0).max(1)  # [M]
+    gate_up = 2 * setting.model.first_width * outcome.rank_load.sum(0).max(1)  # [M]
     return round(float((2 * setting.model.hidden_size * _rows(outcome, setting).sum(0) + gate_up).max(initial=0)))
 
 

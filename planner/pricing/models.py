@@ -22,7 +22,8 @@ class ModelShape:
 
     Attributes:
         layers: MoE layers. experts, top_k: of each.
-        hidden_size, intermediate_size: of one routed expert, which has gate, up and down projections.
+        hidden_size, intermediate_size: of one routed expert, which has gate, up and down projections, or up
+            and down alone (`has_gate` False).
         heads, kv_heads, head_dim: attention. With multi-head latent attention, head_dim is the size of a head's queries
             and keys without their rotary part.
         shared_intermediate_size: of all shared experts together, which every rank runs for its own tokens.
@@ -46,11 +47,17 @@ class ModelShape:
     rope_dim: int = 0
     value_dim: int = 0
     adapter_rank: int = 0
+    has_gate: bool = True
+
+    @property
+    def first_width(self) -> int:
+        """Columns of the first projection: of gate and up, or of up alone."""
+        return (2 if self.has_gate else 1) * self.intermediate_size
 
     @property
     def expert_parameters(self) -> int:
         """Parameters of one expert: its gate, up and down projections, and their adapters."""
-        return 3 * self.hidden_size * self.intermediate_size + self._adapter_parameters
+        return self.hidden_size * (self.first_width + self.intermediate_size) + self._adapter_parameters
 
     @property
     def trained_parameters(self) -> int:
@@ -60,7 +67,7 @@ class ModelShape:
     @property
     def _adapter_parameters(self) -> int:
         """Gate and up are one projection `[2I, H]`."""
-        return self.adapter_rank * (2 * self.hidden_size + 3 * self.intermediate_size)
+        return self.adapter_rank * (2 * self.hidden_size + self.first_width + self.intermediate_size)
 
     @property
     def expert_bytes(self) -> int:
@@ -173,12 +180,20 @@ def model_of_routing(layers: int, experts: int, top_k: int | None = None) -> Mod
 
 
 def shape_of_sizes(
-    hidden_size: int, intermediate_size: int, experts: int, top_k: int, *, layers: int = 1, name: str = ""
+    hidden_size: int,
+    intermediate_size: int,
+    experts: int,
+    top_k: int,
+    *,
+    layers: int = 1,
+    name: str = "",
+    has_gate: bool = True,
 ) -> ModelShape:
     """A model of which only the experts are known: attention of H / 128 heads, an eighth for keys and values."""
     heads = max(hidden_size // 128, 1)
     name = name or f"{hidden_size},{intermediate_size},{experts},{top_k}"
-    return ModelShape(name, layers, experts, top_k, hidden_size, intermediate_size, heads, max(heads // 8, 1), 128)
+    sizes = layers, experts, top_k, hidden_size, intermediate_size, heads, max(heads // 8, 1), 128
+    return ModelShape(name, *sizes, has_gate=has_gate)
 
 
 def shape_of_text(text: str) -> ModelShape:
@@ -233,6 +248,7 @@ def _shape_of_config(path: Path) -> ModelShape:
         kv_rank=kv_rank,
         rope_dim=size("qk_rope_head_dim") if kv_rank else 0,
         value_dim=size("v_head_dim") if kv_rank else 0,
+        has_gate=config.get("mlp_hidden_act") != "relu2",
     )
     if min(shape.layers, shape.experts, shape.top_k, hidden_size, intermediate_size) < 1:
         raise FormatError(f"{path}: a size that must be positive is not: {shape}")

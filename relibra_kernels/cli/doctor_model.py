@@ -40,8 +40,8 @@ def examine(folder: str) -> Iterator[Found]:
 
 def _of(model: Any) -> Iterator[Found]:
     from ..integrations.transformers import expert_form
-    from ..integrations.transformers.experts import expert_weights
     from ..integrations.transformers.moe_layers import moe_layers
+    from ..nn import adapted
 
     name = type(model).__name__
     try:
@@ -62,8 +62,9 @@ def _of(model: Any) -> Iterator[Found]:
         yield "problem", f"kernels: {error}", "record and replay work all the same"
         return
     biases = "with" if form.has_bias else "without"
-    yield "ok", f"kernels: ours compute its experts, {form.activation}-gated, {biases} biases", ""
-    weights = expert_weights(first.experts).tensors()
+    gate = f"{form.activation}-gated" if form.has_gate else f"{form.activation} without a gate"
+    yield "ok", f"kernels: ours compute its experts, {gate}, {biases} biases", ""
+    weights = adapted(first.experts, form).tensors()
     elements = sum(weight[0].numel() for weight in weights)
     size, gradient = elements * weights[0].element_size(), elements * 4
     yield (
@@ -74,7 +75,7 @@ def _of(model: Any) -> Iterator[Found]:
     )
     yield "ok", "record, replay and ExpertParallel: the model is taken over where it is", ""
     yield from _configs(model)
-    yield from _plan(layers)
+    yield from _plan(layers, form)
 
 
 def _configs(model: Any) -> Iterator[Found]:
@@ -90,15 +91,15 @@ def _configs(model: Any) -> Iterator[Found]:
         yield "ok", f"configs on {device}, {TOKENS} tokens: {sources}", ""
 
 
-def _plan(layers: Any) -> Iterator[Found]:
+def _plan(layers: Any, form: Any) -> Iterator[Found]:
     """Memory of the fullest rank under a plan of generated routing, as `ep.estimate` counts it."""
     experts, top_k, number = layers[0].experts, layers[0].top_k, layers[0].num_experts
     if number < RANKS or number <= 2 * top_k:
         yield "note", f"{number} experts are too few to estimate a plan of {RANKS} ranks", ""
         return
     weight = experts.down_proj[0]
-    hidden, intermediate = tuple(weight.shape)[:: -1 if getattr(experts, "is_transposed", False) else 1]
-    shape = shape_of_sizes(hidden, intermediate, number, top_k, layers=len(layers))
+    hidden, intermediate = tuple(weight.shape)[:: -1 if form.is_transposed else 1]
+    shape = shape_of_sizes(hidden, intermediate, number, top_k, layers=len(layers), has_gate=form.has_gate)
     skew = min(7.3, number / top_k / 2)
     loads = generate_loads(len(layers), MICRO_BATCHES, number, top_k, TOKENS * RANKS, max_mean=skew)
     options = PlanOptions(balance=1.0, shape=shape)

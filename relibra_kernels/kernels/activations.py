@@ -89,6 +89,22 @@ def derivatives(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: 
 
 
 @triton.jit
+def activate_alone(up, ACTIVATION: tl.constexpr):
+    """a from fp32 up, of experts without a gate."""
+    tl.static_assert(ACTIVATION == "relu2")
+    positive = tl.maximum(up, 0.0)
+    return positive * positive
+
+
+@triton.jit
+def derivative_alone(up, ACTIVATION: tl.constexpr):
+    """(a, da/dup)."""
+    tl.static_assert(ACTIVATION == "relu2")
+    positive = tl.maximum(up, 0.0)
+    return positive * positive, 2.0 * positive
+
+
+@triton.jit
 def _clamp(up, LIMIT: tl.constexpr):
     return tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
 

@@ -2,7 +2,8 @@
 """`h = gather(x) @ gate_up` and `a = act(h)` in one pass: the activation works on the accumulators.
 
 A tile multiplies its rows with 2*BLOCK_N columns at once: BLOCK_N gate columns and the up columns that go with them,
-which are loaded side by side where the weights are `[gate; up]`. The accumulator is taken apart at the end.
+which are loaded side by side where the weights are `[gate; up]`. The accumulator is taken apart at the end. Without a
+gate they are 2*BLOCK_N up columns.
 """
 
 import torch
@@ -13,7 +14,7 @@ from ..configs.config import GemmConfig
 from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
-from .activations import activate
+from .activations import activate, activate_alone
 from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
 from .launch import TABLES, launch
 from .stores import two_stores
@@ -58,6 +59,7 @@ def _gate_up_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
+    GATED: tl.constexpr,
     CONCATENATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -74,13 +76,15 @@ def _gate_up_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     WIDE: tl.constexpr = 2 * BLOCK_N
-    # concatenated: I columns that come in pairs; interleaved: 2*I columns
-    N: tl.constexpr = I if CONCATENATED else 2 * I
-    BLOCK: tl.constexpr = BLOCK_N if CONCATENATED else 2 * BLOCK_N
+    PAIRED: tl.constexpr = GATED and CONCATENATED
+    WIDTH: tl.constexpr = 2 * I if GATED else I  # of h
+    NUM_N: tl.constexpr = (WIDTH + WIDE - 1) // WIDE
+    # concatenated: I columns that come in pairs; interleaved: 2*I columns; without a gate: I columns
+    N: tl.constexpr = I if PAIRED else WIDTH
+    BLOCK: tl.constexpr = BLOCK_N if PAIRED else WIDE
     rows_of = describe_rows(x_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
-    described = describe_weights(base_ptr, count, N, D, ROWS_ARE_N, CONCATENATED, TMA, BLOCK, BLOCK_K)
+    described = describe_weights(base_ptr, count, N, D, ROWS_ARE_N, PAIRED, TMA, BLOCK, BLOCK_K)
     FLAT: tl.constexpr = FLAT_SLOTS > 0
     if FLAT:
         num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
@@ -96,21 +100,21 @@ def _gate_up_kernel(
             n0 = n * BLOCK_N
             weights, number = weight_store(
                 described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
-                N, D, ROWS_ARE_N, CONCATENATED, TMA, BLOCK, BLOCK_K,
+                N, D, ROWS_ARE_N, PAIRED, TMA, BLOCK, BLOCK_K,
             )  # fmt: skip
             column = n0 + tl.arange(0, BLOCK_N)
             inside = column < I
             stored_R = row_R < end
             # a 64-bit start and 32-bit offsets inside the tile: registers
             row_of_tile = tl.arange(0, BLOCK_M)[:, None]
-            h_tile = h_ptr + row0.to(tl.int64) * (2 * I)
+            h_tile = h_ptr + row0.to(tl.int64) * WIDTH
             a_tile = a_ptr + row0.to(tl.int64) * I
-            first: tl.constexpr = 1 if CONCATENATED else 2
+            first: tl.constexpr = 1 if PAIRED else 2
             both = contract(
                 rows_of, row0, token_R, weights, number, first * n0,
-                N, D, ROWS_ARE_N, CONCATENATED, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK, BLOCK_K,
+                N, D, ROWS_ARE_N, PAIRED, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK, BLOCK_K,
             )  # fmt: skip
-            if CONCATENATED:
+            if PAIRED:
                 gate, up = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
                 if bias_ptr is not None:
                     gate += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, 2 * I, XCDS)
@@ -122,16 +126,46 @@ def _gate_up_kernel(
             else:
                 wide = 2 * n0 + tl.arange(0, WIDE)
                 if bias_ptr is not None:
-                    both += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, wide, wide < 2 * I, 2 * I, XCDS)
-                mask = stored_R[:, None] & (wide < 2 * I)[None, :]
-                tl.store(h_tile + (row_of_tile * (2 * I) + wide[None, :]), both.to(h_ptr.dtype.element_ty), mask=mask)
-                gate, up = both.reshape(BLOCK_M, BLOCK_N, 2).split()
-            # from h as it is stored, which is what backward sees
-            gate = gate.to(h_ptr.dtype.element_ty).to(tl.float32)
-            up = up.to(h_ptr.dtype.element_ty).to(tl.float32)
-            a = activate(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
-            a_at = row_of_tile * I + column[None, :]
-            tl.store(a_tile + a_at, a.to(a_ptr.dtype.element_ty), mask=stored_R[:, None] & inside[None, :])
+                    both += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, wide, wide < WIDTH, WIDTH, XCDS)
+                if GATED:
+                    mask = stored_R[:, None] & (wide < WIDTH)[None, :]
+                    h_at = row_of_tile * WIDTH + wide[None, :]
+                    tl.store(h_tile + h_at, both.to(h_ptr.dtype.element_ty), mask=mask)
+                    gate, up = both.reshape(BLOCK_M, BLOCK_N, 2).split()
+                elif BLOCK_M < 128:
+                    _store_alone(both, h_tile, a_tile, stored_R, 2 * n0, I, ACTIVATION, BLOCK_M, WIDE)
+                else:  # halves of large tiles, for which Triton 3.9 spills 8 bytes on sm_100; 3.7 does for small ones
+                    left, right = both.reshape(BLOCK_M, 2, BLOCK_N).permute(0, 2, 1).split()
+                    _store_alone(left, h_tile, a_tile, stored_R, 2 * n0, I, ACTIVATION, BLOCK_M, BLOCK_N)
+                    _store_alone(right, h_tile, a_tile, stored_R, 2 * n0 + BLOCK_N, I, ACTIVATION, BLOCK_M, BLOCK_N)
+            if GATED:
+                # from h as it is stored, which is what backward sees
+                gate = gate.to(h_ptr.dtype.element_ty).to(tl.float32)
+                up = up.to(h_ptr.dtype.element_ty).to(tl.float32)
+                a = activate(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+                a_at = row_of_tile * I + column[None, :]
+                tl.store(a_tile + a_at, a.to(a_ptr.dtype.element_ty), mask=stored_R[:, None] & inside[None, :])
+
+
+@triton.jit
+def _store_alone(
+    h,
+    h_tile,
+    a_tile,
+    stored_R,
+    column0,
+    I: tl.constexpr,  # noqa: E741
+    ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """h and a of BLOCK_N columns from `column0` on, without a gate."""
+    column = column0 + tl.arange(0, BLOCK_N)
+    at = tl.arange(0, BLOCK_M)[:, None] * I + column[None, :]
+    mask = stored_R[:, None] & (column < I)[None, :]
+    h = h.to(h_tile.dtype.element_ty)
+    tl.store(h_tile + at, h, mask=mask)
+    tl.store(a_tile + at, activate_alone(h.to(tl.float32), ACTIVATION).to(a_tile.dtype.element_ty), mask=mask)
 
 
 def grouped_gemm_swiglu(
@@ -146,19 +180,20 @@ def grouped_gemm_swiglu(
     weight_of_slot: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
-    intermediate_size, hidden_size = gate_up.shape[2 if form.is_transposed else 1] // 2, x_TH.shape[1]
+    """`h = gather(x) @ gate_up (+ bias)`, `a = swiglu(h)`: `([rows, 2I], [rows, I])`; both `[rows, I]` without gate."""
+    width, hidden_size = gate_up.shape[2 if form.is_transposed else 1], x_TH.shape[1]
+    intermediate_size, pairs = form.intermediate_size(width), ceil_div(width, 2)
     check_operands(x_TH, schedule.num_tokens, gate_up, replica_gate_up, bias, replica_bias)
     config = config or chosen_config(
         "gate_up",
         x_TH,
         schedule,
-        (intermediate_size, hidden_size),
+        (pairs, hidden_size),
         layout=not form.is_transposed,
         interleaved=not form.is_concatenated,
     )
     h_RJ, a_RI = (
-        x_TH.new_empty(schedule.num_rows, 2 * intermediate_size),
+        x_TH.new_empty(schedule.num_rows, width),
         x_TH.new_empty(schedule.num_rows, intermediate_size),
     )
     tiles = row_tiles(schedule, config.block_m)
@@ -168,7 +203,7 @@ def grouped_gemm_swiglu(
     stores = two_stores(gate_up, replica_gate_up)
     launch(
         _gate_up_kernel,
-        grid_of(x_TH, num_tiles * ceil_div(intermediate_size, config.block_n), config),
+        grid_of(x_TH, num_tiles * ceil_div(pairs, config.block_n), config),
         x_TH,
         stores.base,
         stores.other,
@@ -194,7 +229,7 @@ def grouped_gemm_swiglu(
         **gemm_constants(
             x_TH,
             config,
-            widths=(hidden_size, 2 * intermediate_size),
+            widths=(hidden_size, width),
             described=(x_TH, gate_up, replica_gate_up),
             gathered_depth=hidden_size,
         ),

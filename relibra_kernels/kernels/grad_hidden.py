@@ -45,8 +45,8 @@ def grad_hidden(
     weight_of_slot: torch.Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`(dh [rows, 2I], w*a [rows, I], dweights [T, K] in fp32)`; rows of the unused tail are undefined."""
-    intermediate_size, hidden_size = h_RJ.shape[1] // 2, dout_TH.shape[1]
+    """`(dh as h, w*a [rows, I], dweights [T, K] in fp32)`; rows of the unused tail are undefined."""
+    intermediate_size, hidden_size = form.intermediate_size(h_RJ.shape[1]), dout_TH.shape[1]
     check_operands(dout_TH, schedule.num_tokens, down, replica_down, bias, replica_bias)
     check_operands(h_RJ, schedule.num_rows, down)
     check_gate_weights(weights_TK, schedule)

@@ -8,7 +8,7 @@
 import triton
 import triton.language as tl
 
-from .activations import derivatives
+from .activations import derivative_alone, derivatives
 from .launch import TABLES
 from .tiles import contract, describe_rows, describe_weights, first_program, tile_of, weight_of, weight_store
 
@@ -24,6 +24,7 @@ def _finish(
     end,
     n0,
     I: tl.constexpr,  # noqa: E741
+    GATED: tl.constexpr,
     CONCATENATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -41,16 +42,16 @@ def _finish(
         left, right = g.reshape(BLOCK_M, 2, BLOCK_N // 2).permute(0, 2, 1).split()
         partial_R = _finish(
             left, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+            I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
         return partial_R + _finish(
             right, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0 + BLOCK_N // 2,
-            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
+            I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N // 2,
         )  # fmt: skip
     else:
         return _finish_columns(
             g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-            I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, BLOCK_M, BLOCK_N,
+            I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -65,6 +66,7 @@ def _finish_columns(
     end,
     n0,
     I: tl.constexpr,  # noqa: E741
+    GATED: tl.constexpr,
     CONCATENATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -76,12 +78,17 @@ def _finish_columns(
     row = tl.arange(0, BLOCK_M)[:, None]
     column = n0 + tl.arange(0, BLOCK_N)[None, :]
     here = (row0 + row < end) & (column < I)
-    h_ptr += row0.to(tl.int64) * (2 * I)  # 64-bit starts and 32-bit offsets inside the tile: registers
-    dh_ptr += row0.to(tl.int64) * (2 * I)
+    J: tl.constexpr = 2 * I if GATED else I
+    h_ptr += row0.to(tl.int64) * J  # 64-bit starts and 32-bit offsets inside the tile: registers
+    dh_ptr += row0.to(tl.int64) * J
     wa_ptr += row0.to(tl.int64) * I
     element = dh_ptr.dtype.element_ty
     # each output is stored as soon as it is known: registers
-    if CONCATENATED:
+    if not GATED:
+        at = row * I + column
+        a, slope = derivative_alone(tl.load(h_ptr + at, mask=here, other=0.0).to(tl.float32), ACTIVATION)
+        tl.store(dh_ptr + at, (g * w_R[:, None] * slope).to(element), mask=here)
+    elif CONCATENATED:
         h_at = row * (2 * I) + column
         gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
@@ -99,7 +106,8 @@ def _finish_columns(
         da = g * w_R[:, None]
         dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
         tl.store(dh_ptr + h_at, dh, mask=here_wide)
-    a = act * factor
+    if GATED:
+        a = act * factor
     tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
     # a is 0 where nothing was loaded. Which form keeps all in registers differs (Triton 3.9, 128x256)
     if CONCATENATED:
@@ -136,6 +144,7 @@ def _grad_hidden_kernel(
     D: tl.constexpr,
     TOP_K: tl.constexpr,
     ROWS_ARE_N: tl.constexpr,
+    GATED: tl.constexpr,
     CONCATENATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -176,7 +185,7 @@ def _grad_hidden_kernel(
             w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
             partial_R = _finish(
                 g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                I, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
+                I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
             )  # fmt: skip
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 

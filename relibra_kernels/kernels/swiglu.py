@@ -10,7 +10,7 @@ import triton.language as tl
 
 from ..configs.config import BlockConfig
 from ..form import ExpertForm
-from .activations import activate, derivatives
+from .activations import activate, derivative_alone, derivatives
 from .constants import block_of, ceil_div, chosen_block
 from .launch import launch, target
 
@@ -22,6 +22,7 @@ def _swiglu_kernel(
     out_ptr,
     a_ptr,
     I: tl.constexpr,  # noqa: E741
+    GATED: tl.constexpr,
     CONCATENATED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     LIMIT: tl.constexpr,
@@ -33,19 +34,30 @@ def _swiglu_kernel(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < I
-    gate_at = row * 2 * I + (column if CONCATENATED else 2 * column)
-    up_at = gate_at + (I if CONCATENATED else 1)
-    gate = tl.load(h_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
-    up = tl.load(h_ptr + up_at, mask=inside, other=0.0).to(tl.float32)
-    if da_ptr is None:
-        a = activate(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
-        tl.store(out_ptr + row * I + column, a.to(out_ptr.dtype.element_ty), mask=inside)
+    if not GATED:
+        at = row * I + column
+        up = tl.load(h_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        a, slope = derivative_alone(up, ACTIVATION)
+        if da_ptr is None:
+            tl.store(out_ptr + at, a.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            da = tl.load(da_ptr + at, mask=inside, other=0.0).to(tl.float32)
+            tl.store(out_ptr + at, (da * slope).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(a_ptr + at, a, mask=inside)
     else:
-        da = tl.load(da_ptr + row * I + column, mask=inside, other=0.0).to(tl.float32)
-        act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
-        tl.store(out_ptr + gate_at, (da * factor * slope).to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(out_ptr + up_at, (da * act_open).to(out_ptr.dtype.element_ty), mask=inside)
-        tl.store(a_ptr + row * I + column, act * factor, mask=inside)
+        gate_at = row * 2 * I + (column if CONCATENATED else 2 * column)
+        up_at = gate_at + (I if CONCATENATED else 1)
+        gate = tl.load(h_ptr + gate_at, mask=inside, other=0.0).to(tl.float32)
+        up = tl.load(h_ptr + up_at, mask=inside, other=0.0).to(tl.float32)
+        if da_ptr is None:
+            a = activate(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+            tl.store(out_ptr + row * I + column, a.to(out_ptr.dtype.element_ty), mask=inside)
+        else:
+            da = tl.load(da_ptr + row * I + column, mask=inside, other=0.0).to(tl.float32)
+            act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+            tl.store(out_ptr + gate_at, (da * factor * slope).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_ptr + up_at, (da * act_open).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(a_ptr + row * I + column, act * factor, mask=inside)
 
 
 def form_constants(form: ExpertForm, tensor: torch.Tensor) -> Mapping[str, bool | float | str]:
@@ -57,6 +69,7 @@ def form_constants(form: ExpertForm, tensor: torch.Tensor) -> Mapping[str, bool 
 @cache
 def _form_constants(form: ExpertForm, is_fast: bool) -> Mapping[str, bool | float | str]:
     return {
+        "GATED": form.has_gate,
         "CONCATENATED": form.is_concatenated,
         "ACTIVATION": form.activation,
         "LIMIT": form.limit,
@@ -66,8 +79,8 @@ def _form_constants(form: ExpertForm, is_fast: bool) -> Mapping[str, bool | floa
 
 
 def swiglu(h_RJ: torch.Tensor, form: ExpertForm, *, config: BlockConfig | None = None) -> torch.Tensor:
-    """`[R, 2I] -> [R, I]`."""
-    a_RI = h_RJ.new_empty(len(h_RJ), h_RJ.shape[1] // 2)
+    """`[R, 2I] -> [R, I]`; `[R, I]` in where there is no gate."""
+    a_RI = h_RJ.new_empty(len(h_RJ), form.intermediate_size(h_RJ.shape[1]))
     _launch(h_RJ, None, a_RI, None, form, config)
     return a_RI
 
@@ -75,7 +88,7 @@ def swiglu(h_RJ: torch.Tensor, form: ExpertForm, *, config: BlockConfig | None =
 def swiglu_backward(
     da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm, *, config: BlockConfig | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(dh [R, 2I], a [R, I])` from da and h; `a` is recomputed on the way and kept in fp32."""
+    """`(dh as h, a [R, I])` from da and h; `a` is recomputed on the way and kept in fp32."""
     dh_RJ, a_RI = torch.empty_like(h_RJ), torch.empty(da_RI.shape, dtype=torch.float32, device=h_RJ.device)
     _launch(h_RJ, da_RI, dh_RJ, a_RI, form, config)
     return dh_RJ, a_RI
@@ -89,7 +102,7 @@ def _launch(
     form: ExpertForm,
     config: BlockConfig | None,
 ) -> None:
-    rows, intermediate_size = len(h_RJ), h_RJ.shape[1] // 2
+    rows, intermediate_size = len(h_RJ), form.intermediate_size(h_RJ.shape[1])
     part = "swiglu" if da_RI is None else "swiglu_backward"
     config = config or chosen_block(
         "swiglu", h_RJ, intermediate_size, rows, interleaved=not form.is_concatenated, part=part

@@ -78,7 +78,8 @@ class SpreadModel:
         return device_of(self.layers)
 
     def expert_parameters(self) -> list[nn.Parameter]:
-        """This rank's experts: what FSDP2 (`ignored_params`) and DDP must leave alone."""
+        """This rank's experts and their adapters: what FSDP2 (`ignored_params`) and DDP must leave alone."""
+        find_adapters(self.model, self.layers)
         return [parameter for moe in self.layers for _, parameter in expert_parameters(moe.experts)]
 
     def dense_parameters(self) -> list[nn.Parameter]:
@@ -163,7 +164,7 @@ class SpreadModel:
         find_adapters(self.model, self.layers)
         experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
         sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k
-        shape = shape_of_sizes(*sizes, layers=len(self.layers))
+        shape = shape_of_sizes(*sizes, layers=len(self.layers), has_gate=experts.form.has_gate)
         return dataclasses.replace(shape, adapter_rank=adapter_rank(experts))
 
     def _check_between_batches(self, what: str) -> None:

@@ -60,14 +60,14 @@ def grouped_gemm_swiglu(
     replica_bias: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`h = gather(x) @ gate_up (+ bias)` and `a = swiglu(h)`: `([rows, 2I], [rows, I])`."""
+    """`h = gather(x) @ gate_up (+ bias)`, `a = swiglu(h)`: `([rows, 2I], [rows, I])`; both `[rows, I]` without gate."""
     check_operands(x_TH, schedule.num_tokens, gate_up, replica_gate_up, bias, replica_bias)
     operand = operand_dtype(x_TH)
     weights, biases = _Store(gate_up, replica_gate_up, operand), _Store(bias, replica_bias, operand)
     weight_ids = slot_weights(schedule, weight_of_slot)
     columns = gate_up.shape[2 if form.is_transposed else 1]
     h_RJ = x_TH.new_empty(schedule.num_rows, columns)
-    a_RI = x_TH.new_empty(schedule.num_rows, columns // 2)
+    a_RI = x_TH.new_empty(schedule.num_rows, form.intermediate_size(columns))
     for slot, rows in filled_slots(schedule, CHUNK_ROWS):
         w = weights[weight_ids[slot]]
         w = w if form.is_transposed else w.t()
@@ -89,7 +89,7 @@ def grad_hidden(
     replica_bias: torch.Tensor | None = None,
     weight_of_slot: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """From the output's gradient back to h: `(dh [rows, 2I], w*a [rows, I], dweights [T, K] in fp32)`.
+    """From the output's gradient back to h: `(dh as h, w*a [rows, I], dweights [T, K] in fp32)`.
 
     With `g[r] = dout[t] @ down`: `dweights = <g, a> + <dout, bias>`, `dh = dSwiGLU(w * g, h)`. `w*a` is what the
     gradient of `down` contracts with dout.
@@ -102,7 +102,7 @@ def grad_hidden(
     weight_ids = slot_weights(schedule, weight_of_slot)
     accumulate = torch.promote_types(h_RJ.dtype, torch.float32)
     dh_RJ = torch.empty_like(h_RJ)
-    wa_RI = h_RJ.new_empty(h_RJ.shape[0], h_RJ.shape[1] // 2)
+    wa_RI = h_RJ.new_empty(h_RJ.shape[0], form.intermediate_size(h_RJ.shape[1]))
     dweights = torch.zeros(schedule.position_of.numel(), dtype=accumulate, device=h_RJ.device)
     flat_weights = weights_TK.reshape(-1)
     for slot, rows in filled_slots(schedule, CHUNK_ROWS):

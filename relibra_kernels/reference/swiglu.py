@@ -9,7 +9,9 @@ from ..form import ExpertForm
 
 
 def swiglu(h_RJ: torch.Tensor, form: ExpertForm) -> torch.Tensor:
-    """`[R, 2I] -> [R, I]`."""
+    """`[R, 2I] -> [R, I]`; `[R, I]` in where there is no gate."""
+    if not form.has_gate:
+        return _accumulated(h_RJ).relu().square().to(h_RJ.dtype)
     gate, up = _gate_and_up(h_RJ, form)
     if form.activation == "silu":
         return functional.silu(gate).mul_(up).to(h_RJ.dtype)
@@ -20,10 +22,13 @@ def swiglu(h_RJ: torch.Tensor, form: ExpertForm) -> torch.Tensor:
 
 
 def swiglu_backward(da_RI: torch.Tensor, h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(dh [R, 2I], a [R, I])` from da and h; `a` is recomputed on the way and kept in fp32.
+    """`(dh as h, a [R, I])` from da and h; `a` is recomputed on the way and kept in fp32.
 
     A clamped element passes its gradient where it lies on the limit, as torch.clamp does.
     """
+    if not form.has_gate:
+        positive = _accumulated(h_RJ).relu()
+        return (2 * positive * da_RI.to(positive.dtype)).to(h_RJ.dtype), positive.square()
     gate, up = _gate_and_up(h_RJ, form)
     da = da_RI.to(gate.dtype)
     dh_RJ = torch.empty_like(h_RJ)
@@ -68,6 +73,9 @@ def split_gate_up(h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, t
 
 
 def _gate_and_up(h_RJ: torch.Tensor, form: ExpertForm) -> tuple[torch.Tensor, torch.Tensor]:
-    accumulate = torch.promote_types(h_RJ.dtype, torch.float32)
     gate, up = split_gate_up(h_RJ, form)
-    return gate.to(accumulate), up.to(accumulate)
+    return _accumulated(gate), _accumulated(up)
+
+
+def _accumulated(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

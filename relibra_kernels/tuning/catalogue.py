@@ -23,7 +23,7 @@ TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
 QWEN, OSS = (2048, 768, ExpertForm()), (2880, 2880, GPT_OSS)  # hidden size, intermediate size, form
 ACTIVATES = ("gate_up", "swiglu", "grad_hidden")
-OTHERS: tuple[Activation, ...] = ("clamped_silu", "capped_silu", "gelu_tanh")
+OTHERS: tuple[Activation, ...] = ("clamped_silu", "capped_silu", "gelu_tanh", "relu2")
 
 # kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {
@@ -77,6 +77,10 @@ class Layer:
         """A call that computes one part of the layer with `kernel`; `config` is a keyword of it."""
         return getattr(self, f"_{kernel}")(part, config)
 
+    @property
+    def _width(self) -> int:
+        return self.form.width(self.intermediate_size)
+
     def _rows(self, count: int, width: int) -> torch.Tensor:
         return self.make(count, width, dtype=self.dtype)
 
@@ -97,7 +101,7 @@ class Layer:
 
     def _gate_up(self, part: str, config: GemmConfig | None) -> partial:
         gate_up, replica = self._stores(*self.form.gate_up_shape(self.hidden_size, self.intermediate_size))
-        bias, replica_bias = self._biases(2 * self.intermediate_size)
+        bias, replica_bias = self._biases(self._width)
         return partial(
             kernels.grouped_gemm_swiglu,
             self._rows(self.schedule.num_tokens, self.hidden_size),
@@ -118,7 +122,7 @@ class Layer:
         bias, replica_bias = self._biases(self.hidden_size) if down else (None, None)
         return partial(
             kernels.grouped_gemm,
-            self._rows(self.schedule.num_rows, self.intermediate_size if down else 2 * self.intermediate_size),
+            self._rows(self.schedule.num_rows, self.intermediate_size if down else self._width),
             weight=weight,
             schedule=self.schedule,
             transpose_weight=down != self.form.is_transposed,
@@ -135,7 +139,7 @@ class Layer:
         return partial(
             kernels.grad_hidden,
             self._rows(self.schedule.num_tokens, self.hidden_size),
-            self._rows(self.schedule.num_rows, 2 * self.intermediate_size),
+            self._rows(self.schedule.num_rows, self._width),
             self._gate_weights(),
             down=down,
             schedule=self.schedule,
@@ -152,7 +156,7 @@ class Layer:
         shape_of = self.form.gate_up_shape if of_gate_up else self.form.down_shape
         grad, replica = self._gradients(*shape_of(self.hidden_size, self.intermediate_size))
         tokens = self._rows(self.schedule.num_tokens, self.hidden_size)
-        rows = self._rows(self.schedule.num_rows, 2 * self.intermediate_size if of_gate_up else self.intermediate_size)
+        rows = self._rows(self.schedule.num_rows, self._width if of_gate_up else self.intermediate_size)
         # the weight's rows are the output columns of its product, or its contraction where it is transposed
         tokens_left = of_gate_up == self.form.is_transposed
         left, right = (tokens, rows) if tokens_left else (rows, tokens)
@@ -175,7 +179,7 @@ class Layer:
 
     def _grad_bias(self, part: str, config: BlockConfig | None) -> partial:
         of_gate_up = part == "gate_up"
-        width = 2 * self.intermediate_size if of_gate_up else self.hidden_size
+        width = self._width if of_gate_up else self.hidden_size
         grad, replica = self._gradients(width)
         return partial(
             kernels.grad_bias,
@@ -204,7 +208,7 @@ class Layer:
         return partial(kernels.pack_payload, tokens, weights, slots, self.schedule, payload, config=config)
 
     def _swiglu(self, part: str, config: Any) -> partial:
-        h = self._rows(self.schedule.num_rows, 2 * self.intermediate_size)
+        h = self._rows(self.schedule.num_rows, self._width)
         if part == "swiglu":
             return partial(kernels.swiglu, h, self.form, config=config)
         return partial(kernels.swiglu_backward, self._rows(len(h), self.intermediate_size), h, self.form, config=config)

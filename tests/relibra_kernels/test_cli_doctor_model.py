@@ -43,13 +43,20 @@ def test_which_configs_it_gets_and_what_a_plan_takes(tmp_path, capsys):
     assert f"home weights {2 * home / 1e9:.2f}, gradient {4 * home / 1e9:.2f}, kept " in plan
 
 
-@pytest.mark.parametrize(
-    ("family", "message"),
-    [
-        ("Llama", "without experts that transformers or we compute"),
-        ("NemotronH", "has_gate of NemotronHExperts is False"),
-    ],
-)
+def test_experts_without_a_gate_are_priced_by_two_projections(tmp_path, capsys):
+    """Of the width that the experts work in, which is not the model's."""
+    blocks = ["full_attention", "moe", "full_attention", "moe"]
+    sizes = {"moe_intermediate_size": 1856, "moe_latent_size": 1024, "n_routed_experts": 128, "num_experts_per_tok": 6}
+    config = transformers.NemotronHConfig(layers_block_type=blocks, hidden_size=2688, vocab_size=64, **sizes)
+    config.save_pretrained(tmp_path)
+    texts = [entry["text"] for entry in about(tmp_path, capsys)]
+    assert "kernels: ours compute its experts, relu2 without a gate, without biases" in texts
+    (plan,) = (text for text in texts if text.startswith("a plan of 8 GPUs"))
+    home = 2 * 16 * 2 * 1024 * 1856  # parameters of a rank's experts in two layers
+    assert f"home weights {2 * home / 1e9:.2f}, gradient {4 * home / 1e9:.2f}, kept " in plan
+
+
+@pytest.mark.parametrize(("family", "message"), [("Llama", "without experts that transformers or we compute")])
 def test_what_does_not_work_is_named(family, message, tmp_path, capsys):
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 24, "num_attention_heads": 4}
     getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path)

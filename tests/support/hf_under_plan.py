@@ -12,7 +12,7 @@ from relibra_kernels.planner import count_loads
 LOOKS_BOTH_WAYS = ("openai_privacy_filter",)  # the last token matters to those before it
 # Compared in float64, to 1e-10: transformers' own float32 gradients of these are further than 1e-5 from float64's
 # (1.6e-5 of the Gemmas; hyper-connections amplify rounding to 1.7e-4 and 4.5e-2).
-IN_FLOAT64 = ("deepseek_v4", "diffusion_gemma", "gemma4", "hy_v4")
+IN_FLOAT64 = ("deepseek_v4", "diffusion_gemma", "gemma4", "glm5_next", "hy_v4")
 SEQUENCES, LENGTH, MICRO_BATCHES, STEPS = 8, 7, 2, 2
 
 

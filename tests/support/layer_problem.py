@@ -24,6 +24,8 @@ FORMS = {
     "clamped silu": ExpertForm(activation="clamped_silu", limit=0.7),
     "capped silu": ExpertForm(activation="capped_silu", limit=0.3),
     "gelu": ExpertForm(activation="gelu_tanh"),
+    "no gate": ExpertForm(activation="relu2"),
+    "no gate, transposed, bias": ExpertForm(is_transposed=True, has_bias=True, activation="relu2"),
 }
 
 
@@ -49,7 +51,7 @@ def problem(case, form, dtype, seed=0, adapted=()):
         return (torch.randn(*shape, generator=generator) * scale).to(dtype)
 
     experts, tokens = case.num_home + case.num_replicas, case.slots.shape[0]
-    biases = (normal(experts, 2 * I), normal(experts, H)) if form.has_bias else (None, None)
+    biases = (normal(experts, form.width(I)), normal(experts, H)) if form.has_bias else (None, None)
     stores = ExpertWeights(
         normal(experts, *form.gate_up_shape(H, I), scale=0.5),
         normal(experts, *form.down_shape(H, I), scale=0.5),

@@ -9,11 +9,10 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.distributed as dist
-from hf_under_plan import LENGTH, MICRO_BATCHES, SEQUENCES, STEPS, loss_of, make_tokens, moving_plan, prepared
+from hf_under_plan import MICRO_BATCHES, SEQUENCES, STEPS, loss_of, make_tokens, moving_plan, prepared
 from torch import Tensor, nn
 
 from relibra_kernels import BatchPlan, ClusterSpec, ExpertParallel, RoutedBatch, RoutingTrace
-from relibra_kernels.parallel.experts.adapters import find_adapters
 
 RANK = 3
 
@@ -21,7 +20,10 @@ RANK = 3
 def wrapped(model: nn.Module) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    names = [
+        name.split(".")[-3:] for name, p in model.named_parameters() if p.ndim == 3 and name.split(".")[-2] == "experts"
+    ]
+    experts = sorted({".".join(name) for name in names})
     config = LoraConfig(r=RANK, target_modules=["q_proj"], target_parameters=experts, init_lora_weights=False)
     torch.manual_seed(1)
     return get_peft_model(model, config)
@@ -43,16 +45,16 @@ def adapted_by(how: str, family: str) -> nn.Module:
     return model
 
 
-def spread(how: str, family: str, ranks: int) -> tuple[nn.Module, ExpertParallel]:
+def spread(how: str, family: str, ranks: int, reduction: str = "sum") -> tuple[nn.Module, ExpertParallel]:
     """The same on ranks."""
     cluster = ClusterSpec(1, ranks, replica_slots=1)
     if how != "peft after":
         model = adapted_by(how, family)
-        return model, ExpertParallel(model, cluster)
+        return model, ExpertParallel(model, cluster, reduction=reduction)
     model = prepared(family)
-    ep = ExpertParallel(model, cluster)
+    ep = ExpertParallel(model, cluster, reduction=reduction)
     model, whole = wrapped(model), wrapped(prepared(family))
-    find_adapters(model, ep.layers)
+    assert len(ep.expert_parameters()) > sum(len(list(moe.experts.parameters())) for moe in ep.layers)
     factors = {id(f.linear.weight): (f, layer) for layer, moe in enumerate(ep.layers) for f in moe.experts.adapters}
     with torch.no_grad():
         for (name, own), (also, full) in zip(model.named_parameters(), whole.named_parameters(), strict=True):
@@ -91,6 +93,40 @@ def alone(how: str, family: str, traces: list[RoutingTrace]) -> list[dict[str, T
         results.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
     return results
+
+
+def sharded(how: str, family: str, traces: list[RoutingTrace]) -> tuple[list[dict[str, Tensor]], int]:
+    """Gradients of every step where FSDP2 shards all but the experts; how many trained parameters are sharded.
+
+    FSDP2 gives the mean over the ranks, so that the learning rate is the ranks' times as high.
+    """
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model, ep = spread(how, family, ranks, "mean")
+    experts = set(ep.expert_parameters())
+    for block in [module for module in model.modules() if type(module).__name__.endswith("DecoderLayer")]:
+        fully_shard(block, ignored_params=experts)
+    fully_shard(model, ignored_params=experts)
+    optimizer = torch.optim.SGD(trained(model), lr=0.1 * ranks, momentum=0.9)
+    mine = np.arange(SEQUENCES)[rank::ranks]
+    groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
+    results = []
+    for step, whole in enumerate(traces):
+        optimizer.zero_grad()
+        trace, tokens = whole.select(mine), make_tokens(step)[mine]
+        plan = moving_plan(ep.gather_loads(trace, groups, MICRO_BATCHES), step + 1)
+        with ep.batch(plan, trace, groups, optimizer):
+            for m in range(MICRO_BATCHES):
+                model.set_requires_gradient_sync(m == MICRO_BATCHES - 1)
+                with ep.micro_batch(m):
+                    loss_of(model, tokens[groups == m]).backward()
+        ep.reduce_gradients()
+        gradients = {name: g * ranks for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
+        results.append(gradients if rank == 0 else {})
+        optimizer.step()
+    return results, sum(isinstance(parameter, DTensor) for parameter in trained(model))
 
 
 def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, folder: str) -> list[dict[str, Tensor]]:
@@ -133,14 +169,17 @@ def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, fold
 def factor_bytes(ep: ExpertParallel) -> int:
     """fp32 factors of one expert, which are less than its weights."""
     experts = ep.layers[0].experts
-    hidden, inner = experts.hidden_size, experts.intermediate_size
-    elements = RANK * (hidden + 2 * inner) + RANK * (inner + hidden)
-    assert elements < 3 * hidden * inner
+    hidden, inner, width = experts.hidden_size, experts.intermediate_size, experts.form.width(experts.intermediate_size)
+    elements = RANK * (hidden + width) + RANK * (inner + hidden)
+    assert elements < hidden * (width + inner)
     return 4 * elements
 
 
-def traces_of(layers: int, experts: int, top_k: int) -> list[RoutingTrace]:
+def traces_of(family: str) -> list[RoutingTrace]:
     from hf_under_plan import random_trace
 
-    assert LENGTH > 1
-    return [random_trace(layers, tuple(range(layers)), experts, top_k, step) for step in range(STEPS)]
+    from relibra_kernels.integrations.transformers.moe_layers import moe_layers
+
+    layers = moe_layers(prepared(family))
+    numbers = tuple(layer.layer_id for layer in layers)
+    return [random_trace(len(layers), numbers, layers[0].num_experts, layers[0].top_k, step) for step in range(STEPS)]

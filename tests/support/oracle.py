@@ -4,7 +4,9 @@ import torch
 
 
 def gated(h: torch.Tensor, form) -> torch.Tensor:
-    """The activation of one row `[2I]`."""
+    """The activation of one row `[2I]`, or `[I]` without a gate."""
+    if form.activation == "relu2":
+        return torch.where(h > 0, h * h, torch.zeros_like(h))
     intermediate_size = h.shape[0] // 2
     gate, up = (h[:intermediate_size], h[intermediate_size:]) if form.is_concatenated else (h[::2], h[1::2])
     limit = torch.tensor(form.limit, dtype=h.dtype)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
+from ...nn import adapted
 from ...parallel.attachment import Runner
 from ...parallel.comm.collectives import Comm
 from ...parallel.comm.groups import Groups
@@ -24,7 +25,7 @@ from ...planner import ClusterSpec
 from ...planner.errors import InputError
 from ...planner.plan import contiguous_home
 from ...weights import ExpertWeights
-from .experts import cast_for_experts, expert_form, expert_weights
+from .experts import cast_for_experts, expert_form, refuse_norm
 
 try:
     from transformers.distributed.expert_parallel import EPImplementation, EPImplementationInterface
@@ -41,6 +42,7 @@ class RelibraEP(EPImplementation):
                 f"tp_size is {tp_mesh.size()}; ep_implementation 'relibra' needs ranks that hold different tokens: set "
                 "tp_size=1 and fsdp_size to the number of ranks"
             )
+        refuse_norm(experts)
         super().__init__(experts, ep_mesh, tp_mesh)
         self.experts, self.form = experts, expert_form(experts)
         self.groups = _groups_of(ep_mesh)
@@ -53,7 +55,7 @@ class RelibraEP(EPImplementation):
         _IMPLEMENTATIONS[experts] = self
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        x_TH, weights = cast_for_experts(hidden_states, expert_weights(self.experts))
+        x_TH, weights = cast_for_experts(hidden_states, adapted(self.experts, self.form))
         self.weights = weights
         experts = Experts(self.form, False, weights)
         where = (self.alone, 0) if self.runner is None else (self.runner, self.layer)

@@ -45,7 +45,10 @@ def experts_forward(
     # choices of another rank's experts have the id num_experts and weight 0; before 5.23 nothing says if there are any
     if getattr(self, "_is_expert_parallel", True):
         top_k_index = top_k_index.masked_fill(top_k_index >= self.num_experts, -1)
-    return _compute(hidden_states, top_k_index, top_k_weights, expert_weights(self), form)
+    weights = adapted(self, form)
+    if getattr(self, "has_post_expert_norm", False):
+        return _normed(hidden_states, top_k_index, top_k_weights, weights, form, self.post_expert_norm)
+    return _compute(hidden_states, top_k_index, top_k_weights, weights, form)
 
 
 ExpertsInterface.register("relibra", experts_forward)
@@ -69,6 +72,23 @@ def _compute(
     return out_TH.to(hidden_states.dtype)
 
 
+def _normed(
+    hidden_states: torch.Tensor,
+    index_TK: torch.Tensor,
+    weights_TK: torch.Tensor,
+    weights: ExpertWeights,
+    form: ExpertForm,
+    norm: nn.Module,
+) -> torch.Tensor:
+    """With a norm of every expert's output before they are summed (Muse Spark): an assignment is a row of its own."""
+    tokens, top_k = index_TK.shape
+    x_RH, ones_R1 = hidden_states.repeat_interleave(top_k, 0), torch.ones_like(weights_TK).view(-1, 1)
+    y_RH = norm(_compute(x_RH, index_TK.reshape(-1, 1), ones_R1, weights, form))
+    gates_TK = weights_TK.masked_fill(index_TK < 0, 0.0)
+    out_TH = (y_RH.view(tokens, top_k, -1) * gates_TK[..., None]).sum(1)
+    return out_TH.to(hidden_states.dtype)
+
+
 class FamilyExperts(ReplicatedExperts):
     """The experts of one layer of a family, with its parameters under their names and in their order.
 
@@ -76,12 +96,13 @@ class FamilyExperts(ReplicatedExperts):
 
     Args:
         experts: an experts module of transformers; its parameters are shared with it.
-    Raises: InputError where the module has a flag or a gate that we do not compute.
+    Raises: InputError where the module has a flag or a gate that we do not compute, or a norm after its experts.
     """
 
     def __init__(self, experts: nn.Module) -> None:
-        form, weights = expert_form(experts), expert_weights(experts)
-        num_experts, *of_down = weights.down.shape
+        refuse_norm(experts)
+        form = expert_form(experts)
+        num_experts, *of_down = adapted(experts, form).down.shape
         hidden_size, intermediate_size = of_down[::-1] if form.is_transposed else of_down
         super().__init__(num_experts, hidden_size, intermediate_size, form=form, device="meta")
         for name, parameter in experts._parameters.items():
@@ -109,31 +130,36 @@ def cast_for_experts(hidden_states: torch.Tensor, weights: ExpertWeights) -> tup
     return hidden_states.to(dtype).contiguous(), weights.map(lambda weight: weight.to(dtype).contiguous())
 
 
-def expert_weights(experts: Any) -> ExpertWeights:
-    """The parameters of an experts module of transformers, [E, ...] each; while PEFT adapts them, and its factors."""
-    biases = (experts.gate_up_proj_bias, experts.down_proj_bias) if experts.has_bias else (None, None)
-    return adapted(experts, ExpertWeights(None, None, *biases))
+def refuse_norm(experts: Any) -> None:
+    """Refuse experts that are normed one by one before they are summed: a rank adds up those it has.
+
+    Raises: InputError.
+    """
+    if getattr(experts, "has_post_expert_norm", False):
+        raise InputError(
+            f"has_post_expert_norm of {type(experts).__name__} is True; over several ranks relibra computes experts "
+            "without such a norm only. On one process set_experts_implementation('relibra') computes it"
+        )
 
 
 def expert_form(experts: Any) -> ExpertForm:
-    """The form of an experts module of transformers. Raises: InputError, naming the flag that is not supported."""
+    """The form of an experts module of transformers. Raises: InputError, naming what is not supported."""
     name = type(experts).__name__
-    for flag, supported in (("has_gate", True), ("has_post_expert_norm", False)):
-        value = getattr(experts, flag, supported)
-        if value != supported:
-            raise InputError(f"{flag} of {name} is {value}; relibra computes experts with {flag}={supported} only")
     layout = (bool(experts.is_transposed), bool(experts.is_concatenated), bool(experts.has_bias))
     for form in _candidates(experts, layout):
         if _gates_alike(experts, form):
             return form
     act = getattr(experts, "act_fn", None)
+    gate = "_apply_gate" if experts.has_gate else "the activation without a gate"
     raise InputError(
-        f"_apply_gate of {name} (act_fn {type(act).__name__}) is none of {', '.join(get_args(Activation))} with "
+        f"{gate} of {name} (act_fn {type(act).__name__}) is none of {', '.join(get_args(Activation))} with "
         f"is_concatenated={layout[1]}; relibra computes no other"
     )
 
 
 def _candidates(experts: Any, layout: tuple[bool, bool, bool]) -> list[ExpertForm]:
+    if not experts.has_gate:
+        return [ExpertForm(layout[0], True, layout[2], "relu2")]
     forms = [ExpertForm(*layout), ExpertForm(*layout, "gelu_tanh")]
     limit = getattr(experts, "limit", getattr(experts, "swiglu_limit", None))
     alpha = getattr(experts, "alpha", getattr(experts, "swiglu_alpha", None))
@@ -150,7 +176,8 @@ def _gates_alike(experts: Any, form: ExpertForm) -> bool:
         # a permutation, so that columns go together anyhow
         scrambled = torch.arange(256, dtype=torch.float64, device="cpu") * 37 % 256
         h_RJ = ((scrambled / 128 - 1) * 2 * form.limit).view(64, 4)
-        theirs, ours = experts._apply_gate(h_RJ), swiglu(h_RJ, form)
+        theirs = experts._apply_gate(h_RJ) if form.has_gate else experts.act_fn(h_RJ)
+        ours = swiglu(h_RJ, form)
         return theirs.shape == ours.shape and torch.allclose(theirs.double(), ours, rtol=1e-5, atol=1e-5)
 
 

@@ -193,7 +193,7 @@ def _shape_of(layers: list[MoeLayer], implementation: RelibraEP) -> ModelShape:
     down: Any = implementation.experts.down_proj  # of a sharded parameter, the whole shape
     hidden_size, intermediate_size = down.shape[-2:][::-1] if implementation.form.is_transposed else down.shape[-2:]
     sizes = hidden_size, intermediate_size, implementation.num_experts, layers[0].top_k
-    return shape_of_sizes(*sizes, layers=len(layers))
+    return shape_of_sizes(*sizes, layers=len(layers), has_gate=implementation.form.has_gate)
 
 
 def _weights_of(implementation: RelibraEP) -> ExpertWeights:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ...nn import ReplicatedExperts, ReplicatedMoE
 from ...weights import ExpertWeights
 
-_PARAMETERS = {"gate_up": "gate_up_proj", "down": "down_proj"}  # field of ExpertWeights -> attribute
+_WEIGHTS = ("gate_up", "down")  # fields of ExpertWeights
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def keep_adapted(experts: ReplicatedExperts, kept: Sequence[int], home_slots: in
 def adapted_weights(experts: ReplicatedExperts) -> ExpertWeights:
     """What the experts compute with in a forward of the model, as `experts.weights` is there; differentiable."""
     weights = experts.weights
-    for name, attribute in _PARAMETERS.items():
+    for name in _WEIGHTS:
         if weights.is_adapted(name):
             continue
-        active = _active(experts, attribute)
+        active = _active(experts, experts.parameter_names[name])
         if _keeps_factors(active):
             left, right = _factors(*active[0])
             weights = weights._replace(**{f"{name}_left": left, f"{name}_right": right})
@@ -105,7 +105,8 @@ def adapter_rank(experts: ReplicatedExperts) -> int:
     if weights.gate_up.requires_grad or weights.down.requires_grad or not trained:
         return 0
     elements = sum(factor[0].numel() for factor in trained)
-    return -(-elements // (2 * experts.hidden_size + 3 * experts.intermediate_size))
+    widths = experts.form.width(experts.intermediate_size) + experts.intermediate_size
+    return -(-elements // (2 * experts.hidden_size + widths))
 
 
 def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]:
@@ -141,7 +142,8 @@ class LateGradients:
 
     def buffers(self, experts: ReplicatedExperts, own: ExpertWeights) -> ExpertWeights:
         """Buffers to add gradients `[E/R, ...]` to: the parameters' own, and new ones for what adapters give."""
-        for name, attribute in _PARAMETERS.items():
+        for name in _WEIGHTS:
+            attribute = experts.parameter_names[name]
             active, parameter = _active(experts, attribute), getattr(experts, attribute)
             if not any(p.requires_grad for wrapper, _ in active for p in wrapper.parameters()):
                 continue

@@ -54,7 +54,7 @@ class Files:
         for parts in _OF_ONE_EXPERT:
             for ours, theirs in (("", ""), *_ALIASES):
                 base = prefix.replace(ours, theirs) if ours else prefix
-                wanted = {"gate_up_proj": parts[:2], "down_proj": parts[2:]}.get(attribute)
+                wanted = {"gate_up_proj": parts[:2], "up_proj": parts[1:2], "down_proj": parts[2:]}.get(attribute)
                 if wanted and f"{base}.0.{wanted[0]}.weight" in self._file_of:
                     return base + ".{}.", tuple(f"{part}.weight" for part in wanted)
         return None

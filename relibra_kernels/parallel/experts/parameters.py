@@ -12,9 +12,6 @@ from ...planner.errors import InputError
 from .adapters import keep_adapted, kept_rows
 from .migration import expert_tensors
 
-_FACTORS = ("gate_up_proj_left", "gate_up_proj_right", "down_proj_left", "down_proj_right")
-EXPERT_PARAMETERS = ("gate_up_proj", "down_proj", "gate_up_proj_bias", "down_proj_bias", *_FACTORS)
-
 
 def take_over(model: nn.Module) -> list[ReplicatedMoE]:
     """The MoE layers of a model, in order. Those of another framework are taken over where they were not.
@@ -63,12 +60,12 @@ def layers_to_share(model: nn.Module) -> list[ReplicatedMoE]:
 
 def device_of(layers: Sequence[ReplicatedMoE]) -> torch.device:
     """Where the experts are."""
-    return layers[0].experts.gate_up_proj.device
+    return layers[0].experts.down_proj.device
 
 
 def expert_parameters(experts: ReplicatedExperts) -> list[tuple[str, nn.Parameter]]:
     """The parameters that there are, by attribute, then the factors of their adapters, by name."""
-    pairs = [(attribute, getattr(experts, attribute)) for attribute in EXPERT_PARAMETERS]
+    pairs = [(attribute, getattr(experts, attribute)) for attribute in experts.parameter_names.values()]
     pairs += [(factor.name, factor.linear.weight) for factor in experts.adapters]
     return [(attribute, parameter) for attribute, parameter in pairs if parameter is not None]
 
@@ -100,7 +97,7 @@ def keep_experts(experts: ReplicatedExperts, kept: Sequence[int], home_slots: in
     if experts.all_experts is not None:
         return
     keep_adapted(experts, kept, home_slots)
-    for attribute in EXPERT_PARAMETERS:
+    for attribute in experts.parameter_names.values():
         parameter = getattr(experts, attribute)
         if parameter is not None:
             local = nn.Parameter(kept_rows(parameter.detach(), kept, home_slots), parameter.requires_grad)

@@ -19,11 +19,14 @@ from hf_under_plan import LOOKS_BOTH_WAYS, compare, kernels_against_eager, recor
 from ranks import Ranks
 from versions import TRANSFORMERS
 
-from relibra_kernels.integrations.transformers import expert_form
+from relibra_kernels.integrations.transformers import expert_form, replace_moe_blocks
 from relibra_kernels.integrations.transformers.moe_layers import moe_layers
+from relibra_kernels.planner.errors import InputError
 
-SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe")
+NEWER = ("muse_spark",) if TRANSFORMERS >= (5, 23) else ()  # 5.17 has none
+SAMPLE = ("mixtral", "deepseek_v3", "gpt_oss", "afmoe", "phimoe", "nemotron_h")
 KNOWN = {
+    "muse_spark": "its experts are normed one by one before they are summed, which a rank does not do",
     "zaya": "its router may choose to skip the experts, which a plan has no place for",
 }
 chosen = FAMILIES if os.environ.get("RELIBRA_FAMILIES") == "all" else SAMPLE
@@ -75,7 +78,7 @@ def test_two_ranks_under_plans_train_as_one_process(family, ranks):
     assert compare(family, ranks) == ""
 
 
-@pytest.mark.parametrize("family", sorted({*chosen, "deepseek_v4", "gemma4"}))
+@pytest.mark.parametrize("family", sorted({*chosen, "deepseek_v4", "gemma4", *NEWER}))
 def test_what_was_recorded_is_replayed(family):
     error, sequences, unknown = recorded_and_replayed(family)
     assert error <= 1e-6
@@ -88,6 +91,21 @@ def test_the_experts_get_what_is_replayed(family):
     np.testing.assert_array_equal(*replayed_choices(family))
 
 
-@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "diffusion_gemma"])
+@pytest.mark.skipif(not NEWER, reason="transformers has no Muse Spark")
+def test_a_norm_after_every_expert_is_refused_over_ranks():
+    """Before anything is changed; on one process it is computed."""
+    model = tiny_model("muse_spark")
+    with pytest.raises(InputError, match="has_post_expert_norm of MuseSparkExperts is True; over several ranks"):
+        replace_moe_blocks(model)
+    assert type(moe_layers(model)[0].experts).__name__ == "MuseSparkExperts"
+
+
+@pytest.mark.parametrize("family", ["deepseek_v4", "hy_v4", "diffusion_gemma", "glm5_next"])
 def test_other_activations_are_exact_under_replay(family):
     assert kernels_against_eager(family) <= 1e-12
+
+
+@pytest.mark.parametrize("family", [*NEWER, "nemotron_h"])
+def test_what_rounds_to_float32_within_is_as_exact(family):
+    """Its norm, or its router."""
+    assert kernels_against_eager(family) <= 2e-6

@@ -8,7 +8,7 @@ pytest.importorskip("transformers", reason="needs transformers")
 from hf_families import checkpoint_activations, make_model, make_tokens, other_trace
 from hf_under_plan import loss_of, prepared
 from hf_under_plan import make_tokens as tokens_of_step
-from lora_under_plan import RANK, alone, together, traces_of, wrapped
+from lora_under_plan import RANK, alone, sharded, together, traces_of, wrapped
 from ranks import Ranks
 from tolerance import assert_close
 
@@ -64,13 +64,15 @@ def test_one_process_keeps_no_sum_of_weights_and_adapters(family, take_over, mon
         ("peft after", "mixtral"),
         ("peft after", "gpt_oss"),
         ("own", "mixtral"),
+        ("peft", "nemotron_h"),
+        ("own", "nemotron_h"),
     ],
 )
 def test_adapters_train_under_plans_as_in_one_process(how, family, keep, ranks, tmp_path):
     """And a replica sends back the factors' gradients alone."""
     if how != "own":
         pytest.importorskip("peft", reason="needs peft")
-    traces = traces_of(2, 8, 2)
+    traces = traces_of(family)
     got = ranks.run(together, how, family, traces, keep, str(tmp_path / "checkpoint"))[0]
     for step, alone_ in enumerate(alone(how, family, traces)):
         expected = {
@@ -78,6 +80,22 @@ def test_adapters_train_under_plans_as_in_one_process(how, family, keep, ranks, 
         }
         assert got[step].keys() == expected.keys()
         assert sum("experts" in name for name in expected) == 8  # A and B of two parameters of two layers
+        for name, gradient in expected.items():
+            assert_close(got[step][name], gradient, 1e-5, f"step {step}, {name}")
+
+
+@pytest.mark.parametrize(("how", "family"), [("peft", "qwen3_moe"), ("peft after", "gpt_oss"), ("own", "mixtral")])
+def test_adapters_train_beside_fsdp2(how, family, ranks):
+    """FSDP2 shards the rest, adapters of attention among it; experts' adapters stay with their experts."""
+    if how != "own":
+        pytest.importorskip("peft", reason="needs peft")
+    traces = traces_of(family)
+    got, are_sharded = ranks.run(sharded, how, family, traces)[0]
+    assert are_sharded == (0 if how == "own" else 4)  # A and B of q_proj in two layers
+    for step, expected in enumerate(alone(how, family, traces)):
+        after = how == "peft after"
+        expected = {name.removeprefix("base_model.model.") if after else name: g for name, g in expected.items()}
+        assert got[step].keys() == expected.keys()
         for name, gradient in expected.items():
             assert_close(got[step][name], gradient, 1e-5, f"step {step}, {name}")
 

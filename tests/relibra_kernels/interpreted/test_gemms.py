@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import layer_problem
 import pytest
 import torch
 from layer_problem import CASES, FORMS, REPLICAS, oracle, problem, run_functions
@@ -14,7 +15,7 @@ from relibra_kernels.kernels import launch
 from relibra_kernels.planner.errors import ShapeError
 from relibra_kernels.schedule import Schedule
 
-ACTIVATIONS = ("clamped silu", "capped silu", "gelu")
+ACTIVATIONS = ("clamped silu", "capped silu", "gelu", "no gate", "no gate, transposed, bias")
 
 
 def check(case, form, dtype, adapted=()):
@@ -42,9 +43,28 @@ def test_every_form(name):
     check(CASES[3], FORMS[name], torch.float32)
 
 
-@pytest.mark.parametrize("name", ["qwen", "gpt-oss"])
+@pytest.mark.parametrize("name", ["qwen", "gpt-oss", "no gate"])
 def test_low_rank_terms(name):
     check(REPLICAS, FORMS[name], torch.float32, adapted=("gate_up", "down"))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_routing_without_a_gate(case):
+    check(case, FORMS["no gate, transposed, bias"], torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_precision_without_a_gate(dtype):
+    check(REPLICAS, FORMS["no gate"], dtype)
+
+
+@pytest.mark.parametrize(("hidden_size", "intermediate_size"), [(24, 37), (40, 1), (16, 130)])
+def test_odd_sizes_without_a_gate(hidden_size, intermediate_size, monkeypatch):
+    """A tile has twice a config's columns of up, so an odd number of them, one column and several tiles."""
+    monkeypatch.setattr(layer_problem, "H", hidden_size)
+    monkeypatch.setattr(layer_problem, "I", intermediate_size)
+    for name in ("no gate", "no gate, transposed, bias"):
+        check(REPLICAS, FORMS[name], torch.float32)
 
 
 def test_replicas_with_biases():
@@ -52,7 +72,7 @@ def test_replicas_with_biases():
 
 
 @pytest.mark.parametrize("gather", [False, True], ids=["pointer gather", "descriptor gather"])
-@pytest.mark.parametrize("name", ["qwen", "gpt-oss"])
+@pytest.mark.parametrize("name", ["qwen", "gpt-oss", "no gate"])
 @pytest.mark.parametrize("replicas", [False, True])
 def test_descriptors(monkeypatch, gather, name, replicas):
     """sm_90: descriptors, gathered rows by pointer, flattened loops over tiles. sm_100: descriptor gather."""

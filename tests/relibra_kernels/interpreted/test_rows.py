@@ -15,7 +15,7 @@ from relibra_kernels import kernels, reference
 from relibra_kernels.configs.config import BlockConfig
 from relibra_kernels.form import Activation, ExpertForm
 from relibra_kernels.kernels.unpermute import _unpermute_kernel
-from relibra_kernels.planner.errors import ShapeError
+from relibra_kernels.planner.errors import InputError, ShapeError
 
 CASES = routing_cases()
 H = 40  # no power of two
@@ -42,8 +42,12 @@ def test_unpermute(case, dtype):
 @pytest.mark.parametrize("concatenated", [True, False])
 @pytest.mark.parametrize("activation", get_args(Activation))
 def test_swiglu(activation, concatenated):
+    if activation == "relu2" and not concatenated:
+        with pytest.raises(InputError, match="is_concatenated is False; it must be True with 'relu2'"):
+            ExpertForm(activation=activation, is_concatenated=False)
+        return
     form = ExpertForm(activation=activation, is_concatenated=concatenated, limit=0.7)
-    h, da = normal(5, 72, dtype=torch.float32), normal(5, 36, dtype=torch.float32, seed=1)
+    h, da = normal(5, form.width(36), dtype=torch.float32), normal(5, 36, dtype=torch.float32, seed=1)
     assert_close(kernels.swiglu(h, form), reference.swiglu(h.double(), form), 1e-6)
     for got, expected in zip(
         kernels.swiglu_backward(da, h, form), reference.swiglu_backward(da.double(), h.double(), form), strict=True
