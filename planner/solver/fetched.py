@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .hosts import best_host
+
 
 @dataclass(frozen=True)
 class FetchPrice:
@@ -70,9 +72,10 @@ def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
         room = np.where(free[row] > 0, top[:, None] - total[row], 0)[:, None]
         amount = np.where(holds, 0, np.minimum(room, np.minimum(load[row, donor], excess[:, None])[:, :, None]))
         amount[what < 0] = 0
-        choice = amount.reshape(len(row), -1).argmax(1)
-        place, host = np.divmod(choice, gpus_per_node)
-        amount = amount[at, place, host]
+        hosts = best_host(amount)  # [B, Q]
+        amount = np.take_along_axis(amount, hosts[:, :, None], 2)[:, :, 0]
+        place = amount.argmax(1)
+        host, amount = hosts[at, place], amount[at, place]
         go = amount > 0
         stuck[row[~go], donor[~go]] = True
         to = row[go]
