@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .PHONY: docs demo test test-families test-megatron test-extras quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
-.PHONY: test-versions rehearse gpu carry
+.PHONY: test-versions rehearse gpu carry collect quick-in-time
 
 demo: .venv/installed
 	$(BIN)/relibra demo
@@ -14,7 +14,14 @@ TEST := $(BIN)/python -m pytest -q -p no:benchmark --numprocesses 2 --dist loadf
 test: .venv/installed
 	$(TEST)
 
-# Under a minute: the planner, the layer in plain torch, and the rules of the house.
+# Under a minute on two cores, 10 s of it to collect all tests; what CI allows of CPU time has some margin.
+collect: .venv/installed
+	$(BIN)/python .ci/cpu_seconds.py 13 $(BIN)/python -m pytest --collect-only -qq
+
+quick-in-time: .venv/installed
+	$(BIN)/python .ci/cpu_seconds.py 100 $(MAKE) quick
+
+# The planner, the layer in plain torch, and the rules of the house.
 QUICK := planner test_imports.py test_public_api.py $(addprefix relibra_kernels/,test_nn.py test_moe_mlp.py \
 	test_replica_reduce.py test_router.py test_schedule.py test_unpermute.py tuning/test_model.py)
 
@@ -25,17 +32,23 @@ quick: .venv/installed
 test-families: .venv/installed
 	RELIBRA_FAMILIES=all $(BIN)/python -m pytest -q tests/relibra_kernels/integrations/test_hf_families.py
 
-# megatron-core in an environment of its own, and a GPT trained with it.
-test-megatron: .venv/megatron/installed
-	.venv/megatron/bin/python -m pytest -q tests/relibra_kernels/integrations/test_megatron.py \
-		tests/relibra_kernels/integrations/test_megatron_training.py
+# megatron-core in an environment of its own, and a GPT trained with it. MEGATRON=0.19.2: the newest, whose wheel is for
+# Python 3.12 and is only unpacked.
+MEGATRON ?= 0.16.1
+MEGATRON_ENV := .venv/megatron-$(MEGATRON)
+MEGATRON_TESTS := $(addprefix tests/relibra_kernels/integrations/,test_megatron.py test_megatron_shares.py \
+	test_megatron_specs.py test_megatron_training.py test_trainer_replay.py)
 
-.venv/megatron/installed: pyproject.toml constraints.txt | .venv/installed
-	$(PYTHON) -m venv .venv/megatron
-	.venv/megatron/bin/python -m pip install --quiet --constraint constraints.txt torch
-	.venv/megatron/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
+test-megatron: $(MEGATRON_ENV)/installed
+	$(MEGATRON_ENV)/bin/python -m pytest -q $(MEGATRON_TESTS)
+
+$(MEGATRON_ENV)/installed: pyproject.toml constraints.txt | .venv/installed
+	$(PYTHON) -m venv $(MEGATRON_ENV)
+	$(MEGATRON_ENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
+	$(MEGATRON_ENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
 		packaging einops psutil pytest scipy
-	.venv/megatron/bin/python -m pip install --quiet --no-deps megatron-core==0.16.1
+	$(MEGATRON_ENV)/bin/python -m pip install --quiet --no-deps $(if $(filter 0.16.%,$(MEGATRON)),,--python-version 3.12 \
+		--only-binary=:all: --ignore-requires-python --target $(MEGATRON_ENV)/lib/python3.*/site-packages) megatron-core==$(MEGATRON)
 	touch $@
 
 # The notebook in a Jupyter kernel, and the loggers' own files: an environment of its own on top of .venv.
@@ -54,9 +67,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# The docs as a site in site/, in an environment of its own; without it they are plain Markdown.
+# The docs as a site in site/, in an environment of its own, and its links; without it they are plain Markdown.
 docs: .venv/docs/installed
-	.venv/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/docs/bin/mkdocs build --strict --quiet
+	.venv/docs/bin/python .ci/check_site.py site
 
 .venv/docs/installed: mkdocs.yml
 	$(PYTHON) -m venv .venv/docs
@@ -75,9 +89,13 @@ release-check: .venv/installed
 # What takes longer than .ci/run may.
 nightly: .venv/installed
 	RELIBRA_BROWSER=required bash .ci/run
+	$(MAKE) demo
+	$(MAKE) quick-in-time
+	RELIBRA_COMMANDS=all $(BIN)/python -m pytest -q tests/test_commands.py
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
+	$(MAKE) test-megatron MEGATRON=0.19.2
 	$(MAKE) test-extras
 	$(MAKE) rehearse WHOLE=--whole
 	$(MAKE) test-versions

@@ -11,8 +11,9 @@ Python is answered in a call that only allocates: a launch of CUDA takes as long
     ahead     everything else that the process does to run a micro-batch, in any thread, and in the loop around
     launchers what `relibra_kernels.ops` takes in the layer: shapes, configs and allocation; Triton itself is not called
 
-All are CPU milliseconds a layer and micro-batch (measured), less what reading the clock takes: the median of all calls
-of layers, and for what is ahead the least of the micro-batches. Before anything is timed, a
+All are CPU milliseconds a layer and micro-batch (measured), less what reading the clock takes: the layers are run one
+after another, as in a model, with one backward. Of the micro-batches the median is taken, and for what is ahead the
+least. Before anything is timed, a
 small layer under a plan, on two ranks over gloo, must give the output and gradients of one process; else it fails. The
 last line is a JSON object. --tree times another checkout of this project by the same measure.
 """
@@ -160,21 +161,21 @@ def measure() -> dict[str, float]:
         plan = static_plan(ep.gather_loads(trace, groups, MICRO_BATCHES), cluster)
         with contextlib.suppress(DoneError), ep.batch(plan, trace, groups, None):
             for m in range(MICRO_BATCHES):
-                x = [torch.empty(TOKENS, HIDDEN, **how, requires_grad=True) for _ in layers]
+                x_TH = torch.empty(TOKENS, HIDDEN, **how, requires_grad=True)
+                grad_TH = torch.empty(TOKENS, HIDDEN, **how)
                 everything = time.process_time()
+                calls = []
                 with ep.micro_batch(m):
-                    forward = [launchers.split(partial(layer, x_TH)) for layer, x_TH in zip(layers, x, strict=True)]
-                    outs = [out for out, _, _ in forward]
-                    grads = [torch.empty_like(out) for out in outs]
-                    backward = [
-                        launchers.split(partial(out.backward, grad))
-                        for out, grad in zip(reversed(outs), reversed(grads), strict=True)
-                    ]
+                    for layer in layers:
+                        x_TH, *seconds = launchers.split(partial(layer, x_TH))
+                        calls.append(seconds)
+                    calls.append(launchers.split(partial(x_TH.backward, grad_TH))[1:])
                 everything = time.process_time() - everything
-                calls = list(zip(forward, reversed(backward), strict=True))
-                critical += [there[1] + back[1] for there, back in calls] if m else []
-                inside += [there[2] + back[2] for there, back in calls] if m else []
-                ahead.append(everything - sum(call[1] + call[2] for pair in calls for call in pair))
+                outside, within = (sum(parts) for parts in zip(*calls, strict=True))
+                if m:  # the first one warms up
+                    critical.append(outside / LAYERS)
+                    inside.append(within / LAYERS)
+                ahead.append(everything - outside - within)
             raise DoneError
     return {
         "critical": statistics.median(critical),

@@ -29,10 +29,8 @@ from relibra_kernels.planner import (
 from relibra_kernels.planner.pricing.balanced import forced_balanced
 
 MICRO_BATCHES = 32
-RIVALS = (
-    *("static", "eplb-global-split", "eplb-hierarchical-split", "flashlb-split", "lplb"),
-    *("llep", "ultraep", "moonep", "relibra-paper"),
-)
+KEEPING = ("static", "eplb-global-split", "eplb-hierarchical-split", "flashlb-split", "lplb", "relibra-paper")
+SENDING = ("llep", "ultraep", "moonep")  # for every micro-batch: their slots serve all layers, so memory is not a share
 COPIES = (  # experts, ranks, copies and slots, fetched slots, mean, worst
     (128, 16, 2, 2, 0, 1.001, 1.2),
     (128, 64, 2, 2, 0, 1.001, 1.2),
@@ -120,10 +118,11 @@ def rivals(seed: int, layers: int) -> int:
     behind = 0
     for name in ("Qwen3-30B-A3B", "Qwen3-235B-A22B", "DeepSeek-V3"):
         for ranks in (8, 16, 32, 64):
-            for tokens in (1024, 2048, 8192):
+            for tokens in (512, 1024, 2048, 8192, 32768):
                 for size in (0, 2, 8):
                     loads, scenario = case(name, ranks, tokens, size, seed, layers)
-                    found = simulate(loads, scenario, (*RIVALS, "relibra"))
+                    whole = replace(scenario, options=replace(scenario.options, kept_bytes=int(size * 1e9)))
+                    found = simulate(loads, scenario, (*KEEPING, "relibra")) | simulate(loads, whole, SENDING)
                     ours = found.pop("relibra").cost.seconds
                     fit = {rival: result.cost.seconds for rival, result in found.items() if result.fits}
                     best = min(fit, key=lambda rival: fit[rival])

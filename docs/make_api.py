@@ -17,6 +17,7 @@ MODULES = (
     ("relibra_kernels.parallel", "Training under a plan."),
     ("relibra_kernels.integrations.transformers", "Hugging Face transformers 5."),
     ("relibra_kernels.integrations.megatron", "Megatron-LM: maps and replay targets for its own MoE layer."),
+    ("relibra_kernels.integrations.megatron_shares", "Megatron: the tokens of a rank that shares its sequences."),
     ("relibra_kernels.integrations.verl", "verl."),
     ("relibra_kernels.integrations.slime", "slime."),
     ("relibra_kernels.integrations.batches", "What verl and slime share."),

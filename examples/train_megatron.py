@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/train_megatron.py
 
-Needs megatron-core (0.16.1). The same file runs on GPUs (nccl) and, for trying it out, on CPUs (gloo), where a few of
-Megatron's lines that ask for a CUDA device are answered with the CPU.
+Needs megatron-core (0.16.1 or 0.19.2). The same file runs on GPUs (nccl) and, for trying it out, on CPUs (gloo), where
+a few of Megatron's lines that ask for a CUDA device are answered with the CPU.
 """
 
 import argparse
@@ -58,6 +58,7 @@ def cpu_in_place_of_cuda() -> None:
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment,return-value]
     torch.Tensor.cuda = lambda tensor, *_, **__: tensor  # type: ignore[assignment,method-assign]
     torch.cuda.synchronize = lambda *_: None  # type: ignore[assignment]
+    torch.cuda.current_stream = lambda *_: None  # type: ignore[assignment,return-value]  # 0.19, of a reduction
     put = DistributedOptimizer._set_main_param_and_optimizer_states
 
     def put_with_step(self: Any, parameter: torch.Tensor, tensors: dict[str, torch.Tensor]) -> None:
@@ -98,12 +99,16 @@ def config_of(**options: Any) -> TransformerConfig:
     return TransformerConfig(**{**sizes, **options})
 
 
-def make_model(**options: Any) -> GPTModel:
-    """The same weights on any number of ranks."""
+def local_spec() -> Any:
+    return get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False)
+
+
+def make_model(layer_spec: Any = None, position_embedding_type: Any = "rope", **options: Any) -> GPTModel:
+    """The same weights on any number of ranks. layer_spec: None: `local_spec()`."""
     torch.manual_seed(1)
+    spec = with_relibra_experts(local_spec() if layer_spec is None else layer_spec)
     config = config_of(**options)
-    spec = with_relibra_experts(get_gpt_layer_local_spec(num_experts=EXPERTS, moe_grouped_gemm=False))
-    model = GPTModel(config, spec, VOCABULARY, LENGTH, position_embedding_type="rope")
+    model = GPTModel(config, spec, VOCABULARY, LENGTH, position_embedding_type=position_embedding_type)
     return model.cuda() if torch.cuda.is_available() else model
 
 

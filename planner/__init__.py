@@ -1,7 +1,7 @@
 """The planner: from recorded routing to where every expert lives and what each micro-batch replicates. Numpy only."""
 
 from .cluster import ClusterSpec
-from .errors import CommunicationError, FormatError, InputError, PlanError, ReLibraError, ShapeError
+from .errors import CommunicationError, FormatError, InputError, PlanError, PolicyError, ReLibraError, ShapeError
 from .formats import (
     from_megatron,
     from_megatron_lines,
@@ -77,5 +77,6 @@ __all__ = [
     "ShapeError",
     "FormatError",
     "PlanError",
+    "PolicyError",
     "CommunicationError",
 ]

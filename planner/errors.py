@@ -24,6 +24,10 @@ class PlanError(ReLibraError):
     """A plan breaks one of its rules, or was made for something else."""
 
 
+class PolicyError(ReLibraError):
+    """A policy of the caller's own failed, or returned what cannot be a result; `__cause__` is its error."""
+
+
 class CommunicationError(ReLibraError):
     """A collective failed: a rank died, or did not answer within the process-group timeout."""
 

@@ -1,4 +1,4 @@
-"""ReLibra kernels: Mixture-of-Experts RL training as fast as if its load were perfectly balanced.
+"""ReLibra kernels: even load over the GPUs of Mixture-of-Experts RL training.
 
 Public names are imported on first use, so that `import relibra_kernels.planner` needs numpy alone.
 """

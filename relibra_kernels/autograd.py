@@ -29,22 +29,27 @@ def moe_mlp_forward(
     *,
     replica: ExpertWeights | None = None,
     weight_of_slot: torch.Tensor | None = None,
-    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+    checked: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(out [T, H], h [T*K, 2I])`; h is what backward needs. A token whose assignments are all dropped gives zeros.
 
     Args:
         x_TH: rows, contiguous, in the dtype of the weights.
         weights_TK: gate weights, any floating dtype.
-        out_dtype: of out; the dtype of x where None.
+        checked: everything is known to fit together.
+        out: contiguous, where to write, in a dtype that may differ from x's; new memory where None.
         home: weights `[E, ...]`. replica: weights of the replica slots `[S, ...]`.
         weight_of_slot: int32 [slots], index into home, then replica; None: slot i uses weight i.
     """
-    check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
+    if not checked:
+        check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
     products = Products(schedule, form, home, replica or NO_WEIGHTS, weight_of_slot)
     h_RJ, a_RI = products.gate_up(x_TH)
     y_RH = products.whole(a_RI, "down", transpose=not form.is_transposed, bias=True)
-    return ops.unpermute(y_RH.to(out_dtype or y_RH.dtype), weights_TK, schedule), h_RJ
+    if out is not None and out.dtype != y_RH.dtype:
+        y_RH = y_RH.to(out.dtype)
+    return ops.unpermute(y_RH, weights_TK, schedule, out=out), h_RJ
 
 
 def moe_mlp_backward(
@@ -62,6 +67,7 @@ def moe_mlp_backward(
     weight_of_slot: torch.Tensor | None = None,
     accumulate: bool = True,
     out_dtype: torch.dtype | None = None,
+    checked: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`(dx [T, H], dweights [T, K] in fp32)`; weight gradients are added to the given fp32 buffers, in place.
 
@@ -69,9 +75,11 @@ def moe_mlp_backward(
         h_RJ: from forward; None computes it again.
         grad, replica_grad: fp32 buffers shaped like `home` and `replica`; what is None is not computed.
         accumulate: False overwrites the buffers (any dtype), with zeros for weights without rows.
+        checked: as for forward.
         out_dtype: of dx; the dtype of x where None.
     """
-    check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
+    if not checked:
+        check_layer(x_TH, weights_TK, schedule, home, form, replica, weight_of_slot)
     if dout_TH.shape != x_TH.shape or dout_TH.dtype != x_TH.dtype or not dout_TH.is_contiguous():
         raise ShapeError(
             f"dout is {dout_TH.dtype} {tuple(dout_TH.shape)} with strides {dout_TH.stride()}; "

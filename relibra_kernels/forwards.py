@@ -34,10 +34,16 @@ _SEEN = threading.local()
 def opened(owner: OpenForwards) -> Iterator[None]:
     """Within, forwards belong to `owner.current` too; others that are open stay so."""
 
+    last: Snapshot = ()
+
     def pack(tensor: Tensor) -> tuple[Tensor, int, Snapshot]:
+        nonlocal last
         # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
-        kept = tensor.detach() if tensor.grad_fn is not None else tensor
-        return kept, tensor._version, tuple((one, one.current) for one in _OPEN)
+        kept = tensor if tensor.is_leaf else tensor.detach()
+        now = tuple([(one, one.current) for one in _OPEN])
+        if now != last:  # one object for as long as it stays the same
+            last = now
+        return kept, tensor._version, last
 
     def unpack(packed: tuple[Tensor, int, Snapshot]) -> Tensor:
         tensor, version, snapshot = packed
@@ -46,8 +52,8 @@ def opened(owner: OpenForwards) -> Iterator[None]:
                 f"a tensor of shape {tuple(tensor.shape)} that backward needs was modified in place: it is at version "
                 f"{tensor._version}; expected version {version}"
             )
-        task = backward_task()
-        if task is not None:
+        task = torch._C._current_graph_task_id()
+        if task != -1:
             _see(task, snapshot)
         return tensor
 
@@ -82,16 +88,19 @@ def at_end_of_backward(call: Callable[[], Any]) -> None:
 def _see(task: int, snapshot: Snapshot) -> None:
     """Remember the forwards until this backward is over."""
     seen = _seen()
-    if task not in seen:
-        at_end_of_backward(lambda: seen.pop(task, None))
-    seen[task] = snapshot
+    before = seen.get(task)
+    if before is not snapshot:
+        if before is None:
+            at_end_of_backward(lambda: seen.pop(task, None))
+        seen[task] = snapshot
     for owner, _ in snapshot:
         owner.resumed()
 
 
 def _seen() -> dict[int, Snapshot]:
     """By graph task, as backwards nest; those that failed leave an entry behind that nobody asks for."""
-    if not hasattr(_SEEN, "by_task"):
-        _SEEN.by_task = {}
-    by_task: dict[int, Snapshot] = _SEEN.by_task
+    try:
+        by_task: dict[int, Snapshot] = _SEEN.by_task
+    except AttributeError:
+        by_task = _SEEN.by_task = {}
     return by_task

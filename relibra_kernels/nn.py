@@ -28,6 +28,18 @@ __all__ = [
 Dispatcher = Callable[["ReplicatedExperts", torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
+_PARAMETERS = (  # of `ReplicatedExperts`, in the order of `ExpertWeights`
+    "gate_up_proj",
+    "down_proj",
+    "gate_up_proj_bias",
+    "down_proj_bias",
+    "gate_up_proj_left",
+    "gate_up_proj_right",
+    "down_proj_left",
+    "down_proj_right",
+)
+
+
 class ReplicatedExperts(nn.Module):
     """All routed experts of one layer, with parameters named and shaped as Hugging Face names and shapes them.
 
@@ -84,6 +96,8 @@ class ReplicatedExperts(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         """The parameters, as the functions of `autograd` take them; under PEFT's adapters with their factors beside."""
+        if not self._modules:  # no adapter has put anything in a parameter's place
+            return ExpertWeights(*map(self._parameters.get, _PARAMETERS))
         return adapted(self, ExpertWeights(None, None, self.gate_up_proj_bias, self.down_proj_bias))
 
     @property
@@ -185,9 +199,10 @@ class ReplicatedMoE(nn.Module):
         return self.gate
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        x_TH = hidden_states.reshape(-1, hidden_states.shape[-1])
+        is_flat = hidden_states.ndim == 2
+        x_TH = hidden_states if is_flat else hidden_states.reshape(-1, hidden_states.shape[-1])
         _, weights_TK, indices_TK = self.gate(x_TH)
         out_TH = self.experts(x_TH, indices_TK, weights_TK)
         if self.shared_experts is not None:
             out_TH = out_TH + self.shared_experts(x_TH)
-        return out_TH.view_as(hidden_states)
+        return out_TH if is_flat else out_TH.view_as(hidden_states)

@@ -57,6 +57,12 @@ class PayloadLayout(NamedTuple):
         return payload.view(self.weights_dtype)[:, first:][:, : self.top_k]
 
 
+def layout_of(x_TH: torch.Tensor, weights_TK: torch.Tensor) -> PayloadLayout:
+    """Of the rows in which these tokens travel, with gate weights of any floating dtype."""
+    weights_dtype = torch.promote_types(weights_TK.dtype, torch.float32)
+    return PayloadLayout(x_TH.shape[1], weights_TK.shape[1], x_TH.dtype, weights_dtype)
+
+
 def check_payload(payload: torch.Tensor, layout: PayloadLayout, count: int | None = None) -> None:
     """Refuse bytes that are not rows of `layout`, `count` of them where it is given."""
     is_rows = payload.dtype == torch.uint8 and payload.shape[1:] == (layout.row_bytes,) and payload.is_contiguous()

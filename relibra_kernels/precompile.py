@@ -1,6 +1,7 @@
 """`warmup`: compile what a run will need before its first step, with configs that all ranks share."""
 
 import json
+import numbers
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -53,9 +54,7 @@ def warmup(
     Raises: InputError where the model has no such layer, or is not on a GPU and no `device` is given, or where no GPU
     has the name.
     """
-    counts = sorted({tokens} if isinstance(tokens, int) else set(tokens))
-    if not counts or counts[0] < 1:
-        raise InputError(f"tokens is {tokens}; it must be positive, one number or several")
+    counts = _counts(tokens)
     module: nn.Module = model.model if isinstance(model, ExpertParallel) else model
     replica_slots = model.cluster.replica_slots if isinstance(model, ExpertParallel) else None
     layers = take_over(module)
@@ -85,6 +84,19 @@ def warmup(
     if dist.is_initialized() and local_size > 1:
         dist.barrier(group)
     return compiled + compile_on(where, wanted, jobs)
+
+
+def _counts(tokens: int | Iterable[int]) -> list[int]:
+    """The numbers of tokens, ascending. Raises: InputError."""
+    if isinstance(tokens, torch.Tensor):
+        raise InputError(
+            f"tokens is a tensor of shape {list(tokens.shape)}, but must be how many tokens a micro-batch has on this "
+            f"rank: {tokens.numel()} for that one, tokens.numel()"
+        )
+    given = list(tokens) if isinstance(tokens, Iterable) else [tokens]
+    if not given or not all(isinstance(count, numbers.Integral) and count >= 1 for count in given):
+        raise InputError(f"tokens is {tokens!r}; it must be positive, one whole number or several")
+    return sorted({int(count) for count in given})
 
 
 def config_sources(model: nn.Module, tokens: int, device: str) -> dict[str, list[str]]:
@@ -220,8 +232,10 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
     back = there._replace(has_slots=False)
     slots_of_sent = _meta(sent, len(sent), top_k, dtype=torch.int16)
-    ops.pack_payload(tokens, weights, slots_of_sent, send, there.new(len(sent), x.device))
-    ops.unpack_gradients(back.new(len(sent), x.device), send, back)
+    for dtype in {x.dtype, gates.dtype}:  # in which routers give gate weights
+        given = _meta(weights, dtype=dtype)
+        ops.pack_payload(tokens, given, slots_of_sent, send, there.new(len(sent), x.device))
+        ops.unpack_gradients(back.new(len(sent), x.device), send, back, weights_dtype=dtype)
     for rows in received:
         handed_on = Schedule(_meta(sent, 2), sent, _meta(sent, rows, top_k))  # with two hops, as tokens are sent
         as_tokens = _meta(x, rows, experts.hidden_size), _meta(gates, rows, top_k)

@@ -31,7 +31,7 @@ class TopKRouter(nn.Module):
         replay(): (ids int64 `[T, K]`, whether no row is -1), or None where the router is to choose.
         replay.compare(), if there is such a method: a function of (live ids, recorded ids) that the router calls with
             both, or None.
-        replay.compiled(scores, top_k): the ids `[T, K]`, while torch.compile traces.
+        replay.compiled(logits, top_k): the ids `[T, K]`, while torch.compile traces.
     """
 
     e_score_correction_bias: torch.Tensor
@@ -113,47 +113,53 @@ class TopKRouter(nn.Module):
         return bool(unknown_T.any())
 
     def forward(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x_TH = hidden_states.reshape(-1, self.hidden_size)
+        x_TH = hidden_states if hidden_states.ndim == 2 else hidden_states.reshape(-1, self.hidden_size)
         exact = torch.promote_types(x_TH.dtype, torch.float32)
         if self.scoring == "softmax":
             logits_TE = nn.functional.linear(x_TH, self.weight)
-            scores_TE = logits_TE.softmax(-1, dtype=exact)
+            indices_TK = self._indices(logits_TE)
+            if self.normalize:  # to sum 1 over the chosen: their softmax, without that of the others
+                weights_TK = logits_TE.gather(1, indices_TK).softmax(-1, dtype=exact)
+            else:
+                weights_TK = logits_TE.softmax(-1, dtype=exact).gather(1, indices_TK)
         else:
             logits_TE = nn.functional.linear(x_TH.to(exact), self.weight.to(exact))
-            scores_TE = logits_TE.sigmoid()
-        indices_TK = self._indices(scores_TE.detach())
-        weights_TK = scores_TE.gather(1, indices_TK)
-        if self.normalize:
-            total = weights_TK.sum(-1, keepdim=True)
-            weights_TK = weights_TK / (total if self.scoring == "softmax" else total + 1e-20)
-        weights_TK = weights_TK * self.routed_scaling_factor
+            indices_TK = self._indices(logits_TE)
+            weights_TK = logits_TE.gather(1, indices_TK).sigmoid()
+            if self.normalize:
+                weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
+        if self.routed_scaling_factor != 1.0:
+            weights_TK = weights_TK * self.routed_scaling_factor
         if self._record is not None:
             self._record.append(indices_TK.clone())
         return logits_TE, weights_TK.to(logits_TE.dtype), indices_TK
 
-    def _indices(self, scores_TE: torch.Tensor) -> torch.Tensor:
+    def _indices(self, logits_TE: torch.Tensor) -> torch.Tensor:
         recorded, all_recorded = self._recorded, self._all_recorded
         if self.replay is not None:
             if torch.compiler.is_compiling() and hasattr(self.replay, "compiled"):
-                recorded, all_recorded = self.replay.compiled(scores_TE, self.top_k), False
+                recorded, all_recorded = self.replay.compiled(logits_TE, self.top_k), False
             else:
                 recorded, all_recorded = self.replay() or (None, False)
         if recorded is None:
-            return self._select(scores_TE)
-        if recorded.shape[0] != scores_TE.shape[0]:
-            raise ShapeError(f"recorded has {recorded.shape[0]} rows and the input {scores_TE.shape[0]} tokens")
+            return self._select(logits_TE)
+        if recorded.shape[0] != logits_TE.shape[0]:
+            raise ShapeError(f"recorded has {recorded.shape[0]} rows and the input {logits_TE.shape[0]} tokens")
         compare = None if torch.compiler.is_compiling() else comparison_of(self.replay)
         if all_recorded and compare is None:
             return recorded
-        live = self._select(scores_TE)
+        live = self._select(logits_TE)
         if compare is not None:
             compare(live, recorded)
         return recorded if all_recorded else torch.where(recorded < 0, live, recorded)
 
-    def _select(self, scores_TE: torch.Tensor) -> torch.Tensor:
+    def _select(self, logits_TE: torch.Tensor) -> torch.Tensor:
+        """The router's own choice."""
+        logits_TE = logits_TE.detach()
         if self.scoring == "softmax":
-            return scores_TE.topk(self.top_k, dim=-1).indices
-        choice_TE = scores_TE + self.e_score_correction_bias
+            exact = torch.promote_types(logits_TE.dtype, torch.float32)
+            return logits_TE.softmax(-1, dtype=exact).topk(self.top_k, dim=-1).indices
+        choice_TE = logits_TE.sigmoid() + self.e_score_correction_bias
         if self.groups_per_token < self.num_groups:
             grouped = choice_TE.unflatten(1, (self.num_groups, -1))
             best_two = grouped.topk(min(2, grouped.shape[2]), dim=-1).values.sum(-1)

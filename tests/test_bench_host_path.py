@@ -31,7 +31,7 @@ def test_a_wrong_layer_is_not_timed(tmp_path):
         subprocess.run(["cp", "-r", str(ROOT / name), str(target)], check=True)
     hop = tmp_path / "relibra_kernels" / "parallel" / "tokens" / "hop.py"
     text = hop.read_text()
-    right = "return ops.unpermute(self._back(others, own, into, kind), None, self._send)"
+    right = "return ops.unpermute(rows.sent, None, self._send, out=out_TH)"
     assert right in text
     hop.write_text(text.replace(right, f"{right} * 2"))
     done = run("--tree", str(tmp_path))

@@ -1,6 +1,8 @@
 """What CONTRIBUTING.md names is there: every path, and every name that it says is in a file."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -63,3 +65,13 @@ def test_a_name_that_is_not_there_is_found(was, changed):
     text = (ROOT / "CONTRIBUTING.md").read_text()
     assert was in text
     assert [name for name, _ in missing_names(text.replace(was, changed))] == [changed.split("`")[1]]
+
+
+def test_too_much_cpu_time_fails(capfd):
+    """What holds the collection of tests and `make quick` to their times; a wait costs nothing."""
+    program = [sys.executable, str(ROOT / ".ci" / "cpu_seconds.py")]
+    busy = "import time\nwhile time.process_time() < 0.6: pass"
+    assert subprocess.run([*program, "60", sys.executable, "-c", busy]).returncode == 0
+    assert subprocess.run([*program, "0.5", sys.executable, "-c", busy]).returncode == 1
+    assert subprocess.run([*program, "60", sys.executable, "-c", "exit(3)"]).returncode == 3
+    assert "s of CPU time, 0.5 at most" in capfd.readouterr().out

@@ -111,6 +111,31 @@ def test_the_gates_limit_is_that_of_the_script():
     assert f"a table of minutes, {limit} at most" in PAGES["CONTRIBUTING.md"]
 
 
+def test_every_rival_says_what_it_needs_and_where_that_is_said():
+    """With a link, or the reason why there is none; what to use instead comes first."""
+    page = PAGES["comparison.md"]
+    assert page.index("## When to use something else") < page.index("## Balancing") < page.index("## Kernels")
+    table = page.split("## Balancing")[1].split("## Kernels")[0]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")][1:]
+    named = {re.match(r"(?:Megatron )?[\w-]+", cells[0])[0]: cells for cells in rows}
+    rivals = (
+        "MoonEP",
+        "UltraEP",
+        "Megatron ECHO",
+        "ForeMoE",
+        "LAER-MoE",
+        "RoutePack",
+        "LLEP",
+        "EPLB",
+        "LPLB",
+        "ReLibra",
+    )
+    for rival in rivals:
+        assert len(named[rival]) == 4 and all(named[rival]), rival
+        assert "https://" in named[rival][0] or "could not be read" in named[rival][0], rival
+    assert re.search(r"^\| LigerCute \(\[\d+\]\(https://", page, re.MULTILINE)
+
+
 @pytest.mark.parametrize("page", [name for name in PAGES if name != "api.md"])
 def test_a_table_has_as_many_cells_in_every_row(page):
     """A row that lost a cell shows its figures under the wrong heading."""

@@ -1,12 +1,14 @@
 """Every message that the page of troubleshooting lists is one that is given: provoked here, or found in the source.
 
-A message that a test can bring about in one process is brought about. Of the others, which need ranks, a GPU or another
-program, the words between the numbers stand in the source.
+A message that a test can bring about in one process is brought about. The others need ranks, a GPU or another program:
+the test that brings them about is named. The words of all stand in a source.
 """
 
+import importlib
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +23,7 @@ from hf_families import experts_modules, make_model, make_tokens
 import relibra_kernels.integrations.transformers as relibra
 from relibra_kernels import ops
 from relibra_kernels.integrations import megatron
+from relibra_kernels.integrations.transformers import expert_parallel
 from relibra_kernels.planner import from_vllm
 
 ROOT = Path(__file__).parents[1]
@@ -100,6 +103,37 @@ def not_imported():
     raise RuntimeError(done.stderr)
 
 
+def by_sorting():
+    model, tokens = make_model("qwen3_moe"), make_tokens(2, 9)
+    trace = recorded(model, tokens)
+    router = model.model.layers[0].mlp.gate
+
+    def forward(x):
+        logits = x.reshape(-1, x.shape[-1]) @ router.weight.T
+        weights, indices = logits.softmax(-1).sort(descending=True)
+        return logits, weights[:, : trace.top_k], indices[:, : trace.top_k]
+
+    router.forward = forward
+    with relibra.replay(model, trace):
+        model(tokens)
+
+
+def shared_tokens():
+    experts = experts_modules(make_model("qwen3_moe"))[0]
+    mesh = {size: SimpleNamespace(size=lambda size=size: size, get_group=lambda: None) for size in (1, 2)}
+    expert_parallel.RelibraEP(experts, mesh[1], mesh[2])
+
+
+def vllm_that_ended():
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "ended").touch()
+        (Path(folder) / "vllm.log").write_text("out of memory")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(ROOT / "examples")
+            vllm_files = importlib.import_module("vllm_files")
+            vllm_files.VllmEngine(Path(folder), 0, None)._wait_for(Path(folder) / "done")
+
+
 def triton_on_the_cpu():
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RELIBRA_BACKEND", "triton")
@@ -121,8 +155,25 @@ PROVOKED = {
     "the forward was fed token 17 at [0, 3]": lambda: replayed(other_token, changes=True),
     "the forward was fed rows of [10] tokens without padding": lambda: replayed(lambda tokens: tokens[:, :-1]),
     "moe_router_fusion is True": lambda: megatron.check_config(SimpleNamespace(moe_router_fusion=True)),
+    "does not choose 8 of 64 experts with torch.topk": by_sorting,
+    "tp_size is 2": shared_tokens,
+    "the vLLM process ended": vllm_that_ended,
     "RELIBRA_BACKEND is 'triton' and the tensors are on the CPU": triton_on_the_cpu,
 }
+
+
+RANKS_NEEDED = {  # messages that need ranks, a GPU or Megatron: the test that brings each about, and what it expects
+    "transformers shards experts by id": ("integrations/test_hf_expert_parallel.py", "shards experts by id"),
+    "targets are for 4 routers, but this stage has 2": (
+        "integrations/test_megatron.py",
+        "targets are for 1 routers, but this stage has 2",
+    ),
+    "the GPU has compute capability 7.5": (
+        "test_compile_only.py",
+        r"compute capability 7\.5; it must be 8\.0 or newer",
+    ),
+}
+THEIRS = {"requires `accelerate`"}  # of transformers, which every environment here has with accelerate
 
 
 def messages():
@@ -142,13 +193,20 @@ def words(message):
 
 
 def test_there_are_messages():
-    assert len(messages()) >= 20 and PROVOKED.keys() <= set(messages()), PROVOKED.keys() - set(messages())
+    assert len(messages()) >= 20
+    assert {*PROVOKED, *RANKS_NEEDED, *THEIRS} == set(messages()), {*PROVOKED, *RANKS_NEEDED, *THEIRS} ^ set(messages())
 
 
 @pytest.mark.parametrize("message", PROVOKED)
 def test_what_is_listed_is_what_is_said(message):
     with pytest.raises(Exception, match=f"(?s){words(message)}"):
         PROVOKED[message]()
+
+
+@pytest.mark.parametrize("message", RANKS_NEEDED)
+def test_what_needs_ranks_is_brought_about_by_the_test_that_is_named(message):
+    path, expected = RANKS_NEEDED[message]
+    assert expected in (ROOT / "tests" / "relibra_kernels" / path).read_text()
 
 
 @pytest.mark.parametrize("message", [message for message in messages() if message not in PROVOKED])

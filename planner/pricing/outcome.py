@@ -21,7 +21,8 @@ class Outcome:
     far_in, far_out:        int [L, M, R]  the same between nodes, which only baselines do
     kept_in, kept_out:      int [L, R]     kept replicas that cross between nodes, to a relay
     kept_near_in, kept_near_out: int [L, R]  kept replicas sent inside a node
-    kept_copies:            int [R]        kept replicas that a rank has memory for, over all layers
+    kept_copies:            int [R]        kept replicas that a rank has memory for, over all layers; and slots beyond
+                            the cluster's, where a baseline fetches without a limit
     moved_in, moved_out:    int [L, R]     experts that changed their home before the batch, with optimizer state
     """
 

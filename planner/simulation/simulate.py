@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..cluster import ClusterSpec
-from ..errors import InputError, one_of
+from ..errors import InputError, PolicyError, ReLibraError, one_of
 from ..loads import total_loads
 from ..options import PlanOptions
 from ..plan import contiguous_home
@@ -75,6 +75,8 @@ def simulate(
 
     previous_home: [L, E], where our plan of the batch before left the experts; None: contiguous homes
     others: the caller's own policies: name in `policies` -> function of (table int [L, M, E], cluster)
+
+    Raises: PolicyError where one of `others` fails, or returns what is no Outcome of the table; InputError.
     """
     known = BASELINES | dict(others or {})
     table = total_loads(loads)
@@ -92,7 +94,7 @@ def simulate(
             outcome = outcome_of_plan(plan, loads, before if previous_home is None else previous_home)
             home = plan.home
         else:
-            outcome, home = _outcome(name, known[name], table, scenario.cluster), None
+            outcome, home = _outcome(name, known, table, scenario.cluster, others), None
         results[name] = replace(_result(name, outcome, scenario, time.perf_counter() - start), home=home)
         if progress is not None:
             progress(name)
@@ -100,24 +102,39 @@ def simulate(
 
 
 def unable(name: str, experts: int, cluster: ClusterSpec, others: Mapping[str, Policy] | None = None) -> str:
-    """Why a policy cannot serve a cluster, found on a table of one micro-batch; empty where it can."""
+    """Why a policy cannot serve a cluster, found on a table of one micro-batch; empty where it can.
+
+    Raises: PolicyError where one of `others` fails.
+    """
     try:
         cluster.home_slots(experts)
         if name != OURS:
-            known = BASELINES | dict(others or {})
-            _outcome(name, known[name], np.ones((1, 1, experts), np.int64), cluster)
+            _outcome(name, BASELINES | dict(others or {}), np.ones((1, 1, experts), np.int64), cluster, others)
     except InputError as error:
         return str(error)
     return ""
 
 
-def _outcome(name: str, policy: Policy, table: np.ndarray, cluster: ClusterSpec) -> Outcome:
-    """What a policy makes of a table. Raises: InputError where it loses or adds assignments."""
-    outcome = policy(table, cluster)
+def _outcome(
+    name: str,
+    known: Mapping[str, Policy],
+    table: np.ndarray,
+    cluster: ClusterSpec,
+    others: Mapping[str, Policy] | None,
+) -> Outcome:
+    """What a policy makes of a table. What it raises of our errors says that it cannot serve the cluster."""
+    try:
+        outcome = known[name](table, cluster)
+    except ReLibraError:
+        raise
+    except Exception as error:
+        if name not in (others or {}):
+            raise
+        raise PolicyError(f"policy {name!r} failed: {type(error).__name__}: {error}") from error
     if not isinstance(outcome, Outcome):
-        raise InputError(f"policy {name!r} returned a {type(outcome).__name__}, but must return an Outcome")
+        raise PolicyError(f"policy {name!r} returned a {type(outcome).__name__}, but must return an Outcome")
     if not np.array_equal(outcome.rank_load.sum(2), table.sum(2)):
-        raise InputError(f"policy {name!r} computes other assignments than the table has")
+        raise PolicyError(f"policy {name!r} computes other assignments than the table has")
     return outcome
 
 

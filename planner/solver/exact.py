@@ -31,14 +31,12 @@ class PairFlow:
         self.first = np.flatnonzero(np.diff(expert, prepend=-1))  # of every expert
         self.group = np.repeat(np.arange(len(self.first)), np.diff(self.first, append=len(expert)))
         self.by_rank = np.argsort(rank, kind="stable")
-        in_order = rank[self.by_rank]
-        self.first_of_rank = np.flatnonzero(np.diff(in_order, prepend=-1))
-        self.present = in_order[self.first_of_rank]  # ranks that have such hosts
+        self.at_rank = np.bincount(rank, minlength=len(load))  # how many hosts
+        self.from_rank = np.cumsum(self.at_rank) - self.at_rank  # where they begin in `by_rank`
 
-    def _of_rank(self, values_H: np.ndarray) -> np.ndarray:
-        out = np.zeros(len(self.load), np.int64)
-        out[self.present] = np.add.reduceat(values_H[self.by_rank], self.first_of_rank)
-        return out
+    def _hosts_at(self, ranks: np.ndarray) -> np.ndarray:
+        """The hosts on some ranks, rank by rank."""
+        return self.by_rank[_spans(self.from_rank[ranks], self.at_rank[ranks])]
 
     def busiest(self) -> np.ndarray:
         """int64 [P]."""
@@ -97,17 +95,21 @@ class PairFlow:
     def distances(self, sinks: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Hops from every rank to the nearest sink, int32 [P * R], and from every expert, [groups]; far where there is
         no way. Ranks farther than all wanted ones may be called far."""
-        steps, via = np.where(sinks, np.int32(0), FAR), np.zeros(0, np.int32)
+        steps = np.where(sinks, np.int32(0), FAR)
+        via = np.full(len(self.first), FAR)
         if not len(self.expert):
             return steps, via
-        givers = self.by_rank[self.split[self.by_rank] > 0]
-        at = self.rank[givers]
-        first = np.flatnonzero(np.diff(at, prepend=-1))
-        present, experts = at[first], self.group[givers]
+        rank, group, first = self.rank, self.group, self.first  # of experts that have no distance yet
+        givers = self.by_rank[self.split[self.by_rank] > 0]  # on ranks that have none
+        at, passes = self.rank[givers], self.group[givers]
         for hop in range(1, self.ranks + 1):
-            via = np.minimum.reduceat(steps[self.rank], self.first)
-            reached = np.minimum.reduceat(via[experts], first) if len(first) else via[:0]
-            new = present[(reached == hop - 1) & (steps[present] >= FAR)]
+            if len(first):
+                nearest = np.minimum.reduceat(steps[rank], first)
+                via[group[first]] = nearest
+                rank, group, first = _without(nearest < FAR, rank, group, first)
+            far = steps[at] >= FAR
+            at, passes = at[far], passes[far]
+            new = at[via[passes] == hop - 1]
             if not len(new):
                 break
             steps[new] = hop
@@ -121,7 +123,7 @@ class PairFlow:
         busy = (self.load > limit) & (steps == step)
         if not busy.any():
             return
-        of = self.by_rank[np.flatnonzero(busy[self.rank[self.by_rank]])]
+        of = self._hosts_at(np.flatnonzero(busy))
         of = of[(via[self.group[of]] == step - 1) & (self.split[of] > 0)]
         rank = self.rank[of]
         first = np.flatnonzero(np.diff(rank, prepend=-1))
@@ -135,13 +137,16 @@ class PairFlow:
 
         moved = np.flatnonzero(flow)
         size = np.append(self.first, len(self.expert))[moved + 1] - self.first[moved]
-        to = np.repeat(self.first[moved] - np.cumsum(size) + size, size) + np.arange(size.sum())
+        to = _spans(self.first[moved], size)
         to = to[steps[self.rank[to]] == step - 1]
         if step == 1:
             room = np.maximum((limit - self.load)[self.rank[to]], 0)
         else:  # what a rank can pass on
-            onward = np.where((steps[self.rank] == step - 1) & (via[self.group] == step - 2), self.split, 0)
-            room = self._of_rank(onward)[self.rank[to]]
+            takers = np.unique(self.rank[to])
+            onward = self._hosts_at(takers)
+            amount = np.where(via[self.group[onward]] == step - 2, self.split[onward], 0)
+            size = self.at_rank[takers]
+            room = np.add.reduceat(amount, np.cumsum(size) - size)[np.searchsorted(takers, self.rank[to])]
         first = np.flatnonzero(np.diff(self.group[to], prepend=-1))
         amount = flow[self.group[to[first]]]
         given = _fill(room, first, amount)
@@ -156,3 +161,17 @@ def _fill(room: np.ndarray, first: np.ndarray, amount: np.ndarray) -> np.ndarray
     size = np.diff(first, append=len(room))
     before = np.repeat(upto[first] - room[first], size)
     return np.clip(np.repeat(amount, size) - (upto - room - before), 0, room)
+
+
+def _spans(start: np.ndarray, size: np.ndarray) -> np.ndarray:
+    """start[0], start[0] + 1, ... for size[0] of them, then those of start[1], and so on."""
+    return np.repeat(start - np.cumsum(size) + size, size) + np.arange(size.sum())
+
+
+def _without(
+    done: np.ndarray, rank: np.ndarray, group: np.ndarray, first: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The hosts of those experts that are not done, and where each of them begins."""
+    left = np.repeat(~done, np.diff(first, append=len(rank)))
+    rank, group = rank[left], group[left]
+    return rank, group, np.flatnonzero(np.diff(group, prepend=-1))

@@ -18,13 +18,14 @@ from .hosts import best_host
 class FetchPrice:
     """What a fetched replica costs and saves. slots: of a rank that may be fetched; assignment: seconds of one on the
     busiest rank; replica: of one more from the busiest sender; any: of fetching at all. tolerance: how far above its
-    target, as a part of it, a rank may stay."""
+    target, as a part of it, a rank may stay. hottest: each hands on its hottest expert, to the rank with most room."""
 
     slots: int
     assignment: float
     replica: float
     any: float
     tolerance: float = 0.0
+    hottest: bool = False
 
 
 @dataclass(eq=False)
@@ -48,8 +49,11 @@ class Slots:
             getattr(self, name)[pairs] = array
 
 
-def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
-    """Add fetched replicas until the targets are met. Returns int64 [P]: the most replicas that one rank sends."""
+def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int, hottest: bool = False) -> np.ndarray:
+    """Add fetched replicas until the targets are met. Returns int64 [P]: the most replicas that one rank sends.
+
+    hottest: not the expert and taker with which most moves, but the giver's hottest expert and the roomiest taker.
+    """
     pairs, ranks, places = slots.expert.shape
     nodes = ranks // gpus_per_node
     of_node = slots.load.sum(2).reshape(pairs, nodes, gpus_per_node).sum(2)
@@ -72,10 +76,13 @@ def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int) -> np.ndarray:
         room = np.where(free[row] > 0, top[:, None] - total[row], 0)[:, None]
         amount = np.where(holds, 0, np.minimum(room, np.minimum(load[row, donor], excess[:, None])[:, :, None]))
         amount[what < 0] = 0
-        hosts = best_host(amount)  # [B, Q]
-        amount = np.take_along_axis(amount, hosts[:, :, None], 2)[:, :, 0]
-        place = amount.argmax(1)
-        host, amount = hosts[at, place], amount[at, place]
+        rated = amount
+        if hottest:  # by the load of the expert, then by the taker's room
+            rated = (amount > 0) * (load[row, donor][:, :, None] * (top.max() + 1) + room)
+        hosts = best_host(rated)  # [B, Q]
+        place = np.take_along_axis(rated, hosts[:, :, None], 2)[:, :, 0].argmax(1)
+        host = hosts[at, place]
+        amount = amount[at, place, host]
         go = amount > 0
         stuck[row[~go], donor[~go]] = True
         to = row[go]

@@ -72,11 +72,13 @@ def pack(
     *,
     spread: bool,
     far: int | None = None,
+    node: np.ndarray | None = None,
 ) -> Copies:
     """Ranks for the copies (layer, expert), at most one a replica slot, and `rank_copies` a rank over all layers.
 
     `spread` puts copies of an expert on nodes that have none of it yet, as far as there is room there. `far`: so many
     times a home sends its experts of a layer to another node; further copies go where one is, as far as there is room.
+    `node`: the node that each copy goes to, as far as there is room.
     """
     layers, experts, micro_batches = share_LEM.shape
     ranks, gpus_per_node = cluster.num_ranks, cluster.gpus_per_node
@@ -96,6 +98,9 @@ def pack(
     weight = (share * share).sum(2)
     order = np.lexsort((expert, -weight[layer, expert], layer))
     layer, expert = layer[order], expert[order]
+    elsewhere = np.zeros((len(layer), ranks), np.bool_)
+    if node is not None:
+        elsewhere = np.arange(ranks) // gpus_per_node != node[order][:, None]
     turn = np.arange(len(layer)) - np.searchsorted(layer, layer)
     rank = np.full(len(layer), -1)
     for now in range(int(turn.max(initial=-1)) + 1):
@@ -107,7 +112,7 @@ def pack(
                 cost += np.repeat(on_node[at, e], gpus_per_node, axis=1) * 2.0**52
             shut = (on_node[at, e] == 0) & (to_send[at, home_LE[at, e]] <= 0)[:, None]
             cost += np.repeat(shut, gpus_per_node, axis=1) * 2.0**60
-            cost[(free[at] <= 0) | (left <= 0) | holds[at, e]] = np.inf
+            cost[(free[at] <= 0) | (left <= 0) | holds[at, e] | elsewhere[waiting]] = np.inf
             best = best_host(-cost)
             open_ = cost[np.arange(len(at)), best] < np.inf
             waiting, at, e, best = waiting[open_], at[open_], e[open_], best[open_]

@@ -15,24 +15,26 @@ from .fetched_by_flow import flow_of_slots, level_slots
 from .hosts import best_host
 from .solution import Solution
 
-_TRIES = 48
-_SWEEPS = 200
 
+def swap_kept(
+    table_LME: np.ndarray, solution: Solution, target_LM: np.ndarray, tries: int = 48, sweeps: int = 200
+) -> None:
+    """Swap kept replicas, in place, of layers without fetched ones, until the targets are met or no swap helps.
 
-def swap_kept(table_LME: np.ndarray, solution: Solution, target_LM: np.ndarray) -> None:
-    """Swap kept replicas, in place, of layers without fetched ones, until the targets are met or no swap helps."""
+    tries: swaps of a layer at most. sweeps: of each exact split at most.
+    """
     layers, _, experts = table_LME.shape
     ranks, slots = solution.kept.shape[1:]
     held = held_experts(solution.home, ranks)
     expert_LRQ = np.concatenate([held, np.where(solution.kept, solution.replicas[:, 0], -1)], 2).astype(np.int64)
     load = _loads(table_LME, solution, held)
     state = _slots(expert_LRQ, load)
-    level_slots(state, target_LM.reshape(-1), experts, _SWEEPS)
+    level_slots(state, target_LM.reshape(-1), experts, sweeps)
     load = state.load.reshape(load.shape)
     refused = np.zeros((layers, experts, ranks), np.bool_)
     over = np.maximum(load.sum(3).max(2) - target_LM, 0).sum(1)
     active = np.flatnonzero(over)
-    for _ in range(_TRIES):
+    for _ in range(tries):
         found, expert, rank = _best(expert_LRQ[active], load[active], target_LM[active], refused[active], slots)
         active, expert, rank = active[found], expert[found], rank[found]
         if not len(active):
@@ -49,7 +51,7 @@ def swap_kept(table_LME: np.ndarray, solution: Solution, target_LM: np.ndarray) 
         new[at, :, rank, place] = 0
         now[at, rank, place] = expert
         state = _slots(now, new)
-        level_slots(state, target_LM[active].reshape(-1), experts, _SWEEPS)
+        level_slots(state, target_LM[active].reshape(-1), experts, sweeps)
         new = state.load.reshape(new.shape)
         left = np.maximum(new.sum(3).max(2) - target_LM[active], 0).sum(1)
         good = left < over[active]

@@ -7,9 +7,10 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..pricing.cost import Setting, exchange, kept_seconds, seconds_by_pair
+from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
 from .kept import Copies, choose_copies, pack, shares
+from .kept_by_node import choose_by_node
 from .placement import WORTH_MOVING, place
 from .solution import Effort, Solution, fetch_price, solve, target_load
 
@@ -19,13 +20,15 @@ _SAMPLE_LAYERS = 6  # that members of the family are priced on
 @dataclass(frozen=True)
 class Member:
     """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move. far: so many times a home
-    sends kept replicas of a layer to other nodes. None is without a limit. tolerance: see `FetchPrice`."""
+    sends kept replicas of a layer to other nodes. None is without a limit. tolerance: see `FetchPrice`.
+    by_node: see `kept_by_node.py`."""
 
     kept: float
     spread: bool = True
     moves: int | None = 0
     far: int | None = None
     tolerance: float = 0.0
+    by_node: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +53,7 @@ class Problem:
             table_LME=self.table_LME[chosen],
             wanted_LMNE=self.wanted_LMNE[chosen],
             home=self.home[chosen],
-            copies=self.copies * len(chosen) // layers,
+            copies=-(-self.copies * len(chosen) // layers),  # few copies of many layers are not none of a few
         )
 
 
@@ -82,12 +85,23 @@ def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
         return home, Copies.none()
     share = shares(problem.table_LME, cluster.num_ranks)
     total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
+    if member.by_node:
+        return home, choose_by_node(problem.table_LME, home, total, cluster, problem.copies)
     layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
     copies = pack(share, home, layer, expert, cluster, problem.copies, spread=member.spread, far=member.far)
     return home, copies
 
 
-def solve_over(problem: Problem, home: np.ndarray, copies: Copies, effort: Effort, tolerance: float = 0.0) -> Solution:
+def solve_over(
+    problem: Problem,
+    home: np.ndarray,
+    copies: Copies,
+    effort: Effort,
+    tolerance: float = 0.0,
+    *,
+    hottest: bool = False,
+) -> Solution:
+    """The loads split over these hosts, and what pays fetched. tolerance, hottest: see `FetchPrice`."""
     cluster, options, setting = problem.cluster, problem.options, problem.setting
     target = target_load(problem.table_LME, cluster.num_ranks, options.balance, effort.slack)
     tokens = problem.table_LME.sum(2).mean() / setting.model.top_k / cluster.num_ranks
@@ -101,7 +115,7 @@ def solve_over(problem: Problem, home: np.ndarray, copies: Copies, effort: Effor
         cluster,
         target,
         effort,
-        fetch_price(setting, dense, cluster, options.balance, min(fetched, cluster.replica_slots), tolerance),
+        fetch_price(setting, dense, cluster, options.balance, min(fetched, cluster.replica_slots), tolerance, hottest),
     )
 
 
@@ -152,6 +166,14 @@ def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     once = kept_seconds(outcome, problem.setting)
     once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
     return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
+
+
+def seconds_in_all(problem: Problem, solution: Solution) -> float:
+    """Modelled seconds of all layers. Moves take what the rank takes that moves most over all of them."""
+    outcome = outcome_of(solution, problem)
+    outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
+    once = float(kept_seconds(outcome, problem.setting).sum()) + migration_seconds(outcome, problem.setting)
+    return float(pair_seconds(problem, outcome).sum()) + once
 
 
 def spaced(count: int, most: int) -> np.ndarray:

@@ -6,7 +6,17 @@ import numpy as np
 
 from ..plan import rank_loads
 from .kept_swaps import swap_kept
-from .problem import Member, Problem, drop_idle, hosts_of, layer_seconds, of_layers, solve_nothing, solve_over
+from .problem import (
+    Member,
+    Problem,
+    drop_idle,
+    hosts_of,
+    layer_seconds,
+    of_layers,
+    seconds_in_all,
+    solve_nothing,
+    solve_over,
+)
 from .solution import Effort, Solution, target_load
 
 _NEARLY = 1.3  # max/mean of layers that may be better left alone
@@ -94,6 +104,14 @@ def leave_alone(problem: Problem, solution: Solution) -> None:
                 getattr(solution, name)[doubtful] = value
     else:
         _undo(problem, solution)
+
+
+def put_cheaper(problem: Problem, solution: Solution, other: Solution) -> None:
+    """Put in place what takes least time over all layers: the solution, the other, or of each layer the cheaper."""
+    mixed = Solution(*(value.copy() for value in vars(solution).values()))
+    _put(mixed, layer_seconds(problem, other) < layer_seconds(problem, solution), other)
+    best = min((solution, mixed, other), key=lambda each: seconds_in_all(problem, each))
+    _put(solution, np.ones(len(solution.home), np.bool_), best)
 
 
 def _over(problem: Problem, solution: Solution) -> np.ndarray:

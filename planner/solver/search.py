@@ -1,10 +1,10 @@
 """Which of a small family of plans takes the least time.
 
-Members of the family differ in five things: whether homes move, how many replicas are kept (shares of what memory
-allows), whether replicas of an expert are spread over nodes, how often a home may send kept replicas to other nodes,
-and how far above its target a rank may stay after fetching. Each member is solved and priced on a fixed sample of
-layers and micro-batches; the cheapest is then solved for all. A layer whose plan costs
-more than no change stays as it is.
+Members of the family differ in six things: whether homes move, how many replicas are kept (shares of what memory
+allows), whether replicas of an expert are spread over nodes or chosen to level nodes, how often a home may send kept
+replicas to other nodes, and how far above its target a rank may stay after fetching. Each member is solved and priced
+on a fixed sample of layers and micro-batches; the cheapest is then solved for all. A layer whose plan costs more than
+no change stays as it is.
 """
 
 from dataclasses import replace
@@ -15,12 +15,12 @@ from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
 from .kept import Copies
 from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
-from .refine import REACHED, insist, leave_alone, swap_kept_where_uneven
+from .refine import REACHED, insist, leave_alone, put_cheaper, swap_kept_where_uneven
 from .solution import Effort, Solution
 
 EFFORTS = {
-    "full": Effort(rounds=24, sweeps=16, slack=1 / 1024, within=0.1, again=2, few_last=8, near=0.002),
-    "fast": Effort(rounds=14, sweeps=0, slack=1 / 256, within=0.0, again=1, near=0.01),
+    "full": Effort(rounds=24, node_rounds=24, sweeps=16, slack=1 / 4096, within=0.1, again=2, few_last=8, near=0.002),
+    "fast": Effort(rounds=14, node_rounds=12, sweeps=0, slack=1 / 256, within=0.0),
 }
 _EXACT = 1 << 20  # sweeps: as many as it takes
 _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried below what memory allows
@@ -29,29 +29,63 @@ _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas 
 _LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
+_FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
 _FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and three close to the best again
 _CLOSE = 1.015
 
 
 def plan_layers(problem: Problem) -> Solution:
     """The cheapest solution of the family."""
-    effort = EFFORTS[problem.options.effort]
-    if problem.options.balance is not None:
+    options = problem.options
+    effort = EFFORTS[options.effort]
+    if options.balance is not None:
         effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, few_last=16, near=0.0)
     members = _members(problem)
     best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
-    home, copies = hosts_of(problem, best)
-    solution = solve_over(problem, home, copies, effort, best.tolerance)
-    if best.tolerance:
-        _loosen_singly(problem, solution, home, copies, effort)
+    searched = options.balance is None and options.effort == "full"
+    solution = _solve(problem, best, effort, singly=searched)
     drop_idle(solution, problem.cluster.gpus_per_node)
-    if problem.options.balance is None:
-        if problem.options.effort == "full":
+    if options.balance is None:
+        if searched:
             swap_kept_where_uneven(problem, solution, effort.slack)
+            _put_others(problem, solution, members, best, effort)
         leave_alone(problem, solution)
     else:
         swap_kept_where_uneven(problem, solution, 0.0)
         insist(problem, solution, effort, best)
+    return solution
+
+
+def _put_others(problem: Problem, solution: Solution, members: list[Member], best: Member, effort: Effort) -> None:
+    """Put in place layers in which the sample was wrong. What keeps nothing is within any memory; where all slots are
+    within it, on one node, all of them are tried too."""
+    one = problem.cluster.num_nodes == 1
+    if (best.kept >= _SCARCE and not one) or problem.cluster.num_ranks >= _MANY:
+        return
+    moved = sorted({member.moves for member in members if not member.kept} & {0, None}, key=str)
+    others = [Member(0.0, moves=each, tolerance=best.tolerance) for each in moved]
+    slots = problem.cluster.replica_slots
+    if one and 0 < slots <= problem.copies // len(problem.table_LME):
+        others.append(Member(float(slots)))
+    for other in others:
+        if other != best:
+            found = drop_idle(_solve(problem, other, effort, singly=one), problem.cluster.gpus_per_node)
+            swap_kept_where_uneven(problem, found, effort.slack)
+            put_cheaper(problem, solution, found)
+
+
+def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) -> Solution:
+    """A member for all layers. singly: with the cheapest way to fetch for every micro-batch."""
+    home, copies = hosts_of(problem, member)
+    solution = solve_over(problem, home, copies, effort, member.tolerance)
+    if singly and (member.tolerance or not member.kept or problem.cluster.num_nodes == 1):
+        plain = replace(effort, sweeps=0)  # fetch once, without exact splits
+        ways = [(plain, 0.0, problem.cluster.num_nodes == 1)]
+        if member.tolerance or problem.cluster.num_ranks <= _FEW:
+            ways += [(plain, 0.0, False), (plain, 0.0, True), (plain, _TOLERANCES[1], True)]
+        if member.tolerance:
+            ways += [(effort, each, False) for each in (0.0, *_TOLERANCES)]
+        _fetch_singly(problem, solution, home, copies, ways)
     return solution
 
 
@@ -81,11 +115,13 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
     return best
 
 
-def _loosen_singly(problem: Problem, solution: Solution, home: np.ndarray, copies: Copies, effort: Effort) -> None:
-    """The cheapest tolerance for every single micro-batch, in place."""
+def _fetch_singly(
+    problem: Problem, solution: Solution, home: np.ndarray, copies: Copies, ways: list[tuple[Effort, float, bool]]
+) -> None:
+    """The cheapest way to fetch for every single micro-batch, in place: effort, tolerance, `hottest`."""
     seconds = pair_seconds(problem, outcome_of(solution, problem))
-    for tolerance in (0.0, *_TOLERANCES):
-        other = solve_over(problem, home, copies, effort, tolerance)
+    for how, tolerance, hottest in ways:
+        other = solve_over(problem, home, copies, how, tolerance, hottest=hottest)
         of_other = pair_seconds(problem, outcome_of(other, problem))
         cheaper = of_other < seconds
         seconds[cheaper] = of_other[cheaper]
@@ -103,14 +139,18 @@ def _members(problem: Problem) -> list[Member]:
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
     if cluster.num_nodes > 1:
         family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
-    if most < 1.5:
+    if most < 1.5 or cluster.num_nodes == 1:
         family.append(Member(0.0))
+    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
+        family.append(Member(most, by_node=True))
     experts = problem.table_LME.shape[2]
     if most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0:
         parts = (32, 16, 8, 4) if cluster.num_ranks < _MANY else (8,)
         for moved in (*(experts // part for part in parts), None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
+            if cluster.num_nodes > 1:
+                family += [Member(level, True, limit, by_node=True) for level in levels[:1]]
     return list(dict.fromkeys(family))
 
 

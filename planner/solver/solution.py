@@ -14,7 +14,6 @@ from .hosts import Hosts
 from .kept import Copies
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
 
-_NODE_ROUNDS = 24
 _MISSED = 0.002  # above its target by more than this after few were fetched, a pair gets many
 _FEW = 2.6  # ranks' loads that are above the target in all: what few fetched replicas may take away
 _AGAIN_SWEEPS = 3  # between rounds of fetching many
@@ -23,7 +22,8 @@ _FIRST_SWEEPS = 4  # of the exact split before replicas are fetched
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard a split is worked on. rounds: of the relaxed split. sweeps: of the exact one.
+    """How hard a split is worked on. rounds, node_rounds: of the relaxed split, by ranks and by nodes. sweeps: of the
+    exact one.
 
     slack: how far above the mean, as a part of it, a rank may be where full balance is not asked for. within: pairs
     that the relaxed split leaves further above than this are not split exactly; None: all are. few: rounds of adding
@@ -32,6 +32,7 @@ class Effort:
     """
 
     rounds: int
+    node_rounds: int
     sweeps: int
     slack: float
     within: float | None
@@ -65,6 +66,7 @@ def fetch_price(
     balance: float | None,
     slots: int,
     tolerance: float = 0.0,
+    hottest: bool = False,
 ) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
     them."""
@@ -75,9 +77,8 @@ def fetch_price(
         return FetchPrice(slots, 1.0, 1e-6, 1e-6)
     trip = (2 * model.expert_bytes + model.gradient_bytes) / device.fast
     exposed = max(trip - dense_seconds, 0) / max(trip, 1e-30)
-    return FetchPrice(
-        slots, assignment, trip * (exposed + (1 - exposed) * device.contention), 3 * device.transfer_launch, tolerance
-    )
+    each = trip * (exposed + (1 - exposed) * device.contention)
+    return FetchPrice(slots, assignment, each, 3 * device.transfer_launch, tolerance, hottest)
 
 
 def solve(
@@ -115,12 +116,14 @@ def solve(
             pairs = layer, micro_batch
             target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * (1 + price.tolerance)).astype(np.int64))
             if len(copies.layer) and cluster.num_nodes > 1:
-                split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, _NODE_ROUNDS), load_FM)
+                split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, effort.node_rounds), load_FM)
             slots = dense.slots(layer, best[pairs], price.slots)
-            if effort.few and len(copies.layer):
+            if price.hottest:
+                fetch(slots, target, gpus, hottest=True)
+            elif effort.few and len(copies.layer):
                 _fetch_few(slots, target, experts, gpus, effort)
             missed = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + (_MISSED if effort.few else 0.0)))
-            if len(missed):
+            if len(missed) and not price.hottest:
                 at = layer[missed], micro_batch[missed]
                 many = dense.slots(at[0], dense.fill(hosts, split)[at], price.slots)
                 _fetch_many(many, target[missed], experts, gpus, effort)
@@ -174,6 +177,8 @@ def _fetch_many(slots: Slots, target_P: np.ndarray, experts: int, gpus_per_node:
     """Fetch in place as fast as it goes, then split over what is there and fetch again, as long as a rank is well
     above its target, then few at a time."""
     fetch(slots, target_P, gpus_per_node)
+    if not effort.sweeps:  # nothing has moved that could be fetched now
+        return
     for turn in range(effort.again + 1):
         over = np.flatnonzero(slots.load.sum(2).max(1) > target_P * (1 + effort.near))
         if not len(over):

@@ -198,7 +198,7 @@ def _traces_of_samples(args: argparse.Namespace) -> Iterator[RoutingTrace]:
 
 
 def _loader(form: str) -> Callable[..., RoutingTrace]:
-    return load_function("--from", form)[1] if ":" in form else LOADERS[form].load
+    return load_function("--from", form).call if ":" in form else LOADERS[form].load
 
 
 def _samples(path: Path, form: str) -> Iterator[dict[str, Any]]:

@@ -109,7 +109,10 @@ def read_input(path: Path, args: argparse.Namespace, ranks: int | None) -> Input
         raise FormatError(f"{path}: holds no sequences")
     if args.sequences_per_rank is not None:
         if ranks is None:
-            raise InputError("--sequences-per-rank needs one number of ranks, but --ep names several")
+            raise InputError(
+                f"--ep is {args.ep}, but --sequences-per-rank needs one number of ranks: give one (--ep "
+                f"{args.ep.split(',')[0]}), or --micro-batch-sequences, which counts those of all ranks"
+            )
         size *= ranks
     loads = count_loads(trace, np.arange(trace.num_sequences) // min(size, trace.num_sequences))
     return Input(path, loads, trace.top_k, max(1, round(trace.num_tokens / trace.num_sequences)))

@@ -11,16 +11,15 @@ import numpy as np
 
 from .. import __version__
 from ..planner import DEVICES, MODELS, ClusterSpec, ModelShape, PlanOptions, Scenario, find_device, find_model, simulate
-from ..planner.errors import InputError, one_of
+from ..planner.errors import InputError, PolicyError, ReLibraError, one_of
 from ..planner.options import EFFORTS, TRANSPORTS
-from ..planner.simulation.baselines import Policy
 from ..planner.simulation.simulate import OURS, POLICIES, unable
 from ..planner.simulation.workloads import WORKLOADS, workload
 from ..progress import Progress
-from .function_file import load_function
+from .function_file import UserFunction, line_of, load_function, said
 from .inputs import SHAPE_HELP, Input, add_trace_arguments, naming_flags, read_input
 from .report import write_report
-from .simulation_table import Case, lines_of, record_of
+from .simulation_table import Case, Rows, failure_record, lines_of, record_of
 
 _MODELS = "Qwen3-30B-A3B,GLM-4.5-Air,Qwen3-235B-A22B"
 _MAX_MEAN = 7.3  # Qwen3-30B-A3B on DAPO-Math
@@ -86,10 +85,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_numbers(args)
-    others = dict(load_function("--policy", text) for text in args.policy)
+    own = _own_policies(args.policy)
     with naming_flags(policy="--policies"):
         chosen = args.policies.split(",")
-        policies = [*(one_of("policy", name, POLICIES) for name in chosen), *(name for name in others)]
+        policies = [*(one_of("policy", name, POLICIES) for name in chosen), *own]
     ranks = _ranks(args)
     recorded = None
     if args.input is not None:
@@ -98,32 +97,75 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(
                 f"--batches is {args.batches}, but {args.input} has {recorded.loads.shape[1]} micro-batches"
             )
-    work, skipped = _able(_scenarios(args, ranks, recorded), policies, others)
+    work, skipped = _able(_scenarios(args, ranks, recorded), policies, own)
     for line in skipped:
         print(f"skipped: {line}")
     if not work:
         raise InputError("nothing is left to simulate: --ep and --models do not go together")
 
     cases = []
-    with Progress("simulating", sum(len(names) for _, names in work) * args.batches) as bar:
-        for scenario, names in work:
+    with Progress("simulating", sum(len(names) for _, names, _ in work) * args.batches) as bar:
+        for scenario, names, failed in work:
             home = None
             for batch, loads in enumerate(_batches(args, scenario, recorded)):
-                rows = simulate(loads, scenario, names, lambda _name: bar.step(), previous_home=home, others=others)
+                rows, why = _results(loads, scenario, names, own, home, bar)
                 home = rows[OURS].home if OURS in rows else None
-                cases.append(Case(scenario, batch, args.batches, rows))
+                cases.append(Case(scenario, batch, args.batches, rows, failed | why))
     length = cases[0].scenario.options.sequence_length
     print(f"Modelled, not measured: {args.device}, sequences of {length} tokens, see docs/simulator.md.")
     for case in cases:
         layers, micro_batches = next(iter(case.rows.values())).rank_load.shape[:2]
         print(f"\n{case.title}: {layers} layers x {micro_batches} micro-batches")
-        print("\n".join(lines_of(case.rows)))
+        print("\n".join(lines_of(case)))
     if args.html is not None:
         write_report(args.html, cases, _inputs(args, cases))
         print(f"\nreport written to {args.html}")
     if args.json:
-        print(json.dumps([record_of(case, result) for case in cases for result in case.rows.values()]))
-    return 0
+        records = [record_of(case, result) for case in cases for result in case.rows.values()]
+        print(json.dumps([*records, *(failure_record(case, name) for case in cases for name in case.failed)]))
+    failures = sorted({name for case in cases for name in case.failed})
+    if failures:
+        print(f"relibra simulate: failed: {', '.join(failures)}; the other policies are shown", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def _own_policies(texts: list[str]) -> dict[str, UserFunction]:
+    own: dict[str, UserFunction] = {}
+    for text in texts:
+        function = load_function("--policy", text)
+        if function.name in own or function.name in POLICIES:
+            raise InputError(f"--policy is {text!r}, but there is a policy of that name already: rename the function")
+        own[function.name] = function
+    return own
+
+
+def _results(
+    loads: np.ndarray,
+    scenario: Scenario,
+    names: list[str],
+    own: dict[str, UserFunction],
+    home: np.ndarray | None,
+    bar: Progress,
+) -> tuple[Rows, dict[str, str]]:
+    """Every policy's result, and why there is none of the user's own that failed: they must not stop the others."""
+    rows: Rows = {}
+    failed = {}
+    for name in names:
+        others = {name: own[name].call} if name in own else {}
+        try:
+            rows |= simulate(loads, scenario, [name], previous_home=home, others=others)
+        except ReLibraError as error:
+            if name not in own:
+                raise
+            failed[name] = _failure(error, own[name])
+        bar.step()
+    return rows, failed
+
+
+def _failure(error: ReLibraError, function: UserFunction) -> str:
+    """The words of a failed policy, with the line of its file."""
+    cause = error.__cause__ if isinstance(error, PolicyError) else None
+    return str(error) + line_of(error, function.path) if cause is None else said(cause) + line_of(cause, function.path)
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
@@ -174,25 +216,33 @@ def _scenarios(args: argparse.Namespace, ranks: list[int], recorded: Input | Non
 
 
 def _able(
-    scenarios: list[Scenario], policies: list[str], others: dict[str, Policy]
-) -> tuple[list[tuple[Scenario, list[str]]], list[str]]:
-    """Scenarios with the policies that can serve them, and a line for what cannot be, before any of the work.
+    scenarios: list[Scenario], policies: list[str], own: dict[str, UserFunction]
+) -> tuple[list[tuple[Scenario, list[str], dict[str, str]]], list[str]]:
+    """Scenarios with the policies that can serve them and the user's that failed, and a line for what cannot be.
 
-    Forced balance is the yardstick of every scenario, also where it is not asked for.
+    Found before any of the work. Forced balance is the yardstick of every scenario, also where it is not asked for.
     """
     work, lines = [], []
+    others = {name: function.call for name, function in own.items()}
     for scenario in scenarios:
         experts, title = scenario.options.shape.experts, Case(scenario, 0, 1, {}).title
-        why = {name: unable(name, experts, scenario.cluster, others) for name in policies}
-        if all(why.values()):
+        why, failed = {}, {}
+        for name in policies:
+            try:
+                why[name] = unable(name, experts, scenario.cluster, others)
+            except ReLibraError as error:
+                if name not in own:
+                    raise
+                failed[name] = _failure(error, own[name])
+        if not failed and all(why.values()):
             lines.append(f"{title}: {next(iter(why.values()))}")
             continue
-        by_reason: dict[str, list[str]] = {}
+        by_reason: dict[str, list[str]] = {"": []}
         for name, reason in why.items():
             by_reason.setdefault(reason, []).append(name)
         lines += [f"{title}, {', '.join(names)}: {reason}" for reason, names in by_reason.items() if reason]
         able = by_reason[""]
-        work.append((scenario, able if "balanced" in able else [*able, "balanced"]))
+        work.append((scenario, able if "balanced" in able else [*able, "balanced"], failed))
     return work, lines
 
 

@@ -1,7 +1,7 @@
 """The columns of a simulation, the same in the terminal and in the report."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -12,12 +12,17 @@ Rows = dict[str, Result]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One batch of one scenario under every policy. batch: its number, of `batches` in a row."""
+    """One batch of one scenario under every policy.
+
+    batch:  its number, of `batches` in a row
+    failed: policies of the user's that have no result, and why
+    """
 
     scenario: Scenario
     batch: int
     batches: int
     rows: Rows
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -54,7 +59,7 @@ COLUMNS = (
     Column("local", "part of assignments that stay on their node", lambda _, r: _share(r.local_share), 6),
     Column("MB fast", "a layer and micro-batch, in nodes", lambda _, r: f"{r.cost.bytes_fast / 1e6:.0f}"),
     Column("MB slow", "the same between nodes", lambda _, r: f"{r.cost.bytes_slow / 1e6:.0f}"),
-    Column("step s", "seconds of the simulated layers, modelled", lambda _, r: f"{r.cost.seconds:.3g}"),
+    Column("step s", "seconds of the simulated layers, modelled", lambda _, r: f"{r.cost.seconds:#.3g}"),
     Column("plan s", "seconds of planning, measured here", lambda _, r: f"{r.planning_seconds:.2f}", 7),
 )
 BEYOND = "beyond the cap"
@@ -64,14 +69,15 @@ def _share(share: float) -> str:
     return "-" if np.isnan(share) else f"{share:.3f}"
 
 
-def lines_of(rows: Rows) -> list[str]:
-    """A line a policy, under one of headings."""
-    wide = max(18, *map(len, rows))
+def lines_of(case: Case) -> list[str]:
+    """A line a policy, under one of headings; those that failed come last."""
+    rows = case.rows
+    wide = max(18, *map(len, [*rows, *case.failed]))
     lines = [" ".join([f"{'policy':{wide}}", *(f"{column.name:>{column.width}}" for column in COLUMNS)])]
     for result in rows.values():
         cells = [f"{column.cell(rows, result):>{column.width}}" for column in COLUMNS]
         lines.append(" ".join([f"{result.policy:{wide}}", *cells]) + ("" if result.fits else f"  {BEYOND}"))
-    return lines
+    return lines + [f"{name:{wide}} FAILED: {why}" for name, why in case.failed.items()]
 
 
 def record_of(case: Case, result: Result) -> dict[str, object]:
@@ -91,4 +97,15 @@ def record_of(case: Case, result: Result) -> dict[str, object]:
         "fits": result.fits,
         "bytes_fast": result.cost.bytes_fast,
         "bytes_slow": result.cost.bytes_slow,
+    }
+
+
+def failure_record(case: Case, name: str) -> dict[str, object]:
+    """One policy that failed, for programs."""
+    return {
+        "model": case.scenario.options.shape.name,
+        "ep": case.scenario.cluster.num_ranks,
+        "batch": case.batch,
+        "policy": name,
+        "error": case.failed[name],
     }

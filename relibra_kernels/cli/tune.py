@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..planner.errors import InputError
-from .inputs import SHAPE_HELP
+from .inputs import SHAPE_HELP, naming_flags
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -80,12 +80,14 @@ def _models(args: argparse.Namespace) -> list:
     from ..tuning.models import MODELS, model_named
 
     if args.shape is not None:
-        return [model_named(args.shape, {"plain": ExpertForm(), "gpt-oss": GPT_OSS, None: None}[args.form])]
+        with naming_flags():
+            return [model_named(args.shape, {"plain": ExpertForm(), "gpt-oss": GPT_OSS, None: None}[args.form])]
     if args.model == ["all"]:
         return list(MODELS)
     if not args.model:
         raise InputError("neither --model nor --shape is given; one of them must be")
-    return [model_named(name) for name in args.model]
+    with naming_flags(model="--model"):
+        return [model_named(name) for name in args.model]
 
 
 def _device(name: str) -> tuple:

@@ -6,6 +6,7 @@ whose weights belong in each place; `slots` is E/R without replicas and E/R + S 
 0.16.1, whose `RouterReplay` accepts too few rows and an expert twice without a word: that is refused here.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -17,6 +18,8 @@ from torch import Tensor
 from ..planner import RoutingTrace
 from ..planner.errors import InputError, ShapeError
 from ..planner.trace_rules import checked_numbers
+from .megatron_choice import RecordedChoice
+from .megatron_shares import TokenShare
 from .places import expert_of_place, place_of_expert, places_of_assignments
 
 __all__ = [
@@ -134,22 +137,8 @@ def rows_of_padded(trace: RoutingTrace, sequence_length: int) -> np.ndarray:
 
 
 def rows_of_context_parallel(trace: RoutingTrace, rank: int, size: int, *, zigzag: bool = True) -> np.ndarray:
-    """int64 [tokens fed]: trace rows of the share that a rank of context parallelism has of packed sequences.
-
-    Every sequence is padded (-1) to a multiple of the chunks that it is cut into: with `zigzag`, as Megatron does, 2 *
-    size, of which the rank has chunks `rank` and `2 * size - 1 - rank`; without, `size`, of which it has chunk `rank`.
-    """
-    whole = all(isinstance(value, int | np.integer) for value in (rank, size))
-    if not whole or not 0 <= rank < size:
-        raise InputError(f"rank is {rank!r}; it must be one of the {size} ranks of context parallelism")
-    chunks = 2 * size if zigzag else size
-    mine = (rank, chunks - 1 - rank) if zigzag else (rank,)
-    shares = [np.zeros(0, np.int64)]
-    for start, length in zip(trace.offsets[:-1], np.diff(trace.offsets), strict=True):
-        position = np.arange(-(-length // chunks) * chunks)
-        rows = np.where(position < length, start + position, -1).reshape(chunks, -1)
-        shares += [rows[chunk] for chunk in mine]
-    return np.concatenate(shares)
+    """int64 [tokens fed]: `TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)`, of `megatron_shares`."""
+    return TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)
 
 
 @contextmanager
@@ -163,46 +152,73 @@ def replaying(targets: Sequence[Tensor], model: Any = None) -> Iterator[None]:
 
     Args:
         targets: of `replay_targets`; a row of -1 is routed live.
-        model: the module, or a list of them (virtual pipeline stages), whose routers replay; those of multi-token
-            prediction have targets only where there are enough. None: all routers of the process.
+        model: the module, or a list of them (virtual pipeline stages), whose routers replay, by Megatron's
+            `RouterReplay` or by verl's class of that name; those of multi-token prediction have targets only where
+            there are enough. None: all of Megatron's in the process.
 
     Raises: InputError where there is another number of routers than of targets.
     """
-    from megatron.core.transformer.moe.router_replay import RouterReplay, RouterReplayAction
+    if model is None:
+        from megatron.core.transformer.moe.router_replay import RouterReplay
 
-    routers = list(RouterReplay.global_router_replay_instances) if model is None else _replays_of(model, len(targets))
+        routers = list(RouterReplay.global_router_replay_instances)
+    else:
+        routers = replays_of(model, len(targets), "router_replay")
     if len(targets) != len(routers):
         hint = "; name the model whose routers they are" if model is None else ""
         raise InputError(
             f"targets are for {len(targets)} routers, but this stage has {len(routers)} with RouterReplay{hint}"
         )
-    before = [(router.target_topk_idx, router.router_replay_action) for router in routers]
+    before = [(router.target_topk_idx, _mask_of(router), router.router_replay_action) for router in routers]
     keep, done = torch.is_grad_enabled(), False
+    fed = list(targets)
     try:
-        for router, target in zip(routers, targets, strict=True):
-            router.set_target_indices(target)
-            router.set_router_replay_action(RouterReplayAction.REPLAY_FORWARD)
-            if bool((target < 0).any()):
-                router.get_replay_topk = _with_live_rows(router)
+        for index, router in enumerate(routers):
+            fed[index] = _fed(router, targets[index])
         yield
         done = True
     finally:
-        for router, target, (target_before, action) in zip(routers, targets, before, strict=True):
+        for router, target, (target_before, mask, action) in zip(routers, fed, before, strict=True):
             router.__dict__.pop("get_replay_topk", None)
             if not (keep and done):
                 own = (target, router.target_topk_idx)  # the second with what was routed live
-                router.replay_backward_list[:] = [
-                    one for one in router.replay_backward_list if all(one is not mine for mine in own)
-                ]
+                listed = router.replay_backward_list
+                stays = [i for i, one in enumerate(listed) if all(one is not mine for mine in own)]
+                for held in (listed, getattr(router, "replay_backward_mask_list", None)):
+                    if held is not None:
+                        held[:] = [held[i] for i in stays]
             router.target_topk_idx, router.router_replay_action = target_before, action
+            if hasattr(router, "target_replay_mask"):
+                router.target_replay_mask = mask
 
 
-def _replays_of(model: Any, wanted: int) -> list[Any]:
-    """The RouterReplay of each router of a model in module order, multi-token prediction only where it is wanted."""
+def _mask_of(router: Any) -> Any:
+    return getattr(router, "target_replay_mask", None)
+
+
+def _fed(router: Any, target: Tensor) -> Tensor:
+    """Have one router replay a target; what it was given."""
+    live_T = (target < 0).all(1)
+    if hasattr(router, "target_replay_mask"):  # verl's: has a mask of the rows that are replayed
+        target = target.clamp(min=0)
+        router.set_target_indices(target, replay_mask=~live_T if bool(live_T.any()) else None)
+    else:
+        router.set_target_indices(target)
+        if bool(live_T.any()):
+            router.get_replay_topk = _with_live_rows(router)
+    actions = sys.modules[type(router).__module__].RouterReplayAction  # of Megatron, or verl's own
+    router.set_router_replay_action(actions.REPLAY_FORWARD)
+    return target
+
+
+def replays_of(model: Any, wanted: int, attribute: str) -> list[Any]:
+    """The replay object of each router of a model in module order, multi-token prediction only where it is wanted."""
     found: dict[int, tuple[str, Any]] = {}
     for index, part in enumerate(model if isinstance(model, list | tuple) else [model]):
         for name, module in part.named_modules():
-            replay = getattr(module, "router_replay", None)
+            replay = getattr(module, attribute, None)
+            if isinstance(replay, RecordedChoice):  # of our layer
+                replay = replay.before
             if replay is not None:
                 found.setdefault(id(replay), (f"{index}.{name}", replay))
     named = list(found.values())

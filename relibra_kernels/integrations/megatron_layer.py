@@ -1,5 +1,6 @@
 """Megatron-core's MoE layer with our experts and dispatch: its router, its losses and its shared experts stay."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,90 +8,25 @@ import torch
 import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
 from megatron.core.tensor_parallel import checkpoint
-from megatron.core.transformer.moe.moe_layer import BaseMoELayer
+from megatron.core.transformer.moe.moe_layer import BaseMoELayer, MoELayer
 from megatron.core.transformer.moe.moe_utils import get_default_pg_collection
-from megatron.core.transformer.spec_utils import build_module
-from torch import Tensor, nn
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
+from torch import Tensor
 
-from ..form import ExpertForm
 from ..nn import ReplicatedExperts
 from ..planner.errors import InputError
-from ..router import comparison_of
+from .megatron_choice import RecordedChoice, expert_form
 from .taken_layer import TakenLayer
-
-
-def expert_form(config: Any) -> ExpertForm:
-    """The form of a config's experts. Raises: InputError, naming what we do not compute."""
-    silu = torch.nn.functional.silu
-    for name, wanted in (
-        ("gated_linear_unit", True),
-        ("add_bias_linear", False),
-        ("moe_apply_probs_on_input", False),
-        ("moe_latent_size", None),
-        ("moe_expert_capacity_factor", None),
-        ("expert_tensor_parallel_size", 1),
-        ("activation_func_clamp_value", None),
-        ("fp8", None),
-        ("fp4", None),
-    ):
-        value = getattr(config, name, wanted)
-        if value != wanted and not (value is None and wanted in (1, False)):
-            raise InputError(f"{name} is {value!r}; relibra computes experts with {name}={wanted!r} only")
-    if config.activation_func is not silu:
-        raise InputError(f"activation_func is {config.activation_func}; it must be torch.nn.functional.silu")
-    return ExpertForm()
-
 
 # Formats of the distributed optimizer's state that know ranks and no parameters.
 _BY_RANK = ("dp_reshardable", "dp_zero_gather_scatter", "fully_sharded_bucket_space")
 
 
-class RecordedChoice:
-    """In the place of a router's `RouterReplay`: answers its top-k with what the runtime has for this forward.
-
-    Where the runtime has nothing, what was there before answers. Rows of -1 are chosen live.
-    """
-
-    def __init__(self, router: nn.Module, top_k: int):
-        self.before: Any = getattr(router, "router_replay", None)
-        self.top_k = top_k
-        self.replay: Callable[[], tuple[Tensor | None, bool] | None] | None = None
-        self.recorded: Tensor | None = None  # of the forward that runs now
-        self._complete = False
-
-    def begin(self) -> None:
-        """Before a forward of the router."""
-        self.recorded, self._complete = (None if self.replay is None else self.replay()) or (None, False)
-
-    def get_replay_topk(
-        self,
-        scores: Tensor,
-        topk: int,
-        num_groups: Any = None,
-        group_topk: Any = None,
-        default_compute_topk: Any = None,
-    ) -> tuple[Tensor, Tensor]:
-        recorded = self.recorded
-        if recorded is None and self.before is not None:
-            found: tuple[Tensor, Tensor] = self.before.get_replay_topk(
-                scores, topk, num_groups, group_topk, default_compute_topk
-            )
-            return found
-        if recorded is not None and recorded.shape != (len(scores), topk):
-            raise InputError(f"a router got {len(scores)} tokens and chooses {topk}; its replay is {recorded.shape}")
-        compare = comparison_of(self.replay)
-        if recorded is None or not self._complete or compare is not None:
-            live: Tensor = default_compute_topk(scores, topk, num_groups=num_groups, group_topk=group_topk)[1]
-            if compare is not None and recorded is not None:
-                compare(live, recorded)
-            recorded = live if recorded is None else torch.where(recorded < 0, live, recorded)
-        return scores.gather(1, recorded), recorded
-
-
-class ReplicatedMoELayer(BaseMoELayer):
+class ReplicatedMoELayer(MoELayer):
     """Megatron's router and shared experts around our experts.
 
-    Before `expert_parallel` it runs with an expert-parallel group of one rank only.
+    A `MoELayer`, since Megatron asks whether a layer has one before it recomputes or unpacks what is around it. Before
+    `expert_parallel` it runs with an expert-parallel group of one rank only.
     """
 
     def __init__(
@@ -98,7 +34,7 @@ class ReplicatedMoELayer(BaseMoELayer):
     ):
         groups = get_default_pg_collection() if pg_collection is None else pg_collection
         name = more.pop("name", None)
-        super().__init__(config=config, layer_number=layer_number, pg_collection=groups, **more)
+        BaseMoELayer.__init__(self, config=config, layer_number=layer_number, pg_collection=groups, **more)
         form = expert_form(config)
         self.router = submodules.router(config=config, pg_collection=groups, **more)
         device = "cpu" if config.use_cpu_initialization else torch.cuda.current_device()
@@ -115,8 +51,9 @@ class ReplicatedMoELayer(BaseMoELayer):
         self.experts.layer = TakenLayer(self.experts, self.choice)
         if self.use_shared_expert:
             known = {"name": f"{name}.shared_experts"} if name is not None else {}
-            self.shared_experts = build_module(
-                submodules.shared_experts,
+            shared = submodules.shared_experts  # a spec; of 0.19, what makes them
+            make = functools.partial(build_module, shared) if isinstance(shared, ModuleSpec | type) else shared
+            self.shared_experts = make(
                 config=config,
                 pg_collection=groups,
                 gate=getattr(config, "moe_shared_expert_gate", False),
@@ -143,7 +80,7 @@ class ReplicatedMoELayer(BaseMoELayer):
         if intermediate_tensors is not None:
             raise InputError("intermediate_tensors are of partial CUDA graphs, which are not supported")
         mask = None if padding_mask is None else padding_mask.transpose(0, 1).bool()
-        if self._recompute:
+        if self._recompute and self.training:
             return checkpoint(self._run, False, hidden_states, mask), None
         return self._run(hidden_states, mask), None
 

@@ -1,13 +1,14 @@
 """Megatron-core's MoE layer under a plan: a spec that puts our experts and dispatch in its place.
 
 Megatron's router, its losses and its shared experts stay. A rank makes its share of the experts only, contiguous; after
-`expert_parallel(model, ...)` they are where the plan of a batch has them. Written against megatron-core 0.16.1; the
-builders of 0.19 are taken too.
+`expert_parallel(model, ...)` they are where the plan of a batch has them. Tested with megatron-core 0.16.1 and
+0.19.2.
 """
 
 import copy
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.spec_utils import ModuleSpec
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..parallel import ExpertParallel, RuntimeOptions
@@ -24,34 +25,40 @@ from ..planner import ClusterSpec
 from ..planner.errors import InputError
 from .megatron_layer import ReplicatedMoELayer
 
-__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids"]
+__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids", "named_weights"]
 
 
-def with_relibra_experts(spec: Any) -> Any:
+def with_relibra_experts(spec: Any, *, groups: Any = None) -> Any:
     """A copy of the spec of a layer, of a block of layers or of an MTP block, with our layer for every MoE layer in it.
+
+    Args:
+        spec: of 0.16 (`ModuleSpec(MoELayer, ...)`) or 0.19 (`partial(MoELayer, ...)`), for local modules or Transformer
+            Engine's.
+        groups: the `ProcessGroupCollection` that the model is made with, where it is: 0.16 hands it to its own layer
+            only. None: what Megatron hands on, or `parallel_state`.
 
     Raises: InputError where it has no MoE layer.
     """
-    replaced, count = _replaced(spec)
+    replaced, count = _replaced(spec, {} if groups is None else {"pg_collection": groups})
     if not count:
         raise InputError(f"spec {type(spec).__name__} has no MoE layer of megatron-core")
     return replaced
 
 
-def _replaced(spec: Any) -> tuple[Any, int]:
+def _replaced(spec: Any, known: dict[str, Any]) -> tuple[Any, int]:
     if isinstance(spec, ModuleSpec) and spec.module is MoELayer:
-        return ModuleSpec(ReplicatedMoELayer, spec.params, spec.submodules, spec.metainfo), 1
-    if isinstance(spec, functools.partial) and spec.func is MoELayer:  # 0.19
+        return ModuleSpec(ReplicatedMoELayer, {**(spec.params or {}), **known}, spec.submodules, spec.metainfo), 1
+    if isinstance(spec, functools.partial) and spec.func is MoELayer:  # 0.19, whose layers hand their groups on
         return functools.partial(ReplicatedMoELayer, *spec.args, **spec.keywords), 1
     if isinstance(spec, list | tuple):
-        pairs = [_replaced(one) for one in spec]
+        pairs = [_replaced(one, known) for one in spec]
         return type(spec)(one for one, _ in pairs), sum(count for _, count in pairs)
     inner = [name for name in ("submodules", "layer_specs", "mlp", "mtp_model_layer") if hasattr(spec, name)]
     if not inner or isinstance(spec, type):
         return spec, 0
     spec, total = copy.copy(spec), 0
     for name in inner:
-        one, count = _replaced(getattr(spec, name))
+        one, count = _replaced(getattr(spec, name), known)
         setattr(spec, name, one)
         total += count
     return spec, total
@@ -70,7 +77,8 @@ def expert_parallel(
 
     Give the model, or the list of its virtual pipeline chunks, before Megatron's DDP wraps it. Its layers are those of
     this pipeline stage: traces and plans have these layers only. Gradients are reduced by Megatron, not by
-    `reduce_gradients`.
+    `reduce_gradients`. Under context or sequence parallelism a rank's batch has its share of the tokens:
+    `megatron_shares.TokenShare`. Tensor parallel ranks hold parts of the dense weights, which are not compared then.
 
     Args:
         groups: a `ProcessGroupCollection` with ep and expt_dp; None: those of `parallel_state`.
@@ -85,8 +93,11 @@ def expert_parallel(
     if size % min(size, gpus_per_node):
         raise InputError(f"gpus_per_node is {gpus_per_node}; it must divide the expert-parallel group of {size}")
     cluster = ClusterSpec(max(1, size // gpus_per_node), min(size, gpus_per_node), replica_slots)
-    runtime = ExpertParallel(whole, cluster, mesh, model_name=model_name, options=options)
     layers = [module for module in whole.modules() if isinstance(module, ReplicatedMoELayer)]
+    options = options or RuntimeOptions()
+    if any(layer.config.tensor_model_parallel_size > 1 for layer in layers):
+        options = replace(options, compare_dense=False)
+    runtime = ExpertParallel(whole, cluster, mesh, model_name=model_name, options=options)
     rank = dist.get_rank(ep)
     for index, layer in enumerate(layers):
         layer.placement = functools.partial(_experts_of, runtime, index, rank)
@@ -102,6 +113,25 @@ def layer_ids(model: nn.Module | Sequence[nn.Module]) -> tuple[int, ...]:
     chunks = [model] if isinstance(model, nn.Module) else model
     found = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, ReplicatedMoELayer)]
     return tuple(int(layer.layer_number) - 1 for layer in found)
+
+
+def named_weights(ep: ExpertParallel) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter of this pipeline stage under the name that Megatron's grouped experts have. Collective.
+
+    `mlp.experts.linear_fc1.weight17` is gate and up [2 * I, H] of the logical expert 17, `linear_fc2.weight17` its down
+    projection [H, I], whatever rank has them: the names, with global numbers of experts, that mbridge and verl map to
+    Hugging Face's. All other parameters are this rank's own, under their names in the model (that of each virtual chunk
+    after its number). One layer's experts are gathered at a time.
+    """
+    for name, tensor in ep.named_logical_parameters():
+        assert tensor is not None  # every parameter has a value
+        stem, _, own = name.rpartition(".")
+        theirs = {"gate_up_proj": "linear_fc1", "down_proj": "linear_fc2"}.get(own)
+        if theirs is None or not stem.endswith("mlp.experts"):
+            yield name, tensor
+            continue
+        for expert, weight in enumerate(tensor):
+            yield f"{stem}.{theirs}.weight{expert}", weight
 
 
 def _mesh_of(ep: Any, copies: Any, kind: str) -> DeviceMesh:

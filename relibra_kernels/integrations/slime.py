@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any, Unpack
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import ClusterSpec, PlanOptions, RoutingTrace, from_slime
@@ -16,6 +18,7 @@ from ..planner.errors import InputError
 from ..planner.formats.sequences import Holes, RecordOptions, listed
 from ..planner.formats.verl import needed_tokens
 from .batches import PlannedBatch, plan_routed_batch
+from .megatron import replays_of
 
 
 def trace_of_rollout(
@@ -78,3 +81,35 @@ def plan_for_train(
     else:
         routed = RoutedBatch.from_slime(trace, partition_of_rank, micro_batch_indices_of_rank)
     return plan_routed_batch(routed, cluster, previous_home=previous_home, options=options)
+
+
+def feed_replay(targets: Sequence[Tensor], model: Any) -> None:
+    """Give the routers of `model` one more micro-batch to replay, for slime's patched top-k: `RoutingReplay.record`.
+
+    What slime's actor does itself in `fill_routing_replay`, for targets of our own making: those of another record, of
+    `ep.record()`, or of a rank's share of the tokens. Call it once a micro-batch, in their order, before
+    `ROUTING_REPLAY_STAGE` is "replay_forward"; `RoutingReplay.clear_all()` drops them.
+
+    Args:
+        targets: of `megatron.replay_targets`, a router each: int64 [tokens fed, K].
+        model: the module, or a list of them, as for `megatron.replaying`; those of multi-token prediction are fed only
+            where there are targets for them.
+
+    Raises: InputError where there is another number of routers than of targets, or a row is to be routed live, which
+        slime's replay cannot do. Nothing is fed then.
+    """
+    replays = replays_of(model, len(targets), "routing_replay")
+    if len(replays) != len(targets):
+        raise InputError(
+            f"targets are for {len(targets)} routers, but model has {len(replays)} with slime's RoutingReplay "
+            "(ENABLE_ROUTING_REPLAY=1 when it is made)"
+        )
+    for index, target in enumerate(targets):
+        live = (target < 0).any(1).nonzero()
+        if len(live):
+            raise InputError(
+                f"targets[{index}] has -1 in row {int(live[0])}; slime's replay routes no row live: have "
+                "replay_targets refuse holes"
+            )
+    for replay, target in zip(replays, targets, strict=True):
+        replay.record(target.to(torch.int32).contiguous())

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..configs.config import BlockConfig
-from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
+from ..payload import PayloadLayout, check_payload, check_sent, check_tokens, layout_of
 from ..schedule import Schedule
 from .constants import block_of, chosen_block, next_power_of_2
 from .launch import TABLES, launch
@@ -51,7 +51,8 @@ def _pack_payload_kernel(
         here = real & (row >= 0)
         slots = tl.load(slot_ptr + row * TOP_K + lane, mask=here, other=-1)
         tl.store(slots_out_ptr + row * SLOTS_ROW + SLOTS_AT + lane, slots, mask=here)
-        tl.store(weights_out_ptr + row * WEIGHTS_ROW + WEIGHTS_AT + lane, weights, mask=here)
+        to = weights_out_ptr + row * WEIGHTS_ROW + WEIGHTS_AT + lane
+        tl.store(to, weights.to(weights_out_ptr.dtype.element_ty), mask=here)
     for first in range(0, H, BLOCK_H):
         column = first + tl.arange(0, BLOCK_H)
         inside = column < H
@@ -147,7 +148,7 @@ def pack_payload(
     """Write payload rows of tokens on their way to other ranks: see the reference."""
     check_tokens(x_TH, weights_TK)
     check_sent(weights_TK, slots_NK, send)
-    layout = PayloadLayout(x_TH.shape[1], send.top_k, x_TH.dtype, weights_TK.dtype)
+    layout = layout_of(x_TH, weights_TK)
     check_payload(out, layout, send.num_rows)
     views = out.view(layout.dtype), out.view(torch.int16), out.view(layout.weights_dtype)
     how = {**_constants(layout, x_TH, len(x_TH), "pack", config), **_places(layout)}
@@ -174,12 +175,15 @@ def pack_gradients(dx_RH: torch.Tensor, dweights_RK: torch.Tensor, out: torch.Te
     _copy(layout, (dx_RH, None, dweights_RK), (out, None, out), len(dx_RH), unpack=False)
 
 
-def unpack_gradients(payload: torch.Tensor, send: Schedule, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_gradients(
+    payload: torch.Tensor, send: Schedule, layout: PayloadLayout, *, weights_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`(dx [T, H], dweights [T, K])`: a token's rows are added up in fp32, in the order of k."""
     check_payload(payload, layout, send.num_rows)
     tokens = send.num_tokens
     dx_TH = torch.empty(tokens, layout.hidden_size, dtype=layout.dtype, device=payload.device)
-    dweights_TK = torch.empty(tokens, layout.top_k, dtype=layout.weights_dtype, device=payload.device)
+    weights_dtype = weights_dtype or layout.weights_dtype
+    dweights_TK = torch.empty(tokens, layout.top_k, dtype=weights_dtype, device=payload.device)
     views = payload.view(layout.dtype), payload.view(layout.weights_dtype)
     how = {**_constants(layout, views[0], tokens, "unpermute"), **_places(layout)}
     launch(_unpack_gradients_kernel, (tokens,), *views, send.position_of, dx_TH, dweights_TK, **how)

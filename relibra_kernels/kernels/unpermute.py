@@ -35,14 +35,24 @@ def _unpermute_kernel(
 
 
 def unpermute(
-    y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule, *, config: BlockConfig | None = None
+    y_RH: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    schedule: Schedule,
+    *,
+    out: torch.Tensor | None = None,
+    config: BlockConfig | None = None,
 ) -> torch.Tensor:
-    """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
+    """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1.
+
+    Args:
+        out: [T, H], contiguous, where to write; new memory in y's dtype where None.
+    """
     check_rows("y", y_RH, schedule.num_rows)
     if weights_TK is not None:
         check_gate_weights(weights_TK, schedule)
-    out_TH = y_RH.new_empty(schedule.num_tokens, y_RH.shape[1])
     width = y_RH.shape[1]
+    out_TH = y_RH.new_empty(schedule.num_tokens, width) if out is None else out
+    check_rows("out", out_TH, schedule.num_tokens)
     config = config or chosen_block("permute", y_RH, width, schedule.num_tokens, part="unpermute")
     block, warps = block_of(config, width, y_RH.element_size())
     how = {"H": width, "TOP_K": schedule.top_k, "BLOCK_H": block, "num_warps": warps}

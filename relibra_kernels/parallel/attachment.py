@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -59,11 +58,14 @@ class AttachedLayer:
 
     def run(self, own: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts' output [tokens, H], computed in the dtype of their weights, in that of `x_TH`."""
-        device = x_TH.device.type
-        casts = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        with torch.autocast(device, enabled=False) if casts else nullcontext():
-            out_TH = self.runner.run(self.layer, own, x_TH.to(own.weights.down.dtype), index_TK, weights_TK)
-        return out_TH.to(x_TH.dtype)
+        device, given, dtype = x_TH.device.type, x_TH.dtype, own.weights.down.dtype
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                out_TH = self.runner.run(self.layer, own, x_TH.to(dtype), index_TK, weights_TK)
+        else:
+            x_TH = x_TH if given == dtype else x_TH.to(dtype)
+            out_TH = self.runner.run(self.layer, own, x_TH, index_TK, weights_TK)
+        return out_TH if given == dtype else out_TH.to(given)
 
     def expert_ids(self) -> Tensor:
         """int64: the experts whose parameters this rank has, in their order."""
@@ -97,9 +99,9 @@ class Replay:
         alignment = self._dispatcher.runner.alignment(layer)
         return None if alignment is None else partial(alignment.compare, layer)
 
-    def compiled(self, scores_TE: Tensor, top_k: int) -> Tensor:
+    def compiled(self, logits_TE: Tensor, top_k: int) -> Tensor:
         """int64 [T, K] where torch.compile traces: -1 where the router is to choose."""
-        return opaque.recorded(self._dispatcher.handle, scores_TE, top_k)
+        return opaque.recorded(self._dispatcher.handle, logits_TE, top_k)
 
 
 def attach(moe: ReplicatedMoE, runner: Runner, layer: int, rank: int) -> None:

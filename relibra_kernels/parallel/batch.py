@@ -95,7 +95,7 @@ class OpenBatch:
             transport=transport,
             device=device,
             alignment=self.alignment,
-            fetch_ahead=store.rows is not None,
+            rows=store.rows,
         )
         self._records: dict[int, list[Record]] = {}
 
@@ -106,6 +106,7 @@ class OpenBatch:
         """
         self.check_index(index)
         opened = self._open(int(index), rows)
+        self._session.ledger.begin_pass(opened.timed)
         self._records.setdefault(int(index), []).append(opened.record)
         return opened
 
@@ -215,7 +216,8 @@ class OpenBatch:
         if self._loads is not None:
             planned = _max_mean(plan.rank_loads(self._loads).transpose(2, 0, 1), ran)
             static = _max_mean(_static_loads(plan, self._loads), ran)
-            saved = (compute * (static - actual_max_mean) - spent) / self._comm.size / 1e9
+            if ledger.layers_timed:
+                saved = (compute * (static - actual_max_mean) - spent) / self._comm.size / 1e9
         return BatchStats(
             rank=self._comm.rank,
             static_max_mean=static,

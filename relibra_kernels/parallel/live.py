@@ -4,6 +4,8 @@ For validation, generation, old log-probabilities, and training without replay. 
 every rank must run the same number of forwards.
 """
 
+import time
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from .tokens.layer import Experts, LayerSite, run_layer
 from .tokens.live import live_path
 from .tokens.transport import Transport
 
+_PAUSE = 1.0  # seconds between forwards of which one follows the other
+
 
 class LiveRouting:
     """Runs the layers of a model under the placement of now.
@@ -27,6 +31,7 @@ class LiveRouting:
     def __init__(self, transport: Transport, home_LE: np.ndarray, options: RuntimeOptions):
         self.home: np.ndarray = home_LE
         self._transport, self._options = transport, options
+        self._ended = float("-inf")  # when the last layer ran
         self._session = Session(options, transport.host.ledger)
         self._placed: dict[int, tuple[bytes, Tensor, Tensor]] = {}  # of each layer: its home, and what follows from it
 
@@ -44,15 +49,18 @@ class LiveRouting:
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H]. Collective."""
         session, where = self._session, f"layer {layer}, live"
+        follows = time.monotonic() - self._ended < _PAUSE  # other ranks that run forwards now begin one too
+        patience = self._options.live_wait_seconds if layer == 0 and follows else None
         home_slots = len(experts.weights.down)
-        with session.ledger.span("live", x_TH.device):
+        with session.ledger.layer_span("live", x_TH.device, timed=False):
             share, slots = self._placement(layer, x_TH.device)
             try:
-                path = live_path(self._transport, shared_destinations(index_TK, share, slots), home_slots, where)
+                destinations = shared_destinations(index_TK, share, slots)
+                path = live_path(self._transport, destinations, home_slots, where, patience=patience)
             except CommunicationError as error:
                 raise CommunicationError(
                     f"{error}. Outside of a batch every rank must run the same forwards: with generate, "
-                    "synced_gpus=True"
+                    "synced_gpus=True; where one only takes longer in between, raise RuntimeOptions.live_wait_seconds"
                 ) from error
         site = LayerSite(
             session=session,
@@ -67,7 +75,9 @@ class LiveRouting:
             next_routes=(None, None),
             device=x_TH.device,
         )
-        return run_layer(x_TH, weights_TK, site, experts)
+        out_TH = run_layer(x_TH, weights_TK, site, experts)
+        self._ended = time.monotonic()
+        return out_TH
 
     def _placement(self, layer: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """(int64 [E, R], 1 at an expert's home; int16 [E, R], its slot there)."""

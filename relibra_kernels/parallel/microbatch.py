@@ -1,5 +1,6 @@
-"""One micro-batch as the layers see it: the recorded ids, and a `LayerSite` for each layer, made when it first runs."""
+"""One micro-batch as the layers see it: the recorded ids, and a `LayerSite` for each layer."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +29,8 @@ class BatchParts:
 
     `sources` int32 [L, M, R, S]: the rank that sends each fetched replica.
     `alignment`: compares the record with what routers would choose, in the first micro-batch that says enough.
-    `fetch_ahead`: replicas are fetched one layer before they are needed, for which that layer's weights must be there.
+    `rows`: (elements, dtype) of a token's row in every layer. None: weights are there only while their layer runs;
+        else replicas are fetched one layer before they are needed.
     """
 
     session: Session
@@ -42,7 +44,7 @@ class BatchParts:
     transport: Transport
     device: torch.device
     alignment: Alignment
-    fetch_ahead: bool = True
+    rows: Sequence[tuple[int, torch.dtype]] | None
 
 
 class Record:
@@ -64,12 +66,13 @@ class AnyMicroBatch:
     """What a micro-batch is to the layers, recorded or not. It lives as long as a graph needs it.
 
     Attributes:
-        index: in the plan. record: what is remembered of it.
+        index: in the plan. record: what is remembered of it. timed: whether its layers are.
     """
 
     def __init__(self, parts: BatchParts, index: int, num_live: int):
         self._parts, self.index = parts, index
         self._routes: dict[int, ReplicaRoute | None] = {}
+        self.timed = parts.session.times(index, parts.plan.num_micro_batches)
         self.record = Record(parts.plan.num_layers, num_live, parts.device)
 
     def recorded(self, layer: int) -> tuple[Tensor, bool] | None:
@@ -83,6 +86,10 @@ class AnyMicroBatch:
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H]."""
         raise NotImplementedError
+
+    def _run(self, site: LayerSite, experts: Experts, x_TH: Tensor, weights_TK: Tensor) -> Tensor:
+        self.record.loads[site.layer] = site.path.assignments
+        return run_layer(x_TH, weights_TK, site, experts)
 
     def route(self, layer: int) -> ReplicaRoute | None:
         """The replicas of a layer on this rank; None outside of the model."""
@@ -106,13 +113,12 @@ class AnyMicroBatch:
         """A layer whose destinations are known only now: counts are exchanged. Collective."""
         parts = self._parts
         overlap = parts.session.options.overlap
-        with parts.session.ledger.span("live", parts.device):
+        with parts.session.ledger.layer_span("live", parts.device, self.timed):
             path = live_path(parts.transport, destinations, self._num_slots(layer), self._where(layer), overlap)
         return self._site_of(layer, path)
 
     def _site_of(self, layer: int, path: TokenPath) -> LayerSite:
         parts, replicas = self._parts, self.route(layer)
-        self.record.loads[layer] = path.assignments
         return LayerSite(
             session=parts.session,
             layer=layer,
@@ -123,9 +129,10 @@ class AnyMicroBatch:
             kept=parts.kept,
             replicas=replicas,
             weight_of_slot=replicas.weight_of_slot if replicas else None,
-            next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.fetch_ahead else (None, None),
+            next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.rows else (None, None),
             device=parts.device,
             sums=parts.sums,
+            timed=self.timed,
         )
 
 
@@ -141,7 +148,7 @@ class UnrecordedMicroBatch(AnyMicroBatch):
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         self.record.num_live = len(x_TH)
         site = self._live_site(layer, self._parts.placements.share(index_TK, layer, self.index))
-        return run_layer(x_TH, weights_TK, site, experts)
+        return self._run(site, experts, x_TH, weights_TK)
 
 
 class MicroBatch(AnyMicroBatch):
@@ -174,7 +181,7 @@ class MicroBatch(AnyMicroBatch):
         self._recorded: list[Tensor] = list(ids_LTK.unbind(0))
         self.num_tokens = ids_LTK.shape[1]
         self._takes_live = tables.anywhere_live or parts.session.options.spare_rows > 0
-        self._sites: dict[int, LayerSite] = {}
+        self._sites = [] if self._takes_live else self._sites_of_layers()
 
     def recorded(self, layer: int) -> tuple[Tensor, bool]:
         return self._recorded[layer], self.complete
@@ -196,17 +203,19 @@ class MicroBatch(AnyMicroBatch):
             if not self._takes_live:  # counted, and refused when the batch closes
                 weights_TK = weights_TK.masked_fill(differs[:, None], 0.0)
         if self._takes_live:
-            return run_layer(x_TH, weights_TK, self._live_site(layer, self._mixed(layer, index_TK, live)), experts)
-        return run_layer(x_TH, weights_TK, self.site(layer), experts)
+            site = self._live_site(layer, self._mixed(layer, index_TK, live))
+            return self._run(site, experts, x_TH, weights_TK)
+        return self._run(self._sites[layer], experts, x_TH, weights_TK)
 
-    def site(self, layer: int) -> LayerSite:
-        """What a layer needs where all its rows are recorded."""
-        if layer not in self._sites:
-            parts = self._parts
-            overlap, where = parts.session.options.overlap, self._where(layer)
-            path = parts.transport.path(self._send, layer, self._sizes[layer], self._num_slots(layer), where, overlap)
-            self._sites[layer] = self._site_of(layer, path)
-        return self._sites[layer]
+    def _sites_of_layers(self) -> list[LayerSite]:
+        """What every layer needs where all its rows are recorded."""
+        parts, layers = self._parts, range(self._parts.plan.num_layers)
+        slots, where = map(self._num_slots, layers), map(self._where, layers)
+        overlap = parts.session.options.overlap
+        paths = parts.transport.paths(self._send, self._sizes, list(slots), list(where), overlap)
+        for path, (hidden, dtype) in zip(paths, parts.rows or (), strict=False):
+            path.prepare(hidden, dtype, parts.session.options.combine_dtype or dtype)
+        return [self._site_of(layer, path) for layer, path in enumerate(paths)]
 
     def _mixed(self, layer: int, index_TK: Tensor, live_T: Tensor) -> Destinations:
         """Recorded tokens where the plan has them; live ones shared out to the plan's copies."""

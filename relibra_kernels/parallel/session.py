@@ -1,9 +1,10 @@
 """What all layers of one open batch share, and which micro-batch a forward belongs to."""
 
 import itertools
+import operator
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -40,6 +41,9 @@ class RuntimeOptions:
     transport:     how tokens travel between nodes: "one" hop, straight to the rank; "two" hops, once to a node and then
                    inside it, which adds up partial sums in the node first; "auto": what costs less on this cluster by
                    the price model
+    live_wait_seconds: how long a rank that runs one forward after another without a batch waits for the others to begin
+                   the next one. It applies where the forward before ended less than a second ago
+    timed_every:   one of so many micro-batches has its layers timed by part, for `ep.stats()`; 0: none
     watchdog_seconds: after so long in one collective a warning in the log says for whom a rank waits
     """
 
@@ -52,6 +56,8 @@ class RuntimeOptions:
     spare_rows: int = 0
     on_shift: Shift | None = None
     transport: str = "auto"
+    live_wait_seconds: float = 9.0
+    timed_every: int = 8
     watchdog_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -62,10 +68,12 @@ class RuntimeOptions:
         check_on_shift(self.on_shift)
         if self.transport not in TRANSPORTS:
             raise InputError(f"transport is {self.transport!r}; it must be one of {', '.join(TRANSPORTS)}")
-        if not self.watchdog_seconds > 0:
-            raise InputError(f"watchdog_seconds is {self.watchdog_seconds}; it must be positive")
-        if self.spare_rows < 0:
-            raise InputError(f"spare_rows is {self.spare_rows}; it must not be negative")
+        for name in ("watchdog_seconds", "live_wait_seconds"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be positive")
+        for name in ("spare_rows", "timed_every"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} is {getattr(self, name)}; it must not be negative")
 
 
 class Session:
@@ -75,7 +83,21 @@ class Session:
         self.options, self.ledger = options, ledger
         self.serial = next(_SERIAL)
         self.is_open = True
+        self._checked: dict[int, tuple[torch.Tensor | None, ...]] = {}
         self._lock = threading.RLock()
+
+    def times(self, micro_batch: int, num_micro_batches: int) -> bool:
+        """Whether the layers of a micro-batch are timed: not of the first, which warms up, where there are others."""
+        every = self.options.timed_every
+        return every > 0 and micro_batch % every == min(every, num_micro_batches) // 2
+
+    def checked(self, layer: int, weights: tuple[torch.Tensor | None, ...]) -> bool:
+        """Whether a layer of this batch has run with these very weights; from now on it has."""
+        before = self._checked.get(layer)
+        if before is not None and all(map(operator.is_, before, weights)):
+            return True
+        self._checked[layer] = weights
+        return False
 
     def check_open(self, what: str) -> None:
         if not self.is_open:
@@ -83,15 +105,21 @@ class Session:
                 f"{what} runs after its batch was closed: the experts may have moved; run it within ep.batch"
             )
 
-    @contextmanager
-    def running(self, where: str) -> Iterator[None]:
+    def running(self, where: str) -> "_Running":
         """Only one thread at a time: two would send their collectives in an order that ranks do not share."""
+        return _Running(self._lock, where)
+
+
+class _Running(AbstractContextManager[None]):
+    def __init__(self, lock: threading.RLock, where: str):
+        self._lock, self._where = lock, where
+
+    def __enter__(self) -> None:
         if not self._lock.acquire(blocking=False):
-            raise InputError(f"{where} runs while another thread is inside an MoE layer of the same batch")
-        try:
-            yield
-        finally:
-            self._lock.release()
+            raise InputError(f"{self._where} runs while another thread is inside an MoE layer of the same batch")
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 class ForwardContext(OpenForwards, Generic[State]):
@@ -121,4 +149,6 @@ class ForwardContext(OpenForwards, Generic[State]):
 
     def find(self) -> State | None:
         """The micro-batch of the forward that runs now; None where it belongs to none, or does not say to which."""
+        if backward_task() is None:
+            return self.current
         return next((state for owner, state in forwards_now() or () if owner is self), None)

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..payload import PayloadLayout, check_payload, check_sent, check_tokens
+from ..payload import PayloadLayout, check_payload, check_sent, check_tokens, layout_of
 from ..schedule import Schedule
 from .unpermute import unpermute
 
@@ -15,7 +15,7 @@ def pack_payload(
     A token has one row for each rank that it visits, with all K of its gate weights.
 
     Args:
-        x_TH: hidden states, contiguous. weights_TK: gate weights, any floating dtype.
+        x_TH: hidden states, contiguous. weights_TK: gate weights, any floating dtype; they travel in fp32, or float64.
         slots_NK: int16, the slot of each choice of a row on the rank that it goes to; -1 for those elsewhere.
         send: which token each of the N rows is of: rows by the first choice that goes with them.
         out: uint8 [N, row_bytes], contiguous.
@@ -24,7 +24,7 @@ def pack_payload(
     """
     check_tokens(x_TH, weights_TK)
     check_sent(weights_TK, slots_NK, send)
-    layout = PayloadLayout(x_TH.shape[1], send.top_k, x_TH.dtype, weights_TK.dtype)
+    layout = layout_of(x_TH, weights_TK)
     check_payload(out, layout, send.num_rows)
     token_N = torch.div(send.assignment_of, send.top_k, rounding_mode="floor")
     layout.hidden(out).copy_(x_TH.index_select(0, token_N))
@@ -49,14 +49,18 @@ def pack_gradients(dx_RH: torch.Tensor, dweights_RK: torch.Tensor, out: torch.Te
     layout.weights(out).copy_(dweights_RK)
 
 
-def unpack_gradients(payload: torch.Tensor, send: Schedule, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor]:
+def unpack_gradients(
+    payload: torch.Tensor, send: Schedule, layout: PayloadLayout, *, weights_dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """`(dx [T, H], dweights [T, K])`: a token's rows are added up in fp32, in the order of k.
 
     Args:
         payload: rows as they came back, where `pack_payload` had put them.
         send: as given to `pack_payload`.
+        weights_dtype: of dweights; the layout's where None.
     """
     check_payload(payload, layout, send.num_rows)
     parts = layout.hidden(payload), layout.weights(payload)
     dx_NH, dweights_NK = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    return unpermute(dx_NH, None, send), unpermute(dweights_NK, None, send)
+    dweights_TK = unpermute(dweights_NK, None, send)
+    return unpermute(dx_NH, None, send), dweights_TK.to(weights_dtype or layout.weights_dtype)

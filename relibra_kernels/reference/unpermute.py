@@ -8,14 +8,25 @@ from ..schedule import Schedule
 CHUNK_BYTES = 1 << 20  # rows gathered at a time: stays in a core's L2 cache
 
 
-def unpermute(y_RH: torch.Tensor, weights_TK: torch.Tensor | None, schedule: Schedule) -> torch.Tensor:
-    """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1."""
+def unpermute(
+    y_RH: torch.Tensor,
+    weights_TK: torch.Tensor | None,
+    schedule: Schedule,
+    *,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`out[t] = sum_k weights[t, k] * y[position(t, k)]`; dropped assignments add nothing, weights None means 1.
+
+    Args:
+        out: [T, H], contiguous, where to write; new memory in y's dtype where None.
+    """
     check_rows("y", y_RH, schedule.num_rows)
     if weights_TK is not None:
         check_gate_weights(weights_TK, schedule)
     T, K, H = schedule.num_tokens, schedule.top_k, y_RH.shape[1]
     accumulate = torch.promote_types(y_RH.dtype, torch.float32)
-    out_TH = y_RH.new_zeros(T, H)
+    out_TH = y_RH.new_zeros(T, H) if out is None else out.zero_()
+    check_rows("out", out_TH, T)
     used = int(schedule.slot_offsets[-1])
     if used == 0:
         return out_TH

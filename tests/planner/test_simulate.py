@@ -15,8 +15,11 @@ from relibra_kernels.planner import (
     count_loads,
     generate_loads,
     generate_trace,
+    plan_batch,
     simulate,
+    static_plan,
 )
+from relibra_kernels.planner.plan import rank_loads
 from relibra_kernels.planner.simulation.baselines import BASELINES
 from relibra_kernels.planner.simulation.baselines.eplb import pack
 from relibra_kernels.planner.simulation.generator import hottest_change
@@ -118,7 +121,9 @@ def test_ours_is_ahead_of_every_rival_that_fits(nodes, tokens, copies):
     assert tuple(steps) == tuple(results) == POLICIES
     seconds = {name: result.cost.seconds for name, result in results.items()}
     rivals = [name for name in POLICIES if name not in ("relibra", "balanced") and results[name].fits]
-    assert "llep" in rivals and ("flashlb-split" in rivals) == (copies == 4)
+    # Without memory for them, rules that host more experts at once than there are slots do not fit either.
+    assert "ultraep" in rivals and ("flashlb-split" in rivals) == (copies == 4)
+    assert ("llep" in rivals) == (copies == 4 and nodes == 2)
     assert all(seconds["relibra"] <= seconds[name] for name in rivals)
     if copies and tokens == 8192:
         assert seconds["relibra"] < seconds["balanced"]
@@ -132,6 +137,7 @@ def test_ours_is_ahead_of_every_rival_that_fits(nodes, tokens, copies):
         ("gpt-oss-20b", 1, 2048, 0, "one"),
         ("DeepSeek-V3", 2, 1024, 2, "two"),
         ("DeepSeek-V3", 4, 512, 0, "one"),
+        ("DeepSeek-V3", 1, 2048, 0, "one"),
     ],
 )
 def test_ours_is_behind_no_rival_with_few_tokens_or_one_node(name, nodes, tokens, size, transport):
@@ -143,6 +149,32 @@ def test_ours_is_behind_no_rival_with_few_tokens_or_one_node(name, nodes, tokens
     results = simulate(loads, scenario, [policy for policy in POLICIES if policy != "balanced"])
     ours = results.pop("relibra").cost.seconds
     assert ours <= min(result.cost.seconds for result in results.values() if result.fits) * 1.0005
+
+
+def test_experts_hosted_at_once_beyond_the_slots_need_memory():
+    loads = np.full((1, 2, 16), 10)
+    loads[0, 1, [0, 2]] = (
+        200,
+        100,
+    )  # on ranks 0 and 1, which have 155 and 55 above the mean; the others have room for 35
+    outcome = BASELINES["moonep"](loads, ClusterSpec(1, 8, 1))
+    hosted = (outcome.slot_load[..., 2:] > 0).sum(3).max((0, 1))
+    assert hosted.max() == 2
+    np.testing.assert_array_equal(outcome.kept_copies, np.maximum(hosted - 1, 0))
+    assert not BASELINES["ultraep"](loads, ClusterSpec(1, 8, 1)).kept_copies.any()
+
+
+def test_few_kept_replicas_level_nodes():
+    """An eighth of a copy a rank and layer, chosen to level nodes, does what moving 80 experts a layer does without."""
+    model = MODELS["Qwen3-235B-A22B"]
+    loads = generate_loads(8, 16, model.experts, model.top_k, 8192 * 64, seed=5)
+    options = PlanOptions(shape=model, kept_bytes=int(2.5e9 * 8 / model.layers))
+    cluster = ClusterSpec(8, 8)
+    plan = plan_batch(loads, cluster, options=options)
+    nodes = rank_loads(loads, plan.home, plan.replicas, plan.quota).reshape(8, 16, 8, 8).sum(3)
+    assert (nodes.max(2) / nodes.mean(2)).mean() < 1.016
+    assert (plan.home != static_plan(loads, cluster).home).sum() < 8 * 10
+    assert plan.kept.sum((0, 2)).max() <= options.kept_copies
 
 
 def test_small_batches_are_not_drowned_in_weights():

@@ -35,7 +35,12 @@ def test_the_verdict_is_of_the_layer_and_none_where_rounds_overlap(theirs, words
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--tokens", "0"], "--tokens is 0"), (["--device", "tpu"], "--device is 'tpu'"), (["--shape", "x"], "'x'")],
+    [
+        (["--tokens", "0"], "--tokens is 0"),
+        (["--device", "tpu"], "--device is 'tpu'"),
+        (["--shape", "x"], "--model is 'x'"),
+        (["--model", "qwen3"], "--model is 'qwen3' (did you mean Qwen3-30B-A3B?)"),
+    ],
 )
 def test_what_cannot_be_is_refused(arguments, message, capsys):
     assert main(["bench", *arguments]) == 2

@@ -63,6 +63,25 @@ def test_the_trace_can_be_planned_from_the_shell(demo, tmp_path):
     assert BatchPlan.load(plan).num_micro_batches == 4
 
 
+def test_no_round_begins_after_the_time_limit(tmp_path, capsys):
+    arguments = ["demo", *SMALL, "--repeats", "50", "--time-limit", "1", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    printed = " ".join(capsys.readouterr().out.split())
+    assert summary["rounds"] == 1 and "1 interleaved rounds of 50, which the time limit ended" in printed
+    assert "WARNING: this run was too noisy to say which is faster: too few timed rounds" in printed
+
+
+def test_ranks_that_hang_end_the_demo(tmp_path, capsys, monkeypatch):
+    from relibra_kernels.cli.demo import ranks
+
+    monkeypatch.setattr(ranks, "STALLED", 1.0)  # they take longer than that to start
+    assert main(["demo", *SMALL, "--time-limit", "1", "--out", str(tmp_path / "out")]) == 2
+    assert "the 2 ranks finished no step in 1 s" in capsys.readouterr().err
+    children = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "spawn_main"], capture_output=True, text=True)
+    assert not children.stdout
+
+
 def test_a_rank_that_dies_ends_with_status_2(tmp_path):
     with subprocess.Popen(
         [*COMMAND, "--out", str(tmp_path)], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -79,7 +98,7 @@ def test_a_rank_that_dies_ends_with_status_2(tmp_path):
 
 
 def test_bad_arguments_end_with_status_2(tmp_path, capsys):
-    for arguments in (["--repeats", "0"], ["--prompts", "many"], ["--seed", "-1"]):
+    for arguments in (["--repeats", "0"], ["--prompts", "many"], ["--seed", "-1"], ["--time-limit", "0"]):
         with pytest.raises(SystemExit) as stopped:
             main(["demo", *arguments, "--out", str(tmp_path / "out")])
         assert stopped.value.code == 2 and f"argument {arguments[0]}" in capsys.readouterr().err

@@ -48,7 +48,7 @@ def test_the_yardstick_is_forced_balance_also_where_it_is_not_asked_for(tmp_path
     ratio = f"{seconds['balanced'] / seconds['eplb-global']:.3f}"
     assert ratio != "1.000"
     assert re.search(rf"^eplb-global +\S+ +{ratio} ", out, re.MULTILINE)
-    assert f"{seconds['eplb-global']:.3g} s" in (tmp_path / "r.html").read_text()
+    assert f"{seconds['eplb-global']:#.3g} s" in (tmp_path / "r.html").read_text()
     chart = (tmp_path / "r.html").read_text().split("<h3>Throughput over forced balanced routing</h3>")[1]
     assert ratio in chart.split("<h3>")[0]
 
@@ -108,6 +108,9 @@ def test_a_trace_brings_its_own_model_and_length(tmp_path, capsys):
     assert main([*arguments, "--policies", "static,relibra"]) == 0
     out = capsys.readouterr().out
     assert "sequences of 10 tokens" in out and "gpt-oss-20b, EP 8: 24 layers x 2 micro-batches" in out
+    assert main([*arguments[:-1], "8,16"]) == 2
+    error = capsys.readouterr().err
+    assert "--ep is 8,16, but --sequences-per-rank needs one number of ranks: give one (--ep 8), or --micro" in error
     assert main([*arguments, "--models", "Mixtral-8x7B"]) == 2
     assert "the trace chooses 4 of 32 experts, but Mixtral-8x7B chooses 2 of 8" in capsys.readouterr().err
 
@@ -124,7 +127,7 @@ def test_batches_in_a_row_start_from_the_homes_before(tmp_path, capsys):
 
 POLICY = """
 import numpy as np
-from relibra_kernels.planner import Outcome
+from relibra_kernels.planner import InputError, Outcome
 
 def spread(loads, cluster):
     load = loads.sum(2)[:, :, None]
@@ -133,6 +136,23 @@ def spread(loads, cluster):
 
 def loses(loads, cluster):
     return spread(loads // 2, cluster)
+
+def breaks_at_once(loads, cluster):
+    return loads["nothing"]
+
+def breaks_on_the_batch(loads, cluster):
+    if loads.shape[1] > 1:
+        raise KeyError("no such expert")
+    return spread(loads, cluster)
+
+def returns_none(loads, cluster):
+    pass
+
+def cannot(loads, cluster):
+    raise InputError("needs 99 ranks")
+
+def static(loads, cluster):
+    return spread(loads, cluster)
 """
 
 
@@ -141,10 +161,41 @@ def test_a_policy_from_a_file(tmp_path, capsys):
     arguments = ["simulate", *SMALL, "--policies", "static", "--policy"]
     assert main([*arguments, f"{tmp_path}/mine.py:spread"]) == 0
     assert capsys.readouterr().out.count("\nspread ") == 2
-    assert main([*arguments, f"{tmp_path}/mine.py:loses"]) == 0
-    assert "loses: policy 'loses' computes other assignments" in capsys.readouterr().out
+    assert main([*arguments, f"{tmp_path}/mine.py:cannot"]) == 0
+    assert "EP 8, cannot: needs 99 ranks" in capsys.readouterr().out
     assert main([*arguments, f"{tmp_path}/mine.py:none"]) == 2
-    assert "has no such function, only Outcome, spread, loses" in capsys.readouterr().err
+    assert "has no such function, only InputError, Outcome, spread, loses" in capsys.readouterr().err
+    assert main([*arguments, f"{tmp_path}/mine.py:static"]) == 2
+    assert "there is a policy of that name already" in capsys.readouterr().err
+    (tmp_path / "bad.py").write_text("import numpy\n\nnumpy.nothing\n")
+    assert main([*arguments, f"{tmp_path}/bad.py:mine"]) == 2
+    error = capsys.readouterr().err
+    assert "running" in error and "(bad.py, line 3): AttributeError" in error and error.count("\n") == 1
+
+
+BROKEN = {  # a policy of the user's -> what is said of it
+    "loses": "policy 'loses' computes other assignments than the table has",
+    "breaks_at_once": "IndexError: only integers",
+    "breaks_on_the_batch": "KeyError: 'no such expert' (mine.py, line 18)",
+    "returns_none": "policy 'returns_none' returned a NoneType, but must return an Outcome",
+}
+
+
+def test_a_policy_that_fails_does_not_stop_the_others(tmp_path, capsys):
+    """It is shown by name with its error, in the terminal, the report and for programs; the exit status says so."""
+    (tmp_path / "mine.py").write_text(POLICY)
+    flags = [word for name in (*BROKEN, "spread") for word in ("--policy", f"{tmp_path}/mine.py:{name}")]
+    arguments = [*SMALL, "--ep", "8", "--policies", "static,relibra", "--html", str(tmp_path / "r.html"), "--json"]
+    assert main(["simulate", *arguments, *flags]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.splitlines()[-1].endswith(f"failed: {', '.join(sorted(BROKEN))}; the other policies are shown")
+    records = json.loads(captured.out.splitlines()[-1])
+    assert {r["policy"] for r in records if "error" not in r} == {"static", "relibra", "spread", "balanced"}
+    page = html.unescape((tmp_path / "r.html").read_text())
+    for name, why in BROKEN.items():
+        assert re.search(rf"^{name} +FAILED: {re.escape(why)}", captured.out, re.MULTILINE), captured.out
+        assert f"<b>{name}</b> failed: {why}" in page
+        assert any(r["policy"] == name and r["error"].startswith(why) for r in records)
 
 
 def test_on_recorded_loads(tmp_path, capsys):

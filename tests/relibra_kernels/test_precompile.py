@@ -175,7 +175,7 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, hops, re
         hop, none = HopSizes([received], [received]), HopSizes([0], [0])
         sizes = Sizes((hop, hop, none)[: 2 * hops - 1], places, (visits, 0))
         transport = OneHop(network, network) if hops == 1 else TwoHops(network, network, network, slots + held)
-        path = transport.path(tables, 0, sizes, slots + held, "here")
+        path = transport.paths(tables, [sizes], [slots + held], ["here"])[0]
         sent = index(held).long()
         pushed = Transfers(sent, sent, [held], [held], np.arange(held), anywhere=held > 0, sends_kept=False)
         site = LayerSite(
@@ -256,6 +256,8 @@ BAD = [
     (None, 0, "tokens is 0"),
     (None, [], r"tokens is \[\]"),
     (None, [4, -1], r"tokens is \[4, -1\]"),
+    (None, [4, 2.5], r"tokens is \[4, 2.5\]"),
+    (None, torch.zeros(4, 10), r"tokens is a tensor of shape \[4, 10\], but must be how many .*: 40 for that one"),
 ]
 
 

@@ -4,7 +4,10 @@ Where there is none a test that needs it is skipped with a line that says so; `R
 gates set it, makes it a failure.
 """
 
+import html
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -23,6 +26,18 @@ def chromium() -> str:
             pytest.fail("RELIBRA_BROWSER is required, but there is no Chromium here: apt-get install chromium")
         pytest.skip("NOT LOOKED AT: there is no Chromium here (apt-get install chromium)")
     return found
+
+
+def measured(browser: str, page: Path, script: str) -> object:
+    """What a script makes of a page once it is laid out; the script ends by returning something that JSON can hold."""
+    body = page.read_text()
+    written = f"document.body.textContent = 'RESULT' + JSON.stringify((() => {{{script}}})()) + 'END'"
+    asking = page.with_name(f"asking_{page.stem}.html")
+    asking.write_text(f"<!doctype html><meta charset=utf-8><body>{body}<script>{written}</script></body>")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--dump-dom"]
+    done = subprocess.run([*command, asking.as_uri()], capture_output=True, text=True, timeout=120)
+    assert "CONSOLE" not in done.stderr, done.stderr
+    return json.loads(html.unescape(re.search(r"<body>RESULT(.*?)END", done.stdout, re.DOTALL)[1]))
 
 
 def screenshot(browser: str, page: Path, picture: Path, width: int, *options: str, height: int = 900) -> np.ndarray:

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
 
 from relibra_kernels.parallel import RoutedBatch
+from relibra_kernels.parallel.tokens.buffers import Rows, Shape
 
 
 def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, int]]:
@@ -24,10 +25,10 @@ def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, 
     buffers, most = ep._transport.buffers, Counter()
     take = buffers.take
 
-    def recorded(name: str, shape, like: torch.Tensor) -> torch.Tensor:
-        taken = take(name, shape, like)
-        most[name] = max(most[name], taken.numel() * taken.element_size())
-        return taken
+    def recorded(name: str, device: torch.device, shape: Shape) -> Rows:
+        rows = shape.come + shape.stay + shape.leave
+        most[name] = max(most[name], rows * shape.width * shape.dtype.itemsize)
+        return take(name, device, shape)
 
     buffers.take = recorded
     found = []

@@ -8,6 +8,7 @@ from contextlib import ExitStack, contextmanager
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import Case, loss_sum, make_batch, make_plan, model_input, start
 
 from relibra_kernels.parallel import RoutedBatch
@@ -46,6 +47,28 @@ def counted(collectives: Counter[str], blocking: Counter[str]) -> Iterator["Insi
                 setattr(owner, name, counting)
                 stack.callback(setattr, owner, name, original)
         yield inside
+
+
+class OperatorsThatLaunch(TorchDispatchMode):
+    """Within, torch's operators are counted, but for those that only make views or memory."""
+
+    SILENT = frozenset(
+        (
+            *("alias", "as_strided", "detach", "expand", "permute", "select", "slice", "split", "split_with_sizes"),
+            *("squeeze", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view"),
+            *("empty", "new_empty"),
+        )
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        on_host = isinstance(made, torch.Tensor) and made.device.type == "cpu"  # numbers that operators take
+        self.launches += not on_host and operator.overloadpacket.__name__ not in self.SILENT
+        return made
 
 
 class Inside:

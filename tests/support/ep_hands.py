@@ -266,3 +266,21 @@ def after_closing() -> str:
     except ReLibraError as error:
         return str(error)
     return ""
+
+
+def one_forward_more() -> tuple[str, float, int]:
+    """(the error of the rank that runs one forward more than the other, its seconds, forwards that ran)."""
+    options = RuntimeOptions(live_wait_seconds=3.0)
+    ep, ran = ExpertParallel(ToyModel(CASE), ClusterSpec(1, 2), options=options), 0
+    ids = torch.arange(8)
+    begin = time.monotonic()
+    try:
+        for _ in range(2 if dist.get_rank() else 3):
+            begin = time.monotonic()
+            with torch.no_grad():
+                ep.model(ids)
+            ran += 1
+    except ReLibraError as error:
+        return str(error), time.monotonic() - begin, ran
+    time.sleep(6)  # it does something else
+    return "", time.monotonic() - begin, ran

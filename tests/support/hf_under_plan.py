@@ -33,7 +33,7 @@ def random_trace(
 
 
 def moving_plan(loads_LMRE: np.ndarray, shift: int) -> BatchPlan:
-    """Every expert `shift` ranks on from its first home; every rank copies its busiest foreign one for half of it."""
+    """Every expert `shift` ranks on from its first home; every rank copies its busiest foreign one for a part."""
     layers, micro_batches, ranks, experts = loads_LMRE.shape
     home = np.tile((np.arange(experts) // (experts // ranks) + shift) % ranks, (layers, 1)).astype(np.int32)
     home[:, [0, -1]] = home[:, [-1, 0]]
@@ -43,7 +43,7 @@ def moving_plan(loads_LMRE: np.ndarray, shift: int) -> BatchPlan:
         load = np.where(home[layer] != rank, loads_LMRE[layer, m].sum(0), -1)
         if load.max() < 2:  # one rank has no foreign expert
             continue
-        replicas[layer, m, rank, 0], quota[layer, m, rank, 0] = load.argmax(), load.max() // 2
+        replicas[layer, m, rank, 0], quota[layer, m, rank, 0] = load.argmax(), load.max() // ranks
     kept = np.zeros((layers, ranks, 1), bool)
     return BatchPlan(home, replicas, quota, kept, ranks, loads=loads_LMRE)
 

@@ -76,7 +76,7 @@ class LocalExchange:
     def __init__(self, network: Network, key: tuple[object, ...], ranks: Sequence[int], me: int, received: Tensor):
         self._network, self._keys, self._received = network, [(*key, rank, me) for rank in ranks], received
 
-    def wait(self) -> Tensor:
+    def wait(self, _patience: float | None = None) -> Tensor:
         if self._keys:
             parts = [self._network.take(key) for key in self._keys]
             assert sum(map(len, parts)) == len(self._received)

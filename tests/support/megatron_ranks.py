@@ -51,6 +51,17 @@ def train(steps: int, options: dict) -> dict:
     return results | {"copies": stats.replicas, "agreeing_share": stats.agreeing_share}
 
 
+def exported(steps: int, options: dict) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What an exporter of weights gets, after steps that moved the experts; and one layer's, as this rank has them."""
+    from relibra_kernels.integrations.megatron_moe import named_weights
+
+    trainer = trainer_that_moves(options)
+    for step in range(steps):
+        trainer.step(step)
+    own = trainer.model.decoder.layers[1].mlp.experts.down_proj.detach().clone()
+    return {name: tensor.detach().clone() for name, tensor in named_weights(trainer.ep)}, own
+
+
 def save(folder: str, steps: int, options: dict, before: str = "") -> float:
     """Train, write a checkpoint, and give the loss of the step after it. `before`: a method of the runtime."""
     trainer = trainer_that_moves(options)

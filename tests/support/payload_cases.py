@@ -36,6 +36,9 @@ def check_both_ways(ops, tokens, top_k, ranks, hidden_size, dtype):
     expected = x[token_of_row], weights[token_of_row], slots
     for name, a, b in zip(("hidden", "weights", "slots"), ops.unpack_payload(payload, layout), expected, strict=True):
         assert a.is_contiguous() and a.dtype == b.dtype and a.equal(b), name
+    narrow = weights.bfloat16()  # gate weights of any dtype travel in fp32
+    ops.pack_payload(x, narrow, slots, send, payload)
+    assert ops.unpack_payload(payload, layout)[1].equal(narrow.float()[token_of_row])
 
     dx, dgates = torch.randn(count, hidden_size, generator=generator).to(dtype), torch.randn(count, top_k)
     dgates[slots < 0] = 0  # a row has gradients of the choices that went with it
@@ -46,4 +49,7 @@ def check_both_ways(ops, tokens, top_k, ranks, hidden_size, dtype):
     total = torch.zeros(tokens, hidden_size, dtype=torch.float64).index_add_(0, token_of_row, dx.double())
     assert dweights.equal(torch.zeros(tokens, top_k).index_add_(0, token_of_row, dgates))
     assert dx_T.dtype == dtype and dweights.dtype == torch.float32
+    _, rounded = ops.unpack_gradients(returned, send, back, weights_dtype=torch.bfloat16)
+    assert rounded.dtype == torch.bfloat16
+    torch.testing.assert_close(rounded.float(), dweights, rtol=2**-7, atol=1e-6)
     return dx_T, total

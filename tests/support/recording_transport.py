@@ -34,9 +34,9 @@ class RecordingTransport:
     def hops(self, *arguments: Any) -> Any:
         return self._inner.hops(*arguments)
 
-    def path(self, tables: Any, layer: int, *rest: Any) -> "RecordingPath":
-        self.calls.append(("path", "", layer))
-        return RecordingPath(self._inner.path(tables, layer, *rest), self.calls, layer)
+    def paths(self, *arguments: Any) -> "list[RecordingPath]":
+        found = self._noted("paths", *arguments)
+        return [RecordingPath(path, self.calls, layer) for layer, path in enumerate(found)]
 
     def _noted(self, name: str, *arguments: Any) -> Any:
         self.calls.append((name, "", -1))
@@ -53,6 +53,9 @@ class RecordingPath:
     def groups(self) -> Any:
         return self._inner.groups
 
+    def prepare(self, *arguments: Any) -> None:
+        self._inner.prepare(*arguments)
+
     @property
     def assignments(self) -> int:
         return self._inner.assignments
@@ -63,11 +66,15 @@ class RecordingPath:
     def dispatch_rows(self, rows_TH: Tensor, kind: str) -> Sequence[Callable[[], Tensor]]:
         return self._noted("dispatch_rows", kind, rows_TH)
 
-    def combine(self, partials: Sequence[Tensor], kind: str) -> Tensor:
-        return self._noted("combine", kind, partials)
+    def room(self, *arguments: Any) -> Tensor:
+        return self._inner.room(*arguments)
 
-    def combine_gradients(self, partials: Any, kind: str) -> Any:
-        return self._noted("combine_gradients", kind, partials)
+    def combine(self, kind: str) -> Tensor:
+        return self._noted("combine", kind)
+
+    def combine_gradients(self, partials: Any, kind: str, dtype: Any) -> Any:
+        self._calls.append(("combine_gradients", kind, self._layer))
+        return self._inner.combine_gradients(partials, kind, dtype)
 
     def _noted(self, name: str, kind: str, *arguments: Any) -> Any:
         self._calls.append((name, kind, self._layer))

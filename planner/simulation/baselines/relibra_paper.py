@@ -15,7 +15,7 @@ from ...solver.kept import Copies
 from ...solver.placement import WORTH_MOVING, place
 from ...solver.solution import Effort, solve, target_load
 
-_EFFORT = Effort(rounds=0, sweeps=0, slack=1 / 1024, within=None)
+_EFFORT = Effort(rounds=0, node_rounds=0, sweeps=0, slack=1 / 1024, within=None)
 
 
 def relibra_paper(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:

@@ -5,6 +5,9 @@ chunks of at least 1024 assignments, on any node; what is left in the end is for
 micro-batch whose max/mean is below 1.3 is left as it is.
 UltraEP: in every NVLink domain, from the busiest rank's hottest expert to the rank with most room and a free slot.
 MoonEP: from the most overloaded rank to the roomiest, filled exactly, without a limit of slots, in one domain.
+
+Where a rule has no limit of slots, a rank needs memory for as many experts as it hosts at once in its worst
+micro-batch. Those beyond the cluster's replica slots count as kept copies.
 """
 
 import numpy as np
@@ -136,4 +139,6 @@ class _Spill:
         ):
             count = np.bincount(pair[chosen] * ranks + rank[chosen], minlength=self.load.size)
             counts[name] = count.reshape(layers, micro_batches, ranks)
+        held_at_once = (foreign > 0).sum(2).reshape(-1, ranks).max(0)
+        counts["kept_copies"] = np.maximum(held_at_once - self.cluster.replica_slots, 0)
         return Outcome.of(slot_load, local, **counts)

@@ -4,7 +4,7 @@ import argparse
 import json
 
 from ...planner.errors import InputError
-from ..inputs import SHAPE_HELP
+from ..inputs import SHAPE_HELP, naming_flags
 
 _DTYPES = ("bf16", "fp16", "fp32")
 
@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     device = here if args.device == "auto" else args.device
     if device not in ("cuda", "cpu") or (device == "cuda" and here == "cpu"):
         raise InputError(f"--device is {args.device!r}, but must be auto or cpu{', or cuda' if here == 'cuda' else ''}")
-    model = model_named(args.model)
+    with naming_flags(model="--model"):
+        model = model_named(args.model)
     experts = min(args.experts or (16 if device == "cpu" else model.num_experts), model.num_experts)
     tokens = args.tokens or (256 if device == "cpu" else 8192)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]

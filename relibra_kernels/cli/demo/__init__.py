@@ -22,6 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--training-steps", type=_positive, default=25, help="of the toy task, before the rollouts")
     parser.add_argument("--prompts", type=_positive, default=3, help="of each length, in a batch")
     parser.add_argument("--repeats", type=_positive, default=3, help="timed rounds of each of the three runs")
+    parser.add_argument(
+        "--time-limit",
+        type=_positive,
+        default=300,
+        metavar="SECONDS",
+        help="after it no further timed round begins, but the first; default 300",
+    )
     parser.add_argument("--seed", type=_seed, default=0, help="of the model's weights, the task and the sampling")
 
 
@@ -50,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         ) from None
     start = time.perf_counter()
     from . import ranks, report, rollout, toy
+    from .policies import RANKS, make_policies
 
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -66,11 +74,12 @@ def run(args: argparse.Namespace) -> int:
         for i in (1, 2)
     ]
 
-    policies, plan_seconds = ranks.make_policies(batches)
+    policies, plan_seconds = make_policies(batches)
     state = model.state_dict()
     reference = ranks.train_alone(state, batches)
-    steps = ranks.run_ranks(state, batches, policies, reference, args.repeats)
-    results = _progress(f"training on {ranks.RANKS} ranks", steps, ranks.steps_to_run(args.repeats))
+    left = args.time_limit - (time.perf_counter() - start)
+    steps = ranks.run_ranks(state, batches, policies, reference, args.repeats, left)
+    results = _progress(f"training on {RANKS} ranks", steps, ranks.steps_to_run(args.repeats))
 
     batches[0].trace.save(args.out / "trace.npz")
     policies["planned"].plans[0].save(args.out / "plan.npz")

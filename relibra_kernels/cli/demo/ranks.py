@@ -20,77 +20,19 @@ from torch import Tensor, nn
 
 from ...integrations.transformers import replay
 from ...parallel import ExpertParallel, RuntimeOptions
-from ...planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, count_loads, plan_batch, static_plan
 from ...planner.errors import CommunicationError
 from .grpo import answer_tokens, make_inputs, sequence_losses
+from .policies import CLUSTER, MICRO_BATCHES, MODEL_NAME, RANKS, Policy, micro_batch_of_sequence
 from .rollout import Rollouts
 from .toy import build_model
 
-RANKS = 2
-CLUSTER = ClusterSpec(num_nodes=1, gpus_per_node=RANKS, replica_slots=2)
-MICRO_BATCHES = 4
 LEARNING_RATE = 1e-4
-MODEL_NAME = "demo-qwen3-moe"
+STALLED = 120.0  # seconds without a step, or the time limit where that is longer: the ranks are taken to hang
 BYTES = {  # what the table reports -> the kinds of traffic it sums
     "token_bytes": ("counts", "slots", "gate weights", "dispatch", "combine", "backward dispatch", "backward combine"),
     "replica_bytes": ("replica_weights", "replica_gradients"),
     "migration_bytes": ("migration",),
 }
-
-
-@dataclass(frozen=True)
-class Policy:
-    """How one of the compared runs routes and places: for each batch, the trace that is replayed and its plan.
-
-    loads: int64 [L, M, R] for each batch, assignments that each rank computes.
-    """
-
-    traces: list[RoutingTrace]
-    plans: list[BatchPlan]
-    loads: list[np.ndarray]
-
-
-def micro_batch_of_sequence(trace: RoutingTrace) -> np.ndarray:
-    """Consecutive sequences, so that micro-batches differ in length."""
-    return np.arange(trace.num_sequences) * MICRO_BATCHES // trace.num_sequences
-
-
-def make_policies(batches: list[Rollouts]) -> tuple[dict[str, Policy], float]:
-    """Static placement, our plans, and routing that is balanced by force, for the same batches; seconds of one plan.
-
-    The batches are trained on in turns, so each plan starts from the homes of the other one's.
-    """
-    recorded = [rollouts.trace for rollouts in batches]
-    tables = [count_loads(trace, micro_batch_of_sequence(trace), MICRO_BATCHES) for trace in recorded]
-    home, planned = None, []
-    start = time.perf_counter()
-    for table in (tables[-1], *tables):
-        options = PlanOptions(balance=1.0)
-        planned.append(plan_batch(table, CLUSTER, previous_home=home, model=MODEL_NAME, options=options))
-        home = planned[-1].home
-    seconds = (time.perf_counter() - start) / len(planned)
-    balanced = [_balanced_trace(trace) for trace in recorded]
-    balanced_tables = [count_loads(trace, micro_batch_of_sequence(trace), MICRO_BATCHES) for trace in balanced]
-
-    def policy(traces: list[RoutingTrace], tables: list[np.ndarray], plans: list[BatchPlan]) -> Policy:
-        return Policy(traces, plans, [plan.rank_loads(table) for plan, table in zip(plans, tables, strict=True)])
-
-    return {
-        "static": policy(recorded, tables, [static_plan(table, CLUSTER, MODEL_NAME) for table in tables]),
-        "planned": policy(recorded, tables, planned[1:]),
-        "balanced": policy(
-            balanced, balanced_tables, [static_plan(table, CLUSTER, MODEL_NAME) for table in balanced_tables]
-        ),
-    }, seconds
-
-
-def _balanced_trace(trace: RoutingTrace) -> RoutingTrace:
-    """The same tokens, dealt out to all experts in turn; a token's experts lie apart, so that it visits both ranks."""
-    apart = np.arange(trace.top_k) * (trace.num_experts // trace.top_k)
-    turn = (np.arange(trace.num_tokens)[:, None] + apart) % trace.num_experts
-    dealt = np.broadcast_to(turn[:, None], trace.expert_ids.shape)
-    ids = np.where(trace.expert_ids >= 0, dealt, -1).astype(trace.expert_ids.dtype)
-    return RoutingTrace(ids, trace.offsets, trace.num_experts, trace.moe_layer_ids)
 
 
 @dataclass(frozen=True)
@@ -179,6 +121,13 @@ class Run:
         return float(seconds) / len(self.batches)
 
 
+def _anyone(here: bool) -> bool:
+    """Whether it is so on any rank: the same answer on all of them."""
+    so = torch.tensor(float(here))
+    dist.all_reduce(so, op=dist.ReduceOp.MAX)
+    return bool(so)
+
+
 def check_parity(run: Run, reference: Reference) -> dict[str, float]:
     """Largest norm-wise relative errors of the planned run against one process, over a step, a migration and a step."""
     mine = run.forward_backward(0)
@@ -209,10 +158,12 @@ def run_ranks(
     policies: dict[str, Policy],
     reference: Reference,
     repeats: int,
+    limit: float,
 ) -> Generator[None, None, dict[str, Any]]:
-    """Start the ranks and return rank 0's results; yields for every step of `steps_to_run`.
+    """Start the ranks and return rank 0's results; yields for every step of `steps_to_run`, or for fewer.
 
-    Raises: CommunicationError where a rank fails or dies.
+    limit: seconds from now after which no further round begins, but the first timed one
+    Raises: CommunicationError where a rank fails or dies, or none finishes a step for long.
     """
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as name:
@@ -220,19 +171,22 @@ def run_ranks(
         save_file(state, folder / "state.safetensors")
         reference.save(folder)
         try:
-            arguments = (name, queue, batches, policies, repeats)
+            arguments = (name, queue, batches, policies, repeats, time.monotonic() + limit)
             with _not_interrupted():
                 ranks = mp.start_processes(_rank_main, arguments, nprocs=RANKS, join=False, start_method="spawn")
             results: dict[str, Any] | None = None
             while results is None:
+                heard = time.monotonic()
                 while queue.empty():
                     ranks.join(timeout=0.05)  # raises where a rank failed
+                    if time.monotonic() - heard > max(limit, STALLED):
+                        raise CommunicationError(f"the {RANKS} ranks finished no step in {max(limit, STALLED):g} s")
                 results = queue.get()
                 if results is None:
                     yield
             while not ranks.join():
                 pass
-        except (KeyboardInterrupt, GeneratorExit):
+        except (KeyboardInterrupt, GeneratorExit, CommunicationError):
             for process in ranks.processes:
                 process.kill()
                 process.join()
@@ -269,7 +223,13 @@ def steps_to_run(repeats: int) -> int:
 
 
 def _rank_main(
-    rank: int, folder: str, queue: Any, batches: list[Rollouts], policies: dict[str, Policy], repeats: int
+    rank: int,
+    folder: str,
+    queue: Any,
+    batches: list[Rollouts],
+    policies: dict[str, Policy],
+    repeats: int,
+    deadline: float,
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
@@ -285,6 +245,8 @@ def _rank_main(
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     order = list(runs)
     for repeat in range(repeats + 1):  # interleaved, so that a slow moment of the machine hits all alike
+        if repeat > 1 and _anyone(time.monotonic() > deadline):
+            break
         for name in order:
             took = runs[name].timed_step()
             if repeat == 0:  # the first round warms up
@@ -293,6 +255,7 @@ def _rank_main(
                 seconds[name].append(took)
             report(None)
         order.append(order.pop(0))
+    results["rounds"] = len(seconds["static"])
     for name, run in runs.items():
         results[f"{name}_s"] = statistics.median(seconds[name])
         results[f"{name}_s_quartiles"] = np.quantile(seconds[name], [0.25, 0.75]).tolist()
@@ -300,6 +263,6 @@ def _rank_main(
         for what, kinds in BYTES.items():
             total = torch.tensor([float(sum(n for (kind, _), n in sent.items() if kind in kinds))])
             dist.all_reduce(total)
-            results[f"{name}_{what}_per_step"] = float(total) / (repeats * len(batches))
+            results[f"{name}_{what}_per_step"] = float(total) / (results["rounds"] * len(batches))
     report(results)
     dist.destroy_process_group()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .ranks import RANKS, Policy
+from .policies import RANKS, Policy
 from .toy import POPULARITY_WEIGHT
 
 NAMES = {"static": "static placement", "planned": "ReLibra plan", "balanced": "balanced by force"}
@@ -63,24 +63,37 @@ def _notes(summary: dict[str, Any]) -> str:
     verdict = f"The planned step is {summary['speedup']:.2f}x as fast as the static one: {gained}. "
     if too_noisy(summary):
         verdict = (
-            "WARNING: this run was too noisy to say which is faster: quartiles of static and planned steps overlap. "
-            "Repeat it on an idle machine, or with more --repeats. "
+            f"WARNING: this run was too noisy to say which is faster: {_why(summary)}. "
+            "Repeat it on an idle machine, or with more --repeats and a longer --time-limit. "
         )
     return (
         f"{verdict}"
         f"Parity with one process, fp32, largest relative error: loss {summary['parity_loss']:.1e}, "
         f"gradients {summary['parity_grad']:.1e}, parameters after a migration {summary['parity_parameters']:.1e}. "
-        f"Times are measured on this machine's CPU: {RANKS} ranks of one thread, {summary['repeats']} interleaved "
-        f"rounds, migration included; planning, {summary['plan_seconds']:.3f} s a batch, is not. "
+        f"Times are measured on this machine's CPU: {RANKS} ranks of one thread, {_rounds(summary)}, "
+        "migration included; planning, {summary['plan_seconds']:.3f} s a batch, is not. "
         "The routing is real, its skew partly made: "
         f"in the toy training a loss of weight {POPULARITY_WEIGHT} makes some experts popular."
     )
 
 
 def too_noisy(summary: dict[str, Any]) -> bool:
-    """Whether the times of static and planned steps cannot be told apart: their quartiles overlap."""
+    """Whether the times of static and planned steps cannot be told apart."""
+    return bool(_why(summary))
+
+
+def _why(summary: dict[str, Any]) -> str:
+    """Why nothing can be concluded from the times; empty where it can."""
+    if summary["rounds"] < 3:  # quartiles of one or two say nothing about the spread
+        return f"too few timed rounds ({summary['rounds']})"
     static, planned = summary["static_s_quartiles"], summary["planned_s_quartiles"]
-    return bool(static[0] <= planned[1] and planned[0] <= static[1])
+    overlap = static[0] <= planned[1] and planned[0] <= static[1]
+    return "quartiles of static and planned steps overlap" if overlap else ""
+
+
+def _rounds(summary: dict[str, Any]) -> str:
+    done, asked = summary["rounds"], summary["repeats"]
+    return f"{done} interleaved rounds" + (f" of {asked}, which the time limit ended" if done < asked else "")
 
 
 def save_summary(summary: dict[str, Any], path: Path) -> None:

@@ -101,12 +101,16 @@ def _section(case: Case) -> str:
     throughput = [
         (r.policy, base / r.cost.seconds, f"{base / r.cost.seconds:.3f}{'' if r.fits else ' *'}") for r in rows
     ]
+    failed = "".join(
+        f"<p class=failed><b>{html.escape(name)}</b> failed: {html.escape(why)}</p>"
+        for name, why in case.failed.items()
+    )
     star = "" if all(r.fits for r in rows) else f"<p class=note>* {BEYOND} of memory: shown without it.</p>"
     shown = [case.rows[name] for name in ("static", OURS) if name in case.rows]
     maps = "".join(f"<figure><figcaption>{r.policy}: {flatness(r)}</figcaption>{heat_map(r)}</figure>" for r in shown)
     return "\n".join(
         [
-            f"<section><h2>{html.escape(case.title)}</h2>{_table(case)}",
+            f"<section><h2>{html.escape(case.title)}</h2>{_table(case)}{failed}",
             f"<h3>Throughput over forced balanced routing</h3>{bars(throughput)}{star}",
             f"<h3>Seconds of a step, by what they are spent on</h3>{stacked(rows)}",
             f"<h3>Busiest rank over the mean: layers down, micro-batches across</h3><div class=maps>{maps}</div>"

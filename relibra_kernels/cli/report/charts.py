@@ -16,7 +16,13 @@ _KINDS = {OURS: "ours", "static": "static", "balanced": "static"}
 
 def legend(kinds: dict[str, str], shape: str = "") -> str:
     """shape: " mark" where the marks have the forms of `dots`."""
-    return "<p>" + " ".join(f"<span class='key {kind}{shape}'></span>{name}" for kind, name in kinds.items()) + "</p>"
+    return (
+        "<p>"
+        + " ".join(
+            f"<span class=keyed><span class='key {kind}{shape}'></span>{name}</span>" for kind, name in kinds.items()
+        )
+        + "</p>"
+    )
 
 
 def _axis(top: float, unit: str = "") -> str:
@@ -66,7 +72,9 @@ def bars(values: Sequence[tuple[str, float, str]]) -> str:
 def stacked(results: Sequence[Result]) -> str:
     """Seconds of every policy, a piece for each part of the cost."""
     top = max(result.cost.seconds for result in results) or 1.0
-    keys = " ".join(f"<span class=key style='background:{c}'></span>{part}" for part, c in PARTS.items())
+    keys = " ".join(
+        f"<span class=keyed><span class=key style='background:{c}'></span>{part}</span>" for part, c in PARTS.items()
+    )
     rows = []
     for result in results:
         parts = [(part, getattr(result.cost, part), colour) for part, colour in PARTS.items()]
@@ -75,7 +83,7 @@ def stacked(results: Sequence[Result]) -> str:
             for part, seconds, colour in parts
             if seconds > 0
         )
-        rows.append(_row(result.policy, inside, f"{result.cost.seconds:.3g} s"))
+        rows.append(_row(result.policy, inside, f"{result.cost.seconds:#.3g} s"))
     return f"<p>{keys}</p>{''.join(rows)}{_axis(top, ' s')}"
 
 

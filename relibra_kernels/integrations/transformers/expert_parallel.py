@@ -36,12 +36,12 @@ class RelibraEP(EPImplementation):
     """The experts of one layer, reached by our dispatch; one instance a layer, as transformers makes them."""
 
     def __init__(self, experts: nn.Module, ep_mesh: Any, tp_mesh: Any):
-        super().__init__(experts, ep_mesh, tp_mesh)
         if tp_mesh.size() > 1:
             raise InputError(
                 f"tp_size is {tp_mesh.size()}; ep_implementation 'relibra' needs ranks that hold different tokens: set "
                 "tp_size=1 and fsdp_size to the number of ranks"
             )
+        super().__init__(experts, ep_mesh, tp_mesh)
         self.experts, self.form = experts, expert_form(experts)
         self.groups = _groups_of(ep_mesh)
         self.num_experts = self.num_local_experts * self.groups.experts.size

@@ -3,6 +3,7 @@
 Every exchange is an all-to-all whose split sizes both sides already know, so nothing here reads a count from a device.
 """
 
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -83,26 +84,40 @@ class Comm:
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
         """Turn a failed collective into a CommunicationError that names the phase and this rank."""
-        count = self._progress.position[0] + 1
-        self._progress.position = (count, phase, True)
+        self.begins(phase)
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:  # what gloo and NCCL raise
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            rank, size = self._name
-            raise CommunicationError(
-                f"rank {rank} of {size} failed in {phase}: {reason}. The usual cause is that another "
-                "rank died, or did not answer within the process-group timeout"
-            ) from error
-        self._progress.position = (count, phase, False)
+        except RuntimeError as error:
+            raise self.failure(error, phase) from error
+        self.is_over(phase)
 
-    def wait(self, work: dist.Work) -> None:
+    def begins(self, phase: str) -> None:
+        """The host begins a collective, or to wait for one."""
+        self._progress.position = (self._progress.position[0] + 1, phase, True)
+
+    def is_over(self, phase: str) -> None:
+        """And has done so."""
+        self._progress.position = (self._progress.position[0], phase, False)
+
+    def failure(self, error: RuntimeError, phase: str) -> RuntimeError | CommunicationError:
+        """What to raise for what gloo and NCCL raise."""
+        if isinstance(error, torch.OutOfMemoryError):
+            return error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        rank, size = self._name
+        return CommunicationError(
+            f"rank {rank} of {size} failed in {phase}: {reason}. The usual cause is that another "
+            "rank died, or did not answer within the process-group timeout"
+        )
+
+    def wait(self, work: dist.Work, patience: float | None = None) -> None:
         """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
 
-        Raises: CommunicationError naming the rank that stopped, and its error.
+        Args:
+            patience: seconds that the host waits at most; None: until the process group gives up.
+        Raises: CommunicationError naming the rank that stopped, and its error, or those that did not come in time.
         """
+        begin = time.monotonic()
         if not self._waits_on_host:
             self._progress.last = work
             work.wait()
@@ -121,6 +136,19 @@ class Comm:
                 raise CommunicationError(
                     f"rank {self._name[0]} stopped waiting for rank {rank}, which stopped: {reason}"
                 )
+            if patience is not None:
+                missing = self._missing()
+                if time.monotonic() - begin >= patience:
+                    raise CommunicationError(
+                        f"rank {self._name[0]} has waited {patience:g} s for rank {', '.join(map(str, missing))}"
+                    )
+
+    def _missing(self) -> list[int]:
+        """Say in the store that this rank waits in the collective that it has begun last; who has not said so."""
+        default = dist.distributed_c10d._get_default_store()
+        store = dist.PrefixStore(f"relibra-waiting-{self.ranks}-{self._progress.position[0]}", default)
+        store.set(str(self.rank), "")
+        return [rank for place, rank in enumerate(self.ranks) if not store.check([str(place)])]
 
     def start(
         self,
@@ -140,14 +168,18 @@ class Comm:
             phase: what is going on, for the error if it fails.
             into: [sum(receive_counts), ...], where to receive; new memory where None.
         """
-        self._count(kind, send_counts, send[:1].numel() * send.element_size() if len(send) else 0)
+        rows = send.shape[0]
+        if rows:
+            self._count(kind, send_counts, send.nbytes // rows)
         received = send.new_empty((sum(receive_counts), *send.shape[1:])) if into is None else into
         if self.size == 1:
             return Exchange(self, received.copy_(send) if into is not None else send, None, phase, send)
-        with self.during(phase):
-            work = dist.all_to_all_single(
-                received, send, list(receive_counts), list(send_counts), group=self.group, async_op=True
-            )
+        self.begins(phase)
+        try:
+            work = dist.all_to_all_single(received, send, receive_counts, send_counts, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise self.failure(error, phase) from error
+        self.is_over(phase)
         return Exchange(self, received, work, phase, send)
 
     def exchange(
@@ -219,9 +251,11 @@ class Comm:
     def _count(self, kind: str, send_counts: Sequence[int], row_bytes: int) -> None:
         first = self.rank // self.gpus_per_node * self.gpus_per_node
         inside = sum(send_counts[first : first + self.gpus_per_node])
-        for fast, rows in ((True, inside - send_counts[self.rank]), (False, sum(send_counts) - inside)):
-            if rows:
-                self.ledger.add_bytes(kind, fast, rows * row_bytes)
+        near, far = inside - send_counts[self.rank], sum(send_counts) - inside
+        if near:
+            self.ledger.add_bytes(kind, True, near * row_bytes)
+        if far:
+            self.ledger.add_bytes(kind, False, far * row_bytes)
 
 
 @dataclass
@@ -234,11 +268,18 @@ class Exchange:
     phase: str
     send: Tensor | None
 
-    def wait(self) -> Tensor:
-        """The received rows; on GPUs the current stream waits, not the host."""
+    def wait(self, patience: float | None = None) -> Tensor:
+        """The received rows; on GPUs the current stream waits, not the host.
+
+        Args: patience: as for `Comm.wait`.
+        """
         if self.work is not None:
-            with self.comm.during(self.phase):
-                self.comm.wait(self.work)
+            self.comm.begins(self.phase)
+            try:
+                self.comm.wait(self.work, patience)
+            except RuntimeError as error:
+                raise self.comm.failure(error, self.phase) from error
+            self.comm.is_over(self.phase)
             self.work = None
         self.send = None
         return self.received

@@ -27,6 +27,8 @@ class GradientSums:
         """Where gradients of the layer are added: `main_grad`, else a sum of ours; None where autograd has them."""
         if layer not in self._sums:
             self._sums[layer] = parameters.map(self._new)
+        if not any(hasattr(parameter, "main_grad") for parameter in parameters if parameter is not None):
+            return self._sums[layer]
         pairs = zip(main_grads(parameters), self._sums[layer], strict=True)
         return ExpertWeights(*(own if main_grad is None else main_grad for main_grad, own in pairs))
 

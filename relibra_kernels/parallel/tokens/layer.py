@@ -8,6 +8,7 @@ Every size is a host integer known before the layer runs: nothing waits for the 
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ class LayerSite:
             micro-batch are not taken for this one's.
         replicas: None where the layer has none. weight_of_slot: int32 [E/R + S] there.
         next_routes: the replicas of the layer before (in backward) and after (in forward), fetched ahead.
+        timed: whether its parts are.
     """
 
     session: Session
@@ -61,10 +63,14 @@ class LayerSite:
     next_routes: tuple[ReplicaRoute | None, ReplicaRoute | None]
     device: torch.device
     sums: GradientSums | None = None
+    timed: bool = False
 
     @property
     def where(self) -> str:
         return f"layer {self.layer}, micro-batch {self.micro_batch}"
+
+    def span(self, part: str) -> AbstractContextManager[None]:
+        return self.session.ledger.layer_span(part, self.device, self.timed)
 
     def sums_of(self, parameters: ExpertWeights) -> ExpertWeights:
         """Where gradients of the parameters are added up: their `main_grad`, or a sum of the batch; None: autograd."""
@@ -77,9 +83,9 @@ class LayerSite:
 
     def fetch(self, *, backward: bool, hold: bool = False) -> ExpertWeights | None:
         """The replicas on this rank; begins to fetch those of the layer that comes next, unless that one keeps them."""
-        if self.pushes is None:
+        if self.pushes is None or (self.replicas is None and self.next_routes[not backward] is None):
             return None
-        with self.session.ledger.span("replica", self.device):
+        with self.span("replica"):
             mine = self.pushes.take(self.layer, self.micro_batch, backward, self.replicas, hold)
             if not hold and not (backward and self.session.options.keep_replicas):
                 ahead = self.layer - 1 if backward else self.layer + 1
@@ -122,18 +128,20 @@ class ExpertParallelMLP(torch.autograd.Function):
         session, options = site.session, site.session.options
         home = ExpertWeights(*parameters)
         keep_rows = any(ctx.needs_input_grad) and not options.redispatch
-        gates = weights.to(torch.promote_types(x.dtype, torch.float32))
+        gates = as_gates(weights, x.dtype)
         with session.running(site.where):
+            checked = session.checked(site.layer, parameters)
             in_backward = torch._C._current_graph_task_id() != -1
             replica = site.fetch(backward=in_backward, hold=in_backward and not site.keeps_replicas)
-            with session.ledger.span("dispatch", x.device):
+            with site.span("dispatch"):
                 arriving = site.path.dispatch(x, gates, "dispatch")
-            partials, saved = [], []
-            for arrive in arriving:
-                with session.ledger.span("dispatch", x.device):
+            saved = []
+            for index, arrive in enumerate(arriving):
+                with site.span("dispatch"):
                     chunk = arrive()
-                with session.ledger.span("compute", x.device):
-                    out_rows, h = moe_mlp_forward(
+                with site.span("compute"):
+                    room = site.path.room(index, x.shape[1], options.combine_dtype or x.dtype)
+                    _, h = moe_mlp_forward(
                         chunk.x,
                         chunk.weights,
                         chunk.group.schedule,
@@ -141,19 +149,20 @@ class ExpertParallelMLP(torch.autograd.Function):
                         form,
                         replica=replica,
                         weight_of_slot=site.weight_of_slot,
-                        out_dtype=options.combine_dtype,
+                        out=room,
+                        checked=checked,
                     )
-                partials.append(out_rows)
                 rows = (chunk.x, chunk.weights) if keep_rows else (None, None)
                 saved += [*rows, None if recompute else h]
-            with session.ledger.span("combine", x.device):
-                out = site.path.combine(partials, "combine")
+            with site.span("combine"):
+                out = site.path.combine("combine")
         ctx.site, ctx.form, ctx.weights_dtype = site, form, weights.dtype
-        ctx.owners = home.map(lambda parameter: parameter if parameter.is_leaf else None)
+        is_leaf = [parameter is None or parameter.is_leaf for parameter in parameters]
+        ctx.owners = home if all(is_leaf) else home.map(lambda parameter: parameter if parameter.is_leaf else None)
         kept = replica if replica is not None and site.keeps_replicas else NO_WEIGHTS
         sources = (x, gates) if options.redispatch else (None, None)
         ctx.save_for_backward(site.tag, *parameters, *kept, *sources, *saved)
-        return out.to(x.dtype)
+        return out if out.dtype == x.dtype else out.to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -175,7 +184,7 @@ class ExpertParallelMLP(torch.autograd.Function):
             make = gradient_buffers if added else _new_buffers
             grad = make(home, sums, needed)
             replica_grad = replica_buffers(replica, grad, zeroed=added) if replica else None
-            with session.ledger.span("dispatch", dout.device):
+            with site.span("dispatch"):
                 arriving = site.path.dispatch_rows(dout.contiguous(), "backward dispatch")
                 if x is not None:
                     for i, arrive in enumerate(site.path.dispatch(x, gates, "redispatch")):
@@ -184,9 +193,9 @@ class ExpertParallelMLP(torch.autograd.Function):
             for i, arrive_rows in enumerate(arriving):
                 x_rows, weight_rows, h = rows[3 * i : 3 * i + 3]
                 group = site.path.groups[i]
-                with session.ledger.span("dispatch", dout.device):
+                with site.span("dispatch"):
                     dout_rows = arrive_rows()
-                with session.ledger.span("compute", dout.device):
+                with site.span("compute"):
                     dx_rows, dweight_rows = moe_mlp_backward(
                         dout_rows,
                         x_rows,
@@ -201,23 +210,31 @@ class ExpertParallelMLP(torch.autograd.Function):
                         weight_of_slot=site.weight_of_slot,
                         accumulate=added or i > 0,
                         out_dtype=options.combine_dtype,
+                        checked=True,
                     )
                 partials.append((dx_rows, group.spread(dweight_rows)))
             going_home = site.start_return(replica_grad) if replica_grad is not None else None
-            with session.ledger.span("combine", dout.device):
-                dx, dweights = site.path.combine_gradients(partials, "backward combine")
+            with site.span("combine"):
+                dx, dweights = site.path.combine_gradients(partials, "backward combine", ctx.weights_dtype)
             if going_home is not None:
-                with session.ledger.span("replica", dout.device):
+                with site.span("replica"):
                     site.finish_return(going_home, grad)
         returned = returned_gradients(home, grad, sums, needed)
-        return dx.to(dout.dtype), dweights.to(ctx.weights_dtype), None, None, None, *returned
+        return dx if dx.dtype == dout.dtype else dx.to(dout.dtype), dweights, None, None, None, *returned
+
+
+def as_gates(weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
+    """Gate weights that travel in fp32, or in float64 beside rows of float64."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return weights_TK if torch.promote_types(weights_TK.dtype, torch.float32) == wide else weights_TK.to(wide)
 
 
 def _new_buffers(parameters: ExpertWeights, _main: ExpertWeights, needed: Sequence[bool]) -> ExpertWeights:
     """Where to write the gradients that are needed: uninitialised."""
 
     def new(parameter: Tensor) -> Tensor:
-        return torch.empty_like(parameter, dtype=torch.promote_types(parameter.dtype, torch.float32))
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        return torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
 
     wanted = (p if need else None for p, need in zip(parameters, needed, strict=True))
     return ExpertWeights(*wanted).map(new)

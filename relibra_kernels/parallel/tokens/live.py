@@ -8,15 +8,21 @@ from .transport import TokenPath, Transport, exchange_messages
 
 
 def live_path(
-    transport: Transport, destinations: Destinations, num_slots: int, where: str, overlap: bool = False
+    transport: Transport,
+    destinations: Destinations,
+    num_slots: int,
+    where: str,
+    overlap: bool = False,
+    patience: float | None = None,
 ) -> TokenPath:
     """The way of one layer's tokens to these destinations. Collective.
 
     Args:
         destinations: rank and slot [T, K] of every assignment.
+        patience: seconds to wait at most for the other ranks.
     """
     tables = transport.tables(Destinations(*(table[None] for table in destinations)))
     counts = tables.counts.cpu().numpy()
     phase = f"the exchange of live counts of {where}"
-    received = exchange_messages(transport.host, transport.messages(counts), phase)
-    return transport.path(tables, 0, transport.sizes(counts, received)[0], num_slots, where, overlap)
+    received = exchange_messages(transport.host, transport.messages(counts), phase, patience)
+    return transport.paths(tables, transport.sizes(counts, received), [num_slots], [where], overlap)[0]

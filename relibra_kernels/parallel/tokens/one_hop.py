@@ -4,13 +4,14 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..comm.collectives import Comm
 from .buffers import Buffers
 from .chunks import Chunk, Chunks, Group
 from .destinations import Destinations
-from .hop import Hop
+from .hop import Hop, rows_of_hop
 from .tables import HopSizes, SendTables, Sizes, send_tables
 
 
@@ -45,14 +46,24 @@ class OneHop:
         of_layers = zip(sent, rows_LR.tolist(), most, chunks, strict=True)
         return [Sizes((HopSizes(to, come),), places, both) for to, come, places, both in of_layers]
 
-    def hops(self, sizes: Sizes, _overlap: bool) -> list[tuple[str, HopSizes]]:
-        return [("", sizes.hops[0])]
+    def hops(self, sizes: Sizes, _overlap: bool) -> list[tuple[str, int]]:
+        return [("", rows_of_hop(sizes.hops[0], self._experts.rank))]
 
-    def path(
-        self, tables: SendTables, layer: int, sizes: Sizes, num_slots: int, where: str, overlap: bool = False
-    ) -> "OneHopPath":
-        hop = Hop(self._experts, self.buffers, tables, layer, sizes.hops[0], where)
-        return OneHopPath(hop, Chunks(num_slots, sizes, overlap), overlap)
+    def paths(
+        self,
+        tables: SendTables,
+        sizes: Sequence[Sizes],
+        num_slots: Sequence[int],
+        where: Sequence[str],
+        overlap: bool = False,
+    ) -> list["OneHopPath"]:
+        of_layers = tables.of_layers([sum(of_layer.hops[0].send) for of_layer in sizes])
+        return [
+            OneHopPath(
+                Hop(self._experts, self.buffers, table, size.hops[0], place), Chunks(slots, size, overlap), overlap
+            )
+            for table, size, slots, place in zip(of_layers, sizes, num_slots, where, strict=True)
+        ]
 
 
 class OneHopPath:
@@ -64,6 +75,9 @@ class OneHopPath:
     @property
     def groups(self) -> dict[int, Group]:
         return self._chunks.groups
+
+    def prepare(self, hidden: int, dtype: torch.dtype, out: torch.dtype) -> None:
+        self._hop.prepare(hidden, dtype, out)
 
     @property
     def assignments(self) -> int:
@@ -82,9 +96,16 @@ class OneHopPath:
         flight = self._hop.dispatch_rows(rows_TH, kind)
         return [flight.own, flight.others] if self._overlap else [flight.all]
 
-    def combine(self, partials: Sequence[Tensor], kind: str) -> Tensor:
-        own, others = partials if self._overlap else (partials[0][self._hop.come :], partials[0][: self._hop.come])
-        return self._hop.combine(others, own, kind)
+    def room(self, index: int, width: int, dtype: torch.dtype) -> Tensor:
+        whole = self._hop.room(width, dtype)
+        if not self._overlap:
+            return whole
+        return whole[: self._hop.come] if index else whole[self._hop.come :]
 
-    def combine_gradients(self, partials: Sequence[tuple[Tensor, Tensor]], kind: str) -> tuple[Tensor, Tensor]:
-        return self._hop.combine_gradients(partials[::-1], kind)
+    def combine(self, kind: str) -> Tensor:
+        return self._hop.combine(kind)
+
+    def combine_gradients(
+        self, partials: Sequence[tuple[Tensor, Tensor]], kind: str, weights_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        return self._hop.combine_gradients(partials[::-1], kind, weights_dtype)

@@ -1,7 +1,7 @@
 """What a rank sends and receives in a layer: rows, slots and counts, made on the device from destinations.
 
 A token travels to a rank once, however many of its experts are there. Rows that are sent are ordered by destination,
-then by token; those that stay on their rank come last.
+then by token; those that stay on their rank come first.
 """
 
 from collections.abc import Sequence
@@ -11,19 +11,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...schedule import Schedule
 from .destinations import Destinations
 
-CELLS = 1 << 23  # (layer, rank, token) cells that are looked at together: bounds the memory that tables take on the way
+CELLS = 1 << 25  # (layer, rank, token) cells that are looked at together: 9 bytes of memory each, on the way
+
+
+class LayerTables(NamedTuple):
+    """What one rank sends in one layer, N rows: views of `SendTables`.
+
+    `send`: rows by the first choice that goes with them. `slots` int16 [N, K]. `token_of` int32 [N].
+    """
+
+    send: Schedule
+    slots: Tensor
+    token_of: Tensor
 
 
 @dataclass(frozen=True)
 class SendTables:
     """What one rank sends in some layers L, T tokens or rows each. On the device.
 
-    `assignment_of` int32 [L, T * min(K, R)]: the first choice, as t * K + k, of each row that is sent. Unused at the
-        end.
+    `assignment_of` int32 [L, T * min(K, R) + 1]: the first choice, as t * K + k, of each row that is sent. Unused at
+        the end.
     `token_of` int32, of its shape: the token t alone.
-    `slots` int16 [L, T * min(K, R), K]: the slot on its destination of each of the row's choices, -1 for those of
+    `slots` int16 [L, T * min(K, R) + 1, K]: the slot on its destination of each of the row's choices, -1 for those of
         other ranks.
     `position_of` int32 [L, T, K]: the sent row whose first choice this is, else -1.
     `offsets` int32 [L, R + 1]: where the rows for each destination begin, in the order in which they are sent.
@@ -37,6 +49,15 @@ class SendTables:
     position_of: Tensor
     offsets: Tensor
     counts: Tensor
+
+    def of_layers(self, rows_L: Sequence[int]) -> list[LayerTables]:
+        """The tables of every layer, cut to the rows that it sends."""
+        width = self.assignment_of.shape[1]
+        sizes = [size for rows in rows_L for size in (rows, width - rows)]
+        flat = self.assignment_of.flatten(), self.token_of.flatten(), self.slots.flatten(0, 1)
+        assignment_of, token_of, slots = (table.split(sizes)[::2] for table in flat)
+        schedules = map(Schedule, self.offsets.unbind(), assignment_of, self.position_of.unbind())
+        return [LayerTables(*parts) for parts in zip(schedules, slots, token_of, strict=True)]
 
     def of_tokens(self, rows_T: Tensor, token_of_row: Tensor) -> "SendTables":
         """The same for a model's input whose tokens are these rows.
@@ -74,14 +95,15 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
     layers, tokens, top_k = rank_LTK.shape
     device, cells = rank_LTK.device, num_ranks * tokens
     known = rank_LTK >= 0
-    place = torch.where(rank_LTK > me, rank_LTK - 1, rank_LTK.masked_fill(rank_LTK == me, num_ranks - 1))
+    place = torch.where(known & (rank_LTK < me), rank_LTK + 1, rank_LTK.masked_fill(rank_LTK == me, 0))
     token = torch.arange(tokens, device=device)[:, None]
-    cell_LTK = torch.where(known, place * tokens + token, cells)
+    unknown = ~known
+    cell_LTK = (place * tokens + token).masked_fill(unknown, cells)
     choices = _choices(cell_LTK, cells)
     visited = choices > 0
     row_of_cell = visited.cumsum(1, dtype=torch.int32) - 1
     bound = tokens * min(top_k, num_ranks)
-    row_LTK = torch.where(known, row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK), bound)
+    row_LTK = row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK).masked_fill(unknown, bound)
     earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
     again = ((place[..., :, None] == place[..., None, :]) & earlier).any(-1)
     first = known & ~again
@@ -96,11 +118,11 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
     counts = _counts(choices[:, :cells].view(layers, num_ranks, tokens))
     rows = counts[:, :, 0]
     offsets = torch.cat([rows.new_zeros(layers, 1), rows.cumsum(1, dtype=torch.int32)], 1)
-    by_rank = torch.cat([counts[:, :me], counts[:, -1:], counts[:, me:-1]], 1)
+    by_rank = torch.cat([counts[:, 1 : me + 1], counts[:, :1], counts[:, me + 1 :]], 1)
     return SendTables(
-        assignment_of=assignment_of[:, :bound],
-        token_of=torch.div(assignment_of[:, :bound], top_k, rounding_mode="floor"),
-        slots=slots.view(layers, bound + 1, top_k)[:, :bound],
+        assignment_of=assignment_of,
+        token_of=torch.div(assignment_of, top_k, rounding_mode="floor"),
+        slots=slots.view(layers, bound + 1, top_k),
         position_of=torch.where(first, row_LTK, -1).int(),
         offsets=offsets,
         counts=by_rank.flatten(1),
@@ -115,7 +137,7 @@ def visits(rank_LTK: Tensor, num_ranks: int) -> Tensor:
     for start in range(0, layers, step):
         part = rank_LTK[start : start + step]
         token = torch.arange(tokens, device=part.device)[:, None]
-        choices = _choices(torch.where(part >= 0, part * tokens + token, num_ranks * tokens), num_ranks * tokens)
+        choices = _choices((part * tokens + token).masked_fill(part < 0, num_ranks * tokens), num_ranks * tokens)
         parts.append(_counts(choices[:, :-1].view(len(part), num_ranks, tokens)))
     return torch.cat(parts)
 

@@ -18,7 +18,7 @@ from .buffers import Buffers
 from .chunks import Chunk, Group
 from .destinations import Destinations
 from .hop import buffer_bytes
-from .tables import HopSizes, SendTables, Sizes
+from .tables import SendTables, Sizes
 
 
 class TokenPath(Protocol):
@@ -31,6 +31,13 @@ class TokenPath(Protocol):
     def groups(self) -> dict[int, Group]:
         """Which rows each chunk has for which slot, once a dispatch has arrived."""
 
+    def prepare(self, hidden: int, dtype: torch.dtype, out: torch.dtype) -> None:
+        """Do what can be done before the layer runs.
+
+        Args:
+            hidden, dtype: elements of a token's row. out: dtype of partial sums.
+        """
+
     @property
     def assignments(self) -> int:
         """How many (row, expert) pairs this rank computes."""
@@ -42,11 +49,20 @@ class TokenPath(Protocol):
         """The same for rows alone: [rows, H] of every chunk, in the order of `dispatch`. They are good until the next
         call."""
 
-    def combine(self, partials: Sequence[Tensor], kind: str) -> Tensor:
-        """Partial results [rows, H] of every chunk back to their tokens and added up: [T, H]."""
+    def room(self, index: int, width: int, dtype: torch.dtype) -> Tensor:
+        """Where to write the partial results [rows, width] of a chunk, once it has arrived."""
 
-    def combine_gradients(self, partials: Sequence[tuple[Tensor, Tensor]], kind: str) -> tuple[Tensor, Tensor]:
-        """The same for (gradients of rows [rows, H], of their gate weights [rows, K]): [T, H] and [T, K]."""
+    def combine(self, kind: str) -> Tensor:
+        """The partial results of every chunk back to their tokens and added up: [T, H], in their dtype."""
+
+    def combine_gradients(
+        self, partials: Sequence[tuple[Tensor, Tensor]], kind: str, weights_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        """The same for (gradients of rows [rows, H], of their gate weights [rows, K]): [T, H] and [T, K].
+
+        Args:
+            weights_dtype: of what is returned for the gate weights.
+        """
 
 
 class Transport(Protocol):
@@ -62,7 +78,8 @@ class Transport(Protocol):
        must know of them travels between the hosts, in one all-to-all. A transport that exchanges counts by itself
        (DeepEP's notify) sends empty messages, but then its layers wait for the host, which a recorded layer must not.
     3. `hops`, to make all memory before the first layer: none is allocated in one.
-    4. `path`, once a layer: its four methods, forward and backward, as often as activations are recomputed.
+    4. `paths`, before the first layer too: then their methods, forward and backward, as often as activations are
+       recomputed.
 
     What must hold, and what tests/relibra_kernels/parallel asserts of each: a chunk has the rows of all tokens that
     chose a slot of this rank, each once, in an order that only the routing decides; `combine` adds up a token's partial
@@ -93,31 +110,39 @@ class Transport(Protocol):
     def sizes(self, counts_LC: np.ndarray, received: Sequence[np.ndarray]) -> list[Sizes]:
         """Of every layer, from this rank's counts and the messages of all ranks."""
 
-    def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, HopSizes]]:
-        """The exchanges of a layer, each with what the names of its buffers begin with."""
+    def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, int]]:
+        """The exchanges of a layer: what the names of its buffers begin with, and the rows that one holds."""
 
-    def path(
-        self, tables: SendTables, layer: int, sizes: Sizes, num_slots: int, where: str, overlap: bool = False
-    ) -> TokenPath:
-        """The way of one layer's rows.
+    def paths(
+        self,
+        tables: SendTables,
+        sizes: Sequence[Sizes],
+        num_slots: Sequence[int],
+        where: Sequence[str],
+        overlap: bool = False,
+    ) -> Sequence[TokenPath]:
+        """The way of the rows of every layer.
 
         Args:
-            tables: of some layers, for the model's input; `layer` is this one's place among them.
-            num_slots: slots of this rank that rows may visit.
-            where: "layer l, micro-batch m", for errors.
+            tables: for the model's input.
+            num_slots: slots of this rank that rows may visit, in each layer.
+            where: of each, "layer l, micro-batch m", for errors.
             overlap: give what is near as a chunk of its own, to be computed while the rest is under way.
         """
 
 
-def exchange_messages(host: Comm, messages: Sequence[np.ndarray], phase: str) -> list[np.ndarray]:
+def exchange_messages(
+    host: Comm, messages: Sequence[np.ndarray], phase: str, patience: float | None = None
+) -> list[np.ndarray]:
     """What every rank told this one. Between hosts: a GPU goes on with what it has. Collective.
 
     Args:
         messages: int64 [n] for each rank; two ranks send each other messages of one length.
+        patience: seconds to wait at most; None: as long as the process group does.
     """
     lengths = [len(message) for message in messages]
     sent = torch.from_numpy(np.concatenate(messages))
-    received = host.exchange(sent, lengths, lengths, "counts", phase).numpy()
+    received = host.start(sent, lengths, lengths, "counts", phase).wait(patience).numpy()
     return np.split(received, np.cumsum(lengths)[:-1])
 
 
@@ -129,15 +154,16 @@ def reserve(
     options: RuntimeOptions,
     device: torch.device,
 ) -> None:
-    """Make room for the rows of every layer of a micro-batch, so that none of them has to.
+    """Make room for the rows of every layer of the micro-batch that opens, so that none of them has to.
 
     Args:
         rows: (elements, dtype) of a token's row in every layer.
     """
     needed = Counter[str]()
     for of_layer, (hidden, dtype) in zip(sizes, rows, strict=True):
-        for name, hop in transport.hops(of_layer, options.overlap):
+        for name, count in transport.hops(of_layer, options.overlap):
             out = options.combine_dtype or dtype
-            for part, size in buffer_bytes(hop, hidden, top_k, dtype, out, redispatch=options.redispatch).items():
+            for part, size in buffer_bytes(count, hidden, top_k, dtype, out, redispatch=options.redispatch).items():
                 needed[name + part] = max(needed[name + part], size)
     transport.buffers.reserve(needed, device)
+    transport.buffers.forget_rows()

@@ -23,10 +23,10 @@ from ..comm.collectives import Comm
 from .buffers import Buffers
 from .chunks import Chunk, Chunks, Group
 from .destinations import Destinations
-from .hop import Hop
-from .tables import HopSizes, SendTables, Sizes, send_tables, visits
+from .hop import Hop, rows_of_hop
+from .tables import HopSizes, LayerTables, SendTables, Sizes, send_tables, visits
 
-_INSIDE = "node "  # what names of buffers of the second hop begin with
+_INSIDE = "node {} "  # what names of buffers of the second hop begin with, for each chunk
 _MOST = 1 << 15  # (rank, slot) pairs of a node that int16 holds
 
 
@@ -52,9 +52,9 @@ class TwoHops:
 
     def tables(self, destinations: Destinations) -> SendTables:
         size = self._node.size
-        there = destinations.rank >= 0
-        node = torch.where(there, destinations.rank // size, -1)
-        place = torch.where(there, destinations.slot * size + destinations.rank % size, -1)
+        rank = destinations.rank
+        node = torch.div(rank, size, rounding_mode="floor")  # -1 stays
+        place = (destinations.slot * size + rank % size).masked_fill(rank < 0, -1)
         tables = send_tables(Destinations(node, place.to(torch.int16)), self._rail.size, self._rail.rank)
         crossing = tables.counts.view(len(tables.counts), -1, 3)[:, :, 0]
         to_ranks = visits(destinations.rank, self._rail.size * size).flatten(1)
@@ -92,15 +92,25 @@ class TwoHops:
             found.append(Sizes((rail, near, far), int(most[layer]), (own, choices - own)))
         return found
 
-    def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, HopSizes]]:
+    def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, int]]:
         rail, *inside = self._exchanges(sizes, overlap)
-        return [("", rail), *((_INSIDE, hop) for hop in inside)]
+        near = [(_INSIDE.format(index), rows_of_hop(hop, self._node.rank)) for index, hop in enumerate(inside)]
+        return [("", rows_of_hop(rail, self._rail.rank)), *near]
 
-    def path(
-        self, tables: SendTables, layer: int, sizes: Sizes, num_slots: int, where: str, overlap: bool = False
-    ) -> "TwoHopPath":
+    def paths(
+        self,
+        tables: SendTables,
+        sizes: Sequence[Sizes],
+        num_slots: Sequence[int],
+        where: Sequence[str],
+        overlap: bool = False,
+    ) -> list["TwoHopPath"]:
+        of_layers = tables.of_layers([sum(of_layer.hops[0].send) for of_layer in sizes])
+        return [self._path(*of_layer, overlap) for of_layer in zip(of_layers, sizes, num_slots, where, strict=True)]
+
+    def _path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> "TwoHopPath":
         rail, *inside = self._exchanges(sizes, overlap)
-        across = Hop(self._rail, self.buffers, tables, layer, rail, f"{where}, between nodes")
+        across = Hop(self._rail, self.buffers, tables, rail, f"{where}, between nodes")
         chunks = Chunks(num_slots, sizes, overlap)
         return TwoHopPath(across, self._node, self.buffers, inside, chunks, f"{where}, inside the node")
 
@@ -139,6 +149,10 @@ class TwoHopPath:
     def groups(self) -> dict[int, Group]:
         return self._chunks.groups
 
+    def prepare(self, hidden: int, dtype: torch.dtype, out: torch.dtype) -> None:
+        for hop in (self._across, *self._inside.values()):
+            hop.prepare(hidden, dtype, out)
+
     @property
     def assignments(self) -> int:
         return self._chunks.assignments
@@ -163,18 +177,23 @@ class TwoHopPath:
 
         return [partial(hand_on, index) for index in range(len(take))]
 
-    def combine(self, partials: Sequence[Tensor], kind: str) -> Tensor:
-        added = []
-        for index, rows in enumerate(partials):
-            hop = self._inside[index]
-            added.append(hop.combine(rows[: hop.come], rows[hop.come :], kind))
-        come = self._across.come
-        own, others = added if self._overlap else (added[0][come:], added[0][:come])
-        return self._across.combine(others, own, kind)
+    def room(self, index: int, width: int, dtype: torch.dtype) -> Tensor:
+        return self._inside[index].room(width, dtype)
 
-    def combine_gradients(self, partials: Sequence[tuple[Tensor, Tensor]], kind: str) -> tuple[Tensor, Tensor]:
-        added = [self._inside[index].combine_gradients([part], kind) for index, part in enumerate(partials)]
-        return self._across.combine_gradients(added[::-1], kind)
+    def combine(self, kind: str) -> Tensor:
+        come, room = self._across.come, self._across.room(*self._inside[0].written)
+        parts = [room[come:], room[:come]] if self._overlap else [room]
+        for index, part in enumerate(parts):
+            self._inside[index].combine(kind, part)
+        return self._across.combine(kind)
+
+    def combine_gradients(
+        self, partials: Sequence[tuple[Tensor, Tensor]], kind: str, weights_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        added = [
+            self._inside[index].combine_gradients([part], kind, part[1].dtype) for index, part in enumerate(partials)
+        ]
+        return self._across.combine_gradients(added[::-1], kind, weights_dtype)
 
     def _hop(self, index: int, places_RK: Tensor) -> Hop:
         """The second hop of a chunk, whose tables follow from the (rank, slot) that came with its rows."""
@@ -184,5 +203,7 @@ class TwoHopPath:
             rank = torch.where(there, places_RK % size, -1).long()
             slot = torch.where(there, places_RK // size, -1)
             tables = send_tables(Destinations(rank[None], slot[None]), size, self._node.rank)
-            self._inside[index] = Hop(self._node, self._buffers, tables, 0, self._sizes[index], self._where, _INSIDE)
+            of_layer = tables.of_layers([sum(self._sizes[index].send)])[0]
+            name = _INSIDE.format(index)
+            self._inside[index] = Hop(self._node, self._buffers, of_layer, self._sizes[index], self._where, name)
         return self._inside[index]

@@ -8,7 +8,8 @@ if importlib.util.find_spec("megatron") is None:
     pytest.skip("megatron-core is not installed", allow_module_level=True)
 
 import megatron_pipeline
-from megatron_ranks import resume, save, train
+import megatron_shares_training
+from megatron_ranks import exported, resume, save, train
 from ranks import RankError, Ranks
 from tolerance import assert_close
 
@@ -64,6 +65,40 @@ def test_copies_of_the_experts_and_sharded_optimizer_state(ranks, size, distribu
             assert_close(got["parameters"][name], tensor, 1e-5, name)
 
 
+RECOMPUTED = {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "options"),
+    [
+        ({"context": 2, "expert": 2}, {}),
+        ({"tensor": 2, "expert": 2}, {"moe_shared_expert_intermediate_size": 16}),
+        ({"context": 2, "tensor": 2, "expert": 4}, RECOMPUTED),
+        ({"context": 2, "expert": 2, "data": 2}, {"distributed": True}),
+    ],
+    ids=["context", "sequence", "context and sequence, recomputed", "context and copies"],
+)
+def test_ranks_that_share_sequences_train_as_one(ranks, sizes, options):
+    """Context parallelism, and tensor with sequence parallelism: every rank plans and replays its own tokens."""
+    size = sizes.get("context", 1) * sizes.get("tensor", 1) * sizes.get("data", 1)
+    options = {**NO_AUX, **options}
+    expected = ranks(1).run(megatron_shares_training.train, {}, 3, options)[0]
+    for got in ranks(size).run(megatron_shares_training.train, sizes, 3, options):
+        assert got["moved"] and got["copies"]
+        assert got["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+        assert bool(got["cut"]) == ("tensor" in sizes)
+        for kind in ("gradients", "parameters"):
+            if kind == "gradients" and "distributed" in options:
+                continue  # each rank has reduced its shard only
+            assert got[kind].keys() == expected[kind].keys()
+            for name, tensor in expected[kind].items():
+                if name in got["cut"]:
+                    tensor = megatron_shares_training.part_of(
+                        tensor, got["cut"][name], got["tensor_rank"], sizes["tensor"]
+                    )
+                assert_close(got[kind][name], tensor, 1e-5, f"{kind} of {name}")
+
+
 @pytest.mark.parametrize(("chunks", "layers"), [(1, [(0, 1), (2, 3)]), (2, [(0, 2), (1, 3)])], ids=["1F1B", "virtual"])
 def test_pipeline_stages_train_as_one(ranks, chunks, layers):
     """Two stages of two ranks each, by Megatron's schedules: every stage plans its own layers."""
@@ -81,6 +116,20 @@ def test_the_routers_losses_stay(ranks):
     plain, with_loss = (ranks(1).run(train, 1, options)[0]["gradients"] for options in (NO_AUX, {}))
     changed = {name for name, gradient in plain.items() if not gradient.equal(with_loss[name])}
     assert any(name.endswith("router.weight") for name in changed)
+
+
+def test_weights_are_exported_by_the_names_of_megatrons_grouped_experts(ranks):
+    """By logical numbers, whatever rank has them."""
+    expected, own = ranks(1).run(exported, 2, NO_AUX)[0]
+    for number in range(8):
+        for name, shape in (("linear_fc1", (48, 32)), ("linear_fc2", (32, 24))):
+            assert expected[f"decoder.layers.1.mlp.experts.{name}.weight{number}"].shape == shape
+        assert expected[f"decoder.layers.1.mlp.experts.linear_fc2.weight{number}"].equal(own[number])
+    assert "decoder.layers.0.mlp.router.weight" in expected and not any("proj" in n.split(".")[-1] for n in expected)
+    for of_rank, _ in ranks(2).run(exported, 2, NO_AUX):
+        assert of_rank.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert_close(of_rank[name], tensor, 1e-5, name)
 
 
 def test_a_checkpoint_knows_neither_plan_nor_number_of_ranks(ranks, tmp_path):

@@ -6,7 +6,7 @@ from ep_buffers import buffers_of_batch
 from toy_training import Case
 
 from relibra_kernels.parallel import RuntimeOptions
-from relibra_kernels.parallel.tokens.buffers import Buffers
+from relibra_kernels.parallel.tokens.buffers import Buffers, Shape
 
 LENGTHS = (5, 9, 3, 7, 16, 24, 18, 25)  # later micro-batches are larger
 CASES = {
@@ -33,9 +33,16 @@ def test_a_buffer_grows_and_changes_its_dtype():
     buffers, device = Buffers(), torch.device("cpu")
     buffers.reserve({"rows": 24}, device)
     memory = buffers.memory["rows", device]
-    assert buffers.take("rows", (2, 3), torch.empty(0)).shape == (2, 3)
-    assert buffers.take("rows", (0, 5), torch.empty(0, dtype=torch.float64)).shape == (0, 5)
-    assert buffers.take("rows", (12,), torch.empty(0, dtype=torch.bfloat16)).data_ptr() == memory.data_ptr()
+    small = buffers.take("rows", device, Shape(1, 0, 1, 3, torch.float32))
+    assert [len(part) for part in small] == [1, 1, 1, 1] and small.here.data_ptr() == memory.data_ptr()
+    assert buffers.take("rows", device, Shape(0, 0, 0, 5, torch.float64)).here.shape == (0, 5)
+    assert buffers.take("rows", device, Shape(1, 1, 1, 4, torch.bfloat16)).come.data_ptr() == memory.data_ptr()
     assert buffers.memory["rows", device] is memory
-    assert buffers.take("rows", (7,), torch.empty(0)).dtype == torch.float32
-    assert len(buffers.memory["rows", device]) == 28
+    large = buffers.take("rows", device, Shape(2, 3, 4, 3, torch.float32))
+    assert len(buffers.memory["rows", device]) == 9 * 3 * 4
+    large.come.fill_(1)
+    large.sent.fill_(2)
+    large.leave.fill_(3)
+    assert large.here[:, 0].tolist() == [1, 1, 2, 2, 2] and large.sent[:, 0].tolist() == [2, 2, 2, 3, 3, 3, 3]
+    again = buffers.take("rows", device, Shape(1, 0, 1, 3, torch.float32))
+    assert again.here.data_ptr() == large.here.data_ptr() != small.here.data_ptr()

@@ -1,12 +1,17 @@
 """What a layer costs beside its arithmetic, counted: exchanges, and calls that make the host wait for the device."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from ep_counted import blocking_calls_are_seen, count_in_layers
+import torch
+from ep_counted import OperatorsThatLaunch, blocking_calls_are_seen, count_in_layers
 from toy_training import Case
 
 from relibra_kernels.parallel import RuntimeOptions
+from relibra_kernels.parallel.tokens.destinations import planned_destinations
+from relibra_kernels.parallel.tokens.tables import send_tables
+from relibra_kernels.parallel.tokens.two_hops import TwoHops
 
 FETCHING = Case(plan="fetched")
 TWO_NODES = Case(ranks=4, gpus_per_node=2, plan="static", options=RuntimeOptions(transport="two"))
@@ -55,3 +60,26 @@ def test_a_live_layer_waits_for_its_counts(ranks):
     """Once in forward; so the counter sees what it is to see."""
     for blocking in ranks(2).run(blocking_calls_are_seen):
         assert blocking["cpu in live.py"] == 2 * 2
+
+
+@pytest.mark.parametrize("hops", [1, 2])
+def test_the_tables_of_all_layers_are_one_launch_a_layer_at_most(hops):
+    """Of 94 layers, 64 ranks and 4,096 tokens; torch's operators that are no views, on the meta device."""
+    ranks, experts, top_k, tokens = 64, 128, 8, 4096
+
+    def launches(layers: int) -> int:
+        def table(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+            return torch.empty(layers, *shape, dtype=dtype, device="meta")
+
+        ids = table(torch.int64, tokens, top_k)
+        split, slots = table(torch.int32, experts, ranks), table(torch.int16, experts, ranks)
+        with OperatorsThatLaunch() as counted:
+            destinations = planned_destinations(ids, split, slots, tokens * top_k)
+            if hops == 1:
+                send_tables(destinations, ranks, 0)
+            else:
+                rail, node = SimpleNamespace(size=8, rank=0), SimpleNamespace(size=8, rank=0)
+                TwoHops(rail, node, SimpleNamespace(), 4).tables(destinations)
+        return counted.launches
+
+    assert 30 < launches(2) == launches(94) <= 94

@@ -5,6 +5,8 @@ import pytest
 import torch
 from ranks import Ranks
 
+from relibra_kernels.parallel import RuntimeOptions
+
 
 @pytest.mark.parametrize("checkpointed", ["", "non-reentrant"])
 def test_training_without_a_batch_is_training_in_one_process(ranks, checkpointed):
@@ -70,3 +72,18 @@ def test_runs_leave_nothing_behind(ranks, closing):
 
 def test_a_closed_runtime_refuses_to_run(ranks):
     assert all("after ExpertParallel.close" in message for message in ranks(2).run(ep_hands.after_closing))
+
+
+def test_a_rank_that_runs_more_forwards_than_the_others_stops():
+    """In ten seconds by default, by name; the collectives' own timeout is a minute."""
+    assert RuntimeOptions().live_wait_seconds < 10
+    ranks = Ranks(2)
+    ranks.broken = True  # one of them waits for an exchange that never comes
+    try:
+        (error, waited, ran), (other, _, others) = ranks.run(ep_hands.one_forward_more)
+    finally:
+        ranks.close()
+    assert ran == others == 2 and not other
+    assert 2.5 < waited < 5
+    assert "rank 0 has waited 3 s for rank 1" in error and "with generate, synced_gpus=True" in error
+    assert "RuntimeOptions.live_wait_seconds" in error

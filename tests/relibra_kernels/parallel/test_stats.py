@@ -1,17 +1,21 @@
 """What a batch reports; and tokens that chose other experts than were recorded: counted, and still exact."""
 
 import json
+import time
 from dataclasses import asdict, fields
 
 import numpy as np
 import pytest
+import torch
 from ep_stats import differing_routes, planned_elsewhere, stats_of_batch
 from ranks import Ranks
 from toy_training import Case, make_batch
 from training_checks import worst_error
 
-from relibra_kernels.parallel import BatchStats
-from relibra_kernels.planner import BatchPlan
+from relibra_kernels.parallel import BatchStats, RuntimeOptions
+from relibra_kernels.parallel.comm.ledger import Ledger
+from relibra_kernels.parallel.session import Session
+from relibra_kernels.planner import BatchPlan, InputError
 
 
 @pytest.mark.parametrize("unrecorded", [0.0, 0.1])
@@ -86,3 +90,31 @@ def test_other_experts_than_recorded_are_still_exact(ranks, spare):
         assert worst_error(gradients, alone) <= 1e-12
         expected = gradients if expected is None else expected
         assert all(np.array_equal(gradients[name], expected[name]) for name in expected)
+
+
+def test_layers_are_timed_in_some_passes_and_stand_for_all():
+    ledger, cpu = Ledger(), torch.device("cpu")
+    for timed in (False, True, False, False):
+        ledger.begin_pass(timed)
+        with ledger.layer_span("compute", cpu, timed):
+            time.sleep(0.01)
+    with ledger.span("tables", cpu):
+        time.sleep(0.01)
+    seconds = ledger.seconds()
+    assert 0.04 <= seconds["compute"] < 0.2 and 0.01 <= seconds["tables"] < 0.04
+    assert ledger.layer_span("compute", cpu, False) is ledger.layer_span("combine", cpu, False)  # nothing is made
+    ledger.begin_batch()
+    assert not ledger.layers_timed and set(ledger.seconds().values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    ("every", "count", "timed"), [(8, 1, [0]), (8, 2, [1]), (8, 20, [4, 12]), (1, 3, [0, 1, 2]), (0, 3, [])]
+)
+def test_which_micro_batches_are_timed(every, count, timed):
+    session = Session(RuntimeOptions(timed_every=every), Ledger())
+    assert [m for m in range(count) if session.times(m, count)] == timed
+
+
+def test_a_negative_share_is_refused():
+    with pytest.raises(InputError, match="timed_every is -1"):
+        RuntimeOptions(timed_every=-1)

@@ -58,16 +58,18 @@ def there_and_back(name: str, overlap: bool) -> tuple[Network, list[tuple]]:
         tables = transport.tables(Destinations(rank_TK[None], slot_TK[None]))
         counts = tables.counts.numpy()
         sizes = transport.sizes(counts, exchange_messages(transport.host, transport.messages(counts), "counts"))
-        path = transport.path(tables, 0, sizes[0], SLOTS, "here", overlap)
+        path = transport.paths(tables, sizes, [SLOTS], ["here"], overlap)[0]
         chunks = [arrive() for arrive in path.dispatch(x, gates, "dispatch")]
         parts = [((factors(rank, c) * c.weights).sum(1, keepdim=True) * c.x, factors(rank, c)) for c in chunks]
-        out = path.combine([rows for rows, _ in parts], "combine")
+        for index, (rows, _) in enumerate(parts):
+            path.room(index, HIDDEN, rows.dtype).copy_(rows)
+        out = path.combine("combine")
         returned = []
         for (_, factor), arrive, chunk in zip(parts, path.dispatch_rows(x, "backward dispatch"), chunks, strict=True):
             rows = arrive().clone()
             assert torch.equal(rows, chunk.x)
             returned.append((rows, chunk.group.spread(factor)))
-        dx, dgates = path.combine_gradients(returned, "backward combine")
+        dx, dgates = path.combine_gradients(returned, "backward combine", torch.float64)
         return out, dx, dgates, path.assignments
 
     return network, on_all_ranks(RANKS, layer)
@@ -171,8 +173,8 @@ def test_ranks_that_want_different_transports_are_told_so(ranks):
 def test_a_layer_asks_its_transport_for_nothing_else(ranks):
     """Tables of all layers once; then, in each layer, out and back, and the same backwards."""
     case = Case(ranks=4, gpus_per_node=2, plan="static", micro_batches=1, options=RuntimeOptions(transport="two"))
-    opening = [("tables", "", -1), ("messages", "", -1), ("sizes", "", -1)]
-    forward = [[("path", "", i), ("dispatch", "dispatch", i), ("combine", "combine", i)] for i in range(case.layers)]
+    opening = [(name, "", -1) for name in ("tables", "messages", "sizes", "paths")]
+    forward = [[("dispatch", "dispatch", i), ("combine", "combine", i)] for i in range(case.layers)]
     backward = [
         [("dispatch_rows", "backward dispatch", i), ("combine_gradients", "backward combine", i)]
         for i in reversed(range(case.layers))
