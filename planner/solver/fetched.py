@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .hosts import best_host
+
 
 @dataclass(frozen=True)
 class FetchPrice:
@@ -77,8 +79,9 @@ def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int, hottest: bool 
         rated = amount
         if hottest:  # by the load of the expert, then by the taker's room
             rated = (amount > 0) * (load[row, donor][:, :, None] * (top.max() + 1) + room)
-        choice = rated.reshape(len(row), -1).argmax(1)
-        place, host = np.divmod(choice, gpus_per_node)
+        hosts = best_host(rated)  # [B, Q]
+        place = np.take_along_axis(rated, hosts[:, :, None], 2)[:, :, 0].argmax(1)
+        host = hosts[at, place]
         amount = amount[at, place, host]
         go = amount > 0
         stuck[row[~go], donor[~go]] = True

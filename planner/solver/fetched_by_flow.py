@@ -10,6 +10,7 @@ import numpy as np
 
 from .exact import FAR, PairFlow
 from .fetched import Slots
+from .hosts import best_host
 
 _SWEEPS = 6  # of the exact split while replicas are still added
 
@@ -91,7 +92,7 @@ def _replicas_to_add(
 
     room = np.maximum(target - flow.load, 0).reshape(pairs, ranks)
     room = np.where(stuck | (slots.free <= 0), -1, room).reshape(pairs, nodes, gpus_per_node)
-    local = room.argmax(2)
+    local = best_host(room)
     open_ = np.take_along_axis(room, local[:, :, None], 2)[:, :, 0] >= 0
     to = local + np.arange(nodes) * gpus_per_node
     score = np.where(on_node & open_[:, :, None], inside, 0.0)

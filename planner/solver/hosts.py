@@ -10,6 +10,16 @@ from functools import cached_property
 import numpy as np
 
 
+def best_host(worth: np.ndarray) -> np.ndarray:
+    """Which rank hosts a replica: the one with the greatest worth; of several that are as good, the lowest.
+
+    Args:
+        worth: [..., ranks], what it would be worth on each rank.
+    Returns: int64 [...].
+    """
+    return worth.argmax(-1)
+
+
 @dataclass(frozen=True, eq=False)
 class Hosts:
     """H hosts of L layers. Every expert has its home, so no expert and no rank is without a host.

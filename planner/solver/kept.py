@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..cluster import ClusterSpec
+from .hosts import best_host
 
 _SCALE = 1 << 14  # of a rank's mean load. Whole numbers below 2^53 throughout, so that sums are exact in any order
 _MOST = 1 << 19
@@ -112,7 +113,7 @@ def pack(
             shut = (on_node[at, e] == 0) & (to_send[at, home_LE[at, e]] <= 0)[:, None]
             cost += np.repeat(shut, gpus_per_node, axis=1) * 2.0**60
             cost[(free[at] <= 0) | (left <= 0) | holds[at, e] | elsewhere[waiting]] = np.inf
-            best = cost.argmin(1)
+            best = best_host(-cost)
             open_ = cost[np.arange(len(at)), best] < np.inf
             waiting, at, e, best = waiting[open_], at[open_], e[open_], best[open_]
             place = np.zeros(len(best), np.int64)  # of the layers that want the same rank, as many as it has room for

@@ -12,6 +12,7 @@ from ..plan import held_experts
 from .exact import FAR
 from .fetched import Slots
 from .fetched_by_flow import flow_of_slots, level_slots
+from .hosts import best_host
 from .solution import Solution
 
 
@@ -103,6 +104,8 @@ def _best(
     layer, rank, place = np.nonzero(expert_BRQ >= 0)
     score[layer, expert_BRQ[layer, rank, place], rank] = 0
     none_kept: np.ndarray = np.all(expert_BRQ[:, :, places - slots :] < 0, axis=2)
-    score = np.where(none_kept[:, None], 0, score).reshape(layers, -1)
-    best = score.argmax(1)
-    return score[np.arange(layers), best] > 0, best // ranks, best % ranks
+    score = np.where(none_kept[:, None], 0, score)
+    hosts = best_host(score)  # [B, E]
+    worth = np.take_along_axis(score, hosts[:, :, None], 2)[:, :, 0]
+    expert, at = worth.argmax(1), np.arange(layers)
+    return worth[at, expert] > 0, expert, hosts[at, expert]

@@ -11,7 +11,7 @@ from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
-from relibra_kernels.planner.solver.hosts import Hosts
+from relibra_kernels.planner.solver.hosts import Hosts, best_host
 from relibra_kernels.planner.solver.kept import choose_copies, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
 
@@ -156,3 +156,24 @@ def test_of_ranks_that_are_as_good_the_lowest_hosts_a_replica():
         slots = Slots(expert, load, np.full((1, 4), 1), np.zeros((1, 4, 2), bool))
         fetching(slots)
         assert np.argwhere(slots.fetched[0]).tolist() == [[1, 1]]
+
+
+@pytest.mark.parametrize("how", ["kept", "fetched", "fetched_by_flow"])
+def test_of_ranks_that_are_as_good_the_lowest_hosts(how):
+    """One expert a rank, of which that on rank 1 has all the load; ranks 0, 2 and 3 are idle."""
+    assert best_host(np.array([[0.0, 2.0, 2.0, 1.0], [3.0, 3.0, 3.0, 3.0]])).tolist() == [1, 0]
+    loads = np.array([[[0, 8, 0, 0]]])
+    if how == "kept":
+        chosen = np.array([0]), np.array([1])
+        copies = pack(shares(loads, 4), np.arange(4)[None], *chosen, ClusterSpec(1, 4, 1), 1, spread=True)
+        assert copies.rank.tolist() == [0]
+        return
+    expert = np.stack([np.arange(4), np.full(4, -1)], 1)[None]
+    load = np.stack([loads[0, 0], np.zeros(4, np.int64)], 1)[None]
+    slots = Slots(expert.copy(), load.copy(), np.ones((1, 4), np.int64), np.zeros((1, 4, 2), np.bool_))
+    target = np.array([4])  # so that one replica is enough
+    if how == "fetched":
+        fetch(slots, target, 4)
+    else:
+        fetch_by_flow(slots, target, 4, 4, 4, 4)
+    assert slots.expert[0, :, 1].tolist() == [1, -1, -1, -1]
