@@ -134,8 +134,10 @@ def _members(problem: Problem) -> list[Member]:
     layers = len(problem.table_LME)
     most = min(float(cluster.replica_slots), problem.copies / layers)
     levels = [most, *(level for level in _LEVELS if level <= most / 2)][:2] if most > 0 else []
+    experts = problem.table_LME.shape[2]
+    may_move = most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0  # a swap keeps homes even
     if options.effort == "fast":
-        return [Member(levels[0] if levels else 0.0, moves=0 if levels else options.max_moves)]
+        return [Member(levels[0] if levels else 0.0, moves=options.max_moves if may_move and not levels else 0)]
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
     if cluster.num_nodes > 1:
         family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
@@ -143,8 +145,7 @@ def _members(problem: Problem) -> list[Member]:
         family.append(Member(0.0))
     if cluster.num_nodes > 1 and 0 < most < _SCARCE:
         family.append(Member(most, by_node=True))
-    experts = problem.table_LME.shape[2]
-    if most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0:
+    if may_move:
         parts = (32, 16, 8, 4) if cluster.num_ranks < _MANY else (8,)
         for moved in (*(experts // part for part in parts), None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)

@@ -341,6 +341,19 @@ def test_kept_replicas_are_exchanged_until_every_micro_batch_is_level():
     assert plan.kept.sum((0, 2)).max() <= 8
 
 
+@pytest.mark.parametrize("effort", ["full", "fast"])
+@pytest.mark.parametrize(("nodes", "gpus", "experts"), [(2, 8, 68), (4, 4, 56), (3, 8, 25), (2, 1, 5), (4, 8, 62)])
+def test_homes_that_cannot_be_even_stay(effort, nodes, gpus, experts):
+    """A move swaps two experts, which keeps all ranks at the same number; here ranks have different numbers."""
+    loads, cluster = skewed_loads(3, 4, experts, seed=9), ClusterSpec(nodes, gpus)
+    for balance in (None, 1.0):
+        plan = plan_batch(loads, cluster, options=PlanOptions(balance=balance, effort=effort, kept_bytes=0))
+        plan.check_loads(loads)
+        still = static_plan(loads, cluster)
+        np.testing.assert_array_equal(plan.home, still.home)
+        assert plan.imbalance_mean(loads) <= still.imbalance_mean(loads)
+
+
 def test_few_replicas_are_fetched_where_one_copy_a_rank_is_kept():
     """A pair of which a few sweeps do not show yet what is stuck must not be given up."""
     loads = generate_loads(2, 16, 128, 8, 64 * 8192, max_mean=7.3, seed=4)
