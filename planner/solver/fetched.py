@@ -1,10 +1,12 @@
 """Fetched replicas: what kept ones leave over, micro-batch by micro-batch, inside nodes.
 
 Step by step, the busiest rank of a node gives assignments of one of its experts to another rank of the node. The taker
-has room, a free slot, and not yet this expert. Of all such pairs of expert and taker the one is chosen with which most
-assignments move: until the taker is full, or the giver is down at the limit. A taker that is full needs no second
-giver, so G ranks need at most G - 1 replicas as long as experts are large enough. The limit is the target, or the mean
-of the fullest node where that is higher: no node need be better than that one.
+has room, a free slot, and not yet this expert. Of all such pairs of expert and taker, the one is chosen that moves most
+assignments: until the taker is full, or the giver is down at the limit. A taker that is full needs no second giver, so
+G ranks need at most G - 1 replicas as long as experts are large enough.
+
+The limit is the target that the caller names. Where some node has more than that a rank even when its own ranks share
+its load evenly, the limit of all nodes is the mean of the fullest one: the layer waits for that node anyway.
 """
 
 from dataclasses import dataclass
@@ -16,9 +18,16 @@ from .hosts import best_host
 
 @dataclass(frozen=True)
 class FetchPrice:
-    """What a fetched replica costs and saves. slots: of a rank that may be fetched; assignment: seconds of one on the
-    busiest rank; replica: of one more from the busiest sender; any: of fetching at all. tolerance: how far above its
-    target, as a part of it, a rank may stay. hottest: each hands on its hottest expert, to the rank with most room."""
+    """What a fetched replica costs and saves, in seconds, and how ranks are levelled with it.
+
+    Attributes:
+        slots: of a rank, at most so many hold fetched replicas.
+        assignment: saved by one assignment less on the busiest rank.
+        replica: cost of one more replica that leaves the busiest sender.
+        any: cost of fetching at all in a layer and micro-batch, however many.
+        tolerance: a rank may stay above its target by this part of it.
+        hottest: as in `fetch`.
+    """
 
     slots: int
     assignment: float

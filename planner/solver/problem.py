@@ -19,9 +19,16 @@ _SAMPLE_LAYERS = 6  # that members of the family are priced on
 
 @dataclass(frozen=True)
 class Member:
-    """One way to plan. kept: replicas a rank and layer. moves: experts a layer that may move. far: so many times a home
-    sends kept replicas of a layer to other nodes. None is without a limit. tolerance: see `FetchPrice`.
-    by_node: see `kept_by_node.py`."""
+    """One way to plan; the family of `search.py` differs in these.
+
+    Attributes:
+        kept: kept replicas a rank and layer, in the mean.
+        spread: replicas of one expert lie on different nodes.
+        moves: experts of a layer whose home may change; None is without a limit.
+        far: how often a home may send kept replicas of one layer to other nodes; None is without a limit.
+        tolerance: as in `FetchPrice`.
+        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`).
+    """
 
     kept: float
     spread: bool = True
@@ -33,8 +40,14 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Problem:
-    """Layers to plan. wanted_LMNE: see `pricing.outcome.wanted_by_nodes`. home: where experts are. copies: memory of a
-    rank for kept replicas over these layers."""
+    """Layers to plan, and for what.
+
+    Attributes:
+        table_LME: int64 [L, M, E], assignments of every expert.
+        wanted_LMNE: [L, M, nodes, E], those that each node asks for (`pricing.outcome.wanted_by_nodes`).
+        home: int32 [L, E], the rank that each expert is on now.
+        copies: kept replicas for which a rank has memory, over all these layers together.
+    """
 
     table_LME: np.ndarray
     wanted_LMNE: np.ndarray

@@ -22,13 +22,18 @@ _FIRST_SWEEPS = 4  # of the exact split before replicas are fetched
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard a split is worked on. rounds, node_rounds: of the relaxed split, by ranks and by nodes. sweeps: of the
-    exact one.
+    """How hard is worked on the split of one micro-batch in one layer, a pair below.
 
-    slack: how far above the mean, as a part of it, a rank may be where full balance is not asked for. within: pairs
-    that the relaxed split leaves further above than this are not split exactly; None: all are. few: rounds of adding
-    few fetched replicas by the exact split, before more are fetched faster where that does not do. again: rounds of
-    these, for pairs more than `near` above their target, and few_last: of adding few once more in the end.
+    Attributes:
+        rounds, node_rounds: of the relaxed split, over ranks and over nodes.
+        sweeps: of the exact split.
+        slack: a rank may be above the mean by this part of it, where full balance is not asked for.
+        within: a pair that the relaxed split leaves further above the mean than this part is not split exactly.
+            None: all are.
+        few: rounds that add single fetched replicas and split exactly after each. Pairs for which these do not do are
+            fetched for in one pass, which is faster and takes more replicas.
+        again: rounds of such passes, for pairs that are above their target by more than the part `near` of it.
+        few_last: as `few`, once more in the end.
     """
 
     rounds: int

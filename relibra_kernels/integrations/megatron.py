@@ -137,7 +137,16 @@ def rows_of_padded(trace: RoutingTrace, sequence_length: int) -> np.ndarray:
 
 
 def rows_of_context_parallel(trace: RoutingTrace, rank: int, size: int, *, zigzag: bool = True) -> np.ndarray:
-    """int64 [tokens fed]: `TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)`, of `megatron_shares`."""
+    """Which tokens of the trace a context-parallel rank is fed, when sequences are packed one after the other.
+
+    Args:
+        rank, size: of the context-parallel group.
+        zigzag: as Megatron divides a sequence: 2 * size chunks, of which a rank gets the chunks `rank` and
+            `2 * size - 1 - rank`. False: one chunk a rank.
+
+    Returns: int64 [tokens fed], rows of `trace` in the order in which the rank is fed them; -1 for padding. The same as
+        `megatron_shares.TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)`, which has more options.
+    """
     return TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)
 
 
