@@ -62,6 +62,22 @@ def choose_copies(share_LEM: np.ndarray, total: int, per_layer: int, most_hosts:
     return best // expert.shape[1], expert.reshape(-1)[best]
 
 
+@dataclass(frozen=True, eq=False)
+class NodeRule:
+    """Which nodes kept replicas go to, as far as there is room.
+
+    Attributes:
+        spread: first to nodes that have least replicas of the expert.
+        far: a home sends its experts of a layer to another node so many times; further replicas go where one is.
+            None is without a limit.
+        node: int64 [C], the node that each replica goes to. None: any.
+    """
+
+    spread: bool = False
+    far: int | None = None
+    node: np.ndarray | None = None
+
+
 def pack(
     share_LEM: np.ndarray,
     home_LE: np.ndarray,
@@ -69,17 +85,9 @@ def pack(
     expert: np.ndarray,
     cluster: ClusterSpec,
     rank_copies: int,
-    *,
-    spread: bool,
-    far: int | None = None,
-    node: np.ndarray | None = None,
+    rule: NodeRule,
 ) -> Copies:
-    """Ranks for the copies (layer, expert), at most one a replica slot, and `rank_copies` a rank over all layers.
-
-    `spread` puts copies of an expert on nodes that have none of it yet, as far as there is room there. `far`: so many
-    times a home sends its experts of a layer to another node; further copies go where one is, as far as there is room.
-    `node`: the node that each copy goes to, as far as there is room.
-    """
+    """Ranks for the copies (layer, expert), at most one a replica slot, and `rank_copies` a rank over all layers."""
     layers, experts, micro_batches = share_LEM.shape
     ranks, gpus_per_node = cluster.num_ranks, cluster.gpus_per_node
     count = np.ones((layers, experts), np.int64)
@@ -92,15 +100,15 @@ def pack(
     holds[np.arange(layers)[:, None], np.arange(experts), home_LE] = True
     on_node = np.zeros((layers, experts, nodes), np.int64)
     on_node[np.arange(layers)[:, None], np.arange(experts), home_LE // gpus_per_node] = 1
-    to_send = np.full((layers, ranks), nodes * experts if far is None else far, np.int64)
+    to_send = np.full((layers, ranks), nodes * experts if rule.far is None else rule.far, np.int64)
     free = np.full((layers, ranks), min(cluster.replica_slots, rank_copies), np.int64)
     left = np.full(ranks, rank_copies, np.int64)
     weight = (share * share).sum(2)
     order = np.lexsort((expert, -weight[layer, expert], layer))
     layer, expert = layer[order], expert[order]
     elsewhere = np.zeros((len(layer), ranks), np.bool_)
-    if node is not None:
-        elsewhere = np.arange(ranks) // gpus_per_node != node[order][:, None]
+    if rule.node is not None:
+        elsewhere = np.arange(ranks) // gpus_per_node != rule.node[order][:, None]
     turn = np.arange(len(layer)) - np.searchsorted(layer, layer)
     rank = np.full(len(layer), -1)
     for now in range(int(turn.max(initial=-1)) + 1):
@@ -108,7 +116,7 @@ def pack(
         while len(waiting):
             at, e = layer[waiting], expert[waiting]
             cost = np.matmul(load[at], share[at, e][:, :, None])[:, :, 0]
-            if spread:  # a node with fewer copies of it always comes first
+            if rule.spread:  # a node with fewer copies of it always comes first
                 cost += np.repeat(on_node[at, e], gpus_per_node, axis=1) * 2.0**52
             shut = (on_node[at, e] == 0) & (to_send[at, home_LE[at, e]] <= 0)[:, None]
             cost += np.repeat(shut, gpus_per_node, axis=1) * 2.0**60

@@ -8,7 +8,7 @@ and exchanged for others where nodes stay uneven. Inside its node, a copy goes w
 import numpy as np
 
 from ..cluster import ClusterSpec
-from .kept import Copies, choose_copies, pack, shares
+from .kept import Copies, NodeRule, choose_copies, pack, shares
 from .kept_swaps import swap_kept
 from .solution import Solution, target_load
 
@@ -27,7 +27,7 @@ def choose_by_node(
     layer, expert = choose_copies(share, total, places * nodes, nodes)
     node_home = home_LE // gpus
     whole = ClusterSpec(nodes, 1, places)
-    copies = pack(share, node_home, layer, expert, whole, rank_copies * gpus, spread=False)
+    copies = pack(share, node_home, layer, expert, whole, rank_copies * gpus, NodeRule())
     if not len(copies.layer):
         return copies
     key = copies.layer * nodes + copies.rank
@@ -42,4 +42,4 @@ def choose_by_node(
     layer, node, slot = np.nonzero(solution.kept)
     expert = solution.replicas[layer, 0, node, slot].astype(np.int64)
     share = shares(table_LME, cluster.num_ranks)
-    return pack(share, home_LE, layer, expert, cluster, rank_copies, spread=False, node=node)
+    return pack(share, home_LE, layer, expert, cluster, rank_copies, NodeRule(node=node))

@@ -9,7 +9,7 @@ from ..options import PlanOptions
 from ..plan import BatchPlan
 from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
-from .kept import Copies, choose_copies, pack, shares
+from .kept import Copies, NodeRule, choose_copies, pack, shares
 from .kept_by_node import choose_by_node
 from .placement import WORTH_MOVING, place
 from .solution import Effort, Solution, fetch_price, solve, target_load
@@ -101,7 +101,7 @@ def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     if member.by_node:
         return home, choose_by_node(problem.table_LME, home, total, cluster, problem.copies)
     layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
-    copies = pack(share, home, layer, expert, cluster, problem.copies, spread=member.spread, far=member.far)
+    copies = pack(share, home, layer, expert, cluster, problem.copies, NodeRule(member.spread, member.far))
     return home, copies
 
 

@@ -12,7 +12,7 @@ from relibra_kernels.planner.solver.exact import PairFlow
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
 from relibra_kernels.planner.solver.hosts import Hosts, best_host
-from relibra_kernels.planner.solver.kept import choose_copies, pack, shares
+from relibra_kernels.planner.solver.kept import NodeRule, choose_copies, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
 
 
@@ -67,7 +67,7 @@ def hosts_of(table, ranks, gpus, slots, spread=True, copies=None):
     total = slots * ranks * layers if copies is None else copies * ranks
     layer, expert = choose_copies(share, total, slots * ranks, ranks)
     most = slots * layers if copies is None else copies
-    kept = pack(share, home, layer, expert, ClusterSpec(ranks // gpus, gpus, slots), most, spread=spread)
+    kept = pack(share, home, layer, expert, ClusterSpec(ranks // gpus, gpus, slots), most, NodeRule(spread))
     return kept, Hosts.of(home, kept.layer, kept.expert, kept.rank, gpus, ranks), home
 
 
@@ -116,7 +116,7 @@ def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
     layer, expert = choose_copies(share, 3 * ranks, ranks, ranks)
     sent = []
     for limit in (None, far):
-        kept = pack(share, home, layer, expert, ClusterSpec(8, gpus, 2), 6, spread=True, far=limit)
+        kept = pack(share, home, layer, expert, ClusterSpec(8, gpus, 2), 6, NodeRule(True, limit))
         assert len(kept.layer) == 3 * ranks
         owner = home[kept.layer, kept.expert]
         trips = {*zip(kept.layer, kept.expert, owner, kept.rank // gpus, strict=True)}
@@ -145,7 +145,7 @@ def test_fetching_fills_a_node_exactly():
 
 def test_of_ranks_that_are_as_good_the_lowest_hosts_a_replica():
     share = np.array([[[80.0], [20.0], [20.0], [20.0]]])
-    kept = pack(share, np.arange(4)[None], np.array([0]), np.array([0]), ClusterSpec(1, 4, 1), 1, spread=False)
+    kept = pack(share, np.arange(4)[None], np.array([0]), np.array([0]), ClusterSpec(1, 4, 1), 1, NodeRule())
     assert kept.rank.tolist() == [1]
     for fetching in (
         lambda slots: fetch(slots, np.array([50]), 4),
@@ -165,7 +165,7 @@ def test_of_ranks_that_are_as_good_the_lowest_hosts(how):
     loads = np.array([[[0, 8, 0, 0]]])
     if how == "kept":
         chosen = np.array([0]), np.array([1])
-        copies = pack(shares(loads, 4), np.arange(4)[None], *chosen, ClusterSpec(1, 4, 1), 1, spread=True)
+        copies = pack(shares(loads, 4), np.arange(4)[None], *chosen, ClusterSpec(1, 4, 1), 1, NodeRule(spread=True))
         assert copies.rank.tolist() == [0]
         return
     expert = np.stack([np.arange(4), np.full(4, -1)], 1)[None]

@@ -8,7 +8,7 @@ import numpy as np
 from ...cluster import ClusterSpec
 from ...plan import contiguous_home, held_experts
 from ...pricing.outcome import Outcome
-from ...solver.kept import choose_copies, pack, shares
+from ...solver.kept import NodeRule, choose_copies, pack, shares
 from .copies import outcome_of_instances
 
 
@@ -18,7 +18,7 @@ def flashlb(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
     home = contiguous_home(layers, experts, ranks)
     share = shares(table_LME, ranks)
     layer, expert = choose_copies(share, slots * ranks * layers, slots * ranks, ranks)
-    copies = pack(share, home, layer, expert, cluster, slots * layers, spread=False)
+    copies = pack(share, home, layer, expert, cluster, slots * layers, NodeRule())
     held = held_experts(home, ranks)
     places = np.full((layers, ranks, held.shape[2] + slots), -1, np.int64)
     places[:, :, : held.shape[2]] = held
