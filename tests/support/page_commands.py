@@ -40,6 +40,7 @@ STEPS = {  # command -> what of .ci/run, `make nightly` or a test runs it
     "make rehearse": "ci",
     "make release-check": "ci",
     "make test-megatron": "ci",
+    "make test-megatron MEGATRON=0.19.2": "nightly",
     "make compile-gate": "ci",
     "make check-configs": "nightly",
     "make compile-matrix": "nightly",
@@ -61,6 +62,7 @@ STEPS = {  # command -> what of .ci/run, `make nightly` or a test runs it
 }
 ELSEWHERE = {  # the beginning of a command -> why it is not run
     "make nightly": "it is what runs the rest",
+    "python bench/planned.py --rivals": "ten minutes, and ends with 1 while the cells that its page names are behind",
     "make tune-offline": "an hour of compiling; `make check-configs` holds what it wrote",
     "relibra tune --model all --device H100": "an hour of compiling; `make check-configs` holds what it wrote",
     "relibra tune --model": GPU,
