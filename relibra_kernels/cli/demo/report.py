@@ -71,7 +71,7 @@ def _notes(summary: dict[str, Any]) -> str:
         f"Parity with one process, fp32, largest relative error: loss {summary['parity_loss']:.1e}, "
         f"gradients {summary['parity_grad']:.1e}, parameters after a migration {summary['parity_parameters']:.1e}. "
         f"Times are measured on this machine's CPU: {RANKS} ranks of one thread, {_rounds(summary)}, "
-        "migration included; planning, {summary['plan_seconds']:.3f} s a batch, is not. "
+        f"migration included; planning, {summary['plan_seconds']:.3f} s a batch, is not. "
         "The routing is real, its skew partly made: "
         f"in the toy training a loss of weight {POPULARITY_WEIGHT} makes some experts popular."
     )
