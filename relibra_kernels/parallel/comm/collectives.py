@@ -114,7 +114,8 @@ class Comm:
         """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
 
         Args:
-            patience: seconds that the host waits at most; None: until the process group gives up.
+            patience: seconds that the host waits at most for ranks that have not begun it; None: until the process
+                group gives up.
         Raises: CommunicationError naming the rank that stopped, and its error, or those that did not come in time.
         """
         begin = time.monotonic()
@@ -138,7 +139,7 @@ class Comm:
                 )
             if patience is not None:
                 missing = self._missing()
-                if time.monotonic() - begin >= patience:
+                if missing and time.monotonic() - begin >= patience:
                     raise CommunicationError(
                         f"rank {self._name[0]} has waited {patience:g} s for rank {', '.join(map(str, missing))}"
                     )

@@ -6,6 +6,8 @@ import torch
 from ranks import Ranks
 
 from relibra_kernels.parallel import RuntimeOptions
+from relibra_kernels.parallel.comm.collectives import Comm
+from relibra_kernels.planner import CommunicationError
 
 
 @pytest.mark.parametrize("checkpointed", ["", "non-reentrant"])
@@ -87,3 +89,28 @@ def test_a_rank_that_runs_more_forwards_than_the_others_stops():
     assert 2.5 < waited < 5
     assert "rank 0 has waited 3 s for rank 1" in error and "with generate, synced_gpus=True" in error
     assert "RuntimeOptions.live_wait_seconds" in error
+
+
+def test_patience_is_for_ranks_that_have_not_begun(monkeypatch):
+    """An exchange that all ranks are in is waited for, however long it takes."""
+
+    class SlowWork:
+        looks = 0
+
+        def wait(self, timeout=None):
+            self.looks += 1
+            if self.looks < 3:
+                raise RuntimeError("timed out")
+
+        def is_completed(self):
+            return self.looks >= 3
+
+    comm = Comm.__new__(Comm)
+    comm.alarm, comm._waits_on_host, comm._name = None, True, (0, 2)
+    monkeypatch.setattr(comm, "_missing", lambda: [])
+    work = SlowWork()
+    comm.wait(work, patience=0.0)
+    assert work.looks == 3
+    monkeypatch.setattr(comm, "_missing", lambda: [1])
+    with pytest.raises(CommunicationError, match="rank 0 has waited 0 s for rank 1"):
+        comm.wait(SlowWork(), patience=0.0)
