@@ -13,9 +13,9 @@ Python is answered in a call that only allocates: a launch of CUDA takes as long
 
 All are CPU milliseconds a layer and micro-batch (measured), less what reading the clock takes: the layers are run one
 after another, as in a model, with one backward. Of the micro-batches the median is taken, and for what is ahead the
-least. Before anything is timed, a
-small layer under a plan, on two ranks over gloo, must give the output and gradients of one process; else it fails. The
-last line is a JSON object. --tree times another checkout of this project by the same measure.
+least. Before anything is timed, a small layer under a plan, on two ranks over gloo, must give the output and gradients
+of one process; else it fails. The last line is a JSON object. --tree times another checkout of this project by the same
+measure.
 """
 
 import argparse

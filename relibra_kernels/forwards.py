@@ -41,7 +41,7 @@ def opened(owner: OpenForwards) -> Iterator[None]:
         # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
         kept = tensor if tensor.is_leaf else tensor.detach()
         now = tuple([(one, one.current) for one in _OPEN])
-        if now != last:  # one object for as long as it stays the same
+        if not _same(now, last):  # one object for as long as it stays the same
             last = now
         return kept, tensor._version, last
 
@@ -64,6 +64,11 @@ def opened(owner: OpenForwards) -> Iterator[None]:
             yield
     finally:
         _OPEN.remove(owner)
+
+
+def _same(one: Snapshot, other: Snapshot) -> bool:
+    """By identity: states may hold tensors, which cannot be compared."""
+    return len(one) == len(other) and all(a is c and b is d for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def backward_task() -> int | None:

@@ -96,8 +96,9 @@ class ReplicatedExperts(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         """The parameters, as the functions of `autograd` take them; under PEFT's adapters with their factors beside."""
-        if not self._modules:  # no adapter has put anything in a parameter's place
-            return ExpertWeights(*map(self._parameters.get, self.parameter_names.values()))
+        own, names = self._parameters, self.parameter_names.values()
+        if not self._modules and all(map(own.__contains__, names)):  # nobody has put anything in a parameter's place
+            return ExpertWeights(*map(own.get, names))
         return adapted(self, self.form)
 
     @property

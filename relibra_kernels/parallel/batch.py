@@ -137,6 +137,7 @@ class OpenBatch:
 
         with self._session.ledger.span("tables", self.device):
             tables = self._tables.get(index, check)
+            parts.transport.buffers.forget_rows()
             if store.rows is not None:
                 options = self._session.options
                 reserve(parts.transport, tables.sizes, batch.trace.top_k, store.rows, options, self.device)

@@ -1,5 +1,6 @@
 """One micro-batch as the layers see it: the recorded ids, and a `LayerSite` for each layer."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,7 +63,7 @@ class Record:
         self.num_live = num_live
 
 
-class AnyMicroBatch:
+class AnyMicroBatch(ABC):
     """What a micro-batch is to the layers, recorded or not. It lives as long as a graph needs it.
 
     Attributes:
@@ -75,17 +76,17 @@ class AnyMicroBatch:
         self.timed = parts.session.times(index, parts.plan.num_micro_batches)
         self.record = Record(parts.plan.num_layers, num_live, parts.device)
 
+    @abstractmethod
     def recorded(self, layer: int) -> tuple[Tensor, bool] | None:
         """(expert ids int64 [tokens, K], whether none is -1), for the router; None: it chooses."""
-        raise NotImplementedError
 
     def alignment(self, layer: int) -> Alignment | None:
         """What compares the router's own choice with the record; None where they are not compared."""
         return None
 
+    @abstractmethod
     def run(self, layer: int, experts: Experts, x_TH: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
         """The experts of one layer: [tokens, H]."""
-        raise NotImplementedError
 
     def _run(self, site: LayerSite, experts: Experts, x_TH: Tensor, weights_TK: Tensor) -> Tensor:
         self.record.loads[site.layer] = site.path.assignments
@@ -209,13 +210,15 @@ class MicroBatch(AnyMicroBatch):
 
     def _sites_of_layers(self) -> list[LayerSite]:
         """What every layer needs where all its rows are recorded."""
-        parts, layers = self._parts, range(self._parts.plan.num_layers)
-        slots, where = map(self._num_slots, layers), map(self._where, layers)
-        overlap = parts.session.options.overlap
-        paths = parts.transport.paths(self._send, self._sizes, list(slots), list(where), overlap)
-        for path, (hidden, dtype) in zip(paths, parts.rows or (), strict=False):
-            path.prepare(hidden, dtype, parts.session.options.combine_dtype or dtype)
-        return [self._site_of(layer, path) for layer, path in enumerate(paths)]
+        parts, options, sites = self._parts, self._parts.session.options, []
+        tables = self._send.of_layers([sizes.hops[0] for sizes in self._sizes])
+        for layer, of_layer in enumerate(zip(tables, self._sizes, strict=True)):
+            path = parts.transport.path(*of_layer, self._num_slots(layer), self._where(layer), options.overlap)
+            if parts.rows:
+                hidden, dtype = parts.rows[layer]
+                path.prepare(hidden, dtype, options.combine_dtype or dtype)
+            sites.append(self._site_of(layer, path))
+        return sites
 
     def _mixed(self, layer: int, index_TK: Tensor, live_T: Tensor) -> Destinations:
         """Recorded tokens where the plan has them; live ones shared out to the plan's copies."""

@@ -33,9 +33,9 @@ def run(handle: int, weights: ExpertWeights, x_TH: Tensor, index_TK: Tensor, wei
     return out
 
 
-def recorded(handle: int, scores_TE: Tensor, top_k: int) -> Tensor:
+def recorded(handle: int, logits_TE: Tensor, top_k: int) -> Tensor:
     """int64 [T, K], -1 where the router is to choose."""
-    return _recorded(scores_TE, handle, top_k)
+    return _recorded(logits_TE, handle, top_k)
 
 
 def _experts_of(layer: Any) -> Experts:

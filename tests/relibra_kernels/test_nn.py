@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from routing import random_slots
 from tolerance import assert_close
 
@@ -58,6 +59,16 @@ def compare(ours, theirs, scale=0.1):
         )
     for got, expected in zip(*results, strict=True):
         assert_close(got, expected, 1e-5)
+
+
+def test_weights_are_found_where_others_put_them():
+    """`prune`, as FSDP1 by default, leaves a plain attribute in a parameter's place."""
+    experts = ReplicatedExperts(4, 8, 6, dtype=torch.float64)
+    args = torch.randn(5, 8, dtype=torch.float64), torch.randint(0, 4, (5, 2)), torch.rand(5, 2, dtype=torch.float64)
+    expected = experts(*args)
+    torch.nn.utils.prune.identity(experts, "gate_up_proj")
+    assert "gate_up_proj" not in dict(experts.named_parameters())
+    torch.testing.assert_close(experts(*args), expected, rtol=0, atol=0)
 
 
 def test_the_dispatcher_takes_over():

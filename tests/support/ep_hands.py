@@ -268,6 +268,19 @@ def after_closing() -> str:
     return ""
 
 
+def forwards_after_pauses() -> float:
+    """Seconds that the first rank waited for the second, which pauses longer, and longer than is waited without one."""
+    options = RuntimeOptions(live_wait_seconds=1.5)
+    ep = ExpertParallel(ToyModel(CASE), ClusterSpec(1, 2), options=options)
+    ids = torch.arange(8)
+    with torch.no_grad():
+        ep.model(ids)
+        time.sleep(4.5 if dist.get_rank() else 1.2)
+        begin = time.monotonic()
+        ep.model(ids)
+    return time.monotonic() - begin
+
+
 def one_forward_more() -> tuple[str, float, int]:
     """(the error of the rank that runs one forward more than the other, its seconds, forwards that ran)."""
     options = RuntimeOptions(live_wait_seconds=3.0)

@@ -34,9 +34,9 @@ class RecordingTransport:
     def hops(self, *arguments: Any) -> Any:
         return self._inner.hops(*arguments)
 
-    def paths(self, *arguments: Any) -> "list[RecordingPath]":
-        found = self._noted("paths", *arguments)
-        return [RecordingPath(path, self.calls, layer) for layer, path in enumerate(found)]
+    def path(self, *arguments: Any) -> "RecordingPath":
+        layer = sum(name == "path" for name, _, _ in self.calls)
+        return RecordingPath(self._noted("path", *arguments), self.calls, layer)
 
     def _noted(self, name: str, *arguments: Any) -> Any:
         self.calls.append((name, "", -1))

@@ -207,7 +207,8 @@ def train_steps(case: Case, ep: ExpertParallel, optimizer: torch.optim.Optimizer
         if case.main_grad:
             for moe in ep.layers:
                 for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
-                    parameter.main_grad = torch.zeros_like(parameter)
+                    if parameter.requires_grad:
+                        parameter.main_grad = torch.zeros_like(parameter)
 
         inputs = [
             model_input(case, my_trace, tokens, mine, np.flatnonzero(my_groups == m)) for m in range(case.micro_batches)
@@ -222,7 +223,7 @@ def train_steps(case: Case, ep: ExpertParallel, optimizer: torch.optim.Optimizer
             for moe in ep.layers:
                 for parameter in (moe.experts.gate_up_proj, moe.experts.down_proj):
                     assert parameter.grad is None
-                    parameter.grad, parameter.main_grad = parameter.main_grad, None
+                    parameter.grad = parameter.__dict__.pop("main_grad", None)
         ep.reduce_gradients()
         total_loss = torch.tensor(total, dtype=torch.float64)
         dist.all_reduce(total_loss)

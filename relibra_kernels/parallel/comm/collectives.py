@@ -19,6 +19,7 @@ from ...planner.errors import CommunicationError, InputError, ReLibraError
 from .alarm import Alarm
 from .ledger import Ledger
 
+_MADE: Counter[tuple[int, ...]] = Counter()  # so far, by ranks: in one order on all of them
 LISTEN = timedelta(seconds=1)  # between looks at whether another rank has stopped
 
 
@@ -68,6 +69,8 @@ class Comm:
         self.alarm: Alarm | None = None
         self._waits_on_host = dist.get_backend(group) == "gloo"  # with others, a stream waits and the host goes on
         self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
+        self._serial = _MADE[self.ranks]  # in the store, where an earlier one of these ranks has left its names
+        _MADE[self.ranks] += 1
 
     @property
     def position(self) -> tuple[int, str, bool]:
@@ -147,7 +150,7 @@ class Comm:
     def _missing(self) -> list[int]:
         """Say in the store that this rank waits in the collective that it has begun last; who has not said so."""
         default = dist.distributed_c10d._get_default_store()
-        store = dist.PrefixStore(f"relibra-waiting-{self.ranks}-{self._progress.position[0]}", default)
+        store = dist.PrefixStore(f"relibra-waiting-{self.ranks}-{self._serial}-{self._progress.position[0]}", default)
         store.set(str(self.rank), "")
         return [rank for place, rank in enumerate(self.ranks) if not store.check([str(place)])]
 

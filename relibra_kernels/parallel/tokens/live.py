@@ -21,8 +21,10 @@ def live_path(
         destinations: rank and slot [T, K] of every assignment.
         patience: seconds to wait at most for the other ranks.
     """
+    transport.buffers.forget_rows()  # other rows come every time
     tables = transport.tables(Destinations(*(table[None] for table in destinations)))
     counts = tables.counts.cpu().numpy()
     phase = f"the exchange of live counts of {where}"
     received = exchange_messages(transport.host, transport.messages(counts), phase, patience)
-    return transport.paths(tables, transport.sizes(counts, received), [num_slots], [where], overlap)[0]
+    sizes = transport.sizes(counts, received)[0]
+    return transport.path(tables.of_layers([sizes.hops[0]])[0], sizes, num_slots, where, overlap)

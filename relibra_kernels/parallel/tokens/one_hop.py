@@ -12,7 +12,7 @@ from .buffers import Buffers
 from .chunks import Chunk, Chunks, Group
 from .destinations import Destinations
 from .hop import Hop, rows_of_hop
-from .tables import HopSizes, SendTables, Sizes, send_tables
+from .tables import HopSizes, LayerTables, SendTables, Sizes, send_tables
 
 
 class OneHop:
@@ -49,21 +49,9 @@ class OneHop:
     def hops(self, sizes: Sizes, _overlap: bool) -> list[tuple[str, int]]:
         return [("", rows_of_hop(sizes.hops[0], self._experts.rank))]
 
-    def paths(
-        self,
-        tables: SendTables,
-        sizes: Sequence[Sizes],
-        num_slots: Sequence[int],
-        where: Sequence[str],
-        overlap: bool = False,
-    ) -> list["OneHopPath"]:
-        of_layers = tables.of_layers([sum(of_layer.hops[0].send) for of_layer in sizes])
-        return [
-            OneHopPath(
-                Hop(self._experts, self.buffers, table, size.hops[0], place), Chunks(slots, size, overlap), overlap
-            )
-            for table, size, slots, place in zip(of_layers, sizes, num_slots, where, strict=True)
-        ]
+    def path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> "OneHopPath":
+        hop = Hop(self._experts, self.buffers, tables, sizes.hops[0], where)
+        return OneHopPath(hop, Chunks(num_slots, sizes, overlap), overlap)
 
 
 class OneHopPath:

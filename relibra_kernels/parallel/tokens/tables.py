@@ -50,10 +50,10 @@ class SendTables:
     offsets: Tensor
     counts: Tensor
 
-    def of_layers(self, rows_L: Sequence[int]) -> list[LayerTables]:
+    def of_layers(self, hops: "Sequence[HopSizes]") -> list[LayerTables]:
         """The tables of every layer, cut to the rows that it sends."""
         width = self.assignment_of.shape[1]
-        sizes = [size for rows in rows_L for size in (rows, width - rows)]
+        sizes = [size for hop in hops for size in (sum(hop.send), width - sum(hop.send))]
         flat = self.assignment_of.flatten(), self.token_of.flatten(), self.slots.flatten(0, 1)
         assignment_of, token_of, slots = (table.split(sizes)[::2] for table in flat)
         schedules = map(Schedule, self.offsets.unbind(), assignment_of, self.position_of.unbind())

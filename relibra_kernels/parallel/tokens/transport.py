@@ -18,7 +18,7 @@ from .buffers import Buffers
 from .chunks import Chunk, Group
 from .destinations import Destinations
 from .hop import buffer_bytes
-from .tables import SendTables, Sizes
+from .tables import LayerTables, SendTables, Sizes
 
 
 class TokenPath(Protocol):
@@ -78,7 +78,7 @@ class Transport(Protocol):
        must know of them travels between the hosts, in one all-to-all. A transport that exchanges counts by itself
        (DeepEP's notify) sends empty messages, but then its layers wait for the host, which a recorded layer must not.
     3. `hops`, to make all memory before the first layer: none is allocated in one.
-    4. `paths`, before the first layer too: then their methods, forward and backward, as often as activations are
+    4. `path` of each, before the first layer too: then their methods, forward and backward, as often as activations are
        recomputed.
 
     What must hold, and what tests/relibra_kernels/parallel asserts of each: a chunk has the rows of all tokens that
@@ -113,20 +113,13 @@ class Transport(Protocol):
     def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, int]]:
         """The exchanges of a layer: what the names of its buffers begin with, and the rows that one holds."""
 
-    def paths(
-        self,
-        tables: SendTables,
-        sizes: Sequence[Sizes],
-        num_slots: Sequence[int],
-        where: Sequence[str],
-        overlap: bool = False,
-    ) -> Sequence[TokenPath]:
-        """The way of the rows of every layer.
+    def path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> TokenPath:
+        """The way of the rows of a layer.
 
         Args:
             tables: for the model's input.
-            num_slots: slots of this rank that rows may visit, in each layer.
-            where: of each, "layer l, micro-batch m", for errors.
+            num_slots: slots of this rank that rows may visit.
+            where: "layer l, micro-batch m", for errors.
             overlap: give what is near as a chunk of its own, to be computed while the rest is under way.
         """
 
@@ -166,4 +159,3 @@ def reserve(
             for part, size in buffer_bytes(count, hidden, top_k, dtype, out, redispatch=options.redispatch).items():
                 needed[name + part] = max(needed[name + part], size)
     transport.buffers.reserve(needed, device)
-    transport.buffers.forget_rows()

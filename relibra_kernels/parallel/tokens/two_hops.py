@@ -97,18 +97,7 @@ class TwoHops:
         near = [(_INSIDE.format(index), rows_of_hop(hop, self._node.rank)) for index, hop in enumerate(inside)]
         return [("", rows_of_hop(rail, self._rail.rank)), *near]
 
-    def paths(
-        self,
-        tables: SendTables,
-        sizes: Sequence[Sizes],
-        num_slots: Sequence[int],
-        where: Sequence[str],
-        overlap: bool = False,
-    ) -> list["TwoHopPath"]:
-        of_layers = tables.of_layers([sum(of_layer.hops[0].send) for of_layer in sizes])
-        return [self._path(*of_layer, overlap) for of_layer in zip(of_layers, sizes, num_slots, where, strict=True)]
-
-    def _path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> "TwoHopPath":
+    def path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> "TwoHopPath":
         rail, *inside = self._exchanges(sizes, overlap)
         across = Hop(self._rail, self.buffers, tables, rail, f"{where}, between nodes")
         chunks = Chunks(num_slots, sizes, overlap)
@@ -150,8 +139,7 @@ class TwoHopPath:
         return self._chunks.groups
 
     def prepare(self, hidden: int, dtype: torch.dtype, out: torch.dtype) -> None:
-        for hop in (self._across, *self._inside.values()):
-            hop.prepare(hidden, dtype, out)
+        self._across.prepare(hidden, dtype, out)  # the second hop's tables come with its rows
 
     @property
     def assignments(self) -> int:
@@ -203,7 +191,7 @@ class TwoHopPath:
             rank = torch.where(there, places_RK % size, -1).long()
             slot = torch.where(there, places_RK // size, -1)
             tables = send_tables(Destinations(rank[None], slot[None]), size, self._node.rank)
-            of_layer = tables.of_layers([sum(self._sizes[index].send)])[0]
+            of_layer = tables.of_layers([self._sizes[index]])[0]
             name = _INSIDE.format(index)
             self._inside[index] = Hop(self._node, self._buffers, of_layer, self._sizes[index], self._where, name)
         return self._inside[index]

@@ -150,6 +150,35 @@ def test_a_process_ends_while_its_watchdogs_write():
         assert done.returncode == 0, done.stderr
 
 
+WATCHDOGS_LEFT = """
+import atexit, threading
+
+
+def left():  # registered before the watchdog's own, so it runs after it
+    print([thread.name for thread in threading.enumerate() if thread.name == "relibra-watchdog"])
+
+
+atexit.register(left)
+import torch.distributed as dist
+from relibra_kernels.parallel.comm.watchdog import start_watchdog
+
+
+class Comm:
+    size, rank, ranks, position = 2, 0, (0, 1), (0, "", False)
+
+
+dist.init_process_group("gloo", store=dist.TCPStore("127.0.0.1", 0, 1, True), rank=0, world_size=1)
+comm = Comm()
+start_watchdog(comm, 60.0)
+"""
+
+
+def test_no_watchdog_is_left_to_pythons_end():
+    """One that is inside the store then aborts the process, in one run of six."""
+    done = subprocess.run([sys.executable, "-c", WATCHDOGS_LEFT], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
 def reduce_and_end(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     _HELD.append(Groups(None, ClusterSpec(1, 2, 1)))  # as a run that is not closed

@@ -3,6 +3,7 @@
 import ep_hands
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import Ranks
 
 from relibra_kernels.parallel import RuntimeOptions
@@ -89,6 +90,27 @@ def test_a_rank_that_runs_more_forwards_than_the_others_stops():
     assert 2.5 < waited < 5
     assert "rank 0 has waited 3 s for rank 1" in error and "with generate, synced_gpus=True" in error
     assert "RuntimeOptions.live_wait_seconds" in error
+
+
+def test_a_rank_that_pauses_between_forwards_is_waited_for(ranks):
+    first, _ = ranks(2).run(ep_hands.forwards_after_pauses)
+    assert first > 2.5
+
+
+def test_a_second_model_does_not_take_the_firsts_ranks_for_its_own(monkeypatch):
+    """Both number their collectives from one, and what a rank has said in the store stays there."""
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda group=None: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(dist, "get_backend", lambda group=None: "gloo")
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group=None: [0, 1])
+    store = dist.HashStore()
+    monkeypatch.setattr(dist.distributed_c10d, "_get_default_store", lambda: store)
+    first, second = Comm(object(), 2), Comm(object(), 2)
+    assert first._missing() == [1]
+    first.rank = 1
+    assert first._missing() == []  # both have said so
+    assert second._missing() == [1]
 
 
 def test_patience_is_for_ranks_that_have_not_begun(monkeypatch):

@@ -1,7 +1,9 @@
 """What keeps activations, threads and micro-batches apart, without a process group."""
 
+import operator
 import threading
 import weakref
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -99,3 +101,30 @@ def test_two_threads_in_one_batch_are_refused():
     assert len(problems) == 1 and "another thread" in str(problems[0])
     enter()
     assert len(problems) == 1
+
+
+@dataclass(frozen=True)
+class HoldsTensors:
+    """As what a replay's forward is bound to: it cannot be compared."""
+
+    ids: torch.Tensor
+
+
+def test_forwards_that_follow_each_other_while_one_is_open_stay_apart():
+    context: ForwardContext[HoldsTensors] = ForwardContext()
+    states = [HoldsTensors(torch.arange(3)) for _ in range(2)]
+    seen: list[HoldsTensors] = []
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        seen.append(context.find())
+        return x.sin().exp()
+
+    with context.entered(None):
+        outputs = []
+        for context.current in states:
+            x = torch.ones(4, requires_grad=True)
+            outputs.append(checkpoint(block, checkpoint(block, x, use_reentrant=False), use_reentrant=False))
+    seen.clear()
+    for output in outputs:
+        output.sum().backward()
+    assert all(map(operator.is_, seen, [states[0], states[0], states[1], states[1]])) and len(seen) == 4

@@ -32,6 +32,7 @@ CASES = {
     ),
     "gpt-oss form": Case(form=GPT_OSS, plan="shuffled"),
     "main_grad": Case(main_grad=True, plan="shuffled"),
+    "main_grad, some frozen": Case(main_grad=True, plan="shuffled", frozen=("down_proj",)),
     "four ranks": Case(ranks=4, gpus_per_node=4),
     "four ranks on two nodes": Case(ranks=4, gpus_per_node=2, plan="shuffled"),
     "three ranks, more choices than local experts": Case(

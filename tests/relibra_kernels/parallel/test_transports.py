@@ -58,7 +58,7 @@ def there_and_back(name: str, overlap: bool) -> tuple[Network, list[tuple]]:
         tables = transport.tables(Destinations(rank_TK[None], slot_TK[None]))
         counts = tables.counts.numpy()
         sizes = transport.sizes(counts, exchange_messages(transport.host, transport.messages(counts), "counts"))
-        path = transport.paths(tables, sizes, [SLOTS], ["here"], overlap)[0]
+        path = transport.path(tables.of_layers([sizes[0].hops[0]])[0], sizes[0], SLOTS, "here", overlap)
         chunks = [arrive() for arrive in path.dispatch(x, gates, "dispatch")]
         parts = [((factors(rank, c) * c.weights).sum(1, keepdim=True) * c.x, factors(rank, c)) for c in chunks]
         for index, (rows, _) in enumerate(parts):
@@ -173,7 +173,7 @@ def test_ranks_that_want_different_transports_are_told_so(ranks):
 def test_a_layer_asks_its_transport_for_nothing_else(ranks):
     """Tables of all layers once; then, in each layer, out and back, and the same backwards."""
     case = Case(ranks=4, gpus_per_node=2, plan="static", micro_batches=1, options=RuntimeOptions(transport="two"))
-    opening = [(name, "", -1) for name in ("tables", "messages", "sizes", "paths")]
+    opening = [(name, "", -1) for name in ("tables", "messages", "sizes", *["path"] * case.layers)]
     forward = [[("dispatch", "dispatch", i), ("combine", "combine", i)] for i in range(case.layers)]
     backward = [
         [("dispatch_rows", "backward dispatch", i), ("combine_gradients", "backward combine", i)]
