@@ -269,15 +269,15 @@ def contiguous_home(layers: int, experts: int, ranks: int) -> np.ndarray:
 
 
 def held_experts(home_LE: np.ndarray, ranks: int) -> np.ndarray:
-    """int32 [L, R, ceil(E / R)]: the experts whose home each rank is, ascending, then -1."""
+    """int32 [L, R, most experts of a rank]: the experts whose home each rank is, ascending, then -1."""
     layers, experts = home_LE.shape
     order = np.argsort(home_LE, axis=1, kind="stable").astype(np.int32)
-    if experts % ranks == 0:
-        return order.reshape(layers, ranks, -1)
-    out = np.full((layers, ranks, -(-experts // ranks)), -1, np.int32)
-    rank = np.take_along_axis(home_LE, order, 1)
     owned = np.zeros((layers, ranks), np.int64)
     np.add.at(owned, (np.arange(layers)[:, None], home_LE), 1)
+    if (owned * ranks == experts).all():
+        return order.reshape(layers, ranks, -1)
+    out = np.full((layers, ranks, int(owned.max(initial=0))), -1, np.int32)
+    rank = np.take_along_axis(home_LE, order, 1)
     first = np.cumsum(owned, 1) - owned
     place = np.arange(experts) - np.take_along_axis(first, rank, 1)
     out[np.arange(layers)[:, None], rank, place] = order

@@ -1,7 +1,8 @@
 """A batch under several policies, priced by cost.py: the paper's comparison on any load table."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -76,7 +77,8 @@ def simulate(
     previous_home: [L, E], where our plan of the batch before left the experts; None: contiguous homes
     others: the caller's own policies: name in `policies` -> function of (table int [L, M, E], cluster)
 
-    Raises: PolicyError where one of `others` fails, or returns what is no Outcome of the table; InputError.
+    Raises: PolicyError where one of `others` fails, or returns what is no Outcome of the table; InputError, and any
+        other of our errors that a policy raises itself.
     """
     known = BASELINES | dict(others or {})
     table = total_loads(loads)
@@ -95,7 +97,8 @@ def simulate(
             home = plan.home
         else:
             outcome, home = _outcome(name, known, table, scenario.cluster, others), None
-        results[name] = replace(_result(name, outcome, scenario, time.perf_counter() - start), home=home)
+        with _failing_by_name(name, others):
+            results[name] = replace(_result(name, outcome, scenario, time.perf_counter() - start), home=home)
         if progress is not None:
             progress(name)
     return results
@@ -115,6 +118,19 @@ def unable(name: str, experts: int, cluster: ClusterSpec, others: Mapping[str, P
     return ""
 
 
+@contextmanager
+def _failing_by_name(name: str, others: Mapping[str, Policy] | None) -> Iterator[None]:
+    """Whatever comes of one of the caller's policies, as a PolicyError; our errors, and those of ours, as they are."""
+    try:
+        yield
+    except ReLibraError:
+        raise
+    except Exception as error:
+        if name not in (others or {}):
+            raise
+        raise PolicyError(f"policy {name!r} failed: {type(error).__name__}: {error}") from error
+
+
 def _outcome(
     name: str,
     known: Mapping[str, Policy],
@@ -122,19 +138,13 @@ def _outcome(
     cluster: ClusterSpec,
     others: Mapping[str, Policy] | None,
 ) -> Outcome:
-    """What a policy makes of a table. What it raises of our errors says that it cannot serve the cluster."""
-    try:
+    """What a policy makes of a table. An InputError of it says that it cannot serve the cluster."""
+    with _failing_by_name(name, others):
         outcome = known[name](table, cluster)
-    except ReLibraError:
-        raise
-    except Exception as error:
-        if name not in (others or {}):
-            raise
-        raise PolicyError(f"policy {name!r} failed: {type(error).__name__}: {error}") from error
-    if not isinstance(outcome, Outcome):
-        raise PolicyError(f"policy {name!r} returned a {type(outcome).__name__}, but must return an Outcome")
-    if not np.array_equal(outcome.rank_load.sum(2), table.sum(2)):
-        raise PolicyError(f"policy {name!r} computes other assignments than the table has")
+        if not isinstance(outcome, Outcome):
+            raise PolicyError(f"policy {name!r} returned a {type(outcome).__name__}, but must return an Outcome")
+        if not np.array_equal(outcome.rank_load.sum(2), table.sum(2)):
+            raise PolicyError(f"policy {name!r} computes other assignments than the table has")
     return outcome
 
 

@@ -36,7 +36,7 @@ class PairFlow:
 
     def _hosts_at(self, ranks: np.ndarray) -> np.ndarray:
         """The hosts on some ranks, rank by rank."""
-        return self.by_rank[_spans(self.from_rank[ranks], self.at_rank[ranks])]
+        return self.by_rank[spans(self.from_rank[ranks], self.at_rank[ranks])]
 
     def busiest(self) -> np.ndarray:
         """int64 [P]."""
@@ -137,7 +137,7 @@ class PairFlow:
 
         moved = np.flatnonzero(flow)
         size = np.append(self.first, len(self.expert))[moved + 1] - self.first[moved]
-        to = _spans(self.first[moved], size)
+        to = spans(self.first[moved], size)
         to = to[steps[self.rank[to]] == step - 1]
         if step == 1:
             room = np.maximum((limit - self.load)[self.rank[to]], 0)
@@ -163,7 +163,7 @@ def _fill(room: np.ndarray, first: np.ndarray, amount: np.ndarray) -> np.ndarray
     return np.clip(np.repeat(amount, size) - (upto - room - before), 0, room)
 
 
-def _spans(start: np.ndarray, size: np.ndarray) -> np.ndarray:
+def spans(start: np.ndarray, size: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... for size[0] of them, then those of start[1], and so on."""
     return np.repeat(start - np.cumsum(size) + size, size) + np.arange(size.sum())
 

@@ -33,6 +33,14 @@ class Copies:
     def where(self, chosen: np.ndarray) -> "Copies":
         return Copies(self.layer[chosen], self.expert[chosen], self.rank[chosen])
 
+    def places(self, ranks: int) -> np.ndarray:
+        """int64 [C]: how many of the same layer and rank come before each."""
+        key = self.layer * ranks + self.rank
+        order = np.argsort(key, kind="stable")
+        place = np.empty(len(key), np.int64)
+        place[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+        return place
+
 
 def shares(load_LME: np.ndarray, ranks: int) -> np.ndarray:
     """float64 [L, E, M] of whole numbers: loads, in 1/16384 of a rank's mean load in that micro-batch."""

@@ -30,10 +30,7 @@ def choose_by_node(
     copies = pack(share, node_home, layer, expert, whole, rank_copies * gpus, NodeRule())
     if not len(copies.layer):
         return copies
-    key = copies.layer * nodes + copies.rank
-    order = np.argsort(key, kind="stable")
-    place = np.empty(len(key), np.int64)
-    place[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    place = copies.places(nodes)
     replicas = np.full((layers, micro_batches, nodes, int(place.max()) + 1), -1, np.int32)
     replicas[copies.layer, :, copies.rank, place] = copies.expert[:, None]
     kept = replicas[:, 0] >= 0

@@ -48,13 +48,15 @@ def swap_kept_where_uneven(problem: Problem, solution: Solution, slack: float) -
 
 def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) -> None:
     """Plan layers that miss the balance asked for again, in place: with fewer kept replicas, so that slots are free for
-    fetched ones, and with homes moved, where that is allowed. Of each layer the most even solution stays.
+    fetched ones, and with homes moved, where that is allowed. Of each layer the solution stays whose worst micro-batch
+    is the most even one, of those that are in the mean no worse than experts that stay where they are.
 
     first: the member that `solution` comes from. No member is solved twice for the same layers.
     """
     options, slots = problem.options, problem.cluster.replica_slots
     may_move = options.max_moves != 0 and problem.table_LME.shape[2] % problem.cluster.num_ranks == 0
     tried = {(tuple(range(len(problem.table_LME))), first)}
+    still = _over(problem, solve_nothing(problem)).mean(1)
     ways: list[tuple[float, int | None, bool]] = [(float(kept), 0, False) for kept in (slots, slots - 1, 0)]
     if may_move:
         ways += [(kept, options.max_moves, False) for kept, _, _ in ways]
@@ -76,7 +78,9 @@ def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) 
         home, copies = hosts_of(part, member)
         again = drop_idle(solve_over(part, home, copies, effort), problem.cluster.gpus_per_node)
         before = Solution(*(value[missed] for value in vars(solution).values()))
-        gain = _over(part, before).max(1) - _over(part, again).max(1)
+        over_before, over_again = _over(part, before), _over(part, again)
+        gain = over_before.max(1) - over_again.max(1)
+        gain[over_again.mean(1) > np.maximum(over_before.mean(1), still[missed])] = 0
         for layer in np.argsort(-gain, kind="stable")[: np.count_nonzero(gain > 0)]:
             now, then = used[missed[layer]], again.kept[layer].sum(1)
             if (used.sum(0) - now + then).max() > problem.copies:  # layers that stay as they are may hold more
@@ -89,13 +93,15 @@ def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) 
 def leave_alone(problem: Problem, solution: Solution) -> None:
     """Undo, in place, layers that would be as fast or faster with their experts where they are and no replicas.
 
-    Where weights are small beside what tokens cost, only layers that are nearly balanced as they are can be such.
+    Where weights are small beside what tokens cost, only layers whose experts have moved, or that are nearly balanced
+    as they are, can be such.
     """
     table, ranks = problem.table_LME, problem.cluster.num_ranks
     if _weights_are_small(problem):
         empty = np.zeros((*table.shape[:2], ranks, 0), np.int32)
         busiest = rank_loads(table, problem.home, empty, empty).max(2).sum(1)
-        doubtful = np.flatnonzero(busiest * ranks < _NEARLY * table.sum((1, 2)))
+        moved = (solution.home != problem.home).any(1)
+        doubtful = np.flatnonzero(moved | (busiest * ranks < _NEARLY * table.sum((1, 2))))
         part = of_layers(problem, doubtful)
         if len(doubtful):
             some = Solution(*(value[doubtful] for value in vars(solution).values()))

@@ -3,8 +3,9 @@
 Members of the family differ in six things: whether homes move, how many replicas are kept (shares of what memory
 allows), whether replicas of an expert are spread over nodes or chosen to level nodes, how often a home may send kept
 replicas to other nodes, and how far above its target a rank may stay after fetching. Each member is solved and priced
-on a fixed sample of layers and micro-batches; the cheapest is then solved for all. A layer whose plan costs more than
-no change stays as it is.
+on a fixed sample of layers and micro-batches; the cheapest is then solved for all. With full effort and no balance
+asked for, every micro-batch then fetches in the cheapest of several ways, and layers in which the sample was wrong take
+another member (`_put_others`). A layer whose plan costs more than no change stays as it is.
 """
 
 from dataclasses import replace
@@ -84,8 +85,8 @@ def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) ->
         if member.tolerance or problem.cluster.num_ranks <= _FEW:
             ways += [(plain, 0.0, False), (plain, 0.0, True), (plain, _TOLERANCES[1], True)]
         if member.tolerance:
-            ways += [(effort, each, False) for each in (0.0, *_TOLERANCES)]
-        _fetch_singly(problem, solution, home, copies, ways)
+            ways += [(effort, each, False) for each in (0.0, *_TOLERANCES) if each != member.tolerance]
+        _fetch_singly(problem, solution, home, copies, list(dict.fromkeys(ways)))
     return solution
 
 

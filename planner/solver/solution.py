@@ -7,7 +7,7 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..plan import held_experts
 from ..pricing.cost import Setting
-from .exact import PairFlow
+from .exact import PairFlow, spans
 from .fetched import FetchPrice, Slots, fetch
 from .fetched_by_flow import fetch_by_flow, level_slots
 from .hosts import Hosts
@@ -230,10 +230,7 @@ class _Dense:
         layer, rank, slot = np.nonzero(held >= 0)
         home_places = np.empty(home.shape, np.int64)
         home_places[layer, held[layer, rank, slot]] = slot
-        key = copies.layer * ranks + copies.rank
-        order = np.argsort(key, kind="stable")
-        kept_places = np.empty(len(key), np.int64)
-        kept_places[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order]) + home_slots
+        kept_places = copies.places(ranks) + home_slots
         expert[copies.layer, copies.rank, kept_places] = copies.expert
         return _Dense(home, copies, expert, home_places, kept_places, home_slots)
 
@@ -298,5 +295,4 @@ def _hosts_of_layers(hosts: Hosts, layer: np.ndarray) -> tuple[np.ndarray, np.nd
     bounds = np.append(hosts.first[:: hosts.experts], len(hosts.expert))
     size = np.diff(bounds)[layer]
     pair = np.repeat(np.arange(len(layer)), size)
-    start = np.repeat(bounds[layer] - np.cumsum(size) + size, size)
-    return start + np.arange(len(pair)), pair
+    return spans(bounds[layer], size), pair

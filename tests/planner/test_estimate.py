@@ -83,6 +83,9 @@ def test_memory_of_one_rank_by_hand():
     assert found.token_buffer_bytes == 6 * 24 * 8 * 2
     assert found.activation_bytes == 24 * 8 * 2 + 24 * 2 * 4 * 2
     assert (found.token_fast_bytes, found.token_slow_bytes, found.planned_max_mean) == (0, 0, 1.0)
+    ungated = replace(TINY, has_gate=False)
+    found = estimate_plan(static_plan(loads, ClusterSpec(1, 1)), loads, PlanOptions(shape=ungated).setting(4, 1))
+    assert found.activation_bytes == 24 * 8 * 2 + 24 * 4 * 2
 
 
 @pytest.mark.parametrize("transport", ["one", "two", "auto"])

@@ -354,6 +354,33 @@ def test_homes_that_cannot_be_even_stay(effort, nodes, gpus, experts):
         assert plan.imbalance_mean(loads) <= still.imbalance_mean(loads)
 
 
+@pytest.mark.parametrize(
+    ("model", "nodes", "imbalance"), [("Qwen3-30B-A3B", 3, 1.014), ("Qwen3-30B-A3B", 5, 1.006), ("GLM-4.5", 8, 1.011)]
+)
+@pytest.mark.parametrize("balance", [None, 1.0])
+def test_few_copies_level_nodes_whose_homes_are_not_even(model, nodes, imbalance, balance):
+    """The first nodes have one expert more on some ranks, so nodes have different numbers."""
+    shape, cluster = MODELS[model], ClusterSpec(nodes, 8)
+    loads = generate_loads(8, 8, shape.experts, shape.top_k, cluster.num_ranks * 8192, max_mean=4.0, seed=3)
+    plan = plan_batch(loads, cluster, options=PlanOptions(balance, kept_bytes=3 * shape.copy_bytes, shape=shape))
+    plan.check_loads(loads)
+    np.testing.assert_array_equal(plan.home, static_plan(loads, cluster).home)
+    assert plan.imbalance_mean(loads) <= imbalance
+
+
+def test_homes_are_not_moved_for_a_slower_step():
+    """Without slots, a fast plan moves homes for balance alone; a layer that this makes slower stays."""
+    for seed in range(120):
+        rng = np.random.default_rng(seed)
+        cluster = ClusterSpec(int(rng.choice([1, 2])), int(rng.choice([2, 4])), 0)
+        loads = (rng.pareto(1.2, (1, 2, 4 * cluster.num_ranks)) * 500).astype(np.int64)
+        options = PlanOptions(effort="fast", kept_bytes=0, shape=MODELS["Qwen3-235B-A22B"])
+        plan, static = plan_batch(loads, cluster, options=options), static_plan(loads, cluster)
+        setting = options.setting(loads.shape[2], cluster.gpus_per_node)
+        seconds = [price(outcome_of_plan(each, loads, static.home), setting).seconds for each in (plan, static)]
+        assert seconds[0] <= seconds[1] * (1 + 1e-12), seed
+
+
 def test_few_replicas_are_fetched_where_one_copy_a_rank_is_kept():
     """A pair of which a few sweeps do not show yet what is stuck must not be given up."""
     loads = generate_loads(2, 16, 128, 8, 64 * 8192, max_mean=7.3, seed=4)

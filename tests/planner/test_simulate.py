@@ -11,6 +11,7 @@ from relibra_kernels.planner import (
     ClusterSpec,
     InputError,
     PlanOptions,
+    PolicyError,
     Scenario,
     count_loads,
     generate_loads,
@@ -25,6 +26,7 @@ from relibra_kernels.planner.simulation.baselines.eplb import pack
 from relibra_kernels.planner.simulation.generator import hottest_change
 from relibra_kernels.planner.simulation.simulate import POLICIES
 from relibra_kernels.planner.simulation.workloads import WORKLOADS, workload
+from relibra_kernels.planner.solver import search
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -153,10 +155,8 @@ def test_ours_is_behind_no_rival_with_few_tokens_or_one_node(name, nodes, tokens
 
 def test_experts_hosted_at_once_beyond_the_slots_need_memory():
     loads = np.full((1, 2, 16), 10)
-    loads[0, 1, [0, 2]] = (
-        200,
-        100,
-    )  # on ranks 0 and 1, which have 155 and 55 above the mean; the others have room for 35
+    # On ranks 0 and 1, which have 155 and 55 above the mean; the others have room for 35.
+    loads[0, 1, [0, 2]] = 200, 100
     outcome = BASELINES["moonep"](loads, ClusterSpec(1, 8, 1))
     hosted = (outcome.slot_load[..., 2:] > 0).sum(3).max((0, 1))
     assert hosted.max() == 2
@@ -185,6 +185,30 @@ def test_small_batches_are_not_drowned_in_weights():
     results = simulate(loads, scenario, ["static", "relibra"])
     assert results["relibra"].cost.seconds <= results["static"].cost.seconds
     assert results["relibra"].fetched < 5
+
+
+def test_a_layer_takes_another_plan_where_the_sample_was_wrong(monkeypatch):
+    model = MODELS["Qwen3-30B-A3B"]
+    loads = generate_loads(8, 8, model.experts, model.top_k, 1024 * 16, seed=1)
+    scenario = Scenario(ClusterSpec(2, 8), PlanOptions(shape=model, kept_bytes=int(0.3e9 * 8 / model.layers)))
+    mixed = simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+    monkeypatch.setattr(search, "_put_others", lambda *_: None)
+    assert mixed < 0.998 * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda outcome: replace(outcome, slot_load=outcome.slot_load[..., 0]),
+        lambda outcome: replace(outcome, slot_load=outcome.slot_load.tolist()),
+        lambda outcome: replace(outcome, pushed_in=np.zeros((3, 3), np.int64)),
+        lambda outcome: replace(outcome, kept_copies=None),
+    ],
+)
+def test_an_outcome_that_cannot_be_priced_is_its_policys_failure(broken):
+    others = {"mine": lambda loads, cluster: broken(BASELINES["static"](loads, cluster))}
+    with pytest.raises(PolicyError, match="policy 'mine' failed: "):
+        simulate(skewed_loads(2, 3, 16), Scenario(ClusterSpec(1, 8), PlanOptions()), ["mine"], others=others)
 
 
 def test_unknown_policies_are_refused():

@@ -143,21 +143,6 @@ def test_fetching_fills_a_node_exactly():
     assert slots.fetched.sum() == 3
 
 
-def test_of_ranks_that_are_as_good_the_lowest_hosts_a_replica():
-    share = np.array([[[80.0], [20.0], [20.0], [20.0]]])
-    kept = pack(share, np.arange(4)[None], np.array([0]), np.array([0]), ClusterSpec(1, 4, 1), 1, NodeRule())
-    assert kept.rank.tolist() == [1]
-    for fetching in (
-        lambda slots: fetch(slots, np.array([50]), 4),
-        lambda slots: fetch_by_flow(slots, np.array([50]), 4, 4, 1, 8),
-    ):
-        expert = np.stack([np.arange(4), np.full(4, -1)], 1)[None]
-        load = np.array([[[80, 0], [20, 0], [20, 0], [20, 0]]])
-        slots = Slots(expert, load, np.full((1, 4), 1), np.zeros((1, 4, 2), bool))
-        fetching(slots)
-        assert np.argwhere(slots.fetched[0]).tolist() == [[1, 1]]
-
-
 @pytest.mark.parametrize("how", ["kept", "fetched", "fetched_by_flow"])
 def test_of_ranks_that_are_as_good_the_lowest_hosts(how):
     """One expert a rank, of which that on rank 1 has all the load; ranks 0, 2 and 3 are idle."""
