@@ -36,11 +36,11 @@ test-families: .venv/installed
 # Python 3.12 and is only unpacked.
 MEGATRON ?= 0.16.1
 MEGATRON_ENV := .venv/megatron-$(MEGATRON)
-MEGATRON_TESTS := $(addprefix tests/relibra_kernels/integrations/,test_megatron.py test_megatron_shares.py \
-	test_megatron_specs.py test_megatron_training.py test_trainer_replay.py)
+MEGATRON_TESTS := $(wildcard tests/relibra_kernels/integrations/test_megatron*.py) \
+	tests/relibra_kernels/integrations/test_trainer_replay.py
 
 test-megatron: $(MEGATRON_ENV)/installed
-	$(MEGATRON_ENV)/bin/python -m pytest -q $(MEGATRON_TESTS)
+	RELIBRA_MEGATRON=required $(MEGATRON_ENV)/bin/python -m pytest -q $(MEGATRON_TESTS)
 
 $(MEGATRON_ENV)/installed: pyproject.toml constraints.txt | .venv/installed
 	$(PYTHON) -m venv $(MEGATRON_ENV)

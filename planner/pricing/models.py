@@ -114,7 +114,7 @@ class ModelShape:
         else:
             query, key = self.hidden_size * self.heads * query_dim, 2 * self.hidden_size * self.kv_heads * self.head_dim
         parameters = query + key + self.heads * value_dim * self.hidden_size
-        parameters += 3 * self.hidden_size * self.shared_intermediate_size
+        parameters += (3 if self.has_gate else 2) * self.hidden_size * self.shared_intermediate_size
         attention = self.heads * (query_dim + value_dim) * sequence_length  # half the sequence, two FLOPs
         return 2 * parameters + attention
 
@@ -207,6 +207,15 @@ def shape_of_text(text: str) -> ModelShape:
     return shape_of_sizes(hidden_size, intermediate_size, experts, top_k)
 
 
+def _moe_blocks(config: dict[str, Any]) -> int:
+    """Of a model that lists what each block is, as Nemotron-H does; 0 where none of them says that it is an MoE."""
+    kinds = config.get("layers_block_type")
+    if isinstance(kinds, list):
+        return kinds.count("moe")
+    pattern = config.get("hybrid_override_pattern")
+    return pattern.count("E") if isinstance(pattern, str) else 0
+
+
 def _shape_of_config(path: Path) -> ModelShape:
     """From the config.json that Hugging Face keeps beside a model's weights."""
     try:
@@ -230,12 +239,17 @@ def _shape_of_config(path: Path) -> ModelShape:
 
     hidden_size, heads = size("hidden_size"), size("num_attention_heads")
     intermediate_size = size("moe_intermediate_size", "intermediate_size")
-    shared = size("shared_expert_intermediate_size", default=0)
+    if config.get("moe_latent_size"):
+        raise FormatError(
+            f"{path}: moe_latent_size is {config['moe_latent_size']!r}; experts of another width than the model's are "
+            "not priced: give H,I,E,K with that width as H"
+        )
+    shared = size("shared_expert_intermediate_size", "moe_shared_expert_intermediate_size", default=0)
     shared = shared or size("n_shared_experts", "num_shared_experts", default=0) * intermediate_size
     kv_rank = size("kv_lora_rank", default=0)
     shape = ModelShape(
         name=str(config.get("_name_or_path") or path.resolve().parent.name),
-        layers=size("num_hidden_layers") - size("first_k_dense_replace", default=0),
+        layers=_moe_blocks(config) or size("num_hidden_layers") - size("first_k_dense_replace", default=0),
         experts=size("num_experts", "n_routed_experts", "num_local_experts"),
         top_k=size("num_experts_per_tok", "moe_topk"),
         hidden_size=hidden_size,

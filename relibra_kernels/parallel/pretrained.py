@@ -112,7 +112,8 @@ def save_pretrained(
         like: a folder whose names of tensors are used (of each expert, where it has such), and whose other files
             (config, tokenizer) are copied. None: names of the model, and its config where it has one.
         shard_bytes: a file has at most so many, or one tensor.
-    Raises: InputError where the folder exists, or within a batch; FormatError where it cannot be written.
+    Raises: InputError where the folder exists, or within a batch; FormatError where it cannot be written, or `like`
+        lacks a parameter of the model. Nothing is written then.
     """
     ep._check_between_batches("save_pretrained")
     target = Path(folder)
@@ -122,6 +123,11 @@ def save_pretrained(
         if target.exists():
             raise InputError(f"{target} exists already; a checkpoint is never overwritten")
         names = None if like is None else Files(Path(like))
+        for name, _ in ep.model.named_parameters():
+            if names is not None and not names.has(name) and names.of_experts(name) is None:
+                raise FormatError(
+                    f"like is {like}, which has no name for {name}; without it the model is written under its own names"
+                )
     except ReLibraError as error:
         problem = error
     ep.groups.agree(problem, {}, _collective_device(ep), f"saving {target}")

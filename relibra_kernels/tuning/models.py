@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ..form import GPT_OSS, ExpertForm
+from ..planner.errors import InputError
 from ..planner.pricing.models import MODELS as SHAPES
 from ..planner.pricing.models import ModelShape, find_model
 
@@ -47,6 +48,11 @@ MODELS = [_of_shape(SHAPES[name], _FORMS.get(name, ExpertForm())) for name in _S
 
 
 def model_named(text: str, form: ExpertForm | None = None) -> Model:
-    """The layer of a model in any form that `find_model` takes; `form` is that of its weights, where it is known."""
+    """The layer of a model in any form that `find_model` takes; `form` is that of its weights, where it is known.
+
+    Raises: InputError for experts without a gate, which are neither tuned nor timed.
+    """
     shape = find_model(text)
+    if not shape.has_gate:
+        raise InputError(f"model is {text!r}, whose experts have no gate; only experts with one are tuned and timed")
     return _of_shape(shape, form or _FORMS.get(shape.name, ExpertForm()))

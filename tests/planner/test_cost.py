@@ -1,5 +1,6 @@
 """Costs against small cases done by hand, outcomes of plans, and published figures that the model must come near."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -205,6 +206,29 @@ def test_names_and_shapes(tmp_path):
         find_model(str(config))
     with pytest.raises(FormatError, match=r"gone\.json: cannot be read"):
         find_model(str(tmp_path / "gone.json"))
+
+
+def test_a_config_of_nemotron_h(tmp_path):
+    """Half of the blocks are MoE, experts have no gate, and the shared one has a size of its own."""
+    config = {
+        "hidden_size": 2688, "moe_intermediate_size": 1856, "intermediate_size": 1856, "n_routed_experts": 128,
+        "num_experts_per_tok": 6, "num_attention_heads": 32, "num_key_value_heads": 2, "head_dim": 128,
+        "n_shared_experts": 1, "moe_shared_expert_intermediate_size": 3712, "mlp_hidden_act": "relu2",
+    }  # fmt: skip
+    path = tmp_path / "config.json"
+    for blocks in (
+        {"layers_block_type": ["mamba", "moe", "attention", "moe"]},  # as transformers writes it, without a number
+        {"hybrid_override_pattern": "ME*E", "num_hidden_layers": 4},
+    ):
+        path.write_text(json.dumps(config | blocks))
+        shape = find_model(str(path))
+        assert (shape.layers, shape.shared_intermediate_size, shape.has_gate) == (2, 3712, False)
+        assert shape.expert_bytes == 2 * 2 * 2688 * 1856
+        attention = 2688 * 32 * 128 + 2 * 2688 * 2 * 128 + 32 * 128 * 2688
+        assert shape.dense_flops(0) == 2 * (attention + 2 * 2688 * 3712)
+    path.write_text(json.dumps(config | {"moe_latent_size": 1024, "num_hidden_layers": 4}))
+    with pytest.raises(FormatError, match="moe_latent_size is 1024; experts of another width"):
+        find_model(str(path))
 
 
 def test_latent_attention_of_deepseek():

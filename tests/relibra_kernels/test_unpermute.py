@@ -33,3 +33,12 @@ def test_sums_of_rows(case, dtype):
                 expected_sum[t] += y[row].double()
     assert_close(out, expected_out, RELATIVE[dtype], "weighted sum")
     assert_close(summed, expected_sum, RELATIVE[dtype], "plain sum")
+
+
+def test_tokens_that_nobody_computes_are_zero():
+    """Also in memory that the caller gives, whatever is in it."""
+    for slots in (torch.full((3, 2), -1), torch.tensor([[-1, -1], [0, -1], [-1, 1]])):
+        schedule = build_schedule(slots, 2)
+        y, out = torch.ones(schedule.num_rows, 8), torch.full((3, 8), 7.0)
+        assert unpermute(y, None, schedule, out=out) is out
+        assert out.equal((slots >= 0).sum(1, keepdim=True).float().expand(3, 8))

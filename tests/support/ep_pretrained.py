@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from hf_families import make_model, make_tokens
+from hf_all_families import tiny_model
+from hf_families import FAMILIES, make_model, make_tokens
 from toy_training import shuffled_plan
 
 from relibra_kernels.integrations.transformers import replace_moe_blocks
@@ -15,9 +16,14 @@ from relibra_kernels.parallel import ExpertParallel, RoutedBatch, load_pretraine
 from relibra_kernels.planner import ClusterSpec, ReLibraError, RoutingTrace
 
 
+def known_model(family: str) -> torch.nn.Module:
+    """The same on every rank."""
+    return make_model(family) if family in FAMILIES else tiny_model(family)
+
+
 def without_weights(family: str) -> torch.nn.Module:
     """The family's model with parameters on the meta device."""
-    known = make_model(family)
+    known = known_model(family)
     with meta_parameters():
         model = type(known)(known.config)
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -75,6 +81,22 @@ def refusals(family: str, folder: str, good: str) -> list[str]:
     errors.append(error_of(ep, good))
     assert all(parameter.is_meta for parameter in ep.model.parameters())
     return errors
+
+
+def saved_like_another(like: str, target: str) -> str:
+    """The error of a folder that names other tensors; nothing is written."""
+    ep = ExpertParallel(replaced(make_model("qwen3_moe")), ClusterSpec(1, dist.get_world_size()))
+    try:
+        save_pretrained(ep, target, like=like)
+    except ReLibraError as error:
+        assert not Path(target).exists() and not Path(target + ".partial").exists()
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def replaced(model: torch.nn.Module) -> torch.nn.Module:
+    replace_moe_blocks(model)
+    return model
 
 
 def error_of(ep: ExpertParallel, folder: str) -> str:

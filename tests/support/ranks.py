@@ -1,9 +1,11 @@
 """Ranks of a gloo process group for tests: real processes, started once for each group size and used by many tests."""
 
+import os
+import signal
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -55,7 +57,9 @@ class Ranks:
     def close(self) -> None:
         if self.broken:
             for process in self._processes:
-                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # and what it started
+                process.kill()  # where it has not come to have a group of its own
             self._folder.cleanup()
             return
         for pipe in self._pipes:
@@ -74,6 +78,7 @@ class RankError(Exception):
 
 
 def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
+    os.setpgid(0, 0)  # a group of its own, so that what it starts ends with it
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     while (job := pipe.recv()) is not None:

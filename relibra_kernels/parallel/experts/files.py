@@ -12,7 +12,8 @@ from ...planner.errors import FormatError, InputError
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 # Names of gate, up and down of one expert in files that hold every expert by itself.
 _OF_ONE_EXPERT = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"))
-_ALIASES = ((".mlp.", ".block_sparse_moe."),)  # (in the model, in files of Mixtral)
+# (in the model, in files): of Mixtral, of Nemotron-H
+_ALIASES = ((".mlp.", ".block_sparse_moe."), ("model.", "backbone."))
 
 
 class Files:

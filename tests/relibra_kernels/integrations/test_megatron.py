@@ -1,6 +1,7 @@
 """The Megatron adapter: its maps against the plan, and against megatron-core itself where that is installed."""
 
 import importlib.util
+import os
 import types
 
 import numpy as np
@@ -19,7 +20,7 @@ from relibra_kernels.planner import (
 from relibra_kernels.planner.errors import InputError, ShapeError
 
 E, K, L, R, M = 8, 2, 2, 2, 2
-HAS_MEGATRON = (
+HAS_MEGATRON = os.environ.get("RELIBRA_MEGATRON") == "required" or (
     importlib.util.find_spec("megatron") is not None and importlib.util.find_spec("megatron.core") is not None
 )
 needs_megatron = pytest.mark.skipif(not HAS_MEGATRON, reason="megatron-core is not installed")

@@ -8,7 +8,7 @@ import torch
 from layer_problem import CASES, FORMS, REPLICAS, oracle, problem, run_functions
 from tolerance import RELATIVE, assert_close
 
-from relibra_kernels import kernels
+from relibra_kernels import kernels, reference
 from relibra_kernels.configs.config import GemmConfig
 from relibra_kernels.form import ExpertForm
 from relibra_kernels.kernels import launch
@@ -65,6 +65,16 @@ def test_odd_sizes_without_a_gate(hidden_size, intermediate_size, monkeypatch):
     monkeypatch.setattr(layer_problem, "I", intermediate_size)
     for name in ("no gate", "no gate, transposed, bias"):
         check(REPLICAS, FORMS[name], torch.float32)
+
+
+def test_wide_tiles_without_a_gate():
+    """From 128 rows a tile on, its halves of up columns are stored one after the other."""
+    form, generator = ExpertForm(activation="relu2"), torch.Generator().manual_seed(0)
+    x, up = torch.randn(300, 24, generator=generator), torch.randn(3, 69, 24, generator=generator)
+    schedule = kernels.build_schedule(torch.arange(300)[:, None] % 3, 3, (128,))
+    got = kernels.grouped_gemm_swiglu(x, up, schedule, form, config=GemmConfig(128, 16, 16, 4, 1))
+    for mine, expected in zip(got, reference.grouped_gemm_swiglu(x.double(), up.double(), schedule, form), strict=True):
+        assert_close(mine, expected, 1e-5)
 
 
 def test_replicas_with_biases():

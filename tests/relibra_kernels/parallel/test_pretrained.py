@@ -8,13 +8,13 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-from ep_pretrained import gathered_in_parts, load_move_and_save, refusals
+from ep_pretrained import gathered_in_parts, known_model, load_move_and_save, refusals, saved_like_another
 from hf_families import make_model, make_tokens
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3", "mixtral", "gpt_oss", "nemotron_h"])
 def test_a_folder_is_loaded_in_shares_and_written_whole(ranks, tmp_path, family):
-    model = make_model(family)
+    model = known_model(family)
     source, target, fused = tmp_path / "source", tmp_path / "target", tmp_path / "fused"
     model.save_pretrained(source, max_shard_size="30KB")
     assert len(list(source.glob("*.safetensors"))) > 1
@@ -55,6 +55,13 @@ def test_folders_that_do_not_fit_are_refused(ranks, tmp_path):
         assert other.startswith("FormatError") and "(64, 32); the model's is (32, 32)" in other
         assert gone.startswith("FormatError") and "lacks model.embed_tokens.weight" in gone
         assert buffer.startswith("InputError: buffer table is on the meta device")
+
+
+def test_a_folder_that_names_other_tensors_is_no_pattern(ranks, tmp_path):
+    """deepseek_v3 is wider in attention; gpt_oss has other names."""
+    make_model("gpt_oss").save_pretrained(tmp_path / "like")
+    for error in ranks(2).run(saved_like_another, str(tmp_path / "like"), str(tmp_path / "out")):
+        assert error.startswith("FormatError: like is ") and "has no name for model.layers.0.self_attn" in error
 
 
 @pytest.mark.parametrize("experts", [8, 34])

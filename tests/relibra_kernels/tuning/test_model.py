@@ -1,5 +1,7 @@
 """The model orders constructed cases as anyone would, and counts what can be counted by hand."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -8,6 +10,7 @@ pytest.importorskip("triton", reason="needs triton")
 from relibra_kernels.configs.config import GemmConfig, parse_config
 from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.kernels.schedule import MOST_COUNTED
+from relibra_kernels.planner import InputError
 from relibra_kernels.tuning.launch_model import LAUNCH_US, Resources, Work, balanced, skewed
 from relibra_kernels.tuning.models import MODELS, model_named
 from relibra_kernels.tuning.ranking import estimate
@@ -103,6 +106,14 @@ def test_tokens_choose_the_buckets():
         "replica_reduce": {(1, 1)},
     }
     assert "grad_bias" in {goal.kernel for goal in goals(model_named("gpt-oss-120b"), tokens=[8192])}
+
+
+def test_experts_without_a_gate_are_not_taken_for_gated_ones(tmp_path):
+    sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "num_experts": 8, "num_experts_per_tok": 2}
+    config = {**sizes, "num_attention_heads": 4, "num_hidden_layers": 2, "mlp_hidden_act": "relu2"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="whose experts have no gate"):
+        model_named(str(tmp_path / "config.json"))
 
 
 def row_us(part, config, *, kernel="permute", n=2048, rows=8192, top_k=8, resources=ROOMY, product=H100):
