@@ -95,6 +95,30 @@ def alone(how: str, family: str, traces: list[RoutingTrace]) -> list[dict[str, T
     return results
 
 
+def step_under_plan(
+    model: nn.Module,
+    ep: ExpertParallel,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    whole: RoutingTrace,
+    keep: bool = False,
+) -> tuple[RoutedBatch, BatchPlan]:
+    """Forwards and backwards of this rank under a plan that moves experts, and with `keep` keeps its replicas."""
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    mine = np.arange(SEQUENCES)[rank::ranks]
+    groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
+    batch, tokens = RoutedBatch(whole.select(mine), groups, MICRO_BATCHES), make_tokens(step)[mine]
+    optimizer.zero_grad()
+    plan = moving_plan(ep.gather_loads(batch), step + 1)
+    with ep.batch(kept_plan(plan) if keep else plan, batch, optimizer):
+        for m in range(MICRO_BATCHES):
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(m == MICRO_BATCHES - 1)
+            with ep.micro_batch(m):
+                loss_of(model, tokens[groups == m]).backward()
+    return batch, plan
+
+
 def sharded(how: str, family: str, traces: list[RoutingTrace]) -> tuple[list[dict[str, Tensor]], int]:
     """Gradients of every step where FSDP2 shards all but the experts; how many trained parameters are sharded.
 
@@ -110,18 +134,9 @@ def sharded(how: str, family: str, traces: list[RoutingTrace]) -> tuple[list[dic
         fully_shard(block, ignored_params=experts)
     fully_shard(model, ignored_params=experts)
     optimizer = torch.optim.SGD(trained(model), lr=0.1 * ranks, momentum=0.9)
-    mine = np.arange(SEQUENCES)[rank::ranks]
-    groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
     results = []
     for step, whole in enumerate(traces):
-        optimizer.zero_grad()
-        trace, tokens = whole.select(mine), make_tokens(step)[mine]
-        plan = moving_plan(ep.gather_loads(trace, groups, MICRO_BATCHES), step + 1)
-        with ep.batch(plan, trace, groups, optimizer):
-            for m in range(MICRO_BATCHES):
-                model.set_requires_gradient_sync(m == MICRO_BATCHES - 1)
-                with ep.micro_batch(m):
-                    loss_of(model, tokens[groups == m]).backward()
+        step_under_plan(model, ep, optimizer, step, whole)
         ep.reduce_gradients()
         gradients = {name: g * ranks for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
         results.append(gradients if rank == 0 else {})
@@ -134,24 +149,16 @@ def together(how: str, family: str, traces: list[RoutingTrace], keep: bool, fold
     rank, ranks = dist.get_rank(), dist.get_world_size()
     model, ep = spread(how, family, ranks)
     optimizer = torch.optim.SGD(trained(model), lr=0.1, momentum=0.9)
-    mine = np.arange(SEQUENCES)[rank::ranks]
-    groups = np.arange(len(mine)) * MICRO_BATCHES // len(mine)
     results = []
     for step, whole in enumerate(traces):
-        optimizer.zero_grad()
-        trace, tokens = whole.select(mine), make_tokens(step)[mine]
-        plan = moving_plan(ep.gather_loads(trace, groups, MICRO_BATCHES), step + 1)
-        with ep.batch(kept_plan(plan) if keep else plan, trace, groups, optimizer):
-            for m in range(MICRO_BATCHES):
-                with ep.micro_batch(m):
-                    loss_of(model, tokens[groups == m]).backward()
+        batch, plan = step_under_plan(model, ep, optimizer, step, whole, keep)
         sent = ep.comm.ledger.batch_bytes()["kept_gradients" if keep else "replica_gradients", "fast"]
         assert 0 < sent <= ep.stats().replicas * factor_bytes(ep)  # of this rank's; not those of whole weights
         ep.reduce_gradients()
         gradients = {name: g.clone() for name, g in ep.named_logical_parameters(lambda p: p.grad) if g is not None}
         results.append(gradients if rank == 0 else {})
         optimizer.step()
-    found = ep.estimate(RoutedBatch(trace, groups, MICRO_BATCHES), plan)
+    found = ep.estimate(batch, plan)
     assert found.gradient_bytes == len(ep.layers) * ep.num_experts // ranks * factor_bytes(ep)  # priced so
     ep.save_checkpoint(folder, optimizer)
     again, fresh = spread(how, family, ranks)
