@@ -7,6 +7,8 @@ import numpy as np
 
 from relibra_kernels.planner import from_nemo_rl, from_prime_rl, from_sglang, from_slime, from_verl, from_vllm
 
+L, K, E = 3, 2, 16
+LENGTHS = (5, 9, 2)
 IN_PLACE = ("verl, jagged", "verl, padded", "verl, packed", "prime-rl", "nemo-rl")
 PARTS = (
     "verl, jagged",
@@ -137,3 +139,19 @@ def in_parts(engine, cuts, experts, **options):
         case "prime-rl, payloads":
             return from_prime_rl([[payload(ids, start) for start, ids in cuts]], experts, **options)
     raise AssertionError(engine)
+
+
+def make(experts=E, layers=L, top_k=K, lengths=LENGTHS, dtype=np.int16, seed=0):
+    rng = np.random.default_rng(seed)
+    return [random_ids(rng, n - 1, layers, top_k, experts).astype(dtype) for n in lengths]
+
+
+def check(trace, routing, lengths=LENGTHS):
+    assert np.diff(trace.offsets).tolist() == list(lengths)
+    for index, ids in enumerate(routing):
+        np.testing.assert_array_equal(trace.sequence(index)[:-1], ids)
+        assert (trace.sequence(index)[-1] == -1).all()
+
+
+def check_rows(trace, rows):
+    np.testing.assert_array_equal(trace.expert_ids, rows)
