@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from toy_training import Case, ToyModel, loss_sum, make_batch, make_optimizer, model_input, shuffled_plan
+from toy_plans import shuffled_plan
+from toy_training import Case, ToyModel, loss_sum, make_batch, make_optimizer, model_input
 
 from relibra_kernels.parallel import ExpertParallel
 from relibra_kernels.planner import ClusterSpec, PlanOptions

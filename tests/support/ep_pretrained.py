@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from hf_all_families import tiny_model
 from hf_families import FAMILIES, make_model, make_tokens
-from toy_training import shuffled_plan
+from toy_plans import shuffled_plan
 
 from relibra_kernels.integrations.transformers import replace_moe_blocks
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch, load_pretrained, meta_parameters, save_pretrained

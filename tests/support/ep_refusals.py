@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from toy_training import Case, ToyModel, loss_sum, make_batch, shuffled_plan
+from toy_plans import shuffled_plan
+from toy_training import Case, ToyModel, loss_sum, make_batch
 
 from relibra_kernels.parallel import ExpertParallel, RuntimeOptions
 from relibra_kernels.planner import ClusterSpec, PlanOptions, ReLibraError, RoutingTrace

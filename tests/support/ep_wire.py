@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from toy_training import Case, ToyModel, loss_sum, make_batch, model_input, shuffled_plan
+from toy_plans import shuffled_plan
+from toy_training import Case, ToyModel, loss_sum, make_batch, model_input
 
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
