@@ -1,11 +1,14 @@
 """`relibra bench`, small, on a CPU: every implementation is timed, ours among them."""
 
 import json
+import sys
 
 import pytest
+import torch
 
 from relibra_kernels.cli import main
 from relibra_kernels.cli.bench.clock import Figures, verdict
+from relibra_kernels.cli.bench.memory import begin_peak
 
 SMALL = ["bench", "--shape", "64,32,4,2", "--tokens", "32", "--rounds", "2", "--device", "cpu", "--dtype", "fp32"]
 
@@ -16,8 +19,19 @@ def test_a_table_and_json(capsys):
     found = json.loads(record)
     assert {"relibra", "loop", "grouped_mm"} <= found.keys()
     assert all(figures["forward_ms"] > 0 and figures["backward_ms"] > 0 for figures in found.values())
+    assert all((figures["peak_bytes"] is not None) == sys.platform.startswith("linux") for figures in found.values())
     assert any(line.startswith("relibra ") and line.endswith(" 1.00x") for line in lines)
     assert "2 of 4 experts of 64,32,4,2, fp32; measured here" in lines[0]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells the memory of a process")
+def test_peak_memory_is_that_of_the_work():
+    freed = torch.ones(1 << 24)  # 64 MiB that are free again when the work begins
+    del freed
+    peak = begin_peak(torch.device("cpu"))
+    work = torch.ones(1 << 24)
+    del work
+    assert 60e6 < peak() < 90e6
 
 
 @pytest.mark.parametrize(

@@ -9,18 +9,19 @@ import torch
 
 from ...progress import Progress
 from .layers import Layer
+from .memory import begin_peak
 from .peers import Run
 
 
 @dataclass
 class Figures:
-    """The measurements of one implementation: seconds of each round, and on a GPU the peak of extra memory in bytes."""
+    """The measurements of one implementation: seconds of each round; the peak of extra memory in bytes, where known."""
 
     forward_s: list[float] = field(default_factory=list)
     backward_s: list[float] = field(default_factory=list)
-    peak_bytes: int = 0
+    peak_bytes: int | None = None
 
-    def record(self) -> dict[str, float | int]:
+    def record(self) -> dict[str, float | int | None]:
         return {
             "forward_ms": 1e3 * median(self.forward_s),
             "backward_ms": 1e3 * median(self.backward_s),
@@ -36,16 +37,13 @@ def measure(layer: Layer, runs: dict[str, Run], rounds: int) -> dict[str, Figure
         for number in range(rounds + 1):
             for name, run in runs.items():
                 layer.clear()
-                if on_gpu:
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
+                peak = begin_peak(layer.x.device)
                 out, forward = _timed(on_gpu, lambda run=run: run(layer.x, layer.indices, layer.weights))  # type: ignore[misc]
                 _, backward = _timed(on_gpu, lambda out=out: out.backward(layer.dout))  # type: ignore[misc]
                 if number:
                     found[name].forward_s.append(forward)
                     found[name].backward_s.append(backward)
-                    found[name].peak_bytes = torch.cuda.max_memory_allocated() - before if on_gpu else 0
+                    found[name].peak_bytes = peak()
                 progress.step(name)
     layer.clear()
     return found
@@ -66,7 +64,7 @@ def lines_of(found: dict[str, Figures], assignments: int, layer: Layer) -> list[
     ours = _total(found["relibra"])
     lines = [f"{'implementation':26} {'forward ms':>22} {'backward ms':>22} {'TFLOP/s':>8} {'peak GB':>8} {'time':>7}"]
     for name, figures in found.items():
-        peak = f"{figures.peak_bytes / 1e9:.2f}" if figures.peak_bytes else "-"
+        peak = "-" if figures.peak_bytes is None else f"{figures.peak_bytes / 1e9:.3f}"
         lines.append(
             f"{name:26} {_spread(figures.forward_s):>22} {_spread(figures.backward_s):>22} "
             f"{flops / _total(figures) / 1e12:>8.2f} {peak:>8} {_total(figures) / ours:>6.2f}x"
