@@ -175,7 +175,7 @@ def test_the_layer_under_a_plan_compiles_nothing(compiled, form, tuned, hops, re
         hop, none = HopSizes([received], [received]), HopSizes([0], [0])
         sizes = Sizes((hop, hop, none)[: 2 * hops - 1], places, (visits, 0))
         transport = OneHop(network, network) if hops == 1 else TwoHops(network, network, network, slots + held)
-        path = transport.paths(tables, [sizes], [slots + held], ["here"])[0]
+        path = transport.path(tables.of_layers([sizes.hops[0]])[0], sizes, slots + held, "here", False)
         sent = index(held).long()
         pushed = Transfers(sent, sent, [held], [held], np.arange(held), anywhere=held > 0, sends_kept=False)
         site = LayerSite(
