@@ -36,6 +36,7 @@ from relibra_kernels.form import ExpertForm
 from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
 from relibra_kernels.schedule import Schedule
+from relibra_kernels.tuning.gates import large_tasks
 from relibra_kernels.tuning.models import MODELS
 from relibra_kernels.tuning.padded_columns import columns_issued
 
@@ -233,7 +234,7 @@ def main() -> None:
     for what, place in (("one shard each", [0, 5, 9, 12]), ("hot expert", [3, 3, 3, -1])):
         ratio = reduction_bytes((2 * 768, 512), 16, place)
         show("16 experts, 4 shards", f"replica_reduce, {what}", ratio, "replica_reduce")
-    columns = {model.name: columns_issued(model, PRODUCTS["H100"]) for model in MODELS}
+    columns = {model.name: columns_issued(large_tasks([model], PRODUCTS["H100"], (0,))) for model in MODELS}
     for name, found in columns.items():
         for gemm, ratio in found.items():
             if ratio > 1 or gemm == "layer":

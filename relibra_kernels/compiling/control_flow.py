@@ -98,10 +98,10 @@ class Program:
                 self.next[i].append(of[last.target])
             if last.falls and i + 1 < count and i + 1 not in self.next[i]:
                 self.next[i].append(i + 1)
-        before: list[list[int]] = [[] for _ in range(count)]
+        self.before: list[list[int]] = [[] for _ in range(count)]
         for i, after in enumerate(self.next):
             for j in after:
-                before[j].append(i)
+                self.before[j].append(i)
         roots = self._roots()
         everything = (1 << count) - 1
         self.dominators = [1 << i if i in roots else everything for i in range(count)]
@@ -112,7 +112,7 @@ class Program:
                 if i in roots:
                     continue
                 both = everything
-                for j in before[i]:
+                for j in self.before[i]:
                     both &= self.dominators[j]
                 both |= 1 << i
                 changed |= both != self.dominators[i]
@@ -127,7 +127,7 @@ class Program:
                         block_number = todo.pop()
                         if block_number not in loop.blocks:
                             loop.blocks.add(block_number)
-                            todo += before[block_number]
+                            todo += self.before[block_number]
         self.loops = list(loops.values())
 
     def _roots(self) -> set[int]:
@@ -153,14 +153,35 @@ class Program:
         return sum(bool(MMA.match(self.code[i].op)) for i in self.blocks[block])
 
     def main_loop(self) -> Loop | None:
-        """The innermost loop with most products; None where nothing is multiplied in a loop."""
+        """The innermost loop with most products; where tiles of two widths have as many, that of the longer code."""
         with_products = [loop for loop in self.loops if any(map(self.products, loop.blocks))]
         innermost = [a for a in with_products if not any(b.blocks < a.blocks for b in with_products)]
-        return max(innermost, key=lambda loop: len(self.path(loop)[1]), default=None)
+
+        def size(loop: Loop) -> tuple[int, int]:
+            return len(self.path(loop)[1]), len(self.instructions(self.tile(loop)))
+
+        return max(innermost, key=size, default=None)
 
     def tile_loop(self, main: Loop) -> Loop:
         """The largest loop around it."""
         return max((loop for loop in self.loops if loop.blocks >= main.blocks), key=lambda loop: len(loop.blocks))
+
+    def tile(self, main: Loop) -> set[int]:
+        """The blocks of the tile loop that an iteration through `main` can reach; not those of narrower tiles."""
+        outer = self.tile_loop(main)
+
+        def reached(edges: list[list[int]], ends: set[int]) -> set[int]:
+            """Blocks from the main loop along `edges`, none beyond `ends`."""
+            seen, todo = set(main.blocks), list(main.blocks)
+            while todo:
+                block = todo.pop()
+                new = {j for j in edges[block] if j in outer.blocks} - seen if block not in ends else set()
+                seen |= new
+                todo += new
+            return seen
+
+        last = {i for i in outer.blocks if outer.header in self.next[i]}
+        return reached(self.next, last) | reached(self.before, {outer.header})
 
     def path(self, loop: Loop) -> tuple[list[Instruction], list[Instruction]]:
         """(instructions, products among them) of one iteration: all products, fewest instructions."""
@@ -205,6 +226,6 @@ class Program:
         code = [self.code[i] for block in reversed(walk) for i in self.blocks[block]]
         return code, [one for one in code if MMA.match(one.op)]
 
-    def inside(self, loop: Loop) -> list[Instruction]:
-        """All instructions of a loop."""
-        return [self.code[i] for block in sorted(loop.blocks) for i in self.blocks[block]]
+    def instructions(self, blocks: set[int]) -> list[Instruction]:
+        """All instructions of some blocks."""
+        return [self.code[i] for block in sorted(blocks) for i in self.blocks[block]]

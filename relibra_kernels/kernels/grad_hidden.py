@@ -11,6 +11,7 @@ import torch
 import triton
 
 from ..configs.config import GemmConfig
+from ..configs.half_tiles import has_half_tile
 from ..form import ExpertForm
 from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
@@ -93,6 +94,7 @@ def grad_hidden(
         ROWS_ARE_N=form.is_transposed,
         GROUP_M=config.group_m,
         WIDTH=_epilogue_width(config, form),
+        HALF_LAST=has_half_tile("grad_hidden", intermediate_size, config.block_n),
         **form_constants(form, dout_TH),
         **gemm_constants(
             dout_TH,

@@ -116,6 +116,57 @@ def _finish_columns(
         return tl.sum(g * a, 1)
 
 
+@triton.jit
+def _tile(
+    rows_of,
+    described,
+    base_ptr,
+    other_ptr,
+    h_ptr,
+    dh_ptr,
+    wa_ptr,
+    weight,
+    num_home,
+    home_first,
+    replica_first,
+    token_R,
+    w_R,
+    row0,
+    end,
+    n0,
+    I: tl.constexpr,  # noqa: E741
+    D: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    GATED: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
+    A_MODE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dh and w*a of one tile, and its part of `<g, a>`."""
+    weights, number = weight_store(
+        described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
+        I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    g = contract(
+        rows_of, row0, token_R, weights, number, n0,
+        I, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    return _finish(
+        g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+        I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
+
+
 @triton.jit(
     do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count", "num_rows"],
     do_not_specialize_on_alignment=TABLES,
@@ -156,6 +207,7 @@ def _grad_hidden_kernel(
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
     WIDTH: tl.constexpr,
+    HALF_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,6 +216,8 @@ def _grad_hidden_kernel(
     NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     rows_of = describe_rows(dout_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
     described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
+    if HALF_LAST:
+        half_described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N // 2, BLOCK_K)
     for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
@@ -173,20 +227,22 @@ def _grad_hidden_kernel(
             weight = weight_of(slot, weight_of_slot_ptr)
             row_R = row0 + tl.arange(0, BLOCK_M)
             assignment_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1))
-            n0 = n * BLOCK_N
-            weights, number = weight_store(
-                described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
-                I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            g = contract(
-                rows_of, row0, assignment_R // TOP_K, weights, number, n0,
-                I, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
             w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
-            partial_R = _finish(
-                g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            n0 = n * BLOCK_N
+            if HALF_LAST and n == NUM_N - 1:
+                partial_R = _tile(
+                    rows_of, half_described, base_ptr, other_ptr, h_ptr, dh_ptr, wa_ptr, weight, num_home,
+                    home_first, replica_first, assignment_R // TOP_K, w_R, row0, end, n0,
+                    I, D, ROWS_ARE_N, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, A_MODE, TMA,
+                    PRECISION, UPCAST, WIDTH, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+                )  # fmt: skip
+            else:
+                partial_R = _tile(
+                    rows_of, described, base_ptr, other_ptr, h_ptr, dh_ptr, wa_ptr, weight, num_home,
+                    home_first, replica_first, assignment_R // TOP_K, w_R, row0, end, n0,
+                    I, D, ROWS_ARE_N, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, A_MODE, TMA,
+                    PRECISION, UPCAST, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 
 

@@ -18,6 +18,7 @@ from ..form import ExpertForm
 from .catalogue import PARTS
 from .compile_task import Outcome, Task
 from .models import Model
+from .padded_columns import of_task
 from .search_goal import layer_shape
 
 SLOTS, ROWS_PER_SLOT = 16, 4096
@@ -27,6 +28,7 @@ _MOST_SHARED_BYTES = {"grouped_gemm": 128.5}  # a clock; an SM of Hopper moves 1
 _MOST_SHARED_BYTES_ELSE = 136.0
 _MOST_EPILOGUE = 0.12  # of a tile's matrix clocks
 _MOST_EPILOGUE_GRAD_HIDDEN = ((2880, 0.215), (0, 0.26))  # from this hidden size on; the aim is 0.20 (gpt-oss has 0.212)
+_MOST_COLUMNS = 1.07  # multiply-adds over those that a weight's columns need
 _NARROW_STORES = {"grad_hidden": 1}  # partial sums, one a row
 _NARROW_STORES_BY_3_6 = 33  # of grad_hidden with interleaved weights: w*a, 8 columns at a time
 _NARROW_LOADS = 1  # a bias, one a column
@@ -60,6 +62,9 @@ def machine_faults(task: Task, outcome: Outcome, device: Device) -> list[str]:
     found = [f"spills {outcome.spill_bytes} bytes a thread"] if outcome.spill_bytes else []
     if outcome.shared_bytes > device.shared_bytes:
         found.append(f"takes {outcome.shared_bytes} bytes of shared memory; there are {device.shared_bytes}")
+    issued, needed = of_task(task)
+    if issued > _MOST_COLUMNS * needed:
+        found.append(f"multiplies {issued / needed:.3f} times the columns that there are; {_MOST_COLUMNS} at most")
     found += _pipeline_faults(code, device)
     if code.descriptors:
         found.append(f"makes {code.descriptors} descriptors in the tile loop; none are needed")

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import layer_problem
 import pytest
 import torch
 from layer_problem import FORMS, REPLICAS, problem
@@ -48,6 +49,14 @@ def test_the_same_bits_wherever_the_replicas_lie(name, tma, monkeypatch):
     first, *others = (run(FORMS[name], p, where) for where in ("after", "before", "misplaced"))
     for other in others:
         assert all(a.equal(b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_same_bits_where_the_last_tile_is_half_as_wide(monkeypatch):
+    """Every store has a descriptor of half a tile too."""
+    layer_problem.give_configs(monkeypatch, grad_hidden="32x256x128w4s1", grad_weight="128x256x16w4s1")
+    for name in ("H", "I"):
+        monkeypatch.setattr(layer_problem, name, 264)
+    test_the_same_bits_wherever_the_replicas_lie("gpt-oss", True, monkeypatch)
 
 
 def test_how_two_stores_are_numbered():
