@@ -93,6 +93,7 @@ def _finish_columns(
         gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
         act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+        a = act * factor
         da = g * w_R[:, None]
         tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
         tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
@@ -104,16 +105,16 @@ def _finish_columns(
         gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
         act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
         da = g * w_R[:, None]
+        a = act * factor
+        partial_R = tl.sum(g * a, 1)
         dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
         tl.store(dh_ptr + h_at, dh, mask=here_wide)
-    if GATED:
-        a = act * factor
     tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
-    # a is 0 where nothing was loaded. Which form keeps all in registers differs (Triton 3.9, 128x256)
+    # a is 0 where nothing was loaded. What keeps all in registers differs (Triton 3.9, 128x256): here the sum at the
+    # end, over what is masked once more; for interleaved weights the sum before the stores
     if CONCATENATED:
-        return tl.sum(tl.where(here, g * a, 0.0), 1)
-    else:
-        return tl.sum(g * a, 1)
+        partial_R = tl.sum(tl.where(here, g * a, 0.0), 1)
+    return partial_R
 
 
 @triton.jit
