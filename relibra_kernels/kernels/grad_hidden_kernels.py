@@ -10,7 +10,16 @@ import triton.language as tl
 
 from .activations import derivative_alone, derivatives
 from .launch import TABLES
-from .tiles import contract, describe_rows, describe_weights, first_program, tile_of, weight_of, weight_store
+from .tiles import (
+    contract,
+    count_tiles,
+    describe_rows,
+    describe_weights,
+    first_program,
+    tile_of,
+    weight_of,
+    weight_store,
+)
 
 
 @triton.jit
@@ -169,7 +178,16 @@ def _tile(
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count", "num_rows"],
+    do_not_specialize=[
+        "num_tiles",
+        "num_slots",
+        "num_tokens",
+        "num_home",
+        "home_first",
+        "replica_first",
+        "count",
+        "num_rows",
+    ],
     do_not_specialize_on_alignment=TABLES,
 )
 def _grad_hidden_kernel(
@@ -186,6 +204,7 @@ def _grad_hidden_kernel(
     weight_of_slot_ptr,
     assignment_of_ptr,
     num_tiles,
+    num_slots,
     num_tokens,
     num_home,
     home_first,
@@ -207,6 +226,7 @@ def _grad_hidden_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
+    FLAT_SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     HALF_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -219,10 +239,13 @@ def _grad_hidden_kernel(
     described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
     if HALF_LAST:
         half_described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N // 2, BLOCK_K)
-    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+    FLAT: tl.constexpr = FLAT_SLOTS > 0
+    if FLAT:
+        num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
+    for index in tl.range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
-        if slot >= 0:
+        if FLAT or slot >= 0:  # padding has no slot; a loop with a condition cannot be flattened
             row0 = tl.load(tiles_ptr + 2 * m + 1)
             end = tl.load(slot_offsets_ptr + slot + 1)
             weight = weight_of(slot, weight_of_slot_ptr)

@@ -62,9 +62,7 @@ def machine_faults(task: Task, outcome: Outcome, device: Device) -> list[str]:
     found = [f"spills {outcome.spill_bytes} bytes a thread"] if outcome.spill_bytes else []
     if outcome.shared_bytes > device.shared_bytes:
         found.append(f"takes {outcome.shared_bytes} bytes of shared memory; there are {device.shared_bytes}")
-    issued, needed = of_task(task)
-    if issued > _MOST_COLUMNS * needed:
-        found.append(f"multiplies {issued / needed:.3f} times the columns that there are; {_MOST_COLUMNS} at most")
+    found += idle_columns(task)
     found += _pipeline_faults(code, device)
     if code.descriptors:
         found.append(f"makes {code.descriptors} descriptors in the tile loop; none are needed")
@@ -115,6 +113,14 @@ def same_code(compiled: Sequence[tuple[str, str, str]]) -> list[str]:
         if before != config:
             found.append(f"{before} = {config}: {what}")
     return found
+
+
+def idle_columns(task: Task) -> list[str]:
+    """What is wrong with how many columns a config's tiles have beyond the weight's: at most one fault."""
+    issued, needed = of_task(task)
+    if issued <= _MOST_COLUMNS * needed:
+        return []
+    return [f"multiplies {issued / needed:.3f} times the columns that there are; {_MOST_COLUMNS} at most"]
 
 
 def is_shallow(code: MachineCode | None, device: Device) -> bool:
