@@ -264,11 +264,3 @@ def bytes_of_ranks(
     }
     counts = {kind: getattr(outcome, f"{name}_{direction}") for kind, (name, _) in each.items()}
     return {kind: n.reshape(-1, n.shape[-1]).sum(0) * each[kind][1] for kind, n in counts.items()}
-
-
-def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:
-    """int64 [R]: how many of one source's tokens go to each rank, each counted once (`destinations` gives these)."""
-    seen = np.zeros((len(destination_TK), ranks), np.bool_)
-    token, choice = np.nonzero(destination_TK >= 0)
-    seen[token, destination_TK[token, choice]] = True
-    return seen.sum(0)
