@@ -46,7 +46,7 @@ class ExpertStore:
     experts: Sequence[ReplicatedExperts] = ()
 
     def effective(self, layer: int) -> ExpertWeights:
-        """What replicas compute with: the weights, and what adapters add to them."""
+        """The weights that replicas compute with: the layer's own, and what adapters add to them."""
         if not self.experts:
             return self.weights_of(layer)
         with torch.no_grad():
@@ -131,7 +131,7 @@ class OpenBatch:
             fed = fed.astype(np.int64)  # an empty list has no integers in it
 
         def check(prepared: Prepared) -> None:
-            self.alignment.judge("the trace")  # after the first micro-batch
+            self.alignment.judge()  # after the first micro-batch
             if fed is not None:
                 check_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
 
@@ -168,14 +168,14 @@ class OpenBatch:
                 f"is {spare}: replay the recorded routing, or raise spare_rows"
             )
         try:
-            self.alignment.judge("the trace")
+            self.alignment.judge()
         except InputError as error:
             problem = error
         self._groups.agree(problem, {}, self.device, "closing the batch")
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        """Run the block, then finish the batch. An error within is told to the other ranks, which stop too."""
         try:
             yield
             self.finish()
@@ -187,7 +187,7 @@ class OpenBatch:
             self.close()
 
     def close(self) -> None:
-        """Nothing of this batch runs from here on."""
+        """End the batch: nothing of it can run any more."""
         self._session.is_open = False
         if self._tables is not None:
             self._tables.close()

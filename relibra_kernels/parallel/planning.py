@@ -154,7 +154,7 @@ def plan_group(
     cluster: ClusterSpec,
     home: np.ndarray,
     model_name: str,
-    options: PlanOptions | None = None,
+    options: PlanOptions | None,
 ) -> BatchPlan:
     """The plan of one of several groups: their micro-batches are planned together, so that they share one `home`."""
     groups, _, micro_batches = loads_GLMRE.shape[:3]
