@@ -10,7 +10,7 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
 from ..weights import ExpertWeights
@@ -160,18 +160,14 @@ class OpenBatch:
             self._sums.close(weights_of)
             late.finish()
         spare = self._session.options.spare_rows
-        problem: ReLibraError | None = None
-        worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
-        if worst > spare:
-            problem = InputError(
-                f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; spare_rows "
-                f"is {spare}: replay the recorded routing, or raise spare_rows"
-            )
-        try:
+        with self._groups.agreeing(self.device, "closing the batch"):
             self.alignment.judge()
-        except InputError as error:
-            problem = error
-        self._groups.agree(problem, {}, self.device, "closing the batch")
+            worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
+            if worst > spare:
+                raise InputError(
+                    f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; "
+                    f"spare_rows is {spare}: replay the recorded routing, or raise spare_rows"
+                )
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -138,13 +138,9 @@ class Planning:
             counted: the loads, where every rank has them already.
         Raises: PlanError where the plan was made for others.
         """
-        problem = None
         loads = self.gather_loads(batch) if counted is None else counted
-        try:
+        with self._groups.agreeing(self._device(), "checking the loads"):
             replace(plan, loads=loads)  # refuses other loads, which are the same on every rank of a group
-        except ReLibraError as error:
-            problem = error
-        self._groups.agree(problem, {}, self._device(), "checking the loads")
         return loads
 
 

@@ -1,6 +1,7 @@
 """The process groups of a run: one for the experts, one beside it for replicas, and those that hold copies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -173,6 +174,16 @@ class Groups:
         if problem is not None:
             raise problem
         return flag
+
+    @contextmanager
+    def agreeing(self, device: torch.device, what: str) -> Iterator[None]:
+        """Where the block raises a ReLibraError on one rank, all ranks raise at its end. Collective there."""
+        problem = None
+        try:
+            yield
+        except ReLibraError as error:
+            problem = error
+        self.agree(problem, {}, device, what)
 
     def gather_over_copies(self, array: np.ndarray, device: torch.device) -> np.ndarray:
         """The same-shaped array of every expert-parallel group, stacked."""
