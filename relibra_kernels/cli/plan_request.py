@@ -47,12 +47,6 @@ def read_plan_request(args: argparse.Namespace) -> PlanRequest:
     """What the arguments of `add_plan_arguments` say, and the files that they name."""
     with naming_flags():
         cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots)
-        device = find_device(args.device)
-        PlanOptions(balance=args.balance, kept_bytes=args.kept_bytes, max_moves=args.max_moves)  # before any reading
-        batch = read_input(args.input, args, cluster.num_ranks)
-        if args.adapter_rank < 0:
-            raise InputError(f"--adapter-rank is {args.adapter_rank}; it must not be negative")
-        shape = replace(batch.shape(args.shape), adapter_rank=args.adapter_rank)
         options = PlanOptions(
             balance=args.balance,
             effort=args.effort,
@@ -60,10 +54,13 @@ def read_plan_request(args: argparse.Namespace) -> PlanRequest:
             fetched_slots=args.fetched_slots,
             max_moves=args.max_moves,
             transport=args.transport,
-            shape=shape,
-            device=device,
-            sequence_length=batch.sequence_length,
+            device=find_device(args.device),
         )
+        if args.adapter_rank < 0:
+            raise InputError(f"--adapter-rank is {args.adapter_rank}; it must not be negative")
+        batch = read_input(args.input, args, cluster.num_ranks)
+        shape = replace(batch.shape(args.shape), adapter_rank=args.adapter_rank)
+        options = replace(options, shape=shape, sequence_length=batch.sequence_length)
     return PlanRequest(batch, cluster, options, _previous_home(args, batch.loads, cluster))
 
 
