@@ -1,6 +1,5 @@
 """`relibra doctor --model FOLDER`: what works for a model of transformers, its configs, and what a plan takes."""
 
-import importlib
 import importlib.util
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -60,8 +59,7 @@ def _made(config: Any) -> Any:
     import torch
     import transformers
 
-    module = importlib.import_module(type(config).__module__.replace("configuration_", "modeling_"))
-    named = [getattr(module, name) for name in config.architectures or () if hasattr(module, name)]
+    named = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
     autos = [getattr(transformers, name) for name in _AUTO if hasattr(transformers, name)]
     kinds = named or [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
     if not kinds:
