@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..form import ExpertForm
@@ -79,7 +78,7 @@ def load_pretrained(
                 )
     except ReLibraError as error:
         problem = error
-    ep.groups.agree(problem, {}, _collective_device(ep), f"loading {folder}")
+    ep.groups.agree(problem, {}, ep.comm.device, f"loading {folder}")
     assert source is not None
     with torch.no_grad():
         for names, parameter, read in found:
@@ -130,7 +129,7 @@ def save_pretrained(
                 )
     except ReLibraError as error:
         problem = error
-    ep.groups.agree(problem, {}, _collective_device(ep), f"saving {target}")
+    ep.groups.agree(problem, {}, ep.comm.device, f"saving {target}")
     writes = all(comm.rank == 0 for comm in ep.groups.all)
     writer = Writer(target, shard_bytes) if writes else None
     form_of = {id(p): moe.experts.form for moe in ep.layers for p in moe.experts.parameters()}
@@ -154,13 +153,7 @@ def save_pretrained(
             writer.finish(None if like is None else Path(like), ep.model, failure is not None)
         except OSError as error:
             failure = failure or FormatError(f"{target} cannot be written: {error}")
-    ep.groups.agree(failure, {}, _collective_device(ep), f"finishing {target}")
-
-
-def _collective_device(ep: ExpertParallel) -> torch.device:
-    """Where collectives want their tensors, wherever the parameters are."""
-    on_gpu = "nccl" in dist.get_backend(ep.comm.group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    ep.groups.agree(failure, {}, ep.comm.device, f"finishing {target}")
 
 
 def _readers(ep: ExpertParallel, source: Files) -> list[tuple[list[str], nn.Parameter, Callable[[], Tensor]]]:
