@@ -39,19 +39,17 @@ def check_on_shift(on_shift: Shift | None) -> None:
 class Alignment:
     """Compares live choices with recorded ones in the first layers of one forward.
 
-    share: of (token, layer) whose top-k sets are equal; None before `judge`
-    shift: which of SHIFTED the record is, where that agrees on more than twice as much as the record as it is; or None
-    same, known: how many (token, layer) that is, and of how many; 0 before `judge`
-    judged_later: whether whoever made this judges; else the last layer that is compared does
+    share: the part of all compared (token, layer) pairs whose top-k sets are equal; None before `judge`
+    shift: which of SHIFTED the record is, if so shifted it agrees on more than twice as many pairs; else None
+    same, known: how many pairs are equal, and how many were compared; 0 before `judge`
+    judged_later: True: its owner calls `judge`; False: the router of the last layer that is compared does
 
     Args:
-        on_shift: None is "refuse" for a record that is shifted, and from ENOUGH token-layers on for any; else "warn".
+        on_shift: None: "refuse" where the record is shifted or at least ENOUGH pairs were compared, else "warn".
         download: begins to bring a tensor to the host, and returns what gives it. None: `judge` waits for the device.
     """
 
-    def __init__(
-        self, on_shift: Shift | None = "refuse", download: Callable[[Tensor], Callable[[], np.ndarray]] | None = None
-    ):
+    def __init__(self, on_shift: Shift | None, download: Callable[[Tensor], Callable[[], np.ndarray]] | None = None):
         check_on_shift(on_shift)
         self.on_shift, self.judged_later = on_shift, download is not None
         self.share: float | None = None
@@ -75,7 +73,7 @@ class Alignment:
         self._before = None if self._counts else (live, recorded)
         self._counts[layer] = self._download(torch.stack([count for pair in pairs for count in _agreeing(*pair)]))
 
-    def judge(self, what: str = "the record") -> None:
+    def judge(self) -> None:
         """Wait for the comparison, once. Raises: InputError below LEAST; logs a warning below USUAL."""
         if not self._counts or self.share is not None:
             return
@@ -89,8 +87,8 @@ class Alignment:
         by_layer = ", ".join(f"layer {layer}: {s / max(k, 1):.0%}" for layer, ((s, k), *_) in sorted(counts.items()))
         cause = "it is shifted by a token or a layer, of another model, or of an older policy"
         said = (
-            f"{what} agrees with the model's own choice on {self.share:.0%} of the top-k sets in the first MoE layers "
-            f"({by_layer}; 98 to 100 % is usual): {f'it is {SHIFTED[self.shift]}' if self.shift else cause}"
+            f"the trace agrees with the model's own choice on {self.share:.0%} of the top-k sets in the first MoE "
+            f"layers ({by_layer}; 98 to 100 % is usual): {f'it is {SHIFTED[self.shift]}' if self.shift else cause}"
         )
         unasked = self.on_shift is None and (known >= ENOUGH or self.shift is not None)
         if self.share < LEAST and (self.on_shift == "refuse" or unasked):

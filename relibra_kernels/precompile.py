@@ -115,9 +115,9 @@ def config_sources(model: nn.Module, tokens: int, device: str) -> dict[str, list
     layers = take_over(model)
     _launches(layers, [tokens], target, None)
     found: dict[str, set[str]] = {}
-    for problem, answer in lookup.answers().items():
-        if problem.device == target:
-            found.setdefault(problem.kernel, set()).add(answer.source)
+    for key, answer in lookup.answers().items():
+        if key.device == target:
+            found.setdefault(key.kernel, set()).add(answer.source)
     return {kernel: sorted(sources) for kernel, sources in sorted(found.items())}
 
 
@@ -262,8 +262,8 @@ def _agree_on_configs(group: dist.ProcessGroup | None, where: torch.device) -> N
     from .configs.config import parse_config
 
     table = [
-        [problem.kernel, str(problem.dtype).removeprefix("torch."), *problem[3:], str(answer.config)]
-        for problem, answer in lookup.answers_for_all_rows(_OCTAVES).items()
+        [key.kernel, str(key.dtype).removeprefix("torch."), *key[3:], str(answer.config)]
+        for key, answer in lookup.answers_for_all_rows(_OCTAVES).items()
     ]
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return

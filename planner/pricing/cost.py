@@ -254,21 +254,14 @@ def bytes_of_ranks(
     Args:
         direction: "in", or "out" for those that leave it. Gradients, which travel the other way, count with weights.
     """
-    trip = (1 if keep_replicas else 2) * model.expert_bytes + model.gradient_bytes
+    once = model.expert_bytes + model.gradient_bytes
+    fetched = once if keep_replicas else once + model.expert_bytes
     each = {
-        "fetched_fast": ("pushed", trip),
-        "fetched_slow": ("far", trip),
-        "kept_fast": ("kept_near", model.copy_bytes),
-        "kept_slow": ("kept", model.copy_bytes),
+        "fetched_fast": ("pushed", fetched),
+        "fetched_slow": ("far", fetched),
+        "kept_fast": ("kept_near", once),
+        "kept_slow": ("kept", once),
         "migration": ("moved", model.migration_bytes),
     }
     counts = {kind: getattr(outcome, f"{name}_{direction}") for kind, (name, _) in each.items()}
     return {kind: n.reshape(-1, n.shape[-1]).sum(0) * each[kind][1] for kind, n in counts.items()}
-
-
-def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:
-    """int64 [R]: how many of one source's tokens go to each rank, each counted once (`destinations` gives these)."""
-    seen = np.zeros((len(destination_TK), ranks), np.bool_)
-    token, choice = np.nonzero(destination_TK >= 0)
-    seen[token, destination_TK[token, choice]] = True
-    return seen.sum(0)

@@ -69,7 +69,7 @@ def _of(model: Any) -> Iterator[Found]:
     size, gradient = elements * weights[0].element_size(), elements * 4
     yield (
         "ok",
-        f"a copy of an expert takes {size / MIB:.1f} MiB ({weights[0].dtype}), and its fp32 gradient "
+        f"a replica of an expert takes {size / MIB:.1f} MiB ({weights[0].dtype}), and its fp32 gradient "
         f"{gradient / MIB:.1f} MiB where it is kept or trained",
         "",
     )

@@ -85,7 +85,7 @@ def implementations_of(model: nn.Module) -> list[RelibraEP]:
 
 
 def runner_of_open_batch() -> ModelRunner | None:
-    """Of the model whose batch opened last."""
+    """The runner of the model whose batch opened last."""
     found = [one.runner for one in _IMPLEMENTATIONS.values() if one.runner is not None and one.runner.batch is not None]
     return max(found, key=lambda runner: runner.batch.serial, default=None)  # type: ignore[union-attr]
 

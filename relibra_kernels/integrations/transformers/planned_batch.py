@@ -76,8 +76,8 @@ def batch(
     Args:
         trace: the routed batch; or the trace of this rank's sequences, with int [sequences] `micro_batch_of_sequence`.
             With it the routers replay, and every size is known on the host before a layer runs. Without it routing is
-            as the routers (or a `replay`) have it, and every layer exchanges its counts; the plan's copies of an expert
-            then share its tokens alike.
+            as the routers (or a `replay`) have it, and every layer exchanges its counts; an expert's home and its
+            replicas then share its tokens alike.
         on_shift: what to do where the record is not what the model would choose: as in `RuntimeOptions`.
 
     Raises: PlanError for a plan that moves experts, or is for another model, group or routing; InputError.

@@ -35,7 +35,7 @@ def logical_tensors(
     tensor_of: Callable[[nn.Parameter], Tensor | None],
     names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """`tensor_of` every parameter under its name in the whole model, one gathered at a time. Collective.
+    """(name in the whole model, `tensor_of(parameter)`) of every parameter, gathered one at a time. Collective.
 
     Args:
         names: of those that are wanted; None: all.
@@ -61,7 +61,7 @@ def logical_tensors(
 def gather_experts(rows: Tensor, home_E: np.ndarray, comm: Comm, phase: str) -> Tensor:
     """[E, ...] from the rows of every rank's home slots, some slots of all ranks at a time. Collective.
 
-    Beside what is returned it takes an eighth of that, or one expert of each rank.
+    It takes an eighth of the result's memory besides, or one expert of each rank.
     """
     whole = rows.new_empty((len(home_E), *rows.shape[1:]))
     row_of_expert = _row_of_expert(home_E, len(rows))

@@ -1,4 +1,4 @@
-"""Inter-batch reordering: experts move to the rank that the next plan calls their home, with everything that is theirs.
+"""Inter-batch reordering: experts move, with all tensors of theirs, to the rank that is their home in the next plan.
 
 What moves for each expert is one row of every tensor that has the shape of the expert parameter: the weights, an fp32
 master, the optimizer's moments, gradients that are still held. Layer by layer: the rows that arrive are staged, every
@@ -65,7 +65,7 @@ def spread_state(
     tensors: Sequence[dict[str, Tensor]],
     moves_LE: np.ndarray,
 ) -> Iterator[None]:
-    """Within, `tensors` of layers of which an expert moves have the spread state too. Collective over the copies.
+    """Within, `tensors` of layers in which experts move have the spread state too. Collective over the copies.
 
     Args:
         gather: of an optimizer that spreads its state. parameters: of every layer, by name.
@@ -126,7 +126,7 @@ def move_experts(
 
 @torch.no_grad()
 def _refill_rows(tensor: Tensor, arrivals: Tensor, source: list[int]) -> None:
-    """The same where a slot is empty before or after: an empty slot is zeros."""
+    """As `_reorder_rows`, where a slot is empty before or after: an empty slot is zeros."""
     rows = torch.cat([tensor, arrivals])[source]
     tensor[: len(source)] = rows
     tensor[len(source) :] = 0

@@ -14,7 +14,7 @@ from ..planner.pricing.devices import DEFAULT_DEVICE
 from .inputs import SHAPE_HELP, Input, add_trace_arguments, naming_flags, read_input
 
 
-class Problem(NamedTuple):
+class PlanRequest(NamedTuple):
     """`previous_home` is [L, E], None where no plan of the batch before was given."""
 
     batch: Input
@@ -23,7 +23,7 @@ class Problem(NamedTuple):
     previous_home: np.ndarray | None
 
 
-def add_problem(parser: argparse.ArgumentParser) -> None:
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is planned, for which machine and model, and what the plan is to achieve."""
     parser.add_argument("input", metavar="INPUT.npz", type=Path, help="`loads`, or a recorded trace")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
@@ -62,8 +62,8 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_problem(args: argparse.Namespace) -> Problem:
-    """What the arguments of `add_problem` say, and the files that they name."""
+def read_plan_request(args: argparse.Namespace) -> PlanRequest:
+    """What the arguments of `add_plan_arguments` say, and the files that they name."""
     with naming_flags():
         cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots)
         device = find_device(args.device)
@@ -83,7 +83,7 @@ def read_problem(args: argparse.Namespace) -> Problem:
             device=device,
             sequence_length=batch.sequence_length,
         )
-    return Problem(batch, cluster, options, _previous_home(args, batch.loads, cluster))
+    return PlanRequest(batch, cluster, options, _previous_home(args, batch.loads, cluster))
 
 
 def _previous_home(args: argparse.Namespace, loads: np.ndarray, cluster: ClusterSpec) -> np.ndarray | None:
