@@ -80,6 +80,12 @@ class Comm:
         return count, phase, waiting or (last is not None and not last.is_completed())
 
     @property
+    def device(self) -> torch.device:
+        """Where collectives of this group want their tensors."""
+        on_gpu = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+
+    @property
     def bytes_sent(self) -> Counter[tuple[str, str]]:
         """Bytes to other ranks since the beginning, by (kind, "fast" | "slow")."""
         return self.ledger.bytes_sent
@@ -146,6 +152,15 @@ class Comm:
                     raise CommunicationError(
                         f"rank {self._name[0]} has waited {patience:g} s for rank {', '.join(map(str, missing))}"
                     )
+
+    def warm(self) -> None:
+        """Exchange a byte with every rank: what connects them is made now, and not in the first layer. Collective."""
+        if self.size == 1:
+            return
+        byte_R = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+        with self.during("connecting the ranks of a process group"):
+            each = [1] * self.size
+            self.wait(dist.all_to_all_single(byte_R.clone(), byte_R, each, each, group=self.group, async_op=True))
 
     def _missing(self) -> list[int]:
         """Write to the store that this rank waits in its last collective; return the ranks that have not written so."""

@@ -93,6 +93,8 @@ class Groups:
         self.all = [self.experts, *self.copies]
         self.copy = self.copies[0].rank if self.copies else 0
         self.shape = tuple(comm.size for comm in self.all)
+        for comm in self.every:
+            comm.warm()
 
     def split(self) -> tuple[Comm, Comm]:
         """Make the groups `node` and `rail` and return them. All ranks must call this at once."""
@@ -103,6 +105,8 @@ class Groups:
             across = self._new_group("rail", None, experts.ranks[place::per_node])
             self.node = Comm(inside, per_node, experts.ledger, part_of=experts)
             self.rail = Comm(across, 1, experts.ledger, part_of=experts)
+            self.node.warm()
+            self.rail.warm()
         return self.node, self.rail
 
     @property
