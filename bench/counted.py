@@ -25,6 +25,7 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
 import numpy as np
 import torch
 import triton.language as tl
+from padded_columns import columns_issued
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from relibra_kernels import kernels
@@ -36,9 +37,7 @@ from relibra_kernels.form import ExpertForm
 from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
 from relibra_kernels.schedule import Schedule
-from relibra_kernels.tuning.gates import large_tasks
 from relibra_kernels.tuning.models import MODELS
-from relibra_kernels.tuning.padded_columns import columns_issued
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
 TOKENS_PER_RANK, RANKS = 4096, 8
@@ -234,7 +233,7 @@ def main() -> None:
     for what, place in (("one shard each", [0, 5, 9, 12]), ("hot expert", [3, 3, 3, -1])):
         ratio = reduction_bytes((2 * 768, 512), 16, place)
         show("16 experts, 4 shards", f"replica_reduce, {what}", ratio, "replica_reduce")
-    columns = {model.name: columns_issued(large_tasks([model], PRODUCTS["H100"], (0,))) for model in MODELS}
+    columns = {model.name: columns_issued(model, PRODUCTS["H100"]) for model in MODELS}
     for name, found in columns.items():
         for gemm, ratio in found.items():
             if ratio > 1 or gemm == "layer":

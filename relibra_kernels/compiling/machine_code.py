@@ -188,8 +188,8 @@ def _buffers(ttgir: str) -> list[int]:
 def _shape(one: Instruction, ttgir: str) -> tuple[int, int, int]:
     """Rows, columns and contraction of one matrix instruction."""
     if one.op.startswith("UTC"):  # its size is in a register; the IR has it, of the widest tile at last
-        found = re.findall(r"tc_gen5_mma .*?!ttg\.memdesc<(?:\d+x)?(\d+)x(\d+)x\w+, #\w+, #ttng\.tensor_memory", ttgir)
-        return max(((int(m), int(n), 16) for m, n in found), default=(0, 0, 0))
+        tiles = re.findall(r"tc_gen5_mma .*?!ttg\.memdesc<(?:\d+x)?(\d+)x(\d+)x\w+, #\w+, #ttng\.tensor_memory", ttgir)
+        return max(((int(m), int(n), 16) for m, n in tiles), default=(0, 0, 0))
     found = re.search(r"(\d+)x(\d+)x(\d+)", one.op) or re.match(r"[HI]MMA\.(16)(8)(\d+)", one.op)
     return (int(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (0, 0, 0)
 

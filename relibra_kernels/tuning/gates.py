@@ -18,7 +18,7 @@ from ..form import ExpertForm
 from .catalogue import PARTS
 from .compile_task import Outcome, Task
 from .models import Model
-from .padded_columns import of_task
+from .padded_columns import multiply_adds
 from .search_goal import layer_shape
 
 SLOTS, ROWS_PER_SLOT = 16, 4096
@@ -95,13 +95,13 @@ def _access_faults(kernel: str, code: MachineCode, form: ExpertForm) -> list[str
 
 
 def most_barriers(kernel: str, version: str) -> int:
-    """In a step, of code that this version of Triton compiles for sm_80 and sm_90."""
+    """The most barriers that a step may have, in code that this version of Triton compiles for sm_80 and sm_90."""
     minor = int(version.split(".")[1])
     return _MOST_BARRIERS.get(minor, _MOST_BARRIERS_ELSE) + (minor == 6 and kernel == "grouped_gemm")
 
 
 def same_code(compiled: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Configs of one launch that are the same code, so that one of them is for nothing: "first = second: launch".
+    """Pairs of configs of one launch that compile to the same code, as "first = second: launch".
 
     Args:
         compiled: (what is launched, config, digest of the instructions) of each.
@@ -117,7 +117,7 @@ def same_code(compiled: Sequence[tuple[str, str, str]]) -> list[str]:
 
 def idle_columns(task: Task) -> list[str]:
     """What is wrong with how many columns a config's tiles have beyond the weight's: at most one fault."""
-    issued, needed = of_task(task)
+    issued, needed = multiply_adds(task)
     if issued <= _MOST_COLUMNS * needed:
         return []
     return [f"multiplies {issued / needed:.3f} times the columns that there are; {_MOST_COLUMNS} at most"]

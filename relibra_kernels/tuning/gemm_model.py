@@ -56,7 +56,7 @@ def shared_bytes_a_step(config: GemmConfig, tile: _Tile, unit: str) -> int:
     return int((read + tile.m + tile.n) * config.block_k * ITEM)
 
 
-def step_clocks(config: GemmConfig, tile: _Tile, product: Product, code: MachineCode | None = None) -> float:
+def step_clocks(config: GemmConfig, tile: _Tile, product: Product, code: MachineCode | None) -> float:
     """Clocks of one step of one program that has an SM for itself.
 
     The slowest of multiplying, of moving what the products read from shared memory, and of issuing the instructions:
@@ -80,7 +80,7 @@ def tile_columns(kernel: str, columns: int, config: GemmConfig, product: Product
     if not has_half_tile(kernel, columns, config.block_n):
         return tiles
     half = replace(config, block_n=config.block_n // 2)
-    clocks = [step_clocks(each, _tile(kernel, each), product) for each in (half, config)]
+    clocks = [step_clocks(each, _tile(kernel, each), product, None) for each in (half, config)]
     return tiles - 1 + clocks[0] / clocks[1]
 
 

@@ -8,6 +8,8 @@ import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
+from padded_columns import columns_issued
+
 from relibra_kernels.cli import main
 from relibra_kernels.compiling.machine_code import MachineCode, read_machine_code
 from relibra_kernels.configs import spaces
@@ -20,7 +22,7 @@ from relibra_kernels.tuning.compile_task import Task, compile_task
 from relibra_kernels.tuning.gates import large_tasks, machine_faults, most_barriers, same_code
 from relibra_kernels.tuning.launch_model import Resources
 from relibra_kernels.tuning.models import MODELS, model_named
-from relibra_kernels.tuning.padded_columns import columns_issued
+from relibra_kernels.tuning.padded_columns import multiply_adds
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 H100, MI300X = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["MI300X"])
@@ -132,20 +134,22 @@ def test_large_batches_of_every_model_get_whole_tiles():
 def test_whole_tiles_compute_few_columns_for_nothing(product):
     """At most 7 % of any GEMM of any model."""
     for model in MODELS:
-        found = columns_issued(large_tasks([model], product, (0,)))
+        found = columns_issued(model, product)
         assert len(found) == 7 and max(found.values()) <= 1.07, model
 
 
 def test_columns_are_counted_by_hand():
     """Tiles of 128 gate columns, 256 columns and 128x256 of a weight, over I 1408 and H 2048: 5.5 for grad_hidden."""
-    tasks = large_tasks([model_named("Moonlight-16B-A3B")], PRODUCTS["H100"], (0,))
-    assert set(columns_issued(tasks).values()) == {1.0}
-    (wide,) = (task for task in tasks if task.kernel == "grad_hidden")
-    assert columns_issued([replace(wide, intermediate_size=1409)])["grad_hidden grad_hidden"] == 1536 / 1409
-    up = Task("sm_90", "gate_up", "gate_up", "128x128x64w8s3", 2048, 1409, ExpertForm(), 0)
-    assert columns_issued([up])["layer"] == 1536 / 1409  # gate and up alike
-    down = Task("sm_90", "grad_weight", "down", "128x256x64w8s3", 2880, 2880, GPT_OSS, 0)
-    assert columns_issued([down])["layer"] == 2944 * 2944 / 2880**2
+    found = columns_issued(model_named("Moonlight-16B-A3B"), PRODUCTS["H100"])
+    assert len(found) == 7 and set(found.values()) == {1.0}
+
+    def ratio(*task):
+        issued, needed = multiply_adds(Task("sm_90", *task, 0))
+        return issued / needed
+
+    for kernel, tile in (("grad_hidden", "128x256x64w8s3"), ("gate_up", "128x128x64w8s3")):
+        assert ratio(kernel, kernel, tile, 2048, 1409, ExpertForm()) == 1536 / 1409
+    assert ratio("grad_weight", "down", "128x256x64w8s3", 2880, 2880, GPT_OSS) == 2944 * 2944 / 2880**2
 
 
 def test_columns_for_nothing_are_a_fault():
