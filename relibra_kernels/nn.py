@@ -12,7 +12,7 @@ from .autograd import moe_mlp
 from .compiled import moe_mlp_functional
 from .form import GPT_OSS, ExpertForm
 from .planner.errors import InputError, ShapeError
-from .router import TopKRouter, replay_routing
+from .router import TopKRouter, record_routing, replay_routing
 from .weights import ExpertWeights
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "ReplicatedExperts",
     "ReplicatedMoE",
     "TopKRouter",
+    "record_routing",
     "replay_routing",
 ]
 

@@ -70,6 +70,7 @@ class TopKRouter(nn.Module):
             self.register_buffer("e_score_correction_bias", bias)
         self._recorded: torch.Tensor | None = None
         self._all_recorded = False
+        self._record: list[torch.Tensor] | None = None
         self.replay: Callable[[], tuple[torch.Tensor, bool] | None] | None = None
 
     @property
@@ -129,6 +130,8 @@ class TopKRouter(nn.Module):
                 weights_TK = weights_TK / (weights_TK.sum(-1, keepdim=True) + 1e-20)
         if self.routed_scaling_factor != 1.0:
             weights_TK = weights_TK * self.routed_scaling_factor
+        if self._record is not None:
+            self._record.append(indices_TK.clone())
         return logits_TE, weights_TK.to(logits_TE.dtype), indices_TK
 
     def _indices(self, logits_TE: torch.Tensor) -> torch.Tensor:
@@ -185,3 +188,17 @@ def replay_routing(routers: Sequence[TopKRouter], indices_TLK: torch.Tensor) -> 
     finally:
         for router, recorded in zip(routers, before, strict=True):
             router.recorded = recorded
+
+
+@contextmanager
+def record_routing(routers: Sequence[TopKRouter]) -> Iterator[list[list[torch.Tensor]]]:
+    """Yields `recorded[layer][call]`: the indices `[T, K]` of every forward of every router within the block."""
+    recorded: list[list[torch.Tensor]] = [[] for _ in routers]
+    before = [router._record for router in routers]
+    try:
+        for router, calls in zip(routers, recorded, strict=True):
+            router._record = calls
+        yield recorded
+    finally:
+        for router, calls_before in zip(routers, before, strict=True):
+            router._record = calls_before

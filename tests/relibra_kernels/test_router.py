@@ -4,7 +4,7 @@ import pytest
 import torch
 from tolerance import assert_close
 
-from relibra_kernels.nn import TopKRouter, replay_routing
+from relibra_kernels.nn import TopKRouter, record_routing, replay_routing
 from relibra_kernels.planner.errors import InputError, ShapeError
 
 H, E, K, T = 32, 16, 4, 50
@@ -127,13 +127,18 @@ def test_recorded_of_another_shape_is_refused():
         router(x)
 
 
-def test_replay_of_several_layers():
+def test_record_and_replay_of_several_layers():
     routers, inputs = zip(*(make(seed=layer) for layer in range(3)), strict=True)
-    chosen = [router(x)[2] for router, x in zip(routers, inputs, strict=True)]
-    shifted = torch.stack([(ids + 1) % E for ids in chosen], dim=1)
+    with record_routing(routers) as recorded:
+        expected = [[router(x)[2] for _ in range(2)] for router, x in zip(routers, inputs, strict=True)]
+    assert [len(calls) for calls in recorded] == [2, 2, 2]
+    assert all(a.equal(b) for got, want in zip(recorded, expected, strict=True) for a, b in zip(got, want, strict=True))
+
+    shifted = torch.stack([(calls[0] + 1) % E for calls in recorded], dim=1)
     with replay_routing(routers, shifted):
         assert all(router(x)[2].equal(shifted[:, i]) for i, (router, x) in enumerate(zip(routers, inputs, strict=True)))
-    assert all(router(x)[2].equal(ids) for router, x, ids in zip(routers, inputs, chosen, strict=True))
+    assert all(router(x)[2].equal(calls[0]) for router, x, calls in zip(routers, inputs, expected, strict=True))
+    assert all(len(calls) == 2 for calls in recorded)
     with pytest.raises(ShapeError, match=r"\[T, 3 layers, K\]"), replay_routing(routers, shifted[:, :2]):
         pass
 

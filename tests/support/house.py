@@ -62,7 +62,7 @@ ROOMS = (
     Room("parallel.session", "options, what a forward is bound to", "parallel.comm alignment forwards errors"),
     Room("parallel.comm", "collectives, groups, watchdog", "planner errors"),
     Room("nn", "the layer as modules", f"router compiled autograd ops {BASE} errors"),
-    Room("router", "top-k routers with replay", "errors"),
+    Room("router", "top-k routers, replay and recording", "errors"),
     Room("compiled", "the MoE MLP for torch.compile", f"autograd ops {BASE}"),
     Room("autograd", "the MoE MLP, forward and backward", f"ops {BASE} errors", "autograd slot_products"),
     Room("ops", "which backend computes", "kernels reference errors"),
