@@ -87,3 +87,16 @@ def build_schedule(
         launch(_scatter_kernel, (num_blocks,), slots_TK, shift, slot_offsets, first_tile, *result, **how)
     parts = [part[:bound] for part, bound in zip(tiles.split(starts), bounds, strict=True)]
     return Schedule(slot_offsets[0], assignment_of, position_of, dict(zip(block_sizes, parts, strict=True)))
+
+
+def build_schedules(
+    slot_of_assignment_RK: torch.Tensor, rows: Sequence[int], num_slots: int, num_rows: Sequence[int]
+) -> list[Schedule]:
+    """`build_schedule` of several parts at once, such as the layers of a micro-batch.
+
+    Args:
+        slot_of_assignment_RK: of all parts, one after another. rows: how many each part has.
+        num_rows: how many assignments of each part are not dropped.
+    """
+    parts = slot_of_assignment_RK.split(list(rows))
+    return [build_schedule(part, num_slots, num_rows=used) for part, used in zip(parts, num_rows, strict=True)]

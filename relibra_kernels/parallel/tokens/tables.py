@@ -50,13 +50,20 @@ class SendTables:
     offsets: Tensor
     counts: Tensor
 
-    def of_layers(self, hops: "Sequence[HopSizes]") -> list[LayerTables]:
-        """The tables of every layer, cut to the rows that it sends."""
+    def of_layers(self, hops: "Sequence[HopSizes]", tokens: Sequence[int] | None = None) -> list[LayerTables]:
+        """The tables of every layer, cut to the rows that it sends.
+
+        Args:
+            tokens: how many each has, where that differs.
+        """
         width = self.assignment_of.shape[1]
         sizes = [size for hop in hops for size in (sum(hop.send), width - sum(hop.send))]
         flat = self.assignment_of.flatten(), self.token_of.flatten(), self.slots.flatten(0, 1)
         assignment_of, token_of, slots = (table.split(sizes)[::2] for table in flat)
-        schedules = map(Schedule, self.offsets.unbind(), assignment_of, self.position_of.unbind())
+        positions: Sequence[Tensor] = self.position_of.unbind()
+        if tokens is not None:
+            positions = [table[:count] for table, count in zip(positions, tokens, strict=True)]
+        schedules = map(Schedule, self.offsets.unbind(), assignment_of, positions)
         return [LayerTables(*parts) for parts in zip(schedules, slots, token_of, strict=True)]
 
     def of_tokens(self, rows_T: Tensor, token_of_row: Tensor) -> "SendTables":
@@ -174,3 +181,7 @@ class Sizes:
     hops: tuple[HopSizes, ...]
     places: int
     assignments: tuple[int, int]
+
+    def of_chunks(self, in_two: bool) -> tuple[int, ...]:
+        """Assignments of every chunk: of two, or of one."""
+        return self.assignments if in_two else (sum(self.assignments),)
