@@ -242,4 +242,4 @@ def _of_one_size(places_RK: Tensor, rows: Sequence[int]) -> Tensor:
     most = max(rows, default=0)
     padded = places_RK.new_full((len(rows) * most, places_RK.shape[1]), -1)
     padded[rows_of_parts(np.arange(len(rows)) * most, rows, places_RK.device)] = places_RK
-    return padded.view(len(rows), most, -1)
+    return padded.view(len(rows), most, places_RK.shape[1])
