@@ -85,19 +85,8 @@ def build_schedule(
         how = {**sizes, **scanning, "ROWS": max(1, 4096 // bins), "BLOCK": block, "num_warps": 8}
         launch(_scan_kernel, (1,), shift, *offsets, None, total, **how)
         how = {**sizes, **placing, "BLOCK_SIZES": block_sizes}
-        launch(
-            _scatter_kernel,
-            (num_blocks,),
-            slots_TK,
-            shift,
-            slot_offsets,
-            first_tile,
-            *result[:3],
-            None,
-            total,
-            num_rows,
-            **how,
-        )
+        where = (slots_TK, shift, slot_offsets, first_tile, assignment_of, position_of, tiles)
+        launch(_scatter_kernel, (num_blocks,), *where, None, total, num_rows, **how)
     parts = [part[:bound] for part, bound in zip(tiles.split(starts), bounds, strict=True)]
     return Schedule(slot_offsets[0], assignment_of, position_of, dict(zip(block_sizes, parts, strict=True)))
 
@@ -112,11 +101,15 @@ def build_schedules(
 ) -> list[Schedule]:
     """`build_schedule` of several parts at once, such as the layers of a micro-batch: three launches for all of them.
 
+    One part alone is built as `build_schedule` does.
+
     Args:
         slot_of_assignment_RK: of all parts, one after another. rows: how many each part has.
         num_rows: how many assignments of each part are not dropped.
     """
     slots_RK, device, count = slot_of_assignment_RK, slot_of_assignment_RK.device, len(rows)
+    if count == 1:
+        return [build_schedule(slots_RK, num_slots, num_rows=num_rows[0], config=config)]
     check_slot_of_assignment(slots_RK, num_slots)
     if num_slots > MOST_SLOTS:
         raise InputError(f"there are {num_slots} slots; the kernels take {MOST_SLOTS} at most")

@@ -31,24 +31,26 @@ def exchange_slots(comm: Comm, tables: SendTables, hops: Sequence[HopSizes], wha
     Args:
         hops: of each of the tables. what: goes on, for errors.
     """
-    me, device = comm.rank, tables.slots.device
+    me = comm.rank
     leave_PR, come_PR = (np.array(counts, np.int64) for counts in zip(*hops, strict=True))
     stay_P = leave_PR[:, me].copy()
     leave_PR[:, me] = come_PR[:, me] = 0
+    stay, away, come = int(stay_P.sum()), int(leave_PR.sum()), int(come_PR.sum())
     first_P = np.arange(len(hops)) * tables.slots.shape[1]
-    first_PR = first_P[:, None] + stay_P[:, None] + _before(leave_PR, 1)  # those that stay are the first of a table
-    sent = rows_of_parts([*first_PR.T.flat, *first_P], [*leave_PR.T.flat, *stay_P], device)
-    slots, away, come = tables.slots.flatten(0, 1)[sent], int(leave_PR.sum()), int(come_PR.sum())
-    got = slots.new_empty(come + int(stay_P.sum()), slots.shape[1])
+    first_PR = (first_P + stay_P)[:, None] + _before(leave_PR, 1)  # those that stay are the first of a table
+    came_RP = _before(come_PR.T.reshape(-1), 0).reshape(-1, len(hops))
+    begins = [first_PR.T.reshape(-1), first_P, np.c_[came_RP.T, come + _before(stay_P, 0)].reshape(-1)]
+    lengths = [leave_PR.T.reshape(-1), stay_P, np.c_[come_PR, stay_P].reshape(-1)]
+    rows = rows_of_parts(np.concatenate(begins), np.concatenate(lengths), tables.slots.device)
+    by_rank, by_part = rows.split([away + stay, come + stay])
+    sent = tables.slots.flatten(0, 1)[by_rank]
+    got = sent.new_empty(come + stay, sent.shape[1])
+    out, into = sent[:away].view(torch.uint8), got[:come].view(torch.uint8)  # gloo takes no int16
     counts = leave_PR.sum(0).tolist(), come_PR.sum(0).tolist()
-    out, into = slots[:away].view(torch.uint8), got[:come].view(torch.uint8)  # gloo takes no int16
     exchange = comm.start(out, *counts, "slots", f"the exchange of slots of {what}", into)
-    got[come:] = slots[away:]
+    got[come:] = sent[away:]
     exchange.wait()
-    came_PR = _before(come_PR.T.reshape(-1), 0).reshape(come_PR.T.shape).T
-    begin_PS = np.concatenate([came_PR, come + _before(stay_P, 0)[:, None]], 1)
-    order = rows_of_parts(begin_PS.reshape(-1), np.concatenate([come_PR, stay_P[:, None]], 1).reshape(-1), device)
-    return got[order]
+    return got[by_part]
 
 
 def chunks_of_layers(hops: Sequence[HopSizes], rank: int, in_two: bool) -> list[list[tuple[int, int]]]:
@@ -78,14 +80,11 @@ def groups_of_layers(
     return [{index: next(groups) for index, _ in of_layer} for of_layer in chunks]
 
 
-def rows_of_parts(
-    first: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray, device: torch.device
-) -> Tensor:
+def rows_of_parts(first: np.ndarray, lengths: np.ndarray, device: torch.device) -> Tensor:
     """int64: as many numbers of each part as it is long, from its first one on."""
-    first, lengths = np.asarray(first, np.int64), np.asarray(lengths, np.int64)
     total = int(lengths.sum())
-    begin = upload(first - _before(lengths, 0), device)
-    return begin.repeat_interleave(upload(lengths, device), output_size=total) + torch.arange(total, device=device)
+    begin, count = upload(np.stack([first - _before(lengths, 0), lengths]), device)
+    return begin.repeat_interleave(count, output_size=total) + torch.arange(total, device=device)
 
 
 def _before(counts: np.ndarray, axis: int) -> np.ndarray:

@@ -231,9 +231,8 @@ def relay_tables(places_LRK: Tensor, node: Comm) -> SendTables:
     Args:
         places_LRK: int16, of some layers' rows; -1 where a choice is on another node.
     """
-    there = places_LRK >= 0
-    rank = torch.where(there, places_LRK % node.size, -1).long()
-    slot = torch.where(there, torch.div(places_LRK, node.size, rounding_mode="floor"), -1)
+    rank = (places_LRK % node.size).masked_fill(places_LRK < 0, -1).long()
+    slot = torch.div(places_LRK, node.size, rounding_mode="floor")  # -1 stays
     return send_tables(Destinations(rank, slot), node.size, node.rank)
 
 
@@ -241,5 +240,5 @@ def _of_one_size(places_RK: Tensor, rows: Sequence[int]) -> Tensor:
     """[parts, rows of the largest, K], -1 where a part has fewer."""
     most = max(rows, default=0)
     padded = places_RK.new_full((len(rows) * most, places_RK.shape[1]), -1)
-    padded[rows_of_parts(np.arange(len(rows)) * most, rows, places_RK.device)] = places_RK
+    padded[rows_of_parts(np.arange(len(rows)) * most, np.array(rows, np.int64), places_RK.device)] = places_RK
     return padded.view(len(rows), most, places_RK.shape[1])
