@@ -75,11 +75,10 @@ def test_a_live_layer_waits_for_its_counts(ranks):
         assert blocking["cpu in live.py"] == 2 * 2
 
 
-@pytest.mark.parametrize("overlap", [False, True])
-@pytest.mark.parametrize("hops", [1, 2])
+@pytest.mark.parametrize(("hops", "overlap"), [(1, False), (1, True), (2, False)])
 def test_the_tables_of_all_layers_are_one_launch_a_layer_at_most(monkeypatch, hops, overlap):
-    """Two with two hops. Of what is sent, arrives and is handed on in 94 layers, 64 ranks and 4,096 tokens, on the meta device: torch's
-    operators that are no views, and kernels."""
+    """Two with two hops. Of what is sent, arrives and is handed on in 94 layers, 64 ranks and 4,096 tokens, on the meta
+    device: torch's operators that are no views, and kernels."""
     pytest.importorskip("triton", reason="kernels are launched")
     from relibra_kernels.kernels import schedule
 
