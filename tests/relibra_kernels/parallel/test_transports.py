@@ -17,7 +17,7 @@ from relibra_kernels.parallel.tokens.chunks import Chunk
 from relibra_kernels.parallel.tokens.destinations import Destinations
 from relibra_kernels.parallel.tokens.transport import exchange_messages
 from relibra_kernels.parallel.tokens.two_hops import TwoHops
-from relibra_kernels.parallel.transports import make_transport
+from relibra_kernels.parallel.transports import chosen_transport
 from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.planner import ClusterSpec, InputError
 from relibra_kernels.planner.pricing.models import shape_of_sizes
@@ -160,7 +160,7 @@ def test_only_so_many_slots_fit_into_a_number():
 def test_one_node_needs_one_hop(wanted):
     with one_rank():
         groups = Groups(None, ClusterSpec(1, 1))
-        assert make_transport(wanted, groups, ClusterSpec(1, 1), shape_of_sizes(16, 8, 4, 2)).name == "one"
+        assert chosen_transport(wanted, groups, ClusterSpec(1, 1), shape_of_sizes(16, 8, 4, 2)) == "one"
 
 
 def test_names():
