@@ -5,16 +5,18 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
 from relibra_kernels.cli import main
 from relibra_kernels.compiling.machine_code import MachineCode, read_machine_code
 from relibra_kernels.configs import spaces
-from relibra_kernels.configs.config import parse_config
+from relibra_kernels.configs.config import GEMM_KERNELS, parse_config
 from relibra_kernels.configs.limits import device_for
 from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.form import GPT_OSS, ExpertForm
+from relibra_kernels.tuning.compile_matrix import candidate_tasks
 from relibra_kernels.tuning.compile_task import Task, compile_task
 from relibra_kernels.tuning.gates import large_tasks, machine_faults, most_barriers, same_code
 from relibra_kernels.tuning.launch_model import Resources
@@ -117,6 +119,46 @@ def test_a_config_that_compiles_to_the_code_of_another_is_refused(monkeypatch, c
     monkeypatch.setitem(spaces.SPACE, "grad_weight", [usual, in_fours])
     assert main(command) == 1
     assert "the same code twice: 64x64x64w4s2 = 64x64x64w4s2g4: grad_weight" in capsys.readouterr().err
+
+
+@interpreting
+def test_candidates_of_the_same_code_are_refused(monkeypatch, capsys):
+    usual = parse_config("64x64x64w4s2")
+    command = ["compile", "--target", "gfx942", "--candidates", "--kernel", "grad_weight", "--sample", "1"]
+    monkeypatch.setitem(spaces.SPACE, "grad_weight", [usual])
+    monkeypatch.setitem(spaces.WIDER, "grad_weight", [parse_config("64x64x32w4s2")])
+    assert main(command) == 0
+    assert capsys.readouterr().out == "gfx942: 2 candidates, 2 compiled, 0 of the code of another\n"
+    monkeypatch.setitem(spaces.WIDER, "grad_weight", [replace(usual, group_m=4)])  # its kernel knows no groups
+    assert main(command) == 1
+    assert "the same code twice: 64x64x64w4s2 = 64x64x64w4s2g4: grad_weight" in capsys.readouterr().err
+
+
+def test_a_sample_of_candidates_is_whole_launches():
+    """Equal code is found among all that is tried for one launch."""
+    device = H100
+    whole = candidate_tasks(device)
+    assert {task.kernel for task in whole} == set(GEMM_KERNELS) and len({task.part for task in whole}) == 4
+    launches = {(task.kernel, task.part, task.form) for task in whole}
+    found = candidate_tasks(device, sample=1, seed="a")
+    ((kernel, part, form),) = {(task.kernel, task.part, task.form) for task in found}
+    assert (kernel, part, form) in launches
+    assert [t.config for t in found] == [str(c) for c in spaces.candidates(kernel, device, torch.bfloat16)]
+    assert len({candidate_tasks(device, sample=1, seed=str(seed))[0].kernel for seed in range(20)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "sm_90", "--candidates", "--kernel", "permute"], "--kernel is 'permute'"),
+        (["--target", "sm_90", "--candidates", "--sample", "0"], "--sample is 0"),
+        (["--device", "H100", "--candidates"], "--candidates is given with --device H100"),
+    ],
+)
+def test_candidates_are_of_a_gemm_and_a_target(flags, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["compile", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_large_batches_of_every_model_get_whole_tiles():
