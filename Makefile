@@ -102,7 +102,7 @@ nightly: .venv/installed
 	$(MAKE) test-versions
 
 # No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
-TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
+TARGETS := sm_80 sm_90 sm_100 sm_103 gfx942 gfx950
 
 compile-gate: .venv/triton-3.9.0
 	for target in $(TARGETS); do PYTHONPATH=$< $(BIN)/relibra compile --target $$target --first || exit 1; done

@@ -5,6 +5,7 @@ line, which wait for a barrier and branch back, do not look like loops.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MMA = re.compile(r"^(?:[HQIDO]GMMA|UTC[A-Z]*MMA|[HIDQ]MMA|v_mfma_)")
@@ -161,6 +162,10 @@ class Program:
     def tile_loop(self, main: Loop) -> Loop:
         """The largest loop around it."""
         return max((loop for loop in self.loops if loop.blocks >= main.blocks), key=lambda loop: len(loop.blocks))
+
+    def largest_loop(self, accepts: Callable[[list[Instruction]], bool]) -> list[Instruction]:
+        """The instructions of the loop with the most of them of all that `accepts`."""
+        return max(filter(accepts, map(self.inside, self.loops)), key=len, default=[])
 
     def path(self, loop: Loop) -> tuple[list[Instruction], list[Instruction]]:
         """(instructions, products among them) of one iteration: all products, fewest instructions."""

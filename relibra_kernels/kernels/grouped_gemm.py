@@ -13,7 +13,7 @@ from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
 from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
-from .launch import TABLES, launch
+from .launch import TABLES, launch, target
 from .stores import two_stores
 from .tiles import (
     bias_row,
@@ -60,6 +60,8 @@ def _grouped_gemm_kernel(
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
     FLAT_SLOTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    SPECIALISED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,7 +73,9 @@ def _grouped_gemm_kernel(
     FLAT: tl.constexpr = FLAT_SLOTS > 0
     if FLAT:
         num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
-    for index in tl.range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT):
+    for index in tl.range(
+        first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIALISED
+    ):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
         if FLAT or slot >= 0:  # padding has no slot; a loop with a condition cannot be flattened
@@ -96,8 +100,22 @@ def _grouped_gemm_kernel(
             if bias_ptr is not None:
                 acc += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, N, XCDS)
             # a 64-bit start and 32-bit offsets inside the tile: registers
-            out_at = out_ptr + row0.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
-            tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row_R < end)[:, None] & inside[None, :])
+            out_tile = out_ptr + row0.to(tl.int64) * N
+            if HALVES:
+                HALF: tl.constexpr = BLOCK_N // 2
+                left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+                _store(left, out_tile, n0, row_R < end, N, BLOCK_M, HALF)
+                _store(right, out_tile, n0 + HALF, row_R < end, N, BLOCK_M, HALF)
+            else:
+                _store(acc, out_tile, n0, row_R < end, N, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def _store(tile, out_tile, n0, stored_R, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Rows of a tile from column `n0` on."""
+    column = n0 + tl.arange(0, BLOCK_N)
+    out_at = out_tile + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
+    tl.store(out_at, tile.to(out_tile.dtype.element_ty), mask=stored_R[:, None] & (column < N)[None, :])
 
 
 def grouped_gemm(
@@ -130,6 +148,10 @@ def grouped_gemm(
     if not schedule.num_rows:
         return out
     stores = two_stores(weight, replica_weight)
+    described = (a, weight, replica_weight)
+    constants = gemm_constants(a, config, widths=(n, d), described=described, gathered_depth=d if gather else 0)
+    # only where all operands come by descriptors that are made once
+    is_specialised = config.is_specialised and constants["A_MODE"] == "tma" and stores.other is None
     launch(
         _grouped_gemm_kernel,
         grid_of(a, num_tiles * ceil_div(n, config.block_n), config),
@@ -153,9 +175,9 @@ def grouped_gemm(
         TOP_K=schedule.top_k if gather else 0,
         ROWS_ARE_N=transpose_weight,
         GROUP_M=config.group_m,
-        FLAT_SLOTS=flat_slots(a, schedule, stores),
-        **gemm_constants(
-            a, config, widths=(n, d), described=(a, weight, replica_weight), gathered_depth=d if gather else 0
-        ),
+        FLAT_SLOTS=flat_slots(a, schedule, stores, is_specialised=is_specialised),
+        SPECIALISED=is_specialised,
+        HALVES=is_specialised or target(a).backend == "hip",
+        **constants,
     )
     return out
