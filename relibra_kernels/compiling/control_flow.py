@@ -65,7 +65,7 @@ def read_amdgcn(text: str) -> list[Instruction]:
         label = LABEL.match(line)
         if label:
             labels[label.group(1)] = len(out)
-        found = re.match(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+)\b(.*)", line)
+        found = re.match(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+|scratch_\w+)\b(.*)", line)
         if found:
             out.append(Instruction(found.group(1), line.split(";")[0].strip()))
     for one in out:

@@ -87,6 +87,15 @@ def offsets_32(*tensors: torch.Tensor) -> bool:
     return small and target(tensors[0]).backend == "hip"
 
 
+def stores_in_halves(tensor: torch.Tensor) -> bool:
+    """Whether a tile goes to memory one half after the other: on AMD.
+
+    Its matrix units leave four neighbours in a lane, and Triton would store those 8 bytes as they are. A half is
+    exchanged between lanes first, and stored 16 bytes at a time.
+    """
+    return target(tensor).backend == "hip"
+
+
 def flat_slots(tensor: torch.Tensor, schedule: Schedule, stores: Stores, *, is_specialised: bool = False) -> int:
     """A power of two of at least as many slots as there are where the loop over tiles is to be flattened, else 0.
 

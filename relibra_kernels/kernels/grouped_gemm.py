@@ -12,8 +12,8 @@ import triton.language as tl
 from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
-from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
-from .launch import TABLES, launch, target
+from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles, stores_in_halves
+from .launch import TABLES, launch
 from .stores import two_stores
 from .tiles import (
     bias_row,
@@ -22,6 +22,7 @@ from .tiles import (
     describe_rows,
     describe_weights,
     first_program,
+    store_tile,
     tile_of,
     weight_of,
     weight_store,
@@ -101,21 +102,7 @@ def _grouped_gemm_kernel(
                 acc += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, N, XCDS)
             # a 64-bit start and 32-bit offsets inside the tile: registers
             out_tile = out_ptr + row0.to(tl.int64) * N
-            if HALVES:
-                HALF: tl.constexpr = BLOCK_N // 2
-                left, right = acc.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
-                _store(left, out_tile, n0, row_R < end, N, BLOCK_M, HALF)
-                _store(right, out_tile, n0 + HALF, row_R < end, N, BLOCK_M, HALF)
-            else:
-                _store(acc, out_tile, n0, row_R < end, N, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def _store(tile, out_tile, n0, stored_R, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Rows of a tile from column `n0` on."""
-    column = n0 + tl.arange(0, BLOCK_N)
-    out_at = out_tile + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
-    tl.store(out_at, tile.to(out_tile.dtype.element_ty), mask=stored_R[:, None] & (column < N)[None, :])
+            store_tile(acc, out_tile, n0, row_R < end, N, HALVES, BLOCK_M, BLOCK_N)
 
 
 def grouped_gemm(
@@ -177,7 +164,7 @@ def grouped_gemm(
         GROUP_M=config.group_m,
         FLAT_SLOTS=flat_slots(a, schedule, stores, is_specialised=is_specialised),
         SPECIALISED=is_specialised,
-        HALVES=is_specialised or target(a).backend == "hip",
+        HALVES=is_specialised or stores_in_halves(a),
         **constants,
     )
     return out
