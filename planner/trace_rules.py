@@ -24,10 +24,10 @@ def id_dtype(num_experts: int) -> type[np.signedinteger]:
     return next(dtype for dtype in (np.int8, np.int16, np.int32) if num_experts - 1 <= np.iinfo(dtype).max)
 
 
-def check_num_experts(value: object, name: str = "num_experts") -> int:
+def check_num_experts(value: object) -> int:
     """`value` as a number of experts. Raises: InputError."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer) or not 1 <= value <= MAX_EXPERTS:
-        raise InputError(f"{name} is {value!r}, but must be an integer from 1 to {MAX_EXPERTS}")
+        raise InputError(f"num_experts is {value!r}, but must be an integer from 1 to {MAX_EXPERTS}")
     return int(value)
 
 

@@ -120,7 +120,7 @@ def unable(name: str, experts: int, cluster: ClusterSpec, others: Mapping[str, P
 
 @contextmanager
 def _failing_by_name(name: str, others: Mapping[str, Policy] | None) -> Iterator[None]:
-    """Whatever comes of one of the caller's policies, as a PolicyError; our errors, and those of ours, as they are."""
+    """Raise errors of the caller's policies as PolicyErrors. Errors of the library, and of its own policies, stay."""
     try:
         yield
     except ReLibraError:

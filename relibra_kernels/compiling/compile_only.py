@@ -222,7 +222,7 @@ def _read_usage(usage: str) -> tuple[int, int]:
 
 
 def _read_needs(assembly: str) -> tuple[int, int]:
-    """The same of AMD's assembly; vector and accumulation registers are halves of one file of 512."""
+    """(registers, spilled bytes) a thread, from AMD's assembly. Vector and accumulation registers are halves of 512."""
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)

@@ -58,8 +58,9 @@ def chosen_block(
     interleaved: bool = False,
     part: str = "",
 ) -> BlockConfig:
-    """The same for a kernel without tensor cores, over rows of `width` elements. Where those of the kernel are in fp32
-    or integers whatever the model's dtype, its config goes by bf16.
+    """As `chosen_config`, of a kernel without tensor cores, over rows of `width` elements.
+
+    Where the rows are fp32 or integers whatever the model's dtype, the config for bf16 is taken.
     """
     assert bool(part) == (kernel in PARTS_OF_EQUAL_SIZES)
     dtype = torch.bfloat16 if kernel in ("replica_reduce", "schedule") else tensor.dtype
@@ -141,7 +142,7 @@ def _constants(
     has_offsets_32: bool,
     input_precision: str,
 ) -> Mapping[str, Any]:
-    """The same of what it depends on: made once a layer and kind of batch, not once a launch."""
+    """`gemm_constants` from all that decides them: made once a layer and kind of batch, not once a launch."""
     aligned = is_aligned and all(width * dtype.itemsize % 16 == 0 for width in widths)
     tma = device.tma and aligned and dtype != torch.float32
     # Triton issue 10927: a descriptor gather gives wrong results on Blackwell where the last block of K is not whole

@@ -10,7 +10,7 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
 from ..weights import ExpertWeights
@@ -46,7 +46,7 @@ class ExpertStore:
     experts: Sequence[ReplicatedExperts] = ()
 
     def effective(self, layer: int) -> ExpertWeights:
-        """What replicas compute with: the weights, and what adapters add to them."""
+        """The weights that replicas compute with: the layer's own, and what adapters add to them."""
         if not self.experts:
             return self.weights_of(layer)
         with torch.no_grad():
@@ -131,7 +131,7 @@ class OpenBatch:
             fed = fed.astype(np.int64)  # an empty list has no integers in it
 
         def check(prepared: Prepared) -> None:
-            self.alignment.judge("the trace")  # after the first micro-batch
+            self.alignment.judge()  # after the first micro-batch
             if fed is not None:
                 check_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
 
@@ -160,22 +160,18 @@ class OpenBatch:
             self._sums.close(weights_of)
             late.finish()
         spare = self._session.options.spare_rows
-        problem: ReLibraError | None = None
-        worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
-        if worst > spare:
-            problem = InputError(
-                f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; spare_rows "
-                f"is {spare}: replay the recorded routing, or raise spare_rows"
-            )
-        try:
-            self.alignment.judge("the trace")
-        except InputError as error:
-            problem = error
-        self._groups.agree(problem, {}, self.device, "closing the batch")
+        with self._groups.agreeing(self.device, "closing the batch"):
+            self.alignment.judge()
+            worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
+            if worst > spare:
+                raise InputError(
+                    f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; "
+                    f"spare_rows is {spare}: replay the recorded routing, or raise spare_rows"
+                )
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        """Run the block, then finish the batch. An error within is told to the other ranks, which stop too."""
         try:
             yield
             self.finish()
@@ -187,7 +183,7 @@ class OpenBatch:
             self.close()
 
     def close(self) -> None:
-        """Nothing of this batch runs from here on."""
+        """End the batch: nothing of it can run any more."""
         self._session.is_open = False
         if self._tables is not None:
             self._tables.close()

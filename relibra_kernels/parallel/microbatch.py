@@ -138,7 +138,10 @@ class AnyMicroBatch(ABC):
 
 
 class UnrecordedMicroBatch(AnyMicroBatch):
-    """A micro-batch of which no routing is known: every layer exchanges its counts, the plan's copies share alike."""
+    """A micro-batch of which no routing is known.
+
+    Every layer exchanges its counts. An expert's home and its replicas share its tokens alike.
+    """
 
     def __init__(self, parts: BatchParts, index: int):
         super().__init__(parts, index, 0)
@@ -209,7 +212,7 @@ class MicroBatch(AnyMicroBatch):
         return self._run(self._sites[layer], experts, x_TH, weights_TK)
 
     def _sites_of_layers(self) -> list[LayerSite]:
-        """What every layer needs where all its rows are recorded."""
+        """The site of every layer, where all rows are recorded."""
         parts, options, sites = self._parts, self._parts.session.options, []
         tables = self._send.of_layers([sizes.hops[0] for sizes in self._sizes])
         for layer, of_layer in enumerate(zip(tables, self._sizes, strict=True)):
@@ -221,7 +224,7 @@ class MicroBatch(AnyMicroBatch):
         return sites
 
     def _mixed(self, layer: int, index_TK: Tensor, live_T: Tensor) -> Destinations:
-        """Recorded tokens where the plan has them; live ones shared out to the plan's copies."""
+        """Recorded tokens go where the plan has them; live ones are shared out over homes and replicas."""
         live_TK = live_T[:, None]
         shared = self._parts.placements.share(index_TK.masked_fill(~live_TK, -1), layer, self.index)
         pairs = zip(shared, self._destinations, strict=True)

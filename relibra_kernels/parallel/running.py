@@ -117,7 +117,7 @@ class RoutingRecord:
         self._forwards: list[list[Tensor]] = []
 
     def choose(self, layer: int, index_TK: Tensor) -> None:
-        """One layer of a forward ran."""
+        """Note what one layer of a forward chose."""
         if layer == 0:
             self._forwards.append([])
         if not self._forwards or len(self._forwards[-1]) != layer:

@@ -49,9 +49,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def meta_schedule(block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)) -> Schedule:
+def meta_schedule() -> Schedule:
     rows, index = TOKENS * TOP_K, torch.int32
-    tiles = {m: meta(tile_bound(rows, SLOTS, m), 2, dtype=index) for m in block_sizes}
+    tiles = {m: meta(tile_bound(rows, SLOTS, m), 2, dtype=index) for m in (16, 32, 64, 128, 256)}
     return Schedule(meta(SLOTS + 1, dtype=index), meta(rows, dtype=index), meta(TOKENS, TOP_K, dtype=index), tiles)
 
 

@@ -21,16 +21,17 @@ KERNELS = tuple(SPACE)
 def reports(
     device: Device,
     dtype: torch.dtype,
-    kernel: str | None = None,
+    kernel: str | None,
     *,
-    first_only: bool = False,
-    dump: Path | None = None,
+    first_only: bool,
+    dump: Path | None,
 ) -> Iterator[tuple[str, str, str, Report]]:
     """(kernel, config, variant, report) of everything that the library launches on `device` in `dtype` untuned.
 
     Args:
+        kernel: only this one; None: all.
         first_only: one config a kernel, the one that large batches get.
-        dump: keep the texts of every compilation in a folder of its own in this one.
+        dump: a folder, in which every compilation keeps its texts in a folder of its own.
     """
     for name in KERNELS if kernel is None else (kernel,):
         for number, config in enumerate(configs(name, device, dtype)[: 1 if first_only else None]):
@@ -64,6 +65,6 @@ def candidate_tasks(
 
 
 def _folder(device: Device, name: str, config: Config, variant: str, launch: Launch) -> str:
-    """Of one compilation: what it is, in words, and its digest."""
+    """The name of one compilation's folder: what it compiles, in words, and its digest."""
     of = launch.kernel.__name__.strip("_").removesuffix("_kernel")
     return "-".join((device.name, name, str(config), *re.findall(r"[\w.]+", variant), of, launch_digest(launch)))

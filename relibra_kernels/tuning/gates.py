@@ -100,13 +100,13 @@ def _most_narrow_loads(kernel: str, form: ExpertForm, *, on_amd: bool) -> int:
 
 
 def most_barriers(kernel: str, version: str) -> int:
-    """In a step, of code that this version of Triton compiles for sm_80 and sm_90."""
+    """The most barriers that a step may have, in code that this version of Triton compiles for sm_80 and sm_90."""
     minor = int(version.split(".")[1])
     return _MOST_BARRIERS.get(minor, _MOST_BARRIERS_ELSE) + (minor == 6 and kernel == "grouped_gemm")
 
 
 def same_code(compiled: Sequence[tuple[str, str, str]]) -> list[str]:
-    """Configs of one launch that are the same code, so that one of them is for nothing: "first = second: launch".
+    """Pairs of configs of one launch that compile to the same code, as "first = second: launch".
 
     Args:
         compiled: (what is launched, config, digest of the instructions) of each.

@@ -55,7 +55,7 @@ def shared_bytes_a_step(config: GemmConfig, tile: _Tile, unit: str) -> int:
     return int((read + tile.m + tile.n) * config.block_k * ITEM)
 
 
-def step_clocks(config: GemmConfig, tile: _Tile, product: Product, code: MachineCode | None = None) -> float:
+def step_clocks(config: GemmConfig, tile: _Tile, product: Product, code: MachineCode | None) -> float:
     """Clocks of one step of one program that has an SM for itself.
 
     The slowest of multiplying, of moving what the products read from shared memory, and of issuing the instructions:

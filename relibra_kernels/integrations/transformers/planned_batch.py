@@ -23,7 +23,7 @@ from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
 from ...planner.pricing.models import shape_of_sizes
 from ...weights import ExpertWeights
-from .expert_parallel import RelibraEP, collective_device, implementations_of, runner_of_open_batch
+from .expert_parallel import RelibraEP, implementations_of, runner_of_open_batch
 from .fed_tokens import Fed
 from .moe_layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
@@ -76,15 +76,15 @@ def batch(
     Args:
         trace: the routed batch; or the trace of this rank's sequences, with int [sequences] `micro_batch_of_sequence`.
             With it the routers replay, and every size is known on the host before a layer runs. Without it routing is
-            as the routers (or a `replay`) have it, and every layer exchanges its counts; the plan's copies of an expert
-            then share its tokens alike.
+            as the routers (or a `replay`) have it, and every layer exchanges its counts; an expert's home and its
+            replicas then share its tokens alike.
         on_shift: what to do where the record is not what the model would choose: as in `RuntimeOptions`.
 
     Raises: PlanError for a plan that moves experts, or is for another model, group or routing; InputError.
     """
     implementations = implementations_of(model)
     first = implementations[0]
-    groups, device = first.groups, collective_device(first.groups.experts)
+    groups, device = first.groups, first.groups.experts.device
     comm, routed = groups.experts, None
     problem: ReLibraError | None = None
     try:
@@ -184,7 +184,7 @@ def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec)
         groups,
         cluster,
         "",
-        lambda: collective_device(groups.experts),
+        lambda: groups.experts.device,
         lambda: _shape_of(layers, implementation),
     )
 

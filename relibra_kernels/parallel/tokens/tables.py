@@ -60,7 +60,7 @@ class SendTables:
         return [LayerTables(*parts) for parts in zip(schedules, slots, token_of, strict=True)]
 
     def of_tokens(self, rows_T: Tensor, token_of_row: Tensor) -> "SendTables":
-        """The same for a model's input whose tokens are these rows.
+        """These tables by the tokens of the model's input instead of the rows of the trace.
 
         Args:
             rows_T: int64 [tokens], -1 for padding. token_of_row: int64 [rows + 1], the last one for row -1.
@@ -130,7 +130,7 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
 
 
 def visits(rank_LTK: Tensor, num_ranks: int) -> Tensor:
-    """int32 [L, R, 3] of assignments to ranks, -1 where one goes nowhere: the counts of `SendTables`, nothing else."""
+    """int32 [L, R, 3]: `SendTables.counts` alone, from the rank of each assignment (-1: nowhere)."""
     layers, tokens, _ = rank_LTK.shape
     step = max(1, CELLS // max(1, num_ranks * tokens))
     parts = []

@@ -46,19 +46,18 @@ class TokenPath(Protocol):
         """Begin to send tokens, each with its gate weights. What arrives, as chunks to be waited for in turn."""
 
     def dispatch_rows(self, rows_TH: Tensor, kind: str) -> Sequence[Callable[[], Tensor]]:
-        """The same for rows alone: [rows, H] of every chunk, in the order of `dispatch`. They are good until the next
-        call."""
+        """Send rows alone: [rows, H] of every chunk, in the order of `dispatch`, valid until the next call."""
 
     def room(self, index: int, width: int, dtype: torch.dtype) -> Tensor:
         """Where to write the partial results [rows, width] of a chunk, once it has arrived."""
 
     def combine(self, kind: str) -> Tensor:
-        """The partial results of every chunk back to their tokens and added up: [T, H], in their dtype."""
+        """Send every chunk's partial results back to their tokens, added up there: [T, H], in their dtype."""
 
     def combine_gradients(
         self, partials: Sequence[tuple[Tensor, Tensor]], kind: str, weights_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """The same for (gradients of rows [rows, H], of their gate weights [rows, K]): [T, H] and [T, K].
+        """As `combine`, of gradients of rows [rows, H] and of their gate weights [rows, K]: [T, H] and [T, K].
 
         Args:
             weights_dtype: of what is returned for the gate weights.
@@ -147,7 +146,7 @@ def reserve(
     options: RuntimeOptions,
     device: torch.device,
 ) -> None:
-    """Make room for the rows of every layer of the micro-batch that opens, so that none of them has to.
+    """Make the buffers as large as any layer of the micro-batch needs, so that no layer has to.
 
     Args:
         rows: (elements, dtype) of a token's row in every layer.

@@ -1,6 +1,7 @@
 """Hugging Face models on two ranks through `DistributedConfig`: one process's results, also under a plan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_
 from ranks import Ranks
 from tolerance import assert_close
 
+from relibra_kernels.integrations.transformers import expert_parallel, planned_batch
+from relibra_kernels.nn import ExpertForm
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, load_table, plan_batch
 from relibra_kernels.planner.plan import contiguous_home
 
@@ -109,6 +112,23 @@ def test_a_record_of_something_else_is_refused(two_ranks):
     for message in two_ranks.run(shifted, "qwen3_moe", RANKS, skewed(trace), "refuse"):
         assert "agrees with the model's own choice" in message and "layer 0" in message
     assert two_ranks.run(shifted, "qwen3_moe", RANKS, skewed(trace), "ignore") == ["", ""]
+
+
+def test_a_micro_batch_is_of_the_batch_that_opened_last(monkeypatch):
+    """Of two models whose batches are open, one within the other, in whatever order they were loaded."""
+    runners = [SimpleNamespace(batch=batch and SimpleNamespace(serial=batch)) for batch in (5, 9, None, 7)]
+    layers = [SimpleNamespace(runner=runner) for runner in (*runners, None)]
+    for order in (layers, layers[::-1]):
+        monkeypatch.setattr(expert_parallel, "_IMPLEMENTATIONS", dict(enumerate(order)))
+        assert expert_parallel.runner_of_open_batch() is runners[1]
+
+
+@pytest.mark.parametrize(("form", "matrices"), [(ExpertForm(), 3), (ExpertForm(activation="relu2"), 2)])
+def test_experts_without_a_gate_are_priced_as_two_matrices(form, matrices):
+    experts = SimpleNamespace(down_proj=torch.zeros(4, 8, 16))
+    implementation = SimpleNamespace(experts=experts, form=form, num_experts=8)
+    shape = planned_batch._shape_of([SimpleNamespace(top_k=2)] * 3, implementation)
+    assert shape.expert_bytes == matrices * 8 * 16 * 2
 
 
 def test_refusals(two_ranks):

@@ -5,7 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ep_counted import OperatorsThatLaunch, blocking_calls_are_seen, count_in_layers
+from ep_counted import (
+    OperatorsThatLaunch,
+    blocking_calls_are_seen,
+    count_in_layers,
+    groups_connected_by_the_constructor,
+)
 from toy_training import Case
 
 from relibra_kernels.parallel import RuntimeOptions
@@ -54,6 +59,12 @@ def test_exchanges_and_waits_of_a_layer_with_two_hops(ranks, case, exchanges):
         assert (fetched > 0) == (exchanges == 11)
         assert collectives == {"all_to_all_single": exchanges * runs}
         assert not blocking
+
+
+@pytest.mark.parametrize(("case", "groups"), [(Case(plan="static"), 2), (TWO_NODES, 4)], ids=["one hop", "two hops"])
+def test_ranks_are_connected_before_the_first_layer(ranks, case, groups):
+    """Of the experts and beside them; and of the node and the rail."""
+    assert ranks(case.ranks).run(groups_connected_by_the_constructor, case) == [(groups, True)] * case.ranks
 
 
 def test_a_live_layer_waits_for_its_counts(ranks):

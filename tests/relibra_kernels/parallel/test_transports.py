@@ -19,7 +19,7 @@ from relibra_kernels.parallel.tokens.transport import exchange_messages
 from relibra_kernels.parallel.tokens.two_hops import TwoHops
 from relibra_kernels.parallel.transports import make_transport
 from relibra_kernels.payload import PayloadLayout
-from relibra_kernels.planner import ClusterSpec, InputError, distinct_rows
+from relibra_kernels.planner import ClusterSpec, InputError
 from relibra_kernels.planner.pricing.models import shape_of_sizes
 
 RANKS, PER_NODE, EXPERTS, TOP_K, TOKENS, HIDDEN = 64, 8, 128, 8, 48, 16
@@ -108,7 +108,7 @@ def crossings(ranks_together: int) -> np.ndarray:
     rows = np.zeros((RANKS, RANKS // PER_NODE), np.int64)
     for rank in range(RANKS):
         owner = np.where(routed(rank)[0].numpy() >= 0, routed(rank)[0].numpy() // SLOTS // ranks_together, -1)
-        visited = distinct_rows(owner, RANKS // ranks_together)
+        visited = np.bincount([node for row in owner for node in {*row} - {-1}], minlength=RANKS // ranks_together)
         np.add.at(rows[rank], np.arange(len(visited)) * ranks_together // PER_NODE, visited)
         rows[rank, node_of[rank]] = 0
     return rows

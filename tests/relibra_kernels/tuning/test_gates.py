@@ -12,6 +12,8 @@ import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
+from padded_columns import columns_issued
+
 from relibra_kernels.cli import main
 from relibra_kernels.compiling.machine_code import MachineCode, read_machine_code
 from relibra_kernels.configs import spaces
@@ -24,7 +26,6 @@ from relibra_kernels.tuning.compile_task import Task, compile_task, launches_of
 from relibra_kernels.tuning.gates import large_tasks, machine_faults, most_barriers, same_code
 from relibra_kernels.tuning.launch_model import Resources
 from relibra_kernels.tuning.models import MODELS, model_named
-from relibra_kernels.tuning.padded_columns import columns_issued
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 H100, MI300X = device_for(PRODUCTS["H100"]), device_for(PRODUCTS["MI300X"])

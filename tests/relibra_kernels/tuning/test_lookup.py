@@ -15,7 +15,7 @@ from relibra_kernels.configs import lookup
 from relibra_kernels.configs.config import BlockConfig, GemmConfig, misfit, parse_config
 from relibra_kernels.configs.files import Bucket, Entry, load_entries, merged, path_of, update
 from relibra_kernels.configs.limits import DEVICES, INTERPRETER, device_for
-from relibra_kernels.configs.products import PRODUCTS, product_named, product_of
+from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.configs.spaces import candidates, config_for
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning.catalogue import PARTS
@@ -210,33 +210,6 @@ def test_a_bad_override_is_an_error(monkeypatch, value):
 def test_an_unlisted_device_gets_the_heuristic_from_its_limits(device):
     for rows, slots in ((0, 1), (1, 128), (4096, 16)):
         assert get(rows, slots, device) == str(config_for("grouped_gemm", device, BF16, rows * slots, slots))
-
-
-NAMES = [
-    ("NVIDIA H100 80GB HBM3", "sm_90", "H100"),
-    ("NVIDIA H200", "sm_90", "H200"),
-    ("NVIDIA A100-SXM4-80GB", "sm_80", "A100"),
-    ("NVIDIA GB200", "sm_100", "B200"),
-    ("NVIDIA B300 SXM6 AC", "sm_103", "B200"),
-    ("NVIDIA H200", "sm_103", "NVIDIA-H200"),
-    ("AMD Instinct MI300X", "gfx942", "MI300X"),
-    ("AMD Instinct MI325X", "gfx942", "MI300X"),
-    ("NVIDIA GeForce RTX 4090", "sm_89", "NVIDIA-GeForce-RTX-4090"),
-    ("NVIDIA L40S", "sm_89", "NVIDIA-L40S"),
-    ("../../etc", "sm_90", "etc"),
-    ("A100 imitation", "sm_90", "A100-imitation"),  # another architecture
-    ("", "sm_90", "sm_90"),
-]
-
-
-@pytest.mark.parametrize(("name", "target", "product"), NAMES)
-def test_products_by_the_name_of_the_gpu(name, target, product):
-    assert product_of(name, target) == product
-
-
-def test_unknown_products_are_refused_with_those_that_are_known():
-    with pytest.raises(InputError, match=r"device is 'H900' .*must be one of A100, H100"):
-        product_named("H900")
 
 
 def test_configs_are_written_and_read():
