@@ -111,8 +111,8 @@ def expert_parallel(
 def load_experts(model: nn.Module | Sequence[nn.Module], weight_of: Callable[[str], Tensor]) -> None:
     """Fill the experts that this rank has, wherever a plan has put them, from weights by Megatron's names.
 
-    mbridge and Megatron-Bridge load parameters by name, one an expert, which our layer has not: mbridge passes it over
-    with a warning. Call this after it, and before the optimizer is made, which copies the weights.
+    mbridge loads parameters by name, one an expert, which our layer has not: it passes ours over with a warning. Call
+    this after it, and before the optimizer is made, which copies the weights.
 
     Args:
         weight_of: gives gate and up [2 * I, H] of expert 17 for `decoder.layers.3.mlp.experts.linear_fc1.weight17`, and
