@@ -8,6 +8,7 @@ from pathlib import Path
 from ..planner import plan_batch
 from ..planner.errors import InputError
 from ..planner.files import save_npz
+from .inputs import check_output
 from .plan_report import lines_of, report_of
 from .plan_request import add_plan_arguments, read_plan_request
 
@@ -48,11 +49,10 @@ def run(args: argparse.Namespace) -> int:
 def _check_paths(args: argparse.Namespace) -> None:
     """What is to be written is no input, and can be written."""
     for name in ("out", "save_loads"):
-        path = getattr(args, name)
-        if path is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
-            raise InputError(f"--{name.replace('_', '-')} is {path}, but must be a file in a directory that exists")
+        flag, path = f"--{name.replace('_', '-')}", getattr(args, name)
+        check_output(flag, path)
         if path is not None and path.resolve() == args.input.resolve():
-            raise InputError(f"--{name.replace('_', '-')} is {path}, which is the input")
+            raise InputError(f"{flag} is {path}, which is the input")
     if args.save_loads is None:
         return
     if args.previous is not None and args.save_loads.resolve() == args.previous.resolve():

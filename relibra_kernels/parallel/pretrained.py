@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..form import ExpertForm
@@ -65,7 +64,7 @@ def load_pretrained(
         are not.
     """
     ep._check_between_batches("load_pretrained")
-    with ep.groups.agreeing(_collective_device(ep), f"loading {folder}"):
+    with ep.groups.agreeing(ep.comm.device, f"loading {folder}"):
         source = Files(Path(folder))
         found = _readers(ep, source)
         for name, buffer in ep.model.named_buffers():
@@ -110,7 +109,7 @@ def save_pretrained(
     """
     ep._check_between_batches("save_pretrained")
     target = Path(folder)
-    with ep.groups.agreeing(_collective_device(ep), f"saving {target}"):
+    with ep.groups.agreeing(ep.comm.device, f"saving {target}"):
         if target.exists():
             raise InputError(f"{target} exists already; a checkpoint is never overwritten")
         names = None if like is None else Files(Path(like))
@@ -142,13 +141,7 @@ def save_pretrained(
             writer.finish(None if like is None else Path(like), ep.model, failure is not None)
         except OSError as error:
             failure = failure or FormatError(f"{target} cannot be written: {error}")
-    ep.groups.agree(failure, {}, _collective_device(ep), f"finishing {target}")
-
-
-def _collective_device(ep: ExpertParallel) -> torch.device:
-    """Where collectives want their tensors, wherever the parameters are."""
-    on_gpu = "nccl" in dist.get_backend(ep.comm.group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    ep.groups.agree(failure, {}, ep.comm.device, f"finishing {target}")
 
 
 def _readers(ep: ExpertParallel, source: Files) -> list[tuple[list[str], nn.Parameter, Callable[[], Tensor]]]:

@@ -24,7 +24,7 @@ LISTEN = timedelta(seconds=1)  # between looks at whether another rank has stopp
 
 
 @dataclass
-class Progress:
+class CollectiveProgress:
     """How far a rank is in the collectives that all ranks come to in one order.
 
     `position`: (collectives begun, phase of the last one, whether the host waits for it). `last`: what a device waits
@@ -65,7 +65,7 @@ class Comm:
         self.gpus_per_node = gpus_per_node
         self.ledger = Ledger() if ledger is None else ledger
         self._name: tuple[int, int] = (self.rank, self.size) if part_of is None else part_of._name
-        self._progress: Progress = Progress() if part_of is None else part_of._progress
+        self._progress: CollectiveProgress = CollectiveProgress() if part_of is None else part_of._progress
         self.alarm: Alarm | None = None
         self._waits_on_host = dist.get_backend(group) == "gloo"  # with others, a stream waits and the host goes on
         self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
@@ -78,6 +78,12 @@ class Comm:
         count, phase, waiting = self._progress.position
         last = self._progress.last
         return count, phase, waiting or (last is not None and not last.is_completed())
+
+    @property
+    def device(self) -> torch.device:
+        """Where collectives of this group want their tensors."""
+        on_gpu = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     @property
     def bytes_sent(self) -> Counter[tuple[str, str]]:
@@ -146,6 +152,15 @@ class Comm:
                     raise CommunicationError(
                         f"rank {self._name[0]} has waited {patience:g} s for rank {', '.join(map(str, missing))}"
                     )
+
+    def warm(self) -> None:
+        """Exchange a byte with every rank: what connects them is made now, and not in the first layer. Collective."""
+        if self.size == 1:
+            return
+        byte_R = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+        with self.during("connecting the ranks of a process group"):
+            each = [1] * self.size
+            self.wait(dist.all_to_all_single(byte_R.clone(), byte_R, each, each, group=self.group, async_op=True))
 
     def _missing(self) -> list[int]:
         """Write to the store that this rank waits in its last collective; return the ranks that have not written so."""
