@@ -75,7 +75,7 @@ def test_specialised_warps_hide_the_shorter_of_multiplying_and_storing():
         needs = Resources(255, 0, 1 << 17, 8, replace(code, epilogue_instructions=epilogue))
         return estimate(work, config, needs, b200).us
 
-    assert us(700) == us(0) < us(1 << 17)
+    assert us(8000) == us(0) < us(1 << 17)  # 64 steps take 32768 clocks
 
 
 def test_weight_gradients_wait_for_the_longest_slot():
