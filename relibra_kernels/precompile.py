@@ -196,6 +196,9 @@ def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
         ops.build_schedule(torch.empty(rows, top_k, dtype=torch.int16, device="meta"), slots, num_rows=count * top_k)
         for rows in received
     ]
+    for rows in received:  # of several layers at once
+        of_layers = torch.empty(2 * rows, top_k, dtype=torch.int16, device="meta")
+        ops.build_schedules(of_layers, [rows] * 2, slots, [count * top_k] * 2)
     x = _meta(experts.down_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
     returned = _step_of_received(experts, x, gates, schedules[-1], replicas)

@@ -81,7 +81,7 @@ class OpenBatch:
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
-            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device)
+            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device, session.options)
         self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,

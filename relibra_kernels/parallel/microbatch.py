@@ -18,6 +18,7 @@ from .experts.accumulation import GradientSums
 from .experts.kept import KeptReplicas
 from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
 from .session import Session
+from .tokens.arrivals import Arrivals
 from .tokens.destinations import Destinations, Placements
 from .tokens.layer import Experts, LayerSite, run_layer
 from .tokens.live import live_path
@@ -184,8 +185,8 @@ class MicroBatch(AnyMicroBatch):
         self._live, self._destinations, self._send = live, destinations, send
         self._recorded: list[Tensor] = list(ids_LTK.unbind(0))
         self.num_tokens = ids_LTK.shape[1]
-        self._takes_live = tables.anywhere_live or parts.session.options.spare_rows > 0
-        self._sites = [] if self._takes_live else self._sites_of_layers()
+        self._takes_live = tables.takes_live
+        self._sites = [] if self._takes_live else self._sites_of_layers(tables.arrivals)
 
     def recorded(self, layer: int) -> tuple[Tensor, bool]:
         return self._recorded[layer], self.complete
@@ -211,12 +212,13 @@ class MicroBatch(AnyMicroBatch):
             return self._run(site, experts, x_TH, weights_TK)
         return self._run(self._sites[layer], experts, x_TH, weights_TK)
 
-    def _sites_of_layers(self) -> list[LayerSite]:
+    def _sites_of_layers(self, arrivals: Sequence[Arrivals]) -> list[LayerSite]:
         """The site of every layer, where all rows are recorded."""
         parts, options, sites = self._parts, self._parts.session.options, []
         tables = self._send.of_layers([sizes.hops[0] for sizes in self._sizes])
-        for layer, of_layer in enumerate(zip(tables, self._sizes, strict=True)):
-            path = parts.transport.path(*of_layer, self._num_slots(layer), self._where(layer), options.overlap)
+        for layer, (sent, sizes, come) in enumerate(zip(tables, self._sizes, arrivals, strict=True)):
+            slots, where = self._num_slots(layer), self._where(layer)
+            path = parts.transport.path(sent, sizes, slots, where, options.overlap, come)
             if parts.rows:
                 hidden, dtype = parts.rows[layer]
                 path.prepare(hidden, dtype, options.combine_dtype or dtype)

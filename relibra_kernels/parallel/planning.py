@@ -42,7 +42,7 @@ class Planning:
         model_name: str,
         device: Callable[[], torch.device],
         shape: Callable[[], ModelShape],
-        transport: str = "one",
+        transport: str,
     ):
         self._check, self._groups, self._device = check, groups, device
         self._cluster, self._model_name, self._shape = cluster, model_name, shape

@@ -32,7 +32,7 @@ from .experts.parameters import (
 from .live import LiveRouting
 from .running import ModelRunner
 from .session import RuntimeOptions
-from .transports import make_transport
+from .transports import chosen_transport, make_transport
 
 
 class SpreadModel:
@@ -56,7 +56,9 @@ class SpreadModel:
         find_adapters(model, self.layers)
         self.num_experts = all_experts(self.layers[0].experts)
         home_slots = cluster.home_slots(self.num_experts)
-        self._transport = make_transport(self.options.transport, self.groups, cluster, self._shape())
+        shape = self._shape()
+        transport = chosen_transport(self.options.transport, self.groups, cluster, shape)
+        self._transport = make_transport(transport, self.groups, cluster, shape)
         home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
         self._runner = ModelRunner(LiveRouting(self._transport, home, self.options))
         for layer, moe in enumerate(self.layers):

@@ -260,6 +260,8 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
     if kernel == "schedule":
         ids = meta(4 * TOKENS, TOP_K, dtype=torch.int64)  # three launches
         yield "many tokens", partial(kernels.build_schedule, ids, 128, config=config)
+        halves = [2 * TOKENS] * 2
+        yield "layers", partial(kernels.build_schedules, ids, halves, 128, [2 * TOKENS * TOP_K] * 2, config=config)
     elif kernel == "permute":
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
         yield "unpermute, plain sum", partial(kernels.unpermute, rows, None, schedule, config=config)

@@ -97,9 +97,12 @@ class Groups:
             comm.warm()
 
     def split(self) -> tuple[Comm, Comm]:
-        """Make the groups `node` and `rail` and return them. All ranks must call this at once."""
-        if self.node is None or self.rail is None:
-            experts, per_node = self.experts, self.experts.gpus_per_node
+        """Make the groups `node` and `rail` and return them. All ranks must call this at once.
+
+        They are made again where a node has another number of ranks than before.
+        """
+        experts, per_node = self.experts, self.experts.gpus_per_node
+        if self.node is None or self.rail is None or self.node.size != per_node:
             node, place = divmod(experts.rank, per_node)
             inside = self._new_group("node", None, experts.ranks[node * per_node :][:per_node])
             across = self._new_group("rail", None, experts.ranks[place::per_node])

@@ -15,7 +15,15 @@ from tolerance import assert_close
 
 from relibra_kernels.integrations.transformers import expert_parallel, planned_batch
 from relibra_kernels.nn import ExpertForm
-from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, load_table, plan_batch
+from relibra_kernels.planner import (
+    BatchPlan,
+    ClusterSpec,
+    PlanOptions,
+    RoutingTrace,
+    load_table,
+    plan_batch,
+    static_plan,
+)
 from relibra_kernels.planner.plan import contiguous_home
 
 RANKS, EXPERTS = 2, 8
@@ -24,6 +32,13 @@ RANKS, EXPERTS = 2, 8
 @pytest.fixture(scope="module")
 def two_ranks():
     ranks = Ranks(RANKS)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    ranks = Ranks(4)
     yield ranks
     ranks.close()
 
@@ -55,7 +70,7 @@ def plan_of(trace: RoutingTrace) -> BatchPlan:
 
 def check(results, expected):
     for rank, result in enumerate(results):
-        mine, _ = micro_batches_of(rank, RANKS)
+        mine, _ = micro_batches_of(rank, len(results))
         assert np.abs(result["logits"] - expected["logits"].numpy()[mine]).max() <= 1e-5
         assert result["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in result["gradients"].items():
@@ -83,6 +98,19 @@ def test_under_a_plan_with_replicas(two_ranks, family):
     expert = {"qwen3_moe": 3 * 24 * 32, "gpt_oss": 3 * 24 * 32 + 2 * 24 + 32}[family] * 4  # bytes
     pushes = 2 * int((plan.replicas >= 0).sum()) * expert  # for forward and again for backward
     assert results[0]["replicas"] > 0 and sum(replica_bytes(results)) == pushes
+
+
+@pytest.mark.parametrize("transport", ["one", "two"])
+def test_under_a_plan_on_two_nodes(four_ranks, transport):
+    """With a trace, and without one; each hop is of ranks that the plan has on one node, or on one rail."""
+    trace = skewed(one_process("qwen3_moe")["trace"])
+    results = four_ranks.run(run_on_rank, "qwen3_moe", 4, "plan and trace", trace, None, 2, transport)
+    check(results, one_process("qwen3_moe", trace))
+    plan = static_plan(np.zeros((trace.num_layers, MICRO_BATCHES, EXPERTS), np.int32), ClusterSpec(2, 2))
+    live = four_ranks.run(run_on_rank, "qwen3_moe", 4, "plan", None, plan, 2, transport)
+    check(live, one_process("qwen3_moe"))
+    assert [result["hops"] for result in (*results, *live)] == [transport] * 8
+    assert results[0]["replicas"] > 0 and results[0]["bytes"]["dispatch", "slow"] > 0
 
 
 def test_under_a_plan_with_live_routing(two_ranks):
