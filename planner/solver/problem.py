@@ -27,7 +27,8 @@ class Member:
         moves: experts of a layer whose home may change; None is without a limit.
         far: how often a home may send kept replicas of one layer to other nodes; None is without a limit.
         tolerance: as in `FetchPrice`.
-        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`).
+        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`). swaps: of homes of a layer that are tried
+            there, beside `moves`.
     """
 
     kept: float
@@ -36,6 +37,7 @@ class Member:
     far: int | None = None
     tolerance: float = 0.0
     by_node: bool = False
+    swaps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     share = shares(problem.table_LME, cluster.num_ranks)
     total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
     if member.by_node:
-        return home, choose_by_node(problem.table_LME, home, total, cluster, problem.copies)
+        return choose_by_node(problem.table_LME, home, total, cluster, problem.copies, member.swaps)
     layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
     copies = pack(share, home, layer, expert, cluster, problem.copies, NodeRule(member.spread, member.far))
     return home, copies

@@ -29,6 +29,7 @@ _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to oth
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
 _LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
+_SWAPS = 4  # of homes of a layer, tried where few kept replicas level nodes
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
 _FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
 _FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and three close to the best again
@@ -144,15 +145,18 @@ def _members(problem: Problem) -> list[Member]:
         family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
     if most < 1.5 or cluster.num_nodes == 1:
         family.append(Member(0.0))
-    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
-        family.append(Member(most, by_node=True))
     if may_move:
         parts = (32, 16, 8, 4) if cluster.num_ranks < _MANY else (8,)
         for moved in (*(experts // part for part in parts), None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
-            if cluster.num_nodes > 1:
-                family += [Member(level, True, limit, by_node=True) for level in levels[:1]]
+    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
+        family.append(Member(most, by_node=True))
+        if may_move and options.max_moves is None:
+            family += [Member(most, moves=each, by_node=True, swaps=_SWAPS) for each in (0, None)]
+        elif may_move:
+            family += [Member(most, by_node=True, swaps=min(_SWAPS, options.max_moves // 2))]
+            family += [Member(most, moves=options.max_moves, by_node=True)]
     return list(dict.fromkeys(family))
 
 

@@ -57,8 +57,36 @@ def ultraep(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
 
 def moonep(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
     spill = _Spill(table_LME, cluster, slots=table_LME.shape[2])
-    limit = np.broadcast_to(spill.capacity[:, None], spill.load.shape)
-    return spill.fill(limit, cluster.num_ranks)
+    ranks = cluster.num_ranks
+    quota = _filled(spill.load - spill.capacity[:, None])  # [X, R, R]
+    pair, giver = np.nonzero(quota.any(2))
+    while len(pair):
+        owed = quota[pair, giver]  # [B, R]
+        host = owed.argmax(1)
+        here = np.where(spill.home[pair] == giver[:, None], spill.left[pair], 0)
+        expert = here.argmax(1)
+        amount = np.minimum(owed.max(1), here.max(1))
+        spill.give(pair, expert, host, amount)
+        quota[pair, giver, host] -= amount
+        more = quota[pair, giver].any(1)
+        pair, giver = pair[more], giver[more]
+    return spill.outcome()
+
+
+def _filled(over_XR: np.ndarray) -> np.ndarray:
+    """int64 [X, R, R], what each rank gives to each: the most overloaded one fills the roomiest up to its capacity, also
+    where that takes more from it than it has above its own; then it is one of those with room."""
+    pairs, ranks = over_XR.shape
+    over, quota = over_XR.copy(), np.zeros((pairs, ranks, ranks), np.int64)
+    active = np.arange(pairs)
+    while len(active):
+        giver, host = over[active].argmax(1), over[active].argmin(1)
+        go = over[active, giver] > 0
+        active, giver, host = active[go], giver[go], host[go]
+        quota[active, giver, host] = room = -over[active, host]
+        over[active, giver] -= room
+        over[active, host] = 0
+    return quota
 
 
 class _Spill:
