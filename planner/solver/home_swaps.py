@@ -28,7 +28,6 @@ def swap_homes(
     sweeps: of each exact split at most.
     """
     layers, _, experts = table_LME.shape
-    ranks = solution.kept.shape[1]
     held = Held.of(table_LME, solution)
     held.level(target_LM, sweeps)
     refused = np.zeros((layers, experts, experts), np.bool_)
@@ -73,7 +72,7 @@ def _best(
     held: Held, home_BE: np.ndarray, target_BM: np.ndarray, refused_BEE: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """bool [B], whether there is one, and the two experts of the swap that promises most."""
-    layers, micro_batches, ranks, _ = held.load_LMRQ.shape
+    layers, _, ranks, _ = held.load_LMRQ.shape
     experts, at = held.experts, np.arange(layers)[:, None]
     stuck_BMR, excess = held.stuck(target_BM)
     stuck = np.ascontiguousarray(stuck_BMR.swapaxes(1, 2), np.float64)  # [B, R, M]

@@ -68,7 +68,7 @@ def _replace(held: Held, expert: np.ndarray, rank: np.ndarray, home_BE: np.ndarr
 
 def _best(held: Held, target_BM: np.ndarray, refused_BER: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """bool [B], whether there is one, and the expert and the rank of the replica that promises most."""
-    layers, micro_batches, ranks, _ = held.load_LMRQ.shape
+    layers, micro_batches = held.load_LMRQ.shape[:2]
     stuck, excess = held.stuck(target_BM)
     layer, micro_batch, rank, place = np.nonzero(
         (held.expert_LRQ >= 0)[:, None] & stuck[..., None] & (excess > 0)[..., None, None]

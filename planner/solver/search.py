@@ -15,7 +15,17 @@ import numpy as np
 from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
 from .kept import Copies
-from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
+from .problem import (
+    Member,
+    Problem,
+    drop_idle,
+    hosts_of,
+    outcome_of,
+    pair_seconds,
+    seconds_in_all,
+    solve_over,
+    spaced,
+)
 from .refine import REACHED, insist, leave_alone, put_cheaper, swap_kept_where_uneven
 from .solution import Effort, Solution
 
@@ -43,10 +53,13 @@ def plan_layers(problem: Problem) -> Solution:
     if options.balance is not None:
         effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, few_last=16, near=0.0)
     members = _members(problem)
-    best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
+    best, second = (members[0], None) if len(members) == 1 else _cheapest(problem.sample(), members, effort)
     searched = options.balance is None and options.effort == "full"
-    solution = _solve(problem, best, effort, singly=searched)
-    drop_idle(solution, problem.cluster.gpus_per_node)
+    solution = drop_idle(_solve(problem, best, effort, singly=searched), problem.cluster.gpus_per_node)
+    if searched and second is not None:
+        other = drop_idle(_solve(problem, second, effort, singly=True), problem.cluster.gpus_per_node)
+        if seconds_in_all(problem, other) < seconds_in_all(problem, solution):
+            best, solution = second, other
     if options.balance is None:
         if searched:
             swap_kept_where_uneven(problem, solution, effort.slack)
@@ -91,7 +104,9 @@ def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) ->
     return solution
 
 
-def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
+def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> tuple[Member, Member | None]:
+    """The cheapest member, and the cheapest of those that choose kept replicas in the other way, if there are such: a
+    few layers have so few of them that the sample may not tell which way is better."""
     quick = replace(effort, again=min(effort.again, 1), few_last=0)
     hosts = {member: hosts_of(sample, member) for member in members}
 
@@ -104,7 +119,7 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
     ]
     best = min(close, key=lambda member: seconds(member, _SECOND_LOOK))
     if sample.options.balance is not None:
-        return best
+        return best, None
     # What stays may win where fetched replicas leave something over, though with full balance moves are cheaper.
     stays = min((member for member in costs if member.moves == 0), key=costs.__getitem__)
     least = costs[best] * (1 - _LOOSER)
@@ -114,7 +129,10 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
             cost = seconds(looser, _FIRST_LOOK)
             if cost < least:
                 best, least = looser, cost
-    return best
+    others = [member for member in costs if member.by_node != best.by_node and member.kept]
+    if not any(member.by_node for member in costs) or not others:
+        return best, None
+    return best, replace(min(others, key=costs.__getitem__), tolerance=best.tolerance)
 
 
 def _fetch_singly(
@@ -154,9 +172,9 @@ def _members(problem: Problem) -> list[Member]:
         family.append(Member(most, by_node=True))
         if may_move and options.max_moves is None:
             family += [Member(most, moves=each, by_node=True, swaps=_SWAPS) for each in (0, None)]
-        elif may_move:
-            family += [Member(most, by_node=True, swaps=min(_SWAPS, options.max_moves // 2))]
-            family += [Member(most, moves=options.max_moves, by_node=True)]
+        elif may_move and options.max_moves is not None:
+            family.append(Member(most, by_node=True, swaps=min(_SWAPS, options.max_moves // 2)))
+            family.append(Member(most, moves=options.max_moves, by_node=True))
     return list(dict.fromkeys(family))
 
 

@@ -149,13 +149,13 @@ def _level_nodes(
 ) -> np.ndarray:
     """int64 [H, M]: a relaxed split in whole assignments, exact for nodes; inside each, hosts share as before."""
     split = whole_split(hosts, relaxed_HM, load_FM)
-    start, gpus = hosts.first_of_node, hosts.gpus_per_node
+    start, group, gpus = hosts.first_of_node, hosts.node_group, hosts.gpus_per_node
     nodes = Hosts(hosts.expert[start], hosts.rank[start] // gpus, hosts.layers, hosts.experts, hosts.ranks // gpus, 1)
     of_node = np.add.reduceat(split, start, axis=0)
-    before = np.maximum(of_node, 1)[hosts.node_group]
-    share = np.where(of_node[hosts.node_group] > 0, split / before, 1 / np.bincount(hosts.node_group)[hosts.node_group, None])
+    before = of_node[group]
+    share = np.where(before > 0, split / np.maximum(before, 1), 1 / np.bincount(group)[group][:, None])
     _level(nodes, of_node, target_LM * gpus, replace(effort, within=None))
-    return whole_split(hosts, share * of_node[hosts.node_group], load_FM)
+    return whole_split(hosts, share * of_node[group], load_FM)
 
 
 def _level(hosts: Hosts, split: np.ndarray, target_LM: np.ndarray, effort: Effort) -> None:

@@ -77,6 +77,16 @@ def test_moonep_is_exact_with_less_than_one_replica_a_rank():
     outcome = BASELINES["moonep"](loads, ClusterSpec(2, 8))
     np.testing.assert_array_equal(outcome.rank_load.max(2), -(-loads.sum(2) // 16))
     assert (outcome.pushed_in + outcome.far_in).sum(2).max() < 16 * 2
+    assert (outcome.slot_load[..., 4:] > 0).sum(3).max() <= 4  # experts of one other rank
+
+
+def test_moonep_fills_the_roomiest_rank_whole():
+    """Rank 0, 5 above the mean, fills rank 3, which takes 10: it has room for 5 then, and rank 1 fills that."""
+    loads = np.array([[[13, 12, 15, 10, 10, 10, 6, 4]]])
+    outcome = BASELINES["moonep"](loads, ClusterSpec(1, 4))
+    np.testing.assert_array_equal(outcome.pushed_out[0, 0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(outcome.pushed_in[0, 0], [1, 0, 0, 1])
+    np.testing.assert_array_equal(outcome.rank_load[0, 0], [20, 20, 20, 20])
 
 
 def test_generated_loads_have_the_published_statistics():
@@ -154,9 +164,7 @@ def test_ours_is_behind_no_rival_with_few_tokens_or_one_node(name, nodes, tokens
 
 
 def test_experts_hosted_at_once_beyond_the_slots_need_memory():
-    loads = np.full((1, 2, 16), 10)
-    # On ranks 0 and 1, which have 155 and 55 above the mean; the others have room for 35.
-    loads[0, 1, [0, 2]] = 200, 100
+    loads = np.array([[[41, 25, *[1, 0] * 7]]])  # seven ranks take 9 each: the last one what is left of both experts
     outcome = BASELINES["moonep"](loads, ClusterSpec(1, 8, 1))
     hosted = (outcome.slot_load[..., 2:] > 0).sum(3).max((0, 1))
     assert hosted.max() == 2
