@@ -26,7 +26,8 @@ from relibra_kernels.planner.simulation.baselines.eplb import pack
 from relibra_kernels.planner.simulation.generator import hottest_change
 from relibra_kernels.planner.simulation.simulate import POLICIES
 from relibra_kernels.planner.simulation.workloads import WORKLOADS, workload
-from relibra_kernels.planner.solver import search
+from relibra_kernels.planner.solver import search, solution
+from relibra_kernels.planner.solver.relaxed import whole_split
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -202,6 +203,43 @@ def test_a_layer_takes_another_plan_where_the_sample_was_wrong(monkeypatch):
     mixed = simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
     monkeypatch.setattr(search, "_put_others", lambda *_: None)
     assert mixed < 0.998 * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+
+
+_fetch_singly, _members = search._fetch_singly, search._members
+_WITHOUT = {
+    "UltraEP's rule": (
+        search,
+        "_fetch_singly",
+        lambda *args: _fetch_singly(*args[:-1], [way for way in args[-1] if not way[2]]),
+    ),
+    "replicas that level nodes": (search, "_members", lambda problem: [m for m in _members(problem) if not m.by_node]),
+    "swaps of homes": (search, "_members", lambda problem: [m for m in _members(problem) if not m.swaps]),
+    "exact splits over nodes": (
+        solution,
+        "_level_nodes",
+        lambda hosts, split, load, *_: whole_split(hosts, split, load),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "nodes", "tokens", "size", "max_moves", "gain"),
+    [
+        ("UltraEP's rule", "DeepSeek-V3", 1, 2048, 0, None, 0.004),
+        ("replicas that level nodes", "Qwen3-235B-A22B", 4, 8192, 2.5, 0, 0.015),
+        ("swaps of homes", "Qwen3-235B-A22B", 2, 32768, 2.2, None, 0.003),
+        ("exact splits over nodes", "DeepSeek-V3", 8, 32768, 2.2, None, 0.0025),
+    ],
+)
+def test_every_part_of_the_search_saves_time(part, name, nodes, tokens, size, max_moves, gain, monkeypatch):
+    model = MODELS[name]
+    layers = 2 if nodes == 1 else 8
+    loads = generate_loads(layers, 16 if nodes == 1 else 8, model.experts, model.top_k, tokens * 8 * nodes, seed=3)
+    options = PlanOptions(shape=model, kept_bytes=int(size * 1e9 * layers / model.layers), max_moves=max_moves)
+    scenario = Scenario(ClusterSpec(nodes, 8), options)
+    whole = simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+    monkeypatch.setattr(*_WITHOUT[part])
+    assert whole < (1 - gain) * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
 
 
 @pytest.mark.parametrize(
