@@ -141,16 +141,13 @@ def rivals(seed: int, layers: int) -> int:
 
 
 def case(name: str, ranks: int, tokens: int, size: float, seed: int, layers: int) -> tuple[np.ndarray, Scenario]:
-    """Loads, and the scenario that they are priced in: of so many layers or a few more, so that memory for whole
-    replicas is in proportion."""
+    """Loads, and the scenario that they are priced in: of so many layers, or of a few more, in whose part of the
+    memory more whole replicas have place."""
     shape = MODELS[name]
-    whole = int(size * 1e9) // shape.copy_bytes
-    layers = min(
-        range(layers, layers + 8),
-        key=lambda count: abs(whole / shape.layers - round(whole * count / shape.layers) / count),
-    )
+    whole = int(size * 1e9) // shape.copy_bytes  # kept replicas of a rank, over all layers of the model
+    layers = max(range(layers, layers + 8), key=lambda count: whole * count // shape.layers / count)
     loads = generate_loads(layers, MICRO_BATCHES, shape.experts, shape.top_k, ranks * tokens, seed=seed + ranks)
-    options = PlanOptions(kept_bytes=round(whole * layers / shape.layers) * shape.copy_bytes, shape=shape)
+    options = PlanOptions(kept_bytes=whole * layers // shape.layers * shape.copy_bytes, shape=shape)
     return loads, Scenario(ClusterSpec(ranks // 8, 8), options)
 
 
