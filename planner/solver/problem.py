@@ -7,7 +7,7 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, seconds_by_pair
+from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, move_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
 from .kept import Copies, NodeRule, choose_copies, pack, shares
 from .kept_by_node import choose_by_node
@@ -179,7 +179,7 @@ def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
     moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
     once = kept_seconds(outcome, problem.setting)
-    once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
+    once += moved * move_seconds(problem.setting, problem.cluster.num_ranks)
     return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
 
 

@@ -38,7 +38,7 @@ _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried
 _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to other nodes
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
 _LOOSER = 0.0005  # part of the time that a tolerance must save
-_SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
+_SCARCE = 0.6  # kept replicas a rank and layer below which moving homes may pay
 _SWAPS = 4  # of homes of a layer, tried where few kept replicas level nodes
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
 _FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
@@ -155,7 +155,9 @@ def _members(problem: Problem) -> list[Member]:
     most = min(float(cluster.replica_slots), problem.copies / layers)
     levels = [most, *(level for level in _LEVELS if level <= most / 2)][:2] if most > 0 else []
     experts = problem.table_LME.shape[2]
-    may_move = most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0  # a swap keeps homes even
+    small = cluster.num_nodes == 1 and cluster.num_ranks <= _FEW  # moves inside a node are cheap, and soon found
+    may_move = (most < _SCARCE or small) and options.max_moves != 0
+    may_move = may_move and experts % cluster.num_ranks == 0  # a swap keeps homes even
     if options.effort == "fast":
         return [Member(levels[0] if levels else 0.0, moves=options.max_moves if may_move and not levels else 0)]
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
