@@ -25,6 +25,7 @@ if os.environ.setdefault("TRITON_INTERPRET", "1") != "1":
 import numpy as np
 import torch
 import triton.language as tl
+from padded_columns import columns_issued
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 from relibra_kernels import kernels
@@ -37,7 +38,6 @@ from relibra_kernels.payload import PayloadLayout
 from relibra_kernels.reference import build_schedule
 from relibra_kernels.schedule import Schedule
 from relibra_kernels.tuning.models import MODELS
-from relibra_kernels.tuning.padded_columns import columns_issued
 
 TRACE = Path(__file__).parents[2] / "shared/data/gptoss20b_routing.npz"
 TOKENS_PER_RANK, RANKS = 4096, 8

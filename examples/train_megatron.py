@@ -1,4 +1,4 @@
-"""Train a small Megatron-core GPT under plans: replayed routing, moved and copied experts, checkpoint and resume.
+"""Train a small Megatron-core GPT under plans: replayed routing, moved and replicated experts, checkpoint and resume.
 
     torchrun --nproc-per-node 2 examples/train_megatron.py
 

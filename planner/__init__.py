@@ -17,14 +17,14 @@ from .loads import check_loads, count_loads, load_table
 from .options import PlanOptions
 from .plan import BatchPlan, static_plan
 from .planning import plan_batch, replan, scaled_loads
-from .pricing.cost import Cost, Setting, distinct_rows, price, replica_bytes
+from .pricing.cost import Cost, Setting, price, replica_bytes
 from .pricing.devices import DEVICES, DeviceSpec, find_device
 from .pricing.estimate import Estimate, estimate_plan
 from .pricing.models import MODELS, ModelShape, find_model, model_of_routing
 from .pricing.outcome import Outcome, outcome_of_plan
 from .simulation.generator import generate_loads, generate_trace
 from .simulation.simulate import Result, Scenario, simulate
-from .splits import destinations, split_of_source, split_over_sources
+from .splits import destinations, split_of_source
 from .trace import RoutingTrace
 
 __all__ = [
@@ -39,7 +39,6 @@ __all__ = [
     "check_loads",
     "count_loads",
     "load_table",
-    "split_over_sources",
     "split_of_source",
     "destinations",
     "from_vllm",
@@ -66,7 +65,6 @@ __all__ = [
     "Cost",
     "Estimate",
     "replica_bytes",
-    "distinct_rows",
     "generate_loads",
     "generate_trace",
     "Scenario",

@@ -126,8 +126,11 @@ def check_previous_home(previous_home: np.ndarray, layers: int, experts: int, ra
 
 
 def _even_enough(table: np.ndarray, busiest_LM: np.ndarray, ranks: int, balance: float) -> np.ndarray:
-    """bool [L]: layers that need no plan, since every micro-batch is good enough as it is, or since their routing is
-    uniform: the experts' loads vary no more than if every assignment had been drawn at random."""
+    """bool [L]: layers that need no plan.
+
+    Either every micro-batch is good enough as it is, or routing is uniform: the experts' loads vary no more than if
+    every assignment had been drawn at random.
+    """
     good = (busiest_LM * ranks <= np.maximum(table.sum(2) * balance, ranks)).all(1)
     drawn = (_dispersion(table).mean(1) <= _DISPERSION) & (_dispersion(table.sum(1)) <= _batch_bound(table.shape[2]))
     return good | drawn

@@ -10,31 +10,38 @@ from .errors import PlanError, ShapeError
 from .plan import BatchPlan
 
 
-def split_over_sources(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int) -> np.ndarray:
-    """int32 [R_src, E, R_dst]: how many of a source's assignments of an expert go to each rank.
+def split_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int, source: int) -> np.ndarray:
+    """int32 [E, R]: how many of a source rank's assignments of an expert go to each rank.
 
-    Sums over destinations are what the source has; sums over sources are each host's quota, with the home taking what
-    its replicas leave. A host is given assignments of its own rank first, then of its own node, then of the others.
+    Sums over ranks are what the source has. Summed over all sources, a host gets its quota, and the home takes what its
+    replicas leave. A host is given assignments of its own rank first, then of its own node, then of the others.
     Within the last two groups every source's assignments are divided over the hosts in proportion to what each host
     can still take; fractions are settled by largest remainder.
+
+    Raises: ShapeError where the loads are of other ranks or experts than the plan; PlanError where the plan's replicas
+    take more than these loads have.
     """
-    _check_sources(plan, loads_LMRE)
-    have_SE = np.asarray(loads_LMRE[layer, micro_batch], np.int64)
-    split = np.zeros((plan.num_ranks, plan.num_experts, plan.num_ranks), np.int32)
-    split[:, np.arange(plan.num_experts), plan.home[layer]] = have_SE
-    _, expert, split_XSR = _replicated(plan, loads_LMRE, layer, slice(micro_batch, micro_batch + 1), slice(None))
-    split[:, expert] = split_XSR.transpose(1, 0, 2)
-    return split
-
-
-def split_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batch: int, source: int) -> np.ndarray:
-    """int32 [E, R_dst]: `split_over_sources(...)[source]`, without the other sources."""
-    _check_sources(plan, loads_LMRE)
+    if loads_LMRE.ndim != 4 or loads_LMRE.shape[2:] != (plan.num_ranks, plan.num_experts):
+        raise ShapeError(
+            f"loads has shape {loads_LMRE.shape}, but must be [layers, micro-batches, {plan.num_ranks} source ranks, "
+            f"{plan.num_experts}]"
+        )
+    home, quota = plan.home[layer], plan.quota[layer, micro_batch]
     split = np.zeros((plan.num_experts, plan.num_ranks), np.int32)
-    split[np.arange(plan.num_experts), plan.home[layer]] = loads_LMRE[layer, micro_batch, source]
-    only = slice(micro_batch, micro_batch + 1), slice(source, source + 1)
-    _, expert, split_XSR = _replicated(plan, loads_LMRE, layer, *only)
-    split[expert] = split_XSR[:, 0]
+    split[np.arange(plan.num_experts), home] = loads_LMRE[layer, micro_batch, source]
+    rank, slot = np.nonzero(quota)
+    expert, row = np.unique(plan.replicas[layer, micro_batch, rank, slot], return_inverse=True)
+    take_XR = np.zeros((len(expert), plan.num_ranks), np.int64)
+    take_XR[row, rank] = quota[rank, slot]
+    have_XS = loads_LMRE[layer, micro_batch].T[expert].astype(np.int64)
+    at_home = have_XS.sum(1) - take_XR.sum(1)
+    if (at_home < 0).any():
+        raise PlanError(
+            f"the replicas of expert {expert[at_home.argmin()]} in layer {layer}, micro-batch {micro_batch} take more "
+            "assignments than these loads have"
+        )
+    take_XR[np.arange(len(expert)), home[expert]] = at_home
+    split[expert] = _split(have_XS, take_XR, plan.gpus_per_node, source)
     return split
 
 
@@ -61,60 +68,24 @@ def destinations(expert_ids_TK: np.ndarray, split_of_source_ER: np.ndarray) -> n
     return out.reshape(ids.shape)
 
 
-def _check_sources(plan: BatchPlan, loads_LMRE: np.ndarray) -> None:
-    if loads_LMRE.ndim != 4 or loads_LMRE.shape[2:] != (plan.num_ranks, plan.num_experts):
-        raise ShapeError(
-            f"loads has shape {loads_LMRE.shape}, but must be [layers, micro-batches, {plan.num_ranks} source ranks, "
-            f"{plan.num_experts}]"
-        )
-
-
-def _replicated(
-    plan: BatchPlan, loads_LMRE: np.ndarray, layer: int, micro_batches: slice, sources: slice
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Micro-batch (from the start of the slice), expert, and split int32 [X, sources, R], where there are replicas."""
-    quota = plan.quota[layer, micro_batches]
-    micro_batch, rank, slot = np.nonzero(quota)
-    key = micro_batch * plan.num_experts + plan.replicas[layer, micro_batches][micro_batch, rank, slot]
-    key, row = np.unique(key, return_inverse=True)
-    of, expert = np.divmod(key, plan.num_experts)
-    take_XR = np.zeros((len(key), plan.num_ranks), np.int64)
-    take_XR[row, rank] = quota[micro_batch, rank, slot]
-    have_XS = loads_LMRE[layer, micro_batches][of, :, expert].astype(np.int64)
-    at_home = have_XS.sum(1) - take_XR.sum(1)
-    if (at_home < 0).any():
-        worst = int(at_home.argmin())
-        raise PlanError(
-            f"the replicas of expert {expert[worst]} in layer {layer}, micro-batch "
-            f"{of[worst] + (micro_batches.start or 0)} take more assignments than these loads have"
-        )
-    take_XR[np.arange(len(key)), plan.home[layer, expert]] = at_home
-    return of, expert, _split(have_XS, take_XR, plan.gpus_per_node, sources)
-
-
-def _split(have_XS: np.ndarray, take_XR: np.ndarray, gpus_per_node: int, sources: slice) -> np.ndarray:
-    """int32 [X, sources, R] of a split with row sums have_XS and column sums take_XR (experts X are independent)."""
-    experts, ranks = have_XS.shape
-    chosen = np.arange(ranks)[sources]
-    split = np.zeros((experts, len(chosen), ranks), np.int32)
+def _split(have_XS: np.ndarray, take_XR: np.ndarray, gpus_per_node: int, source: int) -> np.ndarray:
+    """int64 [X, R]: the source's row of a split with row sums have_XS and column sums take_XR, of each expert X."""
     same_rank = np.minimum(have_XS, take_XR)
-    split[:, np.arange(len(chosen)), chosen] = same_rank[:, chosen]
     have, take = have_XS - same_rank, take_XR - same_rank
+    split = np.zeros_like(take)
+    split[:, source] = same_rank[:, source]
 
     # Within a node, all nodes at once: [X * N, G]. What the node's hosts cannot take waits for the second round.
     near = _by_largest_remainder(have.reshape(-1, gpus_per_node), take.reshape(-1, gpus_per_node))
     have -= near.sum(2).reshape(have.shape)
     take -= near.sum(1).reshape(take.shape)
-    near = near.reshape(experts, ranks, gpus_per_node)
-    for position, source in enumerate(chosen):
-        node = source // gpus_per_node * gpus_per_node
-        split[:, position, node : node + gpus_per_node] += near[:, source].astype(np.int32)
+    node = source // gpus_per_node * gpus_per_node
+    split[:, node : node + gpus_per_node] += near.reshape(*have.shape, gpus_per_node)[:, source]
 
     # The rest, over the few ranks that are hosts, in rank order.
     hosts = np.argsort(take == 0, axis=1, kind="stable")[:, : int((take > 0).sum(1).max(initial=0))]
-    far = _by_largest_remainder(have, np.take_along_axis(take, hosts, 1))[:, chosen]
-    place = np.arange(experts)[:, None, None], np.arange(len(chosen))[None, :, None], hosts[:, None]
-    split[place] += far.astype(np.int32)
+    far = _by_largest_remainder(have, np.take_along_axis(take, hosts, 1))[:, source]
+    split[np.arange(len(split))[:, None], hosts] += far
     return split
 
 

@@ -22,7 +22,7 @@ class ExpertForm:
             "capped_silu": with |up| <= limit, min(silu(gate), limit) * up.
             "relu2" (Nemotron-H): max(up, 0)^2, without a gate. What is called gate_up elsewhere is then up alone, with
             `I` columns.
-        limit: of the three that have one. alpha: of "clamped".
+        limit: of the three activations that have one. alpha: of "clamped" alone.
     """
 
     is_transposed: bool = False
@@ -55,7 +55,7 @@ class ExpertForm:
         return 2 * intermediate_size if self.has_gate else intermediate_size
 
     def intermediate_size(self, width: int) -> int:
-        """The other way round."""
+        """The intermediate size whose h has so many columns: the opposite of `width`."""
         return width // 2 if self.has_gate else width
 
     def gate_up_shape(self, hidden_size: int, intermediate_size: int) -> tuple[int, int]:

@@ -32,7 +32,7 @@ _SEEN = threading.local()
 
 @contextmanager
 def opened(owner: OpenForwards) -> Iterator[None]:
-    """Within, forwards belong to `owner.current` too; others that are open stay so."""
+    """Within the block, forwards belong to `owner.current` as well; other owners that are open stay open."""
 
     last: Snapshot = ()
 
@@ -67,7 +67,7 @@ def opened(owner: OpenForwards) -> Iterator[None]:
 
 
 def _same(one: Snapshot, other: Snapshot) -> bool:
-    """By identity: states may hold tensors, which cannot be compared."""
+    """Whether two snapshots are equal, by identity: states may hold tensors, which cannot be compared."""
     return len(one) == len(other) and all(a is c and b is d for (a, b), (c, d) in zip(one, other, strict=True))
 
 
@@ -103,7 +103,7 @@ def _see(task: int, snapshot: Snapshot) -> None:
 
 
 def _seen() -> dict[int, Snapshot]:
-    """By graph task, as backwards nest; those that failed leave an entry behind that nobody asks for."""
+    """This thread's snapshots by graph task, since backwards nest. A failed one leaves an entry that is never read."""
     try:
         by_task: dict[int, Snapshot] = _SEEN.by_task
     except AttributeError:

@@ -78,8 +78,8 @@ def check_layer(
     schedule: Schedule,
     home: ExpertWeights,
     form: ExpertForm,
-    replica: ExpertWeights | None = None,
-    weight_of_slot: torch.Tensor | None = None,
+    replica: ExpertWeights | None,
+    weight_of_slot: torch.Tensor | None,
 ) -> None:
     """Refuse tensors that do not fit each other, before anything is computed. Looks at no values."""
     if x_TH.ndim != 2 or not x_TH.is_contiguous():

@@ -53,6 +53,7 @@ def _by_device(function: Function) -> Function:
 
 
 build_schedule = _by_device(reference.build_schedule)
+build_schedules = _by_device(reference.build_schedules)
 pack_payload = _by_device(reference.pack_payload)
 unpack_payload = _by_device(reference.unpack_payload)
 pack_gradients = _by_device(reference.pack_gradients)

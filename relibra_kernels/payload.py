@@ -58,7 +58,7 @@ class PayloadLayout(NamedTuple):
 
 
 def layout_of(x_TH: torch.Tensor, weights_TK: torch.Tensor) -> PayloadLayout:
-    """Of the rows in which these tokens travel, with gate weights of any floating dtype."""
+    """The layout of the rows in which these tokens travel. Their gate weights may be of any floating dtype."""
     weights_dtype = torch.promote_types(weights_TK.dtype, torch.float32)
     return PayloadLayout(x_TH.shape[1], weights_TK.shape[1], x_TH.dtype, weights_dtype)
 

@@ -115,9 +115,9 @@ def config_sources(model: nn.Module, tokens: int, device: str) -> dict[str, list
     layers = take_over(model)
     _launches(layers, [tokens], target, None)
     found: dict[str, set[str]] = {}
-    for problem, answer in lookup.answers().items():
-        if problem.device == target:
-            found.setdefault(problem.kernel, set()).add(answer.source)
+    for key, answer in lookup.answers().items():
+        if key.device == target:
+            found.setdefault(key.kernel, set()).add(answer.source)
     return {kernel: sorted(sources) for kernel, sources in sorted(found.items())}
 
 
@@ -188,72 +188,83 @@ def _step_alone(layer: ReplicatedMoE, count: int) -> None:
 
 def _step_exchanged(layer: ReplicatedMoE, count: int, replicas: int) -> None:
     """What `parallel.layer` computes between its exchanges, for `count` tokens' worth of assignments."""
-    experts, form, top_k = layer.experts, layer.experts.form, layer.router.top_k
-    own = adapted_weights(experts)
-    home = own.map(_meta)
-    slots = experts.num_experts + replicas
-    replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
-    table = torch.empty(slots, dtype=torch.int32, device="meta") if replicas else None
+    experts, top_k = layer.experts, layer.router.top_k
     # A received row visits one to K slots, so there are 1 to K times `count` of them.
     received = [min(count << i, count * top_k) for i in range(top_k.bit_length() + 1)]
+    slots = experts.num_experts + replicas
     schedules = [
         ops.build_schedule(torch.empty(rows, top_k, dtype=torch.int16, device="meta"), slots, num_rows=count * top_k)
         for rows in received
     ]
-    schedule = schedules[-1]
+    for rows in received:  # of several layers at once
+        of_layers = torch.empty(2 * rows, top_k, dtype=torch.int16, device="meta")
+        ops.build_schedules(of_layers, [rows] * 2, slots, [count * top_k] * 2)
     x = _meta(experts.down_proj, received[-1], experts.hidden_size)
     gates = _meta(x, received[-1], top_k, dtype=torch.promote_types(x.dtype, torch.float32))
-    out, h = moe_mlp_forward(x, gates, schedule, home, form, replica=replica, weight_of_slot=table)
+    returned = _step_of_received(experts, x, gates, schedules[-1], replicas)
+    _pack_and_unpack(x, gates, count, received)
+    for of_rows in schedules:  # how rows are summed may depend on how many there are
+        ops.unpermute(returned[0], _meta(gates, of_rows.num_tokens, top_k), of_rows)
+        for each in returned:
+            ops.unpermute(each, None, of_rows)
+
+
+def _step_of_received(
+    experts: ReplicatedExperts, x: torch.Tensor, gates: torch.Tensor, schedule: Schedule, replicas: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Forward and backward over received rows, and the replicas' way: (out, dx, gradients of the gate weights)."""
+    own = adapted_weights(experts)
+    home = own.map(_meta)
+    replica = home.map(lambda weight: _meta(weight, replicas, *weight.shape[1:])) if replicas else None
+    table = torch.empty(schedule.num_slots, dtype=torch.int32, device="meta") if replicas else None
+    out, h = moe_mlp_forward(x, gates, schedule, home, experts.form, replica=replica, weight_of_slot=table)
     grad = own.map(lambda weight: zeros_fp32(_meta(weight)) if weight.requires_grad else None)
     replica_grad = None
     if replica is not None:
         trained = (None if total is None else weight for weight, total in zip(replica, grad, strict=True))
         replica_grad = ExpertWeights(*trained).map(zeros_fp32)
-    kept = None if experts.recompute else h
     # New gradients are written by the first rows and added to by others; where there is a `.main_grad`, all are added.
     for accumulate in {True, hasattr(experts.down_proj, "main_grad")}:
         dx, dgates = moe_mlp_backward(
             _meta(x),
             x,
-            kept,
+            None if experts.recompute else h,
             gates,
             schedule,
             home,
-            form,
+            experts.form,
             grad=grad,
             replica=replica,
             replica_grad=replica_grad,
             weight_of_slot=table,
             accumulate=accumulate,
         )
-    sent = torch.empty(received[-1], dtype=torch.int32, device="meta")
-    send = Schedule(_meta(sent, 2), sent, _meta(sent, count, top_k))
-    tokens, weights = _meta(x, count, experts.hidden_size), _meta(gates, count, top_k)
-    there = PayloadLayout(experts.hidden_size, top_k, x.dtype, gates.dtype)
-    back = there._replace(has_slots=False)
-    slots_of_sent = _meta(sent, len(sent), top_k, dtype=torch.int16)
-    for dtype in {x.dtype, gates.dtype}:  # in which routers give gate weights
-        given = _meta(weights, dtype=dtype)
-        ops.pack_payload(tokens, given, slots_of_sent, send, there.new(len(sent), x.device))
-        ops.unpack_gradients(back.new(len(sent), x.device), send, back, weights_dtype=dtype)
-    for rows in received:
-        handed_on = Schedule(_meta(sent, 2), sent, _meta(sent, rows, top_k))  # with two hops, as tokens are sent
-        as_tokens = _meta(x, rows, experts.hidden_size), _meta(gates, rows, top_k)
-        ops.pack_payload(*as_tokens, slots_of_sent, handed_on, there.new(len(sent), x.device))
-        ops.unpack_gradients(back.new(len(sent), x.device), handed_on, back)
-        ops.unpack_payload(there.new(rows, x.device), there)
-        ops.pack_gradients(_meta(dx, rows, experts.hidden_size), _meta(gates, rows, top_k), back.new(rows, x.device))
-    for of_rows in schedules:  # how rows are summed may depend on how many there are
-        ops.unpermute(out, _meta(gates, of_rows.num_tokens, top_k), of_rows)
-        for returned in (out, dx, dgates):
-            ops.unpermute(returned, None, of_rows)
-    if replica is not None:
+    if replica_grad is not None:
         owners = torch.empty(replicas, dtype=torch.int64, device="meta")
         for weight in home.tensors():
             ops.pack_replicas(weight, owners)
-        assert replica_grad is not None
         for shard, owner in zip(replica_grad.tensors(), grad.tensors(), strict=True):
             ops.replica_reduce(owner, shard, owners)
+    return out, dx, dgates
+
+
+def _pack_and_unpack(x: torch.Tensor, gates: torch.Tensor, count: int, received: list[int]) -> None:
+    """Payloads on both ways: of `count` tokens here, and of received rows, which two hops hand on."""
+    most, hidden, top_k = len(x), x.shape[1], gates.shape[1]
+    there = PayloadLayout(hidden, top_k, x.dtype, gates.dtype)
+    back = there._replace(has_slots=False)
+    sent = torch.empty(most, dtype=torch.int32, device="meta")
+    slots = _meta(sent, most, top_k, dtype=torch.int16)
+    # tokens are sent with gate weights in the dtype in which routers give them, rows are handed on with theirs
+    passes = [(count, dtype) for dtype in {x.dtype, gates.dtype}] + [(rows, None) for rows in received]
+    for tokens, dtype in passes:
+        send = Schedule(_meta(sent, 2), sent, _meta(sent, tokens, top_k))
+        given = _meta(gates, tokens, top_k, dtype=dtype or gates.dtype)
+        ops.pack_payload(_meta(x, tokens, hidden), given, slots, send, there.new(most, x.device))
+        ops.unpack_gradients(back.new(most, x.device), send, back, weights_dtype=dtype)
+    for rows in received:
+        ops.unpack_payload(there.new(rows, x.device), there)
+        ops.pack_gradients(_meta(x, rows, hidden), _meta(gates, rows, top_k), back.new(rows, x.device))
 
 
 def _agree_on_configs(group: dist.ProcessGroup | None, where: torch.device) -> None:
@@ -262,8 +273,8 @@ def _agree_on_configs(group: dist.ProcessGroup | None, where: torch.device) -> N
     from .configs.config import parse_config
 
     table = [
-        [problem.kernel, str(problem.dtype).removeprefix("torch."), *problem[3:], str(answer.config)]
-        for problem, answer in lookup.answers_for_all_rows(_OCTAVES).items()
+        [key.kernel, str(key.dtype).removeprefix("torch."), *key[3:], str(answer.config)]
+        for key, answer in lookup.answers_for_all_rows(_OCTAVES).items()
     ]
     if not dist.is_initialized() or dist.get_world_size(group) == 1:
         return

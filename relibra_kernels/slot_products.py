@@ -16,7 +16,11 @@ from .weights import ExpertWeights
 
 @dataclass(frozen=True)
 class Products:
-    """Of one schedule's rows. `replica`: weights of the replica slots. `weight_of_slot`: into home, then replica."""
+    """Products of the rows of one schedule.
+
+    `home`: weights of the experts at home. `replica`: those of the replica slots. `weight_of_slot`: index into home,
+    then replica.
+    """
 
     schedule: Schedule
     form: ExpertForm
@@ -43,7 +47,7 @@ class Products:
     def whole(
         self, rows: torch.Tensor, name: str, *, transpose: bool, gather: bool = False, bias: bool = False
     ) -> torch.Tensor:
-        """The same with the low-rank term, where `name` has one."""
+        """As `plain`, plus the low-rank term where `name` has one."""
         out = self.plain(rows, name, transpose=transpose, gather=gather, bias=bias)
         if self.home.is_adapted(name):
             first, second = ("right", "left") if transpose else ("left", "right")

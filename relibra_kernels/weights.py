@@ -81,9 +81,7 @@ def replica_buffers(replica: ExpertWeights, grad: ExpertWeights, *, zeroed: bool
     return ExpertWeights(*(beside(weight, home) for weight, home in zip(replica, grad, strict=True)))
 
 
-def gradient_buffers(
-    parameters: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 8
-) -> ExpertWeights:
+def gradient_buffers(parameters: ExpertWeights, main: ExpertWeights, needed: Sequence[bool]) -> ExpertWeights:
     """Where to add the gradients that are needed: `main_grad`, else new zeros."""
     buffers = []
     for parameter, main_grad, need in zip(parameters, main, needed, strict=True):
@@ -93,7 +91,7 @@ def gradient_buffers(
 
 
 def returned_gradients(
-    parameters: ExpertWeights, grad: ExpertWeights, main: ExpertWeights, needed: Sequence[bool] = (True,) * 8
+    parameters: ExpertWeights, grad: ExpertWeights, main: ExpertWeights, needed: Sequence[bool]
 ) -> list[torch.Tensor | None]:
     """What backward returns for the parameters: the gradients in their dtypes, None where `main_grad` took it."""
     return [

@@ -11,7 +11,7 @@ from .parts import missing_layers
 
 
 class LayersFound(NamedTuple):
-    """The MoE layers among the recorded ones, those that are left out, K, and what was taken for granted."""
+    """The MoE layers among the recorded ones, the layers that are left out, K, and what was assumed to find them."""
 
     layers: list[int]
     dropped: tuple[int, ...]

@@ -75,29 +75,8 @@ def from_megatron_lines(
         if line.get("block", "decoder") == "mtp" or line.get("mtp_idx") is not None:
             of_mtp += 1
             continue
-        missing = [key for key in ("step", "layer", "rank", "num_tokens", "topk", "top_indices") if key not in line]
-        if missing:
-            raise FormatError(f"line {number} has no {missing[0]!r}, only {sorted(line)}")
-        try:
-            indices, top_k = np.asarray(line["top_indices"]), whole(line["topk"])
-            if indices.size == 0:
-                indices = indices.reshape(0, top_k)
-            if indices.ndim != 2 or indices.shape[1] != top_k:  # cut anew, rows would be of other tokens
-                raise ValueError(f"top_indices has shape {list(indices.shape)}, and topk is {top_k}")
-            if indices.size and indices.dtype.kind not in "iu":  # a cast would make 1.5 an expert
-                raise TypeError(f"top_indices has {indices.dtype}")
-            indices = indices.astype(np.int64)
-            step, rank, layer = (whole(line[key]) for key in ("step", "rank", "layer"))
-        except (ValueError, TypeError, OverflowError) as error:
-            raise FormatError(
-                f"line {number} must have integers, and in top_indices [tokens, topk] of them: {error}"
-            ) from None
-        if len(indices) != line["num_tokens"]:
-            raise InputError(
-                f"line {number} has {len(indices)} tokens in top_indices, but num_tokens {line['num_tokens']}"
-            )
-        layers = parts.setdefault((step, rank), {})
-        if layers.setdefault(layer, indices) is not indices:
+        step, rank, layer, indices_TK = _read_line(number, line)
+        if parts.setdefault((step, rank), {}).setdefault(layer, indices_TK) is not indices_TK:
             raise InputError(f"line {number} repeats layer {layer} of step {step}, rank {rank}")
     if not parts:
         raise FormatError("there is no line, but there must be at least one")
@@ -120,3 +99,26 @@ def from_megatron_lines(
     return RoutingTrace._of_checked(
         trace.compact_ids, trace.reasons, trace.offsets, num_experts, trace.moe_layer_ids, assumed=said
     )
+
+
+def _read_line(number: int, line: Mapping[str, Any]) -> tuple[int, int, int, np.ndarray]:
+    """(step, rank, layer, ids int64 [T, K]) of one line. Raises: FormatError, InputError, naming the line."""
+    missing = [key for key in ("step", "layer", "rank", "num_tokens", "topk", "top_indices") if key not in line]
+    if missing:
+        raise FormatError(f"line {number} has no {missing[0]!r}, only {sorted(line)}")
+    try:
+        indices, top_k = np.asarray(line["top_indices"]), whole(line["topk"])
+        if indices.size == 0:
+            indices = indices.reshape(0, top_k)
+        if indices.ndim != 2 or indices.shape[1] != top_k:  # cut anew, rows would be of other tokens
+            raise ValueError(f"top_indices has shape {list(indices.shape)}, and topk is {top_k}")
+        if indices.size and indices.dtype.kind not in "iu":  # a cast would make 1.5 an expert
+            raise TypeError(f"top_indices has {indices.dtype}")
+        step, rank, layer = (whole(line[key]) for key in ("step", "rank", "layer"))
+    except (ValueError, TypeError, OverflowError) as error:
+        raise FormatError(
+            f"line {number} must have integers, and in top_indices [tokens, topk] of them: {error}"
+        ) from None
+    if len(indices) != line["num_tokens"]:
+        raise InputError(f"line {number} has {len(indices)} tokens in top_indices, but num_tokens {line['num_tokens']}")
+    return step, rank, layer, indices.astype(np.int64)

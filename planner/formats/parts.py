@@ -151,7 +151,7 @@ def missing_layers(staged_TLK: np.ndarray) -> np.ndarray:
 
 
 def _agreed(start: Any, said: int | None, name: str) -> Any:
-    """Where a payload begins: as it says, as the caller says, or as both do. Raises: InputError."""
+    """Where a payload begins, by the payload or by the caller. Raises: InputError where they contradict each other."""
     if start is None or said is None:
         return said if start is None else start
     if not isinstance(start, Sequence) and checked_start(start, name) != said:
@@ -160,7 +160,7 @@ def _agreed(start: Any, said: int | None, name: str) -> Any:
 
 
 def _with_dtype(payload: Any, dtype: Any) -> Any:
-    """Payloads that have no header themselves, with the dtype that was said beside them."""
+    """The payload together with the dtype that stands beside it, for bytes without a header."""
     if dtype is not None and isinstance(payload, str | bytes):
         return {"data": payload, "dtype": dtype}
     if dtype is not None and isinstance(payload, list) and any(isinstance(part, str | bytes) for part in payload):

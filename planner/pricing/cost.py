@@ -14,7 +14,6 @@ and once for the batch
   kept         kept replicas: weights go once to every node and are handed on there; gradients are added up in the
                node and sent home. Priced like fetched ones, hidden behind the dense part of one micro-batch
   migration    experts that change their home, with optimizer state; hidden behind nothing
-  planning     where it is not hidden behind the rollout
 
 Rows of tokens that travel are *estimated* from loads. The estimate takes all ranks to send alike, and a token to choose
 each of its ranks independently, in proportion to what they compute for its node.
@@ -59,7 +58,6 @@ class Cost:
     fixed:      host and device work that nothing changes. dense: attention and shared experts
     experts:    grouped GEMMs of the busiest ranks. exchange: all-to-alls of tokens
     fetched, kept: what replicas take that is not hidden. migration: experts that change their home
-    planning:   waiting for the plan
     bytes_fast, bytes_slow: bytes of replicas and migration inside nodes and between them, all ranks together, a layer
                 and micro-batch
     """
@@ -71,7 +69,6 @@ class Cost:
     fetched: float
     kept: float
     migration: float
-    planning: float
     bytes_fast: float
     bytes_slow: float
 
@@ -80,15 +77,14 @@ class Cost:
         return sum(getattr(self, field.name) for field in fields(Cost) if not field.name.startswith("bytes"))
 
 
-def price(outcome: Outcome, setting: Setting, planning_seconds: float = 0.0) -> Cost:
-    """The cost of a batch that waits `planning_seconds` for its plan."""
+def price(outcome: Outcome, setting: Setting) -> Cost:
+    """The cost of a batch. Planning is taken to be hidden behind the rollout."""
     parts = seconds_by_pair(outcome, setting)
     bytes_fast, bytes_slow = replica_bytes(outcome, setting.model, keep_replicas=setting.keep_replicas)
     return Cost(
         **{name: float(part.sum()) for name, part in parts.items()},
         kept=float(kept_seconds(outcome, setting).sum()),
         migration=migration_seconds(outcome, setting),
-        planning=planning_seconds,
         bytes_fast=bytes_fast,
         bytes_slow=bytes_slow,
     )
@@ -167,7 +163,7 @@ def _fetched(outcome: Outcome, setting: Setting, dense: np.ndarray) -> np.ndarra
     )
 
 
-class Exchange(NamedTuple):
+class ExchangeCost(NamedTuple):
     """[L, M] of the four exchanges of tokens: seconds, and rows of the busiest rank inside its node and between."""
 
     seconds: np.ndarray
@@ -175,16 +171,16 @@ class Exchange(NamedTuple):
     far_rows: np.ndarray
 
 
-def exchange(outcome: Outcome, setting: Setting) -> Exchange:
+def exchange(outcome: Outcome, setting: Setting) -> ExchangeCost:
     """What the exchanges of tokens take; rows are those of one of the four."""
     if setting.transport != "auto":
         return _hops(outcome, setting, setting.transport)
     one, two = (_hops(outcome, setting, way) for way in ("one", "two"))
     pairs = zip(one, two, strict=True)
-    return Exchange(*(np.where(one.seconds <= two.seconds, of_one, of_two) for of_one, of_two in pairs))
+    return ExchangeCost(*(np.where(one.seconds <= two.seconds, of_one, of_two) for of_one, of_two in pairs))
 
 
-def _hops(outcome: Outcome, setting: Setting, way: str) -> Exchange:
+def _hops(outcome: Outcome, setting: Setting, way: str) -> ExchangeCost:
     ranks, device = outcome.slot_load.shape[2], setting.device
     near, far = _estimated_rows(outcome, setting, way)
     row_bytes = 2 * setting.model.hidden_size
@@ -193,7 +189,7 @@ def _hops(outcome: Outcome, setting: Setting, way: str) -> Exchange:
         launch += device.launch_fast
     busy = np.maximum(near * row_bytes / device.fast, far * row_bytes / device.slow)
     moves = ((near > 0) | (far > 0)) & (ranks > 1)
-    return Exchange(np.where(moves, EXCHANGES * (busy + launch), 0.0), near, far)
+    return ExchangeCost(np.where(moves, EXCHANGES * (busy + launch), 0.0), near, far)
 
 
 def _estimated_rows(outcome: Outcome, setting: Setting, way: str) -> tuple[np.ndarray, np.ndarray]:
@@ -260,21 +256,14 @@ def bytes_of_ranks(
     Args:
         direction: "in", or "out" for those that leave it. Gradients, which travel the other way, count with weights.
     """
-    trip = (1 if keep_replicas else 2) * model.expert_bytes + model.gradient_bytes
+    once = model.expert_bytes + model.gradient_bytes
+    fetched = once if keep_replicas else once + model.expert_bytes
     each = {
-        "fetched_fast": ("pushed", trip),
-        "fetched_slow": ("far", trip),
-        "kept_fast": ("kept_near", model.copy_bytes),
-        "kept_slow": ("kept", model.copy_bytes),
+        "fetched_fast": ("pushed", fetched),
+        "fetched_slow": ("far", fetched),
+        "kept_fast": ("kept_near", once),
+        "kept_slow": ("kept", once),
         "migration": ("moved", model.migration_bytes),
     }
     counts = {kind: getattr(outcome, f"{name}_{direction}") for kind, (name, _) in each.items()}
     return {kind: n.reshape(-1, n.shape[-1]).sum(0) * each[kind][1] for kind, n in counts.items()}
-
-
-def distinct_rows(destination_TK: np.ndarray, ranks: int) -> np.ndarray:
-    """int64 [R]: how many of one source's tokens go to each rank, each counted once (`destinations` gives these)."""
-    seen = np.zeros((len(destination_TK), ranks), np.bool_)
-    token, choice = np.nonzero(destination_TK >= 0)
-    seen[token, destination_TK[token, choice]] = True
-    return seen.sum(0)

@@ -106,7 +106,6 @@ def estimate_plan(
     weights = stay.sum(0) if keep else 2 * stay.max(0)
     imbalance = [_mean_imbalance(each) for each in (static, planned)]
     seconds = [price(each, setting).seconds for each in (static, planned, forced_balanced(total_loads(loads), cluster))]
-    waiting = price(planned, setting, planning_seconds)
     does_not_pay = _does_not_pay(*seconds, *imbalance)
     return Estimate(
         fetched_fast_bytes=int(coming["fetched_fast"].sum()),
@@ -126,11 +125,11 @@ def estimate_plan(
         static_seconds=seconds[0],
         planned_seconds=seconds[1],
         balanced_seconds=seconds[2],
-        planning_seconds=waiting.planning,
+        planning_seconds=planning_seconds,
         static_max_mean=imbalance[0],
         planned_max_mean=imbalance[1],
         does_not_pay=does_not_pay,
-        must_hide=not does_not_pay and waiting.seconds >= seconds[0] * (1 - _LEAST_GAIN),
+        must_hide=not does_not_pay and seconds[1] + planning_seconds >= seconds[0] * (1 - _LEAST_GAIN),
     )
 
 

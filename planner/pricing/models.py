@@ -222,8 +222,8 @@ def _moe_blocks(config: dict[str, Any]) -> int:
     return pattern.count("E") if isinstance(pattern, str) else 0
 
 
-def _shape_of_config(path: Path) -> ModelShape:
-    """From the config.json that Hugging Face keeps beside a model's weights."""
+def _read_config(path: Path) -> dict[str, Any]:
+    """A config.json, of a model of several kinds of input that of its text part. Raises: FormatError."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -232,8 +232,13 @@ def _shape_of_config(path: Path) -> ModelShape:
         raise FormatError(f"{path}: is not JSON: {error}") from None
     if not isinstance(config, dict):
         raise FormatError(f"{path}: is JSON, but not the object that a config.json is")
-    inner = config.get("text_config")
-    config = inner if isinstance(inner, dict) else config
+    text = config.get("text_config")
+    return text if isinstance(text, dict) else config
+
+
+def _shape_of_config(path: Path) -> ModelShape:
+    """From the config.json that Hugging Face keeps beside a model's weights."""
+    config = _read_config(path)
 
     def size(*names: str, default: int | None = None) -> int:
         value: Any = next((config[name] for name in names if config.get(name) is not None), default)

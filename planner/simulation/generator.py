@@ -66,9 +66,9 @@ def generate_trace(
     return RoutingTrace(ids.reshape(-1, layers, top_k), offsets, experts, tuple(range(layers)))
 
 
-def hottest_change(loads_LME: np.ndarray, count: int = 8) -> float:
-    """The share of the `count` hottest experts that were not among the hottest of the micro-batch before."""
-    top = np.argsort(-loads_LME, axis=2, kind="stable")[..., :count]
+def hottest_change(loads_LME: np.ndarray) -> float:
+    """The share of the eight hottest experts that were not among the eight of the micro-batch before."""
+    top = np.argsort(-loads_LME, axis=2, kind="stable")[..., :8]
     kept = (top[:, 1:, :, None] == top[:, :-1, None, :]).any(3)
     return float(1 - kept.mean()) if kept.size else 0.0
 

@@ -30,9 +30,6 @@ class Copies:
     def none() -> "Copies":
         return Copies(*(np.zeros(0, np.int64),) * 3)
 
-    def where(self, chosen: np.ndarray) -> "Copies":
-        return Copies(self.layer[chosen], self.expert[chosen], self.rank[chosen])
-
     def places(self, ranks: int) -> np.ndarray:
         """int64 [C]: how many of the same layer and rank come before each."""
         key = self.layer * ranks + self.rank

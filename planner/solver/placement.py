@@ -23,6 +23,7 @@ import numpy as np
 from .matching import match_labels
 
 _BITS = 15  # loads are scaled to this many bits here: products summed over experts and micro-batches stay exact
+_SWEEPS = 12  # over all pairs of bins, at most: swaps have run out by then
 WORTH_MOVING = 1 / 64  # a swap away from the previous placement must lower the sum of squared excess by this part
 
 
@@ -34,7 +35,6 @@ def place(
     previous_home: np.ndarray | None = None,
     max_moves: int | None = None,
     polish: bool = False,
-    sweeps: int = 12,
     worth: float = WORTH_MOVING,
 ) -> np.ndarray:
     """int32 [L, E]: the home rank of every expert. E must divide over the ranks.
@@ -42,30 +42,29 @@ def place(
     previous_home: [L, E], what to start from
     max_moves:     at most this many experts of a layer leave the rank of `previous_home`
     polish:        also lower the busiest node, for plans that keep nothing
-    sweeps:        over all pairs of bins; at 12, swaps have run out
     worth:         a swap away from `previous_home` must lower the sum of squared excess by this part
     """
     layers, micro_batches, experts = table_LME.shape
     weight = _scaled(table_LME)  # [L, E, M]
     if previous_home is None:
-        node_members = improve(weight, assign(weight, num_nodes), sweeps, polish=polish)  # [L, N, E/N]
+        node_members = improve(weight, assign(weight, num_nodes), polish=polish)  # [L, N, E/N]
     else:
         start = np.argsort(previous_home, axis=1, kind="stable").reshape(layers, num_nodes, -1)
         # A swap moves two experts. Half of the swaps, rounded up, may be between nodes.
         swaps = None if max_moves is None else -(-(max_moves // 2) // 2)
-        node_members = improve(weight, start, sweeps, polish=polish, max_swaps=swaps, worth=worth)
+        node_members = improve(weight, start, polish=polish, max_swaps=swaps, worth=worth)
         node_members = _relabel(node_members, previous_home // gpus_per_node)
     inner = np.take_along_axis(weight, node_members.reshape(layers, -1, 1), 1)
     inner = inner.reshape(layers * num_nodes, experts // num_nodes, micro_batches)
     if previous_home is None:
-        rank_members = improve(inner, assign(inner, gpus_per_node), sweeps)  # positions within the node: [L*N, G, C]
+        rank_members = improve(inner, assign(inner, gpus_per_node))  # positions within the node: [L*N, G, C]
     else:
         before = np.take_along_axis(previous_home, node_members.reshape(layers, -1), 1).reshape(len(inner), -1)
         before = np.where(
             before // gpus_per_node == np.tile(np.arange(num_nodes), layers)[:, None], before % gpus_per_node, -1
         )
         swaps = None if max_moves is None else max_moves // 2 // 2 // num_nodes
-        rank_members = improve(inner, _fill_gaps(before, gpus_per_node), sweeps, max_swaps=swaps, worth=worth)
+        rank_members = improve(inner, _fill_gaps(before, gpus_per_node), max_swaps=swaps, worth=worth)
         rank_members = _relabel(rank_members, before)
     expert = np.take_along_axis(node_members.reshape(layers * num_nodes, -1), rank_members.reshape(len(inner), -1), 1)
     home = np.empty((layers, experts), np.int32)
@@ -98,7 +97,6 @@ def assign(weight_BEM: np.ndarray, bins: int) -> np.ndarray:
 def improve(
     weight_BEM: np.ndarray,
     members: np.ndarray,
-    sweeps: int,
     *,
     polish: bool = False,
     max_swaps: int | None = None,
@@ -117,7 +115,7 @@ def improve(
     excess = load - np.floor(load.mean(1, keepdims=True))
     threshold = np.floor(worth * (excess * excess).sum((1, 2)) / 2)
     rounds = _tournament(bins)
-    for _ in range(sweeps):
+    for _ in range(_SWEEPS):
         if sum(_swap_squares(weight_BEM, members, pairs, left, threshold) for pairs in rounds) == 0:
             break
     if polish:

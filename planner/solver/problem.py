@@ -164,8 +164,11 @@ def outcome_of(solution: Solution, problem: Problem) -> Outcome:
 
 
 def pair_seconds(problem: Problem, outcome: Outcome) -> np.ndarray:
-    """float [L, M]: modelled seconds of every micro-batch. Where the table does not say whose the tokens are, half of
-    what staying on their node promises counts."""
+    """float [L, M]: modelled seconds of every micro-batch.
+
+    Where the table does not say on which rank the tokens are, half of the time that staying on their node would save is
+    counted.
+    """
     parts = seconds_by_pair(outcome, problem.setting)
     if problem.wanted_LMNE.shape[2] == 1:
         anywhere = exchange(replace(outcome, local=None), problem.setting).seconds

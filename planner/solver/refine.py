@@ -47,9 +47,11 @@ def swap_kept_where_uneven(problem: Problem, solution: Solution, slack: float) -
 
 
 def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) -> None:
-    """Plan layers that miss the balance asked for again, in place: with fewer kept replicas, so that slots are free for
-    fetched ones, and with homes moved, where that is allowed. Of each layer the solution stays whose worst micro-batch
-    is the most even one, of those that are in the mean no worse than experts that stay where they are.
+    """Plan layers that miss the balance asked for again, in place.
+
+    They get fewer kept replicas, so that slots are free for fetched ones, and homes move where that is allowed. A layer
+    takes a new solution if its worst micro-batch becomes more even, and its mean is no worse than before, or than
+    without any change.
 
     first: the member that `solution` comes from. No member is solved twice for the same layers.
     """

@@ -72,8 +72,11 @@ def plan_layers(problem: Problem) -> Solution:
 
 
 def _put_others(problem: Problem, solution: Solution, members: list[Member], best: Member, effort: Effort) -> None:
-    """Put in place layers in which the sample was wrong. What keeps nothing is within any memory; where all slots are
-    within it, on one node, all of them are tried too."""
+    """Replace, in place, layers for which the sample misled: those that another member makes cheaper.
+
+    Only members that fit the memory in every layer are tried: those that keep nothing, and on one node that which keeps
+    a replica in every slot, where memory allows that.
+    """
     one = problem.cluster.num_nodes == 1
     if (best.kept >= _SCARCE and not one) or problem.cluster.num_ranks >= _MANY:
         return
@@ -90,7 +93,7 @@ def _put_others(problem: Problem, solution: Solution, members: list[Member], bes
 
 
 def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) -> Solution:
-    """A member for all layers. singly: with the cheapest way to fetch for every micro-batch."""
+    """Solve all layers as `member` does. singly: every micro-batch fetches in the way that is cheapest for it."""
     home, copies = hosts_of(problem, member)
     solution = solve_over(problem, home, copies, effort, member.tolerance)
     if singly and (member.tolerance or not member.kept or problem.cluster.num_nodes == 1):

@@ -23,6 +23,7 @@ from ..planner.formats.response_fields import BESIDE, INSIDE, LENGTHS, fields_of
 from ..planner.formats.sequences import HOLES, SequenceOptions
 from ..planner.trace_writer import TraceWriter
 from .function_file import load_function
+from .inputs import check_output
 
 WHOLE = {  # what is no record a sequence
     "sglang": "JSON lines with `routed_experts`, also inside `meta_info`; needs --num-layers and --top-k",
@@ -91,8 +92,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_arguments(args: argparse.Namespace) -> None:
     if args.num_experts < 1:
         raise InputError(f"--num-experts is {args.num_experts}, but must be positive")
-    if not args.out.parent.is_dir() or (args.out.exists() and not args.out.is_file()):
-        raise InputError(f"--out is {args.out}, but must be a file in a directory that exists")
+    check_output("--out", args.out)
     if args.out.resolve() == args.input.resolve():
         raise InputError(f"--out is {args.out}, which is the input")
     for_sglang = args.form == "sglang"

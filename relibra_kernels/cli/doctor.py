@@ -240,7 +240,7 @@ def _version(package: str) -> str | None:
 
 
 def _numbers(version: str) -> tuple[int, ...]:
-    """Of 2.13.0+cpu: (2, 13, 0)."""
+    """The numbers of a version: (2, 13, 0) of "2.13.0+cpu"."""
     return tuple(int(digits) for digits in re.findall(r"\d+", version.split("+")[0])[:3])
 
 

@@ -7,11 +7,15 @@ from typing import Any, Literal
 from ..configs.config import GEMM_KERNELS
 from ..configs.files import SHIPPED
 from ..planner import ClusterSpec, PlanOptions, estimate_plan, generate_loads, plan_batch
-from ..planner.errors import ReLibraError
+from ..planner.errors import InputError, ReLibraError
 from ..planner.pricing.models import shape_of_sizes
 
 MIB = 1 << 20
 RANKS, SLOTS, MICRO_BATCHES, TOKENS = 8, 2, 8, 4096  # of the plan that is estimated; tokens a rank and micro-batch
+
+# Families with experts of their own kind; docs/huggingface.md lists them.
+NO_INTERFACE = ("dbrx", "doge", "jetmoe", "llama4", "longcat_flash", "nllb_moe", "step3p7", "switch_transformers")
+_AUTO = ("AutoModelForCausalLM", "AutoModelForMultimodalLM", "AutoModelForImageTextToText", "AutoModel")
 
 Found = tuple[Literal["ok", "note", "problem"], str, str]
 
@@ -23,19 +27,48 @@ def examine(folder: str) -> Iterator[Found]:
         folder: with the config.json, or that file.
     """
     try:
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoConfig
     except ImportError as error:
         yield "problem", f"{error.name} is not installed", "pip install 'relibra-kernels[transformers]'"
         return
     try:
         config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
     except (OSError, ValueError, KeyError) as error:
-        yield "problem", f"{folder} gives no causal language model: {str(error).splitlines()[0]}", ""
+        yield "problem", f"{folder} has no config of transformers: {str(error).splitlines()[0]}", ""
+        return
+    yield from examine_config(config)
+
+
+def examine_config(config: Any) -> Iterator[Found]:
+    """The same for a config of transformers."""
+    family = type(config).__module__.split(".")[-2]
+    if family in NO_INTERFACE:
+        text = f"the experts of {family} do not use transformers' experts interface: they are neither computed nor "
+        yield "problem", f"{text}taken over", ""
+        return
+    try:
+        model = _made(config)
+    except Exception as error:  # whatever a family raises for sizes that do not go together
+        yield "problem", f"{type(config).__name__} gives no model: {str(error).splitlines()[0]}", ""
         return
     yield from _of(model)
+
+
+def _made(config: Any) -> Any:
+    """The model of a config without memory: of the class that it names, or that transformers chooses for it."""
+    import torch
+    import transformers
+
+    named = [getattr(transformers, name) for name in config.architectures or () if hasattr(transformers, name)]
+    autos = [getattr(transformers, name) for name in _AUTO if hasattr(transformers, name)]
+    kinds = named or [auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping]
+    if not kinds:
+        raise InputError(f"there is no model class for a {type(config).__name__} alone")
+    of_text = kinds[0].config_class is not type(config)
+    with torch.device("meta"):
+        return kinds[0]._from_config(
+            config.get_text_config() if of_text else config, dtype=config.dtype or torch.bfloat16
+        )
 
 
 def _of(model: Any) -> Iterator[Found]:
@@ -47,11 +80,7 @@ def _of(model: Any) -> Iterator[Found]:
     try:
         layers = moe_layers(model)
     except ReLibraError as error:
-        yield (
-            "problem",
-            f"{name}: {error}",
-            "Llama4, JetMoE and LongCat-Flash do not use transformers' experts interface: they cannot be taken over",
-        )
+        yield "problem", f"{name}: {error}", ""
         return
     first = layers[0]
     ids = f"{layers[0].layer_id}..{layers[-1].layer_id}"
@@ -69,13 +98,40 @@ def _of(model: Any) -> Iterator[Found]:
     size, gradient = elements * weights[0].element_size(), elements * 4
     yield (
         "ok",
-        f"a copy of an expert takes {size / MIB:.1f} MiB ({weights[0].dtype}), and its fp32 gradient "
+        f"a replica of an expert takes {size / MIB:.1f} MiB ({weights[0].dtype}), and its fp32 gradient "
         f"{gradient / MIB:.1f} MiB where it is kept or trained",
         "",
     )
-    yield "ok", "record, replay and ExpertParallel: the model is taken over where it is", ""
+    yield "ok", "record and replay: through the model's own routers", ""
+    refusal = _refusal(first)
+    if refusal:
+        yield "note", f"no ExpertParallel: {refusal}", ""
+        return
+    decoder = model.get_submodule(first.name.partition(f".{first.layer_id}.")[0])
+    if any(getattr(module, "is_causal", True) is False for module in decoder.modules()):
+        text = "ExpertParallel: with every token recorded, the last ones too, since its attention looks both ways"
+        yield "note", text, ""
+    else:
+        yield "ok", "ExpertParallel: the model is taken over where it is", ""
     yield from _configs(model)
     yield from _plan(layers, form)
+
+
+def _refusal(layer: Any) -> str:
+    """Why no plan is possible, or nothing."""
+    from ..integrations.transformers.experts import refuse_norm
+
+    there = len(layer.experts.down_proj)
+    if layer.num_experts != there:
+        return (
+            f"its router chooses of {layer.num_experts}, but there are {there} experts: it may skip them, for which a "
+            "plan has no place"
+        )
+    try:
+        refuse_norm(layer.experts)
+    except ReLibraError as error:
+        return str(error)
+    return ""
 
 
 def _configs(model: Any) -> Iterator[Found]:

@@ -6,11 +6,11 @@ import time
 from dataclasses import asdict
 
 from ..planner import Estimate, estimate_plan, plan_batch
-from .problem import add_problem, read_problem
+from .plan_request import add_plan_arguments, read_plan_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser)
+    add_plan_arguments(parser)
     parser.add_argument(
         "--keep-replicas", action="store_true", help="fetched replicas stay until backward, as the option of training"
     )
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    batch, cluster, options, previous = read_problem(args)
+    batch, cluster, options, previous = read_plan_request(args)
     loads = batch.loads
     start = time.perf_counter()
     plan = plan_batch(loads, cluster, previous_home=previous, model=args.model, options=options)

@@ -41,7 +41,7 @@ def load_function(flag: str, text: str) -> UserFunction:
 
 
 def said(error: BaseException) -> str:
-    """Its kind and its words, on one line."""
+    """An error's class and message on one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 

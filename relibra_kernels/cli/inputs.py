@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ..planner import MODELS, ModelShape, RoutingTrace, check_loads, count_loads, find_model, model_of_routing
+from ..planner import DEVICES, MODELS, ModelShape, RoutingTrace, check_loads, count_loads, find_model, model_of_routing
 from ..planner.errors import FormatError, InputError
 from ..planner.files import load_npz, npz_keys
+from ..planner.options import EFFORTS, TRANSPORTS
+from ..planner.pricing.devices import DEFAULT_DEVICE
 from ..planner.pricing.models import SEQUENCE_LENGTH
 
 _FLAGS = {
@@ -55,6 +57,28 @@ class Input:
         return shape
 
 
+def add_goal_arguments(parser: argparse.ArgumentParser) -> None:
+    """Nodes, GPU and memory, and what a plan is to achieve with them, as `PlanOptions` has it."""
+    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
+    parser.add_argument("--replica-slots", type=int, default=2, metavar="S", help="replica slots a rank; default 2")
+    parser.add_argument(
+        "--kept-bytes",
+        type=float,
+        metavar="BYTES",
+        help="a rank's memory for kept replicas over all layers; default: a tenth of the GPU's",
+    )
+    parser.add_argument(
+        "--balance", type=float, metavar="X", help="max/mean to reach at the least cost; default: the least time"
+    )
+    parser.add_argument("--effort", choices=EFFORTS, default="full", help="default full")
+    parser.add_argument(
+        "--transport", choices=TRANSPORTS, default="one", help="hops of tokens that are priced; default one"
+    )
+    parser.add_argument(
+        "--device", default=DEFAULT_DEVICE, help=f"one of {', '.join(DEVICES)}; default {DEFAULT_DEVICE}"
+    )
+
+
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     """How the sequences of a trace become micro-batches."""
     size = parser.add_mutually_exclusive_group()
@@ -65,6 +89,12 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
         "--sequences-per-rank", type=int, metavar="B", help="the same, counted on one rank, as trainers do"
     )
     parser.add_argument("--num-experts", type=int, metavar="E", help="for a trace that does not say")
+
+
+def check_output(flag: str, path: Path | None) -> None:
+    """Refuse a file that cannot be written. Raises: InputError."""
+    if path is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
+        raise InputError(f"{flag} is {path}, but must be a file in a directory that exists")
 
 
 @contextmanager

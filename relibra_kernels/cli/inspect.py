@@ -129,7 +129,7 @@ def inspect_loads(loads: np.ndarray) -> dict[str, Any]:
 def inspect_plan(
     plan: BatchPlan, loads: np.ndarray | None = None, previous: np.ndarray | None = None, model: str | None = None
 ) -> dict[str, Any]:
-    """Sizes, what the plan moves and copies, the bytes of it, and how it balances its loads where they are given.
+    """Sizes, what the plan moves and replicates, the bytes of it, and how it balances its loads where they are given.
 
     previous: homes before it; None: contiguous ones.
     """

@@ -8,12 +8,13 @@ from pathlib import Path
 from ..planner import plan_batch
 from ..planner.errors import InputError
 from ..planner.files import save_npz
+from .inputs import check_output
 from .plan_report import lines_of, report_of
-from .problem import add_problem, read_problem
+from .plan_request import add_plan_arguments, read_plan_request
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_problem(parser)
+    add_plan_arguments(parser)
     parser.add_argument("--save-loads", type=Path, metavar="LOADS.npz", help="also write the load table")
     parser.add_argument("--out", type=Path, metavar="PLAN.npz", help="default: the plan is not written")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -21,10 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check_paths(args)
-    problem = read_problem(args)
-    loads, options, previous = problem.batch.loads, problem.options, problem.previous_home
+    request = read_plan_request(args)
+    loads, options, previous = request.batch.loads, request.options, request.previous_home
     start = time.perf_counter()
-    plan = plan_batch(loads, problem.cluster, previous_home=previous, model=args.model, options=options)
+    plan = plan_batch(loads, request.cluster, previous_home=previous, model=args.model, options=options)
     seconds = time.perf_counter() - start
     if args.out is not None:
         plan.save(args.out)
@@ -48,11 +49,10 @@ def run(args: argparse.Namespace) -> int:
 def _check_paths(args: argparse.Namespace) -> None:
     """What is to be written is no input, and can be written."""
     for name in ("out", "save_loads"):
-        path = getattr(args, name)
-        if path is not None and (not path.parent.is_dir() or (path.exists() and not path.is_file())):
-            raise InputError(f"--{name.replace('_', '-')} is {path}, but must be a file in a directory that exists")
+        flag, path = f"--{name.replace('_', '-')}", getattr(args, name)
+        check_output(flag, path)
         if path is not None and path.resolve() == args.input.resolve():
-            raise InputError(f"--{name.replace('_', '-')} is {path}, which is the input")
+            raise InputError(f"{flag} is {path}, which is the input")
     if args.save_loads is None:
         return
     if args.previous is not None and args.save_loads.resolve() == args.previous.resolve():

@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from .. import __version__
-from ..planner import DEVICES, MODELS, ClusterSpec, ModelShape, PlanOptions, Scenario, find_device, find_model, simulate
+from ..planner import MODELS, ClusterSpec, ModelShape, PlanOptions, Scenario, find_device, find_model, simulate
 from ..planner.errors import InputError, PolicyError, ReLibraError, one_of
-from ..planner.options import EFFORTS, TRANSPORTS
 from ..planner.simulation.simulate import OURS, POLICIES, unable
 from ..planner.simulation.workloads import WORKLOADS, workload
 from ..progress import Progress
 from .function_file import UserFunction, line_of, load_function, said
-from .inputs import SHAPE_HELP, Input, add_trace_arguments, naming_flags, read_input
+from .inputs import SHAPE_HELP, Input, add_goal_arguments, add_trace_arguments, check_output, naming_flags, read_input
 from .report import write_report
 from .simulation_table import Case, Rows, failure_record, lines_of, record_of
 
@@ -33,9 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", metavar="A,B", help=f"of {', '.join(MODELS)}; default: a trace's own, or {_MODELS}")
     parser.add_argument("--shape", action="append", default=[], help=f"{SHAPE_HELP}; may be repeated")
     parser.add_argument("--ep", default="16,32,64", metavar="R,R", help="ranks; default 16,32,64")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
-    parser.add_argument("--replica-slots", type=int, default=2, metavar="S", help="default 2")
-    parser.add_argument("--device", default="8xH100", help=f"one of {', '.join(DEVICES)}; default 8xH100")
+    add_goal_arguments(parser)
     parser.add_argument(
         "--policies",
         default=",".join(POLICIES),
@@ -49,15 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.py:FUNCTION",
         help="one of your own beside them: from loads [L, M, E] and a ClusterSpec to an Outcome; may be repeated",
     )
-    parser.add_argument("--balance", type=float, metavar="X", help="for our plan; default: the least time")
-    parser.add_argument("--effort", choices=EFFORTS, default="full", help="default full")
-    parser.add_argument(
-        "--kept-bytes",
-        type=float,
-        metavar="BYTES",
-        help="a rank's memory for kept replicas; default: a tenth of the GPU's",
-    )
-    parser.add_argument("--transport", choices=TRANSPORTS, default="one", help="hops of tokens; default one")
     parser.add_argument(
         "--batches", type=int, default=1, metavar="N", help="in a row, each from the homes of the one before; default 1"
     )
@@ -169,8 +157,7 @@ def _failure(error: ReLibraError, function: UserFunction) -> str:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
-    if args.html is not None and (not args.html.parent.is_dir() or args.html.is_dir()):
-        raise InputError(f"--html is {args.html}, but must be a file in a directory that exists")
+    check_output("--html", args.html)
     for name in ("micro_batches", "tokens", "sequence_length", "gpus_per_node", "layers", "batches"):
         value = getattr(args, name)
         if value is not None and value < 1:

@@ -191,7 +191,7 @@ def _meta(launch: Launch, compiled: Any, device: Device) -> dict[str, Any]:
     return {
         "target": device.name,
         "kernel": kernel,
-        "num_warps": compiled.metadata.num_warps,
+        "num_warps": options.get("num_warps", compiled.metadata.num_warps),  # without those that are specialised
         "num_stages": compiled.metadata.num_stages,
         **blocks,
         "dtype_bytes": first.element_size(),
@@ -222,7 +222,7 @@ def _read_usage(usage: str) -> tuple[int, int]:
 
 
 def _read_needs(assembly: str) -> tuple[int, int]:
-    """The same of AMD's assembly; vector and accumulation registers are halves of one file of 512."""
+    """(registers, spilled bytes) a thread, from AMD's assembly. Vector and accumulation registers are halves of 512."""
 
     def field(name: str) -> int:
         found = re.search(rf"\.{name}:\s+(\d+)", assembly)

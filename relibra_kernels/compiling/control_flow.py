@@ -5,6 +5,7 @@ line, which wait for a barrier and branch back, do not look like loops.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MMA = re.compile(r"^(?:[HQIDO]GMMA|UTC[A-Z]*MMA|[HIDQ]MMA|v_mfma_)")
@@ -64,7 +65,7 @@ def read_amdgcn(text: str) -> list[Instruction]:
         label = LABEL.match(line)
         if label:
             labels[label.group(1)] = len(out)
-        found = re.match(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+)\b(.*)", line)
+        found = re.match(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+|scratch_\w+)\b(.*)", line)
         if found:
             out.append(Instruction(found.group(1), line.split(";")[0].strip()))
     for one in out:
@@ -90,45 +91,50 @@ class Program:
         bounds = sorted(s for s in starts if s < len(code))
         self.blocks = [range(a, b) for a, b in zip(bounds, [*bounds[1:], len(code)], strict=True)]
         of = {block.start: i for i, block in enumerate(self.blocks)}
-        count = len(self.blocks)
-        self.next: list[list[int]] = [[] for _ in range(count)]
+        self.next: list[list[int]] = [[] for _ in self.blocks]
+        self._before: list[list[int]] = [[] for _ in self.blocks]
         for i, block in enumerate(self.blocks):
             last = code[block[-1]]
             if last.target in of:
                 self.next[i].append(of[last.target])
-            if last.falls and i + 1 < count and i + 1 not in self.next[i]:
+            if last.falls and i + 1 < len(self.blocks) and i + 1 not in self.next[i]:
                 self.next[i].append(i + 1)
-        before: list[list[int]] = [[] for _ in range(count)]
-        for i, after in enumerate(self.next):
-            for j in after:
-                before[j].append(i)
-        roots = self._roots()
-        everything = (1 << count) - 1
-        self.dominators = [1 << i if i in roots else everything for i in range(count)]
+            for j in self.next[i]:
+                self._before[j].append(i)
+        self.dominators = self._dominators()
+        self.loops = self._loops()
+
+    def _dominators(self) -> list[int]:
+        """Of each block, as bits: the blocks that every way to it goes through, itself included."""
+        roots, everything = self._roots(), (1 << len(self.blocks)) - 1
+        found = [1 << i if i in roots else everything for i in range(len(self.blocks))]
         changed = True
         while changed:
             changed = False
-            for i in range(count):
-                if i in roots:
-                    continue
+            for i in set(range(len(self.blocks))) - roots:
                 both = everything
-                for j in before[i]:
-                    both &= self.dominators[j]
+                for j in self._before[i]:
+                    both &= found[j]
                 both |= 1 << i
-                changed |= both != self.dominators[i]
-                self.dominators[i] = both
+                changed |= both != found[i]
+                found[i] = both
+        return found
+
+    def _loops(self) -> list[Loop]:
+        """The natural loops: one for each block that is branched back to."""
         loops: dict[int, Loop] = {}
         for i, after in enumerate(self.next):
             for j in after:
-                if self.is_back(i, j):
-                    loop = loops.setdefault(j, Loop(j, {j}))
-                    todo = [i]
-                    while todo:
-                        block_number = todo.pop()
-                        if block_number not in loop.blocks:
-                            loop.blocks.add(block_number)
-                            todo += before[block_number]
-        self.loops = list(loops.values())
+                if not self.is_back(i, j):
+                    continue
+                loop = loops.setdefault(j, Loop(j, {j}))
+                todo = [i]
+                while todo:
+                    block = todo.pop()
+                    if block not in loop.blocks:
+                        loop.blocks.add(block)
+                        todo += self._before[block]
+        return list(loops.values())
 
     def _roots(self) -> set[int]:
         """The entry, and the first block of every part that is only reached by an indirect branch."""
@@ -162,28 +168,31 @@ class Program:
         """The largest loop around it."""
         return max((loop for loop in self.loops if loop.blocks >= main.blocks), key=lambda loop: len(loop.blocks))
 
+    def largest_loop(self, accepts: Callable[[list[Instruction]], bool]) -> list[Instruction]:
+        """The instructions of the loop with the most of them of all that `accepts`."""
+        return max(filter(accepts, map(self.inside, self.loops)), key=len, default=[])
+
+    def _in_postorder(self, loop: Loop) -> list[int]:
+        """The blocks of one iteration, each after all that follow it."""
+        order: list[int] = []
+        seen = {loop.header}
+        stack = [(loop.header, iter(self.next[loop.header]))]
+        while stack:
+            here, rest = stack[-1]
+            for j in rest:
+                if j in loop.blocks and j not in seen and not self.is_back(here, j):
+                    seen.add(j)
+                    stack.append((j, iter(self.next[j])))
+                    break
+            else:
+                order.append(here)
+                stack.pop()
+        return order
+
     def path(self, loop: Loop) -> tuple[list[Instruction], list[Instruction]]:
         """(instructions, products among them) of one iteration: all products, fewest instructions."""
-        order: list[int] = []
-        seen: set[int] = set()
-
-        def visit(block: int) -> None:
-            stack = [(block, iter(self.next[block]))]
-            seen.add(block)
-            while stack:
-                here, rest = stack[-1]
-                for j in rest:
-                    if j in loop.blocks and j not in seen and not self.is_back(here, j):
-                        seen.add(j)
-                        stack.append((j, iter(self.next[j])))
-                        break
-                else:
-                    order.append(here)
-                    stack.pop()
-
-        visit(loop.header)
         best: dict[int, tuple[tuple[int, int], int | None]] = {}
-        for block in reversed(order):
+        for block in reversed(self._in_postorder(loop)):
             gain = (self.products(block), -len(self.blocks[block]))
             if block == loop.header:
                 best[block] = (gain, None)

@@ -27,8 +27,8 @@ DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 _OTHER_DTYPES = {"bf16": ("bf16",), "fp16": ("fp16", "bf16"), "fp32": ("fp32",)}
 
 
-class Problem(NamedTuple):
-    """What a launch asks for; `slots` and `rows_per_slot` are octaves (`octave`), the rest as in `Entry.sizes`.
+class LaunchKey(NamedTuple):
+    """What decides the config of a launch; `slots` and `rows_per_slot` are octaves, the rest as in `Entry.sizes`.
 
     `part` is empty where the sizes say which part of a layer it is.
     """
@@ -52,7 +52,7 @@ class Answer(NamedTuple):
     source: str
 
 
-_answers: dict[Problem, Answer] = {}
+_answers: dict[LaunchKey, Answer] = {}
 _files: dict[tuple[str, str, str], list[Entry]] = {}
 _agreed: dict[tuple, Config] = {}
 _overrides: dict[str, Config] | None = None
@@ -76,27 +76,27 @@ def config_of(
 ) -> Config:
     """The config of one launch; sizes (N, D) and layout as in `Entry.sizes`."""
     rows_per_slot = (num_rows // num_slots).bit_length()
-    key = Problem(kernel, device, dtype, *sizes, layout, interleaved, num_slots.bit_length(), rows_per_slot, part)
+    key = LaunchKey(kernel, device, dtype, *sizes, layout, interleaved, num_slots.bit_length(), rows_per_slot, part)
     found = _answers.get(key)
     return (found or answer(key)).config
 
 
-def answer(problem: Problem) -> Answer:
-    """The config for `problem` and where it comes from. Remembered after the first time."""
-    found = _answers.get(problem)
+def answer(key: LaunchKey) -> Answer:
+    """The config for `key` and where it comes from. Remembered after the first time."""
+    found = _answers.get(key)
     if found is None:
-        _answers[problem] = found = _asked(problem)
-        _log(problem, found)
+        _answers[key] = found = _asked(key)
+        _log(key, found)
     return found
 
 
-def answers_for_all_rows(octaves: int) -> dict[Problem, Answer]:
+def answers_for_all_rows(octaves: int) -> dict[LaunchKey, Answer]:
     """The answers to everything that was asked so far, with any number of rows a slot below 2^octaves."""
-    asked = dict.fromkeys(problem._replace(rows_per_slot=rows) for problem in _answers for rows in range(octaves + 1))
-    return {problem: answer(problem) for problem in asked}
+    asked = dict.fromkeys(key._replace(rows_per_slot=rows) for key in _answers for rows in range(octaves + 1))
+    return {key: answer(key) for key in asked}
 
 
-def answers() -> dict[Problem, Answer]:
+def answers() -> dict[LaunchKey, Answer]:
     """Everything that was asked so far, with what it got."""
     return dict(_answers)
 
@@ -111,13 +111,13 @@ def forget() -> None:
 
 
 def agree(configs: dict[tuple, Config]) -> None:
-    """Use `configs` (by problem without its device) before any file; all ranks of a run call this with the same."""
+    """Use `configs` (by key without its device) before any file; all ranks of a run call this with the same."""
     _answers.clear()
     _agreed.update(configs)
 
 
-def _asked(problem: Problem) -> Answer:
-    kernel, device, dtype = problem.kernel, problem.device, problem.dtype
+def _asked(key: LaunchKey) -> Answer:
+    kernel, device, dtype = key.kernel, key.device, key.dtype
     if device.interpreted:
         return Answer(config_for(kernel, device, dtype, 0, 1), "interpreter")
     override = _from_environment().get(kernel)
@@ -126,7 +126,7 @@ def _asked(problem: Problem) -> Answer:
         if fault:
             raise InputError(f"RELIBRA_CONFIG gives {kernel} {override}, but {fault}")
         return Answer(override, "RELIBRA_CONFIG")
-    agreed = _agreed.get(without_device(problem))
+    agreed = _agreed.get(without_device(key))
     if agreed is not None:
         fault = misfit(kernel, agreed, device, dtype)
         if fault:
@@ -134,15 +134,15 @@ def _asked(problem: Problem) -> Answer:
         return Answer(agreed, "warmup")
     for evidence in ("measured", "compiled") if dtype in DTYPES else ():
         for source, folder in (("user", user_folder()), ("shipped", SHIPPED)):
-            config = _nearest(problem, _entries(source, folder, problem), evidence)
+            config = _nearest(key, _entries(source, folder, key), evidence)
             if config is not None:
                 return Answer(config, f"{source} {device.product}, {evidence}")
-    slots, rows_per_slot = _size(problem.slots), _size(problem.rows_per_slot)
+    slots, rows_per_slot = _size(key.slots), _size(key.rows_per_slot)
     return Answer(config_for(kernel, device, dtype, rows_per_slot * slots, slots), "heuristic")
 
 
-def without_device(problem: Problem) -> tuple:
-    return (problem.kernel, *problem[2:])
+def without_device(key: LaunchKey) -> tuple:
+    return (key.kernel, *key[2:])
 
 
 def _size(octave: int) -> int:
@@ -150,24 +150,24 @@ def _size(octave: int) -> int:
     return (3 << octave) >> 2
 
 
-def _nearest(problem: Problem, entries: list[Entry], evidence: str) -> Config | None:
+def _nearest(key: LaunchKey, entries: list[Entry], evidence: str) -> Config | None:
     """The config of the nearest bucket in reach, of the exact dtype before another; None where there is none."""
-    wanted = (problem.n, problem.d, problem.layout, problem.interleaved)
-    for dtype in _OTHER_DTYPES[DTYPES[problem.dtype]]:
+    wanted = (key.n, key.d, key.layout, key.interleaved)
+    for dtype in _OTHER_DTYPES[DTYPES[key.dtype]]:
         best: tuple | None = None
         for entry in entries:
-            if entry.evidence != evidence or entry.dtype != dtype or not entry.is_of(problem.kernel):
+            if entry.evidence != evidence or entry.dtype != dtype or not entry.is_of(key.kernel):
                 continue
-            if entry.sizes(problem.kernel) != wanted:
+            if entry.sizes(key.kernel) != wanted:
                 continue
-            if problem.part not in ("", entry.part):
+            if key.part not in ("", entry.part):
                 continue
             for bucket in entry.buckets:
                 rows, slots = octave(bucket.rows_per_slot), octave(bucket.slots)
-                far = abs(rows - problem.rows_per_slot), abs(slots - problem.slots)
+                far = abs(rows - key.rows_per_slot), abs(slots - key.slots)
                 if far[0] <= REACH[0] and far[1] <= REACH[1]:
                     config = parse_config(bucket.config)
-                    if not misfit(problem.kernel, config, problem.device, problem.dtype):
+                    if not misfit(key.kernel, config, key.device, key.dtype):
                         order = (*far, -rows, -slots, bucket.us, bucket.config)
                         best = min(best or (order, config), (order, config), key=lambda pair: pair[0])
         if best is not None:
@@ -175,18 +175,18 @@ def _nearest(problem: Problem, entries: list[Entry], evidence: str) -> Config | 
     return None
 
 
-def _entries(source: str, folder: object, problem: Problem) -> list[Entry]:
-    """The entries of the problem's file; a file that cannot be used is named in a warning, once, and skipped."""
-    kernel, device = problem.kernel, problem.device
+def _entries(source: str, folder: object, key: LaunchKey) -> list[Entry]:
+    """The entries of the key's file; a file that cannot be used is named in a warning, once, and skipped."""
+    kernel, device = key.kernel, key.device
     if not device.product:
         return []
-    key = (source, device.product, kernel)
-    if key not in _files:
+    file = (source, device.product, kernel)
+    if file not in _files:
         path = path_of(user_folder() if source == "user" else SHIPPED, device.product, kernel)
         try:
-            _files[key] = entries = load_entries(path, device.product, kernel)
+            _files[file] = entries = load_entries(path, device.product, kernel)
         except FormatError as error:
-            _files[key] = entries = []
+            _files[file] = entries = []
             _LOGGER.warning("%s; it is not used", error)
         for entry in entries:
             for bucket in entry.buckets:
@@ -195,7 +195,7 @@ def _entries(source: str, folder: object, problem: Problem) -> list[Entry]:
                     _LOGGER.warning(
                         "%s: %s does not fit a %s: %s; it is not used", path, bucket.config, device.product, fault
                     )
-    return _files[key]
+    return _files[file]
 
 
 def _from_environment() -> dict[str, Config]:
@@ -212,14 +212,14 @@ def _from_environment() -> dict[str, Config]:
     return _overrides
 
 
-def _log(problem: Problem, found: Answer) -> None:
+def _log(key: LaunchKey, found: Answer) -> None:
     _LOGGER.info(
         "%s %s N=%d D=%d, %d slots and %d rows a slot or more: %s (%s)",
-        f"{problem.kernel} {problem.part}".rstrip(),
-        problem.dtype,
-        problem.n,
-        problem.d,
-        1 << problem.slots >> 1,
-        1 << problem.rows_per_slot >> 1,
+        f"{key.kernel} {key.part}".rstrip(),
+        key.dtype,
+        key.n,
+        key.d,
+        1 << key.slots >> 1,
+        1 << key.rows_per_slot >> 1,
         *found,
     )

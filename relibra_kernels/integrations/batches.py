@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 
 from ..parallel.routed_batch import RoutedBatch
 from ..planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, plan_batch
@@ -59,8 +57,3 @@ def plan_micro_batches(
     """`plan_routed_batch` of `RoutedBatch.from_micro_batches(trace, micro_batches)`."""
     batch = RoutedBatch.from_micro_batches(trace, micro_batches)
     return plan_routed_batch(batch, cluster, previous_home=previous_home, model=model, options=options)
-
-
-def to_numpy(value: Any) -> np.ndarray:
-    """A tensor or array, on the host."""
-    return value.numpy(force=True) if isinstance(value, torch.Tensor) else np.asarray(value)

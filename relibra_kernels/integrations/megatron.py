@@ -19,7 +19,6 @@ from ..planner import RoutingTrace
 from ..planner.errors import InputError, ShapeError
 from ..planner.trace_rules import checked_numbers
 from .megatron_choice import RecordedChoice
-from .megatron_shares import TokenShare
 from .places import expert_of_place, place_of_expert, places_of_assignments
 
 __all__ = [
@@ -29,8 +28,6 @@ __all__ = [
     "places_of_assignments",
     "replay_targets",
     "replaying",
-    "rows_of_context_parallel",
-    "rows_of_padded",
     "to_places",
 ]
 
@@ -80,7 +77,7 @@ def replay_targets(
     Args:
         trace: this rank's sequences of the micro-batch.
         rows: int [tokens fed], the trace row of each token in the order Megatron flattens them, [sequence, batch] (see
-            `rows_of_padded`, `rows_of_context_parallel`), -1 for padding; None: packed, the rows of the trace.
+            `megatron_shares.TokenShare`), -1 for padding; None: packed, the rows of the trace.
         layers: which of the trace's layers this pipeline stage has routers for, counted from 0; None: all. By the
             model's layer numbers: `trace.slice_layers`.
         whole: whether every recorded row must be fed. False for a share of context or sequence parallelism.
@@ -123,31 +120,6 @@ def replay_targets(
         filled &= last[fed]
     ids_TLK[filled] = (first_expert + np.arange(trace.top_k)) % trace.num_experts
     return [torch.from_numpy(np.ascontiguousarray(ids_TLK[:, layer])) for layer in chosen]
-
-
-def rows_of_padded(trace: RoutingTrace, sequence_length: int) -> np.ndarray:
-    """int64 [sequence_length * batch]: trace rows of right-padded [sequence, batch] input, -1 for padding."""
-    lengths = np.diff(trace.offsets)
-    if lengths.max(initial=0) > sequence_length:
-        raise InputError(
-            f"sequence_length is {sequence_length}, but the trace has a sequence of {lengths.max()} tokens"
-        )
-    position = np.arange(sequence_length)[:, None]
-    return np.where(position < lengths, trace.offsets[:-1] + position, -1).reshape(-1)
-
-
-def rows_of_context_parallel(trace: RoutingTrace, rank: int, size: int, *, zigzag: bool = True) -> np.ndarray:
-    """Which tokens of the trace a context-parallel rank is fed, when sequences are packed one after the other.
-
-    Args:
-        rank, size: of the context-parallel group.
-        zigzag: as Megatron divides a sequence: 2 * size chunks, of which a rank gets the chunks `rank` and
-            `2 * size - 1 - rank`. False: one chunk a rank.
-
-    Returns: int64 [tokens fed], rows of `trace` in the order in which the rank is fed them; -1 for padding. The same as
-        `megatron_shares.TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)`, which has more options.
-    """
-    return TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)
 
 
 @contextmanager

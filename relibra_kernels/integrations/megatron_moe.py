@@ -135,7 +135,7 @@ def named_weights(ep: ExpertParallel) -> Iterator[tuple[str, Tensor]]:
 
 
 def _mesh_of(ep: Any, copies: Any, kind: str) -> DeviceMesh:
-    """Of the ranks that have this stage's experts: their copies, and the group over which each is spread."""
+    """The mesh [copies, ranks of one copy] of the ranks that have this stage's experts."""
     if dist.get_world_size(copies) == 1:
         return DeviceMesh.from_group(ep, kind, mesh_dim_names=("ep",))
     rows: list[Any] = [None] * dist.get_world_size(copies)

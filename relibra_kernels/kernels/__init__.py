@@ -7,12 +7,13 @@ from .grad_weight import grad_weight
 from .grouped_gemm import grouped_gemm
 from .payload import pack_gradients, pack_payload, unpack_gradients, unpack_payload
 from .replica_reduce import pack_replicas, replica_reduce
-from .schedule import build_schedule
+from .schedule import build_schedule, build_schedules
 from .swiglu import swiglu, swiglu_backward
 from .unpermute import unpermute
 
 __all__ = [
     "build_schedule",
+    "build_schedules",
     "grad_bias",
     "grad_hidden",
     "grad_weight",

@@ -58,8 +58,9 @@ def chosen_block(
     interleaved: bool = False,
     part: str = "",
 ) -> BlockConfig:
-    """The same for a kernel without tensor cores, over rows of `width` elements. Where those of the kernel are in fp32
-    or integers whatever the model's dtype, its config goes by bf16.
+    """As `chosen_config`, of a kernel without tensor cores, over rows of `width` elements.
+
+    Where the rows are fp32 or integers whatever the model's dtype, the config for bf16 is taken.
     """
     assert bool(part) == (kernel in PARTS_OF_EQUAL_SIZES)
     dtype = torch.bfloat16 if kernel in ("replica_reduce", "schedule") else tensor.dtype
@@ -77,7 +78,7 @@ def block_of(config: BlockConfig, width: int, item_bytes: int) -> tuple[int, int
 def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[int]:
     """Persistent programs: as many as the device holds at once, a multiple of its chiplets, no more than tiles."""
     device = target(tensor)
-    resident = max(device.programs, 1) * max(1, 8 // config.num_warps)
+    resident = max(device.programs, 1) * config.programs_an_sm
     return (ceil_div(min(resident, most_tiles), device.xcds) * device.xcds,)
 
 
@@ -87,13 +88,23 @@ def offsets_32(*tensors: torch.Tensor) -> bool:
     return small and target(tensors[0]).backend == "hip"
 
 
-def flat_slots(tensor: torch.Tensor, schedule: Schedule, stores: Stores) -> int:
+def stores_in_halves(tensor: torch.Tensor) -> bool:
+    """Whether a tile goes to memory one half after the other: on AMD.
+
+    Its matrix units leave four neighbours in a lane, and Triton would store those 8 bytes as they are. A half is
+    exchanged between lanes first, and stored 16 bytes at a time.
+    """
+    return target(tensor).backend == "hip"
+
+
+def flat_slots(tensor: torch.Tensor, schedule: Schedule, stores: Stores, *, is_specialised: bool = False) -> int:
     """A power of two of at least as many slots as there are where the loop over tiles is to be flattened, else 0.
 
     On Hopper, where one block an SM leaves the matrix units idle from a tile's last product to the next one's first: a
-    flattened loop loads the next tile's operands during the epilogue. Not where every tile makes a descriptor.
+    flattened loop loads the next tile's operands during the epilogue, and where warps are specialised, which needs it.
+    Not where every tile makes a descriptor.
     """
-    flattens = target(tensor).family == "hopper" and stores.other is None
+    flattens = (target(tensor).family == "hopper" or is_specialised) and stores.other is None
     return next_power_of_2(schedule.num_slots) if flattens else 0
 
 
@@ -131,7 +142,7 @@ def _constants(
     has_offsets_32: bool,
     input_precision: str,
 ) -> Mapping[str, Any]:
-    """The same of what it depends on: made once a layer and kind of batch, not once a launch."""
+    """`gemm_constants` from all that decides them: made once a layer and kind of batch, not once a launch."""
     aligned = is_aligned and all(width * dtype.itemsize % 16 == 0 for width in widths)
     tma = device.tma and aligned and dtype != torch.float32
     # Triton issue 10927: a descriptor gather gives wrong results on Blackwell where the last block of K is not whole

@@ -10,6 +10,9 @@
 Up to `MOST_COUNTED` assignments every block counts all of them by itself, so that no block waits for another and one
 launch does all three. Each has small tables of its own; those of block 0 are the schedule's.
 
+Several parts, such as the layers of a micro-batch, are done together in three launches: the second axis of the grid is
+the part, and a table says where its ids and tables begin.
+
 Everything is integers and no sum depends on an order, so the tables are the same at every launch.
 """
 
@@ -17,6 +20,10 @@ import triton
 import triton.language as tl
 
 from .launch import TABLES
+
+# int64 numbers of a part, in the table of parts: its assignments and rows, and where its ids and positions, its blocks'
+# counts, its rows and its tiles begin.
+PART = ("num_assignments", "num_rows", "first_id", "first_block", "first_row", "first_tile")
 
 
 @triton.jit
@@ -28,14 +35,25 @@ def _keys(ids_ptr, block, num_assignments, NUM_SLOTS: tl.constexpr, BLOCK: tl.co
     return tl.where(inside & (ids >= 0) & (ids < NUM_SLOTS), ids, NUM_SLOTS).to(tl.int32)
 
 
+@triton.jit
+def _of_part(parts_ptr, field: tl.constexpr):
+    """A number of this program's part: see `PART`."""
+    return tl.load(parts_ptr + tl.program_id(1) * 6 + field)
+
+
 @triton.jit(do_not_specialize=["num_assignments"], do_not_specialize_on_alignment=TABLES)
 def _count_kernel(
-    ids_ptr, shift_ptr, num_assignments, NUM_SLOTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
+    ids_ptr, shift_ptr, parts_ptr, num_assignments, NUM_SLOTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr
 ):
     block = tl.program_id(0)
-    keys = _keys(ids_ptr, block, num_assignments, NUM_SLOTS, BLOCK)
-    counts = tl.histogram(keys, BINS)
-    tl.store(shift_ptr + block.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
+    if parts_ptr is not None:
+        num_assignments = _of_part(parts_ptr, 0).to(tl.int32)
+        ids_ptr += _of_part(parts_ptr, 2)
+        shift_ptr += _of_part(parts_ptr, 3) * BINS
+    if block < tl.maximum(tl.cdiv(num_assignments, BLOCK), 1):
+        keys = _keys(ids_ptr, block, num_assignments, NUM_SLOTS, BLOCK)
+        counts = tl.histogram(keys, BINS)
+        tl.store(shift_ptr + block.to(tl.int64) * BINS + tl.arange(0, BINS), counts)
 
 
 @triton.jit
@@ -65,20 +83,29 @@ def _offsets(
         tl.store(first_tile_ptr + i * (NUM_SLOTS + 1) + 1 + slots, tile_ends, mask=slots == NUM_SLOTS - 1)
 
 
-@triton.jit(do_not_specialize=["num_blocks"], do_not_specialize_on_alignment=TABLES)
+@triton.jit(do_not_specialize=["num_assignments"], do_not_specialize_on_alignment=TABLES)
 def _scan_kernel(
     shift_ptr,
     slot_offsets_ptr,
     first_tile_ptr,
     totals_ptr,
-    num_blocks,
+    parts_ptr,
+    num_assignments,
     NUM_SLOTS: tl.constexpr,
     BINS: tl.constexpr,
     SLOTS: tl.constexpr,
     BLOCK_SIZES: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """In place: `shift[b, e] = occurrences of slot e before block b - place of its first in the sorted block b`."""
+    if parts_ptr is not None:
+        num_assignments = _of_part(parts_ptr, 0).to(tl.int32)
+        shift_ptr += _of_part(parts_ptr, 3) * BINS
+        slot_offsets_ptr += tl.program_id(1) * (NUM_SLOTS + 1)
+        first_tile_ptr += tl.program_id(1) * len(BLOCK_SIZES) * (NUM_SLOTS + 1)
+        totals_ptr += tl.program_id(1) * NUM_SLOTS
+    num_blocks = tl.maximum(tl.cdiv(num_assignments, BLOCK), 1)
     keys = tl.arange(0, BINS)
     carry = tl.zeros([BINS], dtype=tl.int32)
     for first in range(0, num_blocks, ROWS):
@@ -160,6 +187,7 @@ def _scatter_kernel(
     assignment_of_ptr,
     position_of_ptr,
     tiles_ptr,
+    parts_ptr,
     num_assignments,
     num_rows,
     NUM_SLOTS: tl.constexpr,
@@ -170,11 +198,22 @@ def _scatter_kernel(
     BLOCK: tl.constexpr,
 ):
     block = tl.program_id(0)
-    _scatter(
-        block, ids_ptr, shift_ptr + block.to(tl.int64) * BINS, slot_offsets_ptr, first_tile_ptr,
-        assignment_of_ptr, position_of_ptr, tiles_ptr, num_assignments, num_rows,
-        NUM_SLOTS, BLOCK_SIZES, STRIPE, SEARCH_STEPS, BLOCK,
-    )  # fmt: skip
+    if parts_ptr is not None:
+        num_assignments = _of_part(parts_ptr, 0).to(tl.int32)
+        num_rows = _of_part(parts_ptr, 1).to(tl.int32)
+        ids_ptr += _of_part(parts_ptr, 2)
+        position_of_ptr += _of_part(parts_ptr, 2)
+        shift_ptr += _of_part(parts_ptr, 3) * BINS
+        assignment_of_ptr += _of_part(parts_ptr, 4)
+        tiles_ptr += _of_part(parts_ptr, 5)
+        slot_offsets_ptr += tl.program_id(1) * (NUM_SLOTS + 1)
+        first_tile_ptr += tl.program_id(1) * len(BLOCK_SIZES) * (NUM_SLOTS + 1)
+    if block < tl.maximum(tl.cdiv(num_assignments, BLOCK), 1):
+        _scatter(
+            block, ids_ptr, shift_ptr + block.to(tl.int64) * BINS, slot_offsets_ptr, first_tile_ptr,
+            assignment_of_ptr, position_of_ptr, tiles_ptr, num_assignments, num_rows,
+            NUM_SLOTS, BLOCK_SIZES, STRIPE, SEARCH_STEPS, BLOCK,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_assignments", "num_rows"], do_not_specialize_on_alignment=TABLES)

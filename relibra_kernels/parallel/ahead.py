@@ -18,6 +18,8 @@ from ..planner import BatchPlan
 from ..planner.errors import InputError, ReLibraError
 from .comm.devices import download_later, upload
 from .routed_batch import RoutedBatch
+from .session import RuntimeOptions
+from .tokens.arrivals import Arrivals
 from .tokens.destinations import Destinations, Placements, planned_destinations, splits_of_source
 from .tokens.tables import SendTables, Sizes
 from .tokens.transport import Transport, exchange_messages
@@ -52,12 +54,14 @@ class Prepared:
 class MicroBatchTables:
     """One micro-batch: what this rank prepared, and what the others told it.
 
-    `anywhere_live`: whether any rank has rows that are routed live. `sizes`: of each layer.
+    `takes_live`: whether layers are routed live, since any rank has rows that are. `sizes`: of each layer. `arrivals`:
+    of each layer, where none is routed live.
     """
 
     prepared: Prepared
-    anywhere_live: bool
+    takes_live: bool
     sizes: list[Sizes]
+    arrivals: list[Arrivals]
 
 
 class BatchTables:
@@ -76,7 +80,9 @@ class BatchTables:
         batch: RoutedBatch,
         placements: Placements,
         device: torch.device,
+        options: RuntimeOptions,
     ):
+        self._options = options
         self._transport, self._plan, self._loads, self._batch, self._device = transport, plan, loads_LMRE, batch, device
         self._ids, self._live = torch.from_numpy(batch.trace.expert_ids), torch.from_numpy(batch.live)
         self._placements = placements
@@ -102,16 +108,25 @@ class BatchTables:
             problem = error
         counts = prepared.counts()
         header, received = self._exchange(micro_batch, prepared.num_live, counts, problem)
-        if known is None:
-            known = MicroBatchTables(prepared, bool(header[:, 2].any()), self._transport.sizes(counts, received))
         if prepared.ready is not None:
             torch.cuda.current_stream(self._device).wait_event(prepared.ready)
+        if known is None:
+            takes_live = bool(header[:, 2].any()) or self._options.spare_rows > 0
+            known = self._received(prepared, takes_live, self._transport.sizes(counts, received), micro_batch)
         self._kept[micro_batch] = known
         self._kept.move_to_end(micro_batch)
         while len(self._kept) > KEPT:
             self._kept.popitem(last=False)
         self._look_ahead(micro_batch + 1)
         return known
+
+    def _received(self, prepared: Prepared, takes_live: bool, sizes: list[Sizes], micro_batch: int) -> MicroBatchTables:
+        if takes_live:
+            return MicroBatchTables(prepared, True, sizes, [])
+        slots = self._plan.home_slots + self._plan.num_slots
+        what = f"micro-batch {micro_batch}"
+        arrivals = self._transport.arrivals(prepared.send, sizes, slots, self._options.overlap, what)
+        return MicroBatchTables(prepared, False, sizes, arrivals)
 
     def close(self) -> None:
         """Stop working ahead."""

@@ -10,7 +10,7 @@ import torch
 from ..alignment import Alignment
 from ..nn import ReplicatedExperts
 from ..planner import BatchPlan
-from ..planner.errors import CommunicationError, InputError, ReLibraError
+from ..planner.errors import CommunicationError, InputError
 from ..planner.loads import total_loads
 from ..planner.plan import contiguous_home, rank_loads
 from ..weights import ExpertWeights
@@ -21,7 +21,7 @@ from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, adapted_weights
 from .experts.kept import KeptReplicas, sources_of_fetched
 from .experts.replicas import ReplicaPushes
-from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
+from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_input_rows
 from .routed_batch import RoutedBatch
 from .session import Session
 from .stats import BatchStats, bytes_of_kinds
@@ -46,7 +46,7 @@ class ExpertStore:
     experts: Sequence[ReplicatedExperts] = ()
 
     def effective(self, layer: int) -> ExpertWeights:
-        """What replicas compute with: the weights, and what adapters add to them."""
+        """The weights that replicas compute with: the layer's own, and what adapters add to them."""
         if not self.experts:
             return self.weights_of(layer)
         with torch.no_grad():
@@ -81,7 +81,7 @@ class OpenBatch:
         placements = Placements(plan, loads_LMRE, device)
         self._tables = None
         if batch is not None and loads_LMRE is not None:
-            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device)
+            self._tables = BatchTables(transport, plan, loads_LMRE, batch, placements, device, session.options)
         self.alignment = Alignment(session.options.on_shift, download_later)
         self._parts = BatchParts(
             session=session,
@@ -131,9 +131,9 @@ class OpenBatch:
             fed = fed.astype(np.int64)  # an empty list has no integers in it
 
         def check(prepared: Prepared) -> None:
-            self.alignment.judge("the trace")  # after the first micro-batch
+            self.alignment.judge()  # after the first micro-batch
             if fed is not None:
-                check_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
+                check_input_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
 
         with self._session.ledger.span("tables", self.device):
             tables = self._tables.get(index, check)
@@ -160,22 +160,18 @@ class OpenBatch:
             self._sums.close(weights_of)
             late.finish()
         spare = self._session.options.spare_rows
-        problem: ReLibraError | None = None
-        worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
-        if worst > spare:
-            problem = InputError(
-                f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; spare_rows "
-                f"is {spare}: replay the recorded routing, or raise spare_rows"
-            )
-        try:
-            self.alignment.judge("the trace")
-        except InputError as error:
-            problem = error
-        self._groups.agree(problem, {}, self.device, "closing the batch")
+        with self._groups.agreeing(self.device, "closing the batch"):
+            self.alignment.judge()
+            worst = max((int(record.differing.max()) for seen in self._records.values() for record in seen), default=0)
+            if worst > spare:
+                raise InputError(
+                    f"{worst} tokens of one layer and micro-batch were routed to other experts than recorded; "
+                    f"spare_rows is {spare}: replay the recorded routing, or raise spare_rows"
+                )
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Finish the batch at the end of the block. What fails here is told to the other ranks, which stop too."""
+        """Run the block, then finish the batch. An error within is told to the other ranks, which stop too."""
         try:
             yield
             self.finish()
@@ -187,7 +183,7 @@ class OpenBatch:
             self.close()
 
     def close(self) -> None:
-        """Nothing of this batch runs from here on."""
+        """End the batch: nothing of it can run any more."""
         self._session.is_open = False
         if self._tables is not None:
             self._tables.close()

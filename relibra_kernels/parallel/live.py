@@ -36,7 +36,7 @@ class LiveRouting:
         self._placed: dict[int, tuple[bytes, Tensor, Tensor]] = {}  # of each layer: its home, and what follows from it
 
     def copy(self) -> "LiveRouting":
-        """The same experts, on the same ranks, for a copy of the model: it stays as they are now."""
+        """Live routing for a copy of the model. Its experts stay where they are now."""
         return LiveRouting(self._transport, self.home.copy(), self._options)
 
     def recorded(self, _layer: int) -> tuple[Tensor, bool] | None:

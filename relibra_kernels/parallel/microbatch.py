@@ -18,6 +18,7 @@ from .experts.accumulation import GradientSums
 from .experts.kept import KeptReplicas
 from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
 from .session import Session
+from .tokens.arrivals import Arrivals
 from .tokens.destinations import Destinations, Placements
 from .tokens.layer import Experts, LayerSite, run_layer
 from .tokens.live import live_path
@@ -138,7 +139,10 @@ class AnyMicroBatch(ABC):
 
 
 class UnrecordedMicroBatch(AnyMicroBatch):
-    """A micro-batch of which no routing is known: every layer exchanges its counts, the plan's copies share alike."""
+    """A micro-batch of which no routing is known.
+
+    Every layer exchanges its counts. An expert's home and its replicas share its tokens alike.
+    """
 
     def __init__(self, parts: BatchParts, index: int):
         super().__init__(parts, index, 0)
@@ -181,8 +185,8 @@ class MicroBatch(AnyMicroBatch):
         self._live, self._destinations, self._send = live, destinations, send
         self._recorded: list[Tensor] = list(ids_LTK.unbind(0))
         self.num_tokens = ids_LTK.shape[1]
-        self._takes_live = tables.anywhere_live or parts.session.options.spare_rows > 0
-        self._sites = [] if self._takes_live else self._sites_of_layers()
+        self._takes_live = tables.takes_live
+        self._sites = [] if self._takes_live else self._sites_of_layers(tables.arrivals)
 
     def recorded(self, layer: int) -> tuple[Tensor, bool]:
         return self._recorded[layer], self.complete
@@ -208,12 +212,13 @@ class MicroBatch(AnyMicroBatch):
             return self._run(site, experts, x_TH, weights_TK)
         return self._run(self._sites[layer], experts, x_TH, weights_TK)
 
-    def _sites_of_layers(self) -> list[LayerSite]:
-        """What every layer needs where all its rows are recorded."""
+    def _sites_of_layers(self, arrivals: Sequence[Arrivals]) -> list[LayerSite]:
+        """The site of every layer, where all rows are recorded."""
         parts, options, sites = self._parts, self._parts.session.options, []
         tables = self._send.of_layers([sizes.hops[0] for sizes in self._sizes])
-        for layer, of_layer in enumerate(zip(tables, self._sizes, strict=True)):
-            path = parts.transport.path(*of_layer, self._num_slots(layer), self._where(layer), options.overlap)
+        for layer, (sent, sizes, come) in enumerate(zip(tables, self._sizes, arrivals, strict=True)):
+            slots, where = self._num_slots(layer), self._where(layer)
+            path = parts.transport.path(sent, sizes, slots, where, options.overlap, come)
             if parts.rows:
                 hidden, dtype = parts.rows[layer]
                 path.prepare(hidden, dtype, options.combine_dtype or dtype)
@@ -221,14 +226,14 @@ class MicroBatch(AnyMicroBatch):
         return sites
 
     def _mixed(self, layer: int, index_TK: Tensor, live_T: Tensor) -> Destinations:
-        """Recorded tokens where the plan has them; live ones shared out to the plan's copies."""
+        """Recorded tokens go where the plan has them; live ones are shared out over homes and replicas."""
         live_TK = live_T[:, None]
         shared = self._parts.placements.share(index_TK.masked_fill(~live_TK, -1), layer, self.index)
         pairs = zip(shared, self._destinations, strict=True)
         return Destinations(*(torch.where(live_TK, new, planned[layer]) for new, planned in pairs))
 
 
-def check_rows(rows: np.ndarray, num_rows: int, needed: np.ndarray, micro_batch: int) -> None:
+def check_input_rows(rows: np.ndarray, num_rows: int, needed: np.ndarray, micro_batch: int) -> None:
     """Refuse rows of a model's input that leave out a row that is needed, or name one twice.
 
     Args:

@@ -42,7 +42,7 @@ class Planning:
         model_name: str,
         device: Callable[[], torch.device],
         shape: Callable[[], ModelShape],
-        transport: str = "one",
+        transport: str,
     ):
         self._check, self._groups, self._device = check, groups, device
         self._cluster, self._model_name, self._shape = cluster, model_name, shape
@@ -138,13 +138,9 @@ class Planning:
             counted: the loads, where every rank has them already.
         Raises: PlanError where the plan was made for others.
         """
-        problem = None
         loads = self.gather_loads(batch) if counted is None else counted
-        try:
+        with self._groups.agreeing(self._device(), "checking the loads"):
             replace(plan, loads=loads)  # refuses other loads, which are the same on every rank of a group
-        except ReLibraError as error:
-            problem = error
-        self._groups.agree(problem, {}, self._device(), "checking the loads")
         return loads
 
 
@@ -154,7 +150,7 @@ def plan_group(
     cluster: ClusterSpec,
     home: np.ndarray,
     model_name: str,
-    options: PlanOptions | None = None,
+    options: PlanOptions | None,
 ) -> BatchPlan:
     """The plan of one of several groups: their micro-batches are planned together, so that they share one `home`."""
     groups, _, micro_batches = loads_GLMRE.shape[:3]

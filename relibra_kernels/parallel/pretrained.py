@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..form import ExpertForm
@@ -65,10 +64,7 @@ def load_pretrained(
         are not.
     """
     ep._check_between_batches("load_pretrained")
-    problem: ReLibraError | None = None
-    found: list[tuple[list[str], nn.Parameter, Callable[[], Tensor]]] = []
-    source = None
-    try:
+    with ep.groups.agreeing(ep.comm.device, f"loading {folder}"):
         source = Files(Path(folder))
         found = _readers(ep, source)
         for name, buffer in ep.model.named_buffers():
@@ -77,10 +73,6 @@ def load_pretrained(
                     f"buffer {name} is on the meta device, and files hold no values of it: construct the model within "
                     "meta_parameters(), which leaves buffers alone"
                 )
-    except ReLibraError as error:
-        problem = error
-    ep.groups.agree(problem, {}, _collective_device(ep), f"loading {folder}")
-    assert source is not None
     with torch.no_grad():
         for names, parameter, read in found:
             value = read()
@@ -117,9 +109,7 @@ def save_pretrained(
     """
     ep._check_between_batches("save_pretrained")
     target = Path(folder)
-    problem: ReLibraError | None = None
-    names = None
-    try:
+    with ep.groups.agreeing(ep.comm.device, f"saving {target}"):
         if target.exists():
             raise InputError(f"{target} exists already; a checkpoint is never overwritten")
         names = None if like is None else Files(Path(like))
@@ -128,9 +118,6 @@ def save_pretrained(
                 raise FormatError(
                     f"like is {like}, which has no name for {name}; without it the model is written under its own names"
                 )
-    except ReLibraError as error:
-        problem = error
-    ep.groups.agree(problem, {}, _collective_device(ep), f"saving {target}")
     writes = all(comm.rank == 0 for comm in ep.groups.all)
     writer = Writer(target, shard_bytes) if writes else None
     form_of = {id(p): moe.experts.form for moe in ep.layers for p in moe.experts.parameters()}
@@ -154,13 +141,7 @@ def save_pretrained(
             writer.finish(None if like is None else Path(like), ep.model, failure is not None)
         except OSError as error:
             failure = failure or FormatError(f"{target} cannot be written: {error}")
-    ep.groups.agree(failure, {}, _collective_device(ep), f"finishing {target}")
-
-
-def _collective_device(ep: ExpertParallel) -> torch.device:
-    """Where collectives want their tensors, wherever the parameters are."""
-    on_gpu = "nccl" in dist.get_backend(ep.comm.group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
+    ep.groups.agree(failure, {}, ep.comm.device, f"finishing {target}")
 
 
 def _readers(ep: ExpertParallel, source: Files) -> list[tuple[list[str], nn.Parameter, Callable[[], Tensor]]]:

@@ -35,7 +35,7 @@ class ModelRunner:
         self.forwards: ForwardContext[AnyMicroBatch] = ForwardContext()
         self.batch: OpenBatch | None = None
         self.closed = False
-        self._record: RoutingRecord | None = None
+        self._record: RecordedForwards | None = None
 
     @property
     def home(self) -> np.ndarray:
@@ -81,7 +81,7 @@ class ModelRunner:
         return self.batch
 
     @contextmanager
-    def recording(self, record: "RoutingRecord") -> Iterator[None]:
+    def recording(self, record: "RecordedForwards") -> Iterator[None]:
         """Within, live forwards are recorded."""
         before, self._record = self._record, record
         try:
@@ -105,7 +105,7 @@ class ModelRunner:
         return found
 
 
-class RoutingRecord:
+class RecordedForwards:
     """What the routers of a model chose in some forwards, each of which is a micro-batch.
 
     Args:
@@ -117,7 +117,7 @@ class RoutingRecord:
         self._forwards: list[list[Tensor]] = []
 
     def choose(self, layer: int, index_TK: Tensor) -> None:
-        """One layer of a forward ran."""
+        """Note what one layer of a forward chose."""
         if layer == 0:
             self._forwards.append([])
         if not self._forwards or len(self._forwards[-1]) != layer:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, Literal
 
 import numpy as np
@@ -32,7 +32,7 @@ from .experts.parameters import (
 from .live import LiveRouting
 from .running import ModelRunner
 from .session import RuntimeOptions
-from .transports import make_transport
+from .transports import chosen_transport, make_transport
 
 
 class SpreadModel:
@@ -56,7 +56,9 @@ class SpreadModel:
         find_adapters(model, self.layers)
         self.num_experts = all_experts(self.layers[0].experts)
         home_slots = cluster.home_slots(self.num_experts)
-        self._transport = make_transport(self.options.transport, self.groups, cluster, self._shape())
+        shape = self._shape()
+        transport = chosen_transport(self.options.transport, self.groups, cluster, shape)
+        self._transport = make_transport(transport, self.groups, cluster, shape)
         home = contiguous_home(len(self.layers), self.num_experts, cluster.num_ranks)  # [L, E]
         self._runner = ModelRunner(LiveRouting(self._transport, home, self.options))
         for layer, moe in enumerate(self.layers):
@@ -130,17 +132,25 @@ class SpreadModel:
         return norm
 
     def named_logical_parameters(
-        self, tensor_of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data
+        self,
+        tensor_of: Callable[[nn.Parameter], Tensor | None] = lambda parameter: parameter.data,
+        names: Collection[str] | None = None,
     ) -> Iterator[tuple[str, Tensor | None]]:
         """Every parameter under its name in the whole model, experts [E, ...] in logical order. Collective.
 
-        One tensor is gathered at a time, so that a rollout engine can be fed after every step. `model.state_dict()` has
-        this rank's experts only, in the order of its home slots.
+        One tensor is gathered at a time, some experts at a time, so that a rollout engine can be fed after every step:
+        it takes the memory of that tensor, and an eighth of it on the way. `model.state_dict()` has this rank's experts
+        only, in the order of its home slots.
 
         Args:
             tensor_of: what to give for each parameter instead of its data, such as its gradient.
+            names: the parameters that are wanted, the same on every rank; None: all. Others are not gathered.
+        Raises: InputError for a name that the model has not.
         """
-        return logical_tensors(self.model, self.layers, self.home, self.comm, tensor_of)
+        known = {name for name, _ in self.model.named_parameters()}
+        if names is not None and not known.issuperset(names):
+            raise InputError(f"names has {min(set(names) - known)!r}, but the model has no parameter of that name")
+        return logical_tensors(self.model, self.layers, self.home, self.comm, tensor_of, names)
 
     def save_checkpoint(self, path: str | os.PathLike[str], optimizer: torch.optim.Optimizer | None = None) -> None:
         """Write parameters, buffers and optimizer state to a new folder, whole or not at all. Collective.
@@ -160,7 +170,7 @@ class SpreadModel:
         checkpoint.load(path, self.model, self.layers, self.home, self.groups, optimizer)
 
     def _shape(self) -> ModelShape:
-        """Of the MoE layers, with the adapters that they have now."""
+        """Sizes of the MoE layers, with the rank of the adapters that they have now."""
         find_adapters(self.model, self.layers)
         experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
         sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k

@@ -13,21 +13,26 @@ from .tokens.transport import Transport
 from .tokens.two_hops import TwoHops
 
 
-def make_transport(wanted: str, groups: Groups, cluster: ClusterSpec, shape: ModelShape) -> Transport:
-    """The transport of a run. Collective where the cluster has several nodes of several ranks: one hop is all that
-    others have a use for.
+def chosen_transport(wanted: str, groups: Groups, cluster: ClusterSpec, shape: ModelShape) -> str:
+    """The name of a run's transport. Collective where the cluster has several nodes of several ranks.
+
+    Other clusters always get one hop.
 
     Args:
         wanted: "one", "two", or "auto": what costs less by the price model, decided by the first rank.
         shape: sizes of the model's MoE layers.
     Raises: InputError where ranks want different ones.
     """
-    name = "one"
-    if min(cluster.num_nodes, cluster.gpus_per_node) > 1:
-        best = wanted if wanted != "auto" else cheaper_transport(shape, _machine(groups), cluster)
-        facts, mine = {"RuntimeOptions.transport": TRANSPORTS.index(wanted)}, [TRANSPORTS.index(best)]
-        everyone = groups.host.agree(None, facts, torch.device("cpu"), "choosing the transport", mine)
-        name = TRANSPORTS[int(everyone[0, 0])]
+    if min(cluster.num_nodes, cluster.gpus_per_node) == 1:
+        return "one"
+    best = wanted if wanted != "auto" else cheaper_transport(shape, _machine(groups), cluster)
+    facts, mine = {"RuntimeOptions.transport": TRANSPORTS.index(wanted)}, [TRANSPORTS.index(best)]
+    everyone = groups.host.agree(None, facts, torch.device("cpu"), "choosing the transport", mine)
+    return TRANSPORTS[int(everyone[0, 0])]
+
+
+def make_transport(name: str, groups: Groups, cluster: ClusterSpec, shape: ModelShape) -> Transport:
+    """The transport of this name, as `chosen_transport` has it. Collective."""
     if name == "one":
         return OneHop(groups.experts, groups.host)
     node, rail = groups.split()

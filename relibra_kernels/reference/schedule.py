@@ -45,6 +45,19 @@ def build_schedule(
     return Schedule(slot_offsets, assignment_of, position_of, tiles)
 
 
+def build_schedules(
+    slot_of_assignment_RK: torch.Tensor, rows: Sequence[int], num_slots: int, num_rows: Sequence[int]
+) -> list[Schedule]:
+    """`build_schedule` of several parts at once, such as the layers of a micro-batch.
+
+    Args:
+        slot_of_assignment_RK: of all parts, one after another. rows: how many each part has.
+        num_rows: how many assignments of each part are not dropped.
+    """
+    parts = slot_of_assignment_RK.split(list(rows))
+    return [build_schedule(part, num_slots, num_rows=used) for part, used in zip(parts, num_rows, strict=True)]
+
+
 def tile_table(slot_offsets: torch.Tensor, num_rows: int, block_m: int) -> torch.Tensor:
     """int32 `[tile_bound, 2]` of (slot, first row), -1 padded; no host synchronisation."""
     offsets = slot_offsets.long()

@@ -49,9 +49,9 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def meta_schedule(block_sizes: tuple[int, ...] = (16, 32, 64, 128, 256)) -> Schedule:
+def meta_schedule() -> Schedule:
     rows, index = TOKENS * TOP_K, torch.int32
-    tiles = {m: meta(tile_bound(rows, SLOTS, m), 2, dtype=index) for m in block_sizes}
+    tiles = {m: meta(tile_bound(rows, SLOTS, m), 2, dtype=index) for m in (16, 32, 64, 128, 256)}
     return Schedule(meta(SLOTS + 1, dtype=index), meta(rows, dtype=index), meta(TOKENS, TOP_K, dtype=index), tiles)
 
 
@@ -260,6 +260,8 @@ def _besides(kernel: str, config: Any, dtype: torch.dtype) -> Iterator[tuple[str
     if kernel == "schedule":
         ids = meta(4 * TOKENS, TOP_K, dtype=torch.int64)  # three launches
         yield "many tokens", partial(kernels.build_schedule, ids, 128, config=config)
+        halves = [2 * TOKENS] * 2
+        yield "layers", partial(kernels.build_schedules, ids, halves, 128, [2 * TOKENS * TOP_K] * 2, config=config)
     elif kernel == "permute":
         rows = meta(schedule.num_rows, hidden_size, dtype=dtype)
         yield "unpermute, plain sum", partial(kernels.unpermute, rows, None, schedule, config=config)

@@ -41,7 +41,7 @@ def measured_entries(path: Path) -> dict[str, dict[str, list[Entry]]]:
 
 
 def _measured(lines: list[str]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Of a rehearsal nothing is taken: its times are made up."""
+    """Lines that hold a measured config. Those of a rehearsal are left out: its times are made up."""
     for number, line in enumerate(lines, 1):
         try:
             result = json.loads(line)

@@ -12,6 +12,7 @@ from ..configs.products import Product
 LAUNCH_US = 3.0  # a launch that does nothing
 _NOT_HIDDEN = 0.1  # part of the shorter of computing and of DRAM that the other does not hide
 ITEM = 2  # bytes of an operand
+_SIGMA = 0.9  # of log-normal group sizes
 
 
 @dataclass(frozen=True)
@@ -74,13 +75,13 @@ def balanced(slots: int, rows_per_slot: int) -> np.ndarray:
     return np.full(slots, rows_per_slot, np.int64)
 
 
-def skewed(slots: int, rows_per_slot: int, sigma: float = 0.9) -> np.ndarray:
+def skewed(slots: int, rows_per_slot: int) -> np.ndarray:
     """Log-normal group sizes with that mean: its quantiles, largest first, so nothing is random.
 
-    sigma 0.9 gives 128 experts a max/mean of 7.3, as recorded for Qwen3-30B-A3B (DAPO-Math).
+    Of 128 experts the max/mean is 7.3, as recorded for Qwen3-30B-A3B (DAPO-Math).
     """
     quantiles = [NormalDist().inv_cdf((2 * slot + 1) / (2 * slots)) for slot in reversed(range(slots))]
-    shares = np.exp(sigma * np.array(quantiles))
+    shares = np.exp(_SIGMA * np.array(quantiles))
     total = slots * rows_per_slot
     ends = np.floor(np.cumsum(shares) / shares.sum() * total + 0.5).astype(np.int64)
     ends[-1] = total

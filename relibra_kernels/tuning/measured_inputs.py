@@ -1,4 +1,4 @@
-"""Inputs to time kernels on: layers with a goal's group sizes, in as many copies as it takes to exceed the L2 cache."""
+"""Inputs to time kernels on: layers with a goal's group sizes, as often as it takes to exceed the L2 cache."""
 
 import re
 from collections.abc import Callable

@@ -19,7 +19,6 @@ from relibra_kernels.planner import (
     Outcome,
     PlanOptions,
     Setting,
-    distinct_rows,
     find_device,
     find_model,
     outcome_of_plan,
@@ -173,11 +172,6 @@ def test_a_plan_without_replicas_costs_what_static_costs():
     plans = plan_batch(loads, cluster), static_plan(loads, cluster)
     costs = [price(outcome_of_plan(plan, loads), setting(4)) for plan in plans]
     assert costs[0] == costs[1]
-
-
-def test_distinct_rows():
-    destination = np.array([[0, 0], [0, 1], [1, 1], [-1, -1], [2, -1]])
-    assert distinct_rows(destination, 4).tolist() == [2, 2, 1, 0]
 
 
 def test_names_and_shapes(tmp_path):

@@ -5,10 +5,12 @@ import json
 import pytest
 
 pytest.importorskip("transformers", reason="needs transformers")
+import torch
 import transformers
-from hf_all_families import tiny_model
+from hf_all_families import FAMILIES, families_table, tiny_config, tiny_model
+from versions import TRANSFORMERS
 
-from relibra_kernels.cli import main
+from relibra_kernels.cli import doctor_model, main
 from relibra_kernels.configs import lookup
 
 
@@ -27,6 +29,48 @@ def test_a_family_that_works(tmp_path, capsys):
         and "ours compute its experts, silu-gated, without biases" in text
     )
     assert about(tmp_path / "config.json", capsys) == found  # the file itself
+
+
+ANSWERS = {  # of the table in docs/huggingface.md, under a plan -> what doctor says
+    "yes": "ExpertParallel: the model is taken over where it is",
+    "yes, text alone": "ExpertParallel: the model is taken over where it is",
+    "with every token recorded: it looks both ways": "ExpertParallel: with every token recorded",
+    "no: its router may skip the experts, which a plan has no place for": "no ExpertParallel: its router chooses of",
+}
+
+
+@pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="the table is of transformers 5.23")
+def test_every_family_is_said_to_work_as_the_table_has_it():
+    said = families_table()
+    for family, (name, _) in FAMILIES.items():
+        with torch.device("meta"):
+            config = tiny_model(family).config
+        config.architectures = [name]
+        answer = next(text for _, text, _ in doctor_model.examine_config(config) if "ExpertParallel: " in text)
+        under_a_plan = said[family][3]
+        expected = ANSWERS.get(under_a_plan, "no ExpertParallel: has_post_expert_norm of")
+        assert answer.startswith(expected), family
+
+
+@pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="the table is of transformers 5.23")
+def test_a_family_without_the_interface_is_named():
+    outside = {
+        family for family, (kernels, *_) in families_table().items() if "do not use transformers' experts" in kernels
+    }
+    assert outside == {*doctor_model.NO_INTERFACE}
+    for family in outside:
+        kind = transformers.CONFIG_MAPPING[family.replace("nllb_moe", "nllb-moe")]
+        (found,) = doctor_model.examine_config(kind())
+        assert found[0] == "problem" and "do not use transformers' experts interface" in found[1], family
+
+
+@pytest.mark.parametrize("family", ["aria", "glm4v_moe", "mistral4", "qwen3_vl_moe"])
+def test_a_model_that_sees_images_is_examined_whole(family, tmp_path, capsys):
+    """Of the config of its folder, which is of text and images."""
+    tiny_config(transformers.CONFIG_MAPPING[family]).save_pretrained(tmp_path)
+    found = about(tmp_path, capsys)
+    assert "problem" not in {entry["level"] for entry in found}
+    assert any(entry["text"].startswith("ExpertParallel: the model") for entry in found)
 
 
 def test_which_configs_it_gets_and_what_a_plan_takes(tmp_path, capsys):

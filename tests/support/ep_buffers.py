@@ -44,3 +44,22 @@ def buffers_of_batch(case: Case) -> tuple[list[bool], dict[str, int], dict[str, 
                     same = [buffers.memory[key] is tensor for key, tensor in before.items()]
                     found.append(before.keys() == buffers.memory.keys() and all(same))
     return found, {name: len(memory) for (name, _), memory in buffers.memory.items()}, dict(most)
+
+
+def views_of_forwards(live: bool) -> list[int]:
+    """On one rank, how many views its buffers have after each of some forwards of other numbers of tokens."""
+    case = Case(ranks=1, gpus_per_node=1, micro_batches=5, sequence_lengths=(5, 9, 3, 7, 6))
+    ep, optimizer = start(case)
+    trace, groups, tokens = make_batch(case, 0)
+    counts, buffers = [], ep._transport.buffers
+    if live:
+        for ids in tokens:
+            ep.model(torch.from_numpy(ids)).sum().backward()
+            counts.append(len(buffers._rows))
+        return counts
+    with ep.batch(ep.plan(trace, groups, case.micro_batches), trace, groups, optimizer):
+        for m in range(case.micro_batches):
+            with ep.micro_batch(m):
+                ep.model(torch.from_numpy(tokens[m])).sum().backward()
+            counts.append(len(buffers._rows))
+    return counts

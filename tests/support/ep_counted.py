@@ -49,6 +49,23 @@ def counted(collectives: Counter[str], blocking: Counter[str]) -> Iterator["Insi
         yield inside
 
 
+def groups_connected_by_the_constructor(case: Case) -> tuple[int, bool]:
+    """(process groups over which something will travel, whether all of them have exchanged something by then)."""
+    connected, exchange = set(), dist.all_to_all_single
+
+    def noted(*args, group=None, **kwargs):
+        connected.add(group)
+        return exchange(*args, group=group, **kwargs)
+
+    dist.all_to_all_single = noted
+    try:
+        ep, _ = start(case)
+    finally:
+        dist.all_to_all_single = exchange
+    groups = {comm.group for comm in ep.groups.every}
+    return len(groups), groups <= connected
+
+
 class OperatorsThatLaunch(TorchDispatchMode):
     """Within, torch's operators are counted, but for those that only make views or memory."""
 

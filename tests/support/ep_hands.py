@@ -20,17 +20,17 @@ from relibra_kernels.planner import ClusterSpec, ReLibraError
 CASE = Case(layers=2, sequence_lengths=(7,) * 8)
 
 
-def inputs_of(step: int = 0) -> tuple[RoutedBatch, list[torch.Tensor], list[torch.Tensor]]:
+def inputs_of(case: Case = CASE) -> tuple[RoutedBatch, list[torch.Tensor], list[torch.Tensor]]:
     """This rank's routed batch, and the token ids of every micro-batch: of this rank, and of all ranks."""
-    trace, groups, tokens = make_batch(CASE, step)
-    mine = np.arange(dist.get_rank(), trace.num_sequences, CASE.ranks)
+    trace, groups, tokens = make_batch(case, 0)
+    mine = np.arange(dist.get_rank(), trace.num_sequences, case.ranks)
 
     def ids(sequences: np.ndarray, m: int) -> torch.Tensor:
         return torch.from_numpy(np.concatenate([tokens[i] for i in sequences if groups[i] == m]))
 
-    batch = RoutedBatch(trace.select(mine), groups[mine], CASE.micro_batches)
+    batch = RoutedBatch(trace.select(mine), groups[mine], case.micro_batches)
     everyone = np.arange(trace.num_sequences)
-    own, whole = ([ids(which, m) for m in range(CASE.micro_batches)] for which in (mine, everyone))
+    own, whole = ([ids(which, m) for m in range(case.micro_batches)] for which in (mine, everyone))
     return batch, own, whole
 
 
@@ -61,22 +61,22 @@ def alone_live(whole: list[torch.Tensor]) -> dict[str, np.ndarray]:
     return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def live_training(checkpointed: str) -> float:
+def live_training(case: Case) -> float:
     """How far gradients without a batch are from one process's, after experts have moved."""
-    batch, own, whole = inputs_of()
-    ep, _ = start(replace(CASE, checkpoint=checkpointed))
+    batch, own, whole = inputs_of(case)
+    ep, _ = start(case)
     run_batch(ep, ep.model, batch, own)
     ep.model.zero_grad()
-    assert (ep.home[0] != np.arange(CASE.experts) // (CASE.experts // CASE.ranks)).any()
+    assert (ep.home[0] != np.arange(case.experts) // (case.experts // case.ranks)).any()
     for ids in own:
         loss(ep.model, ids).backward()
     return worst_error(gradients_of(ep), alone_live(whole))
 
 
-def record_then_train() -> tuple[bool, float, int]:
+def record_then_train(case: Case) -> tuple[bool, float, int]:
     """(the record is what the model chose, how far gradients under its plan are from live ones, replicas used)."""
-    _, own, whole = inputs_of()
-    ep, _ = start(CASE)
+    _, own, whole = inputs_of(case)
+    ep, _ = start(case)
     with ep.record() as record, torch.no_grad():
         for ids in own:
             ep.model(ids)

@@ -105,14 +105,3 @@ def error_of(ep: ExpertParallel, folder: str) -> str:
     except ReLibraError as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
-
-
-def gathered_in_parts(experts: int) -> bool:
-    """Whether experts that are gathered some slots at a time are those of one process, after they have moved."""
-    from toy_training import Case, ToyModel
-
-    case = Case(ranks=dist.get_world_size(), experts=experts)
-    cluster = ClusterSpec(1, case.ranks)
-    ep, alone = ExpertParallel(ToyModel(case), cluster), ToyModel(case)
-    assert move(ep, cluster) > 0
-    return all(torch.equal(value, alone.get_parameter(name)) for name, value in ep.named_logical_parameters())

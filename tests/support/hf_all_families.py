@@ -1,6 +1,9 @@
 """A tiny model of every MoE family of transformers: its own config class, with every size cut down."""
 
 import importlib
+import itertools
+import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -158,3 +161,16 @@ def tiny_model(family: str, **more) -> nn.Module:
     how = {"experts_implementation": "eager", "attn_implementation": "eager"}
     torch.manual_seed(0)
     return kind._from_config(tiny_config(kind.config_class, **{**options, **more}), **how)
+
+
+def families_table() -> dict[str, list[str]]:
+    """Family -> what docs/huggingface.md says of it: kernels, record, replay, under a plan."""
+    page = Path(__file__).parents[2].joinpath("docs", "huggingface.md").read_text()
+    found = {}
+    rows = page.partition("| families | kernels | record | replay | under a plan |\n")[2].splitlines()[1:]
+    for row in itertools.takewhile(lambda line: line.startswith("|"), rows):
+        families, *said = (cell.strip() for cell in row.strip("|").split("|"))
+        for family in re.findall(r"[a-z]\w*", re.sub(r"\(.*?\)", "", families)):
+            assert family not in found, f"{family} is twice in the table"
+            found[family] = said
+    return found

@@ -77,9 +77,18 @@ def one_process(family: str, trace: RoutingTrace | None = None) -> dict:
     return {"logits": logits.detach(), "gradients": gradients, "trace": record.trace(tokens.tolist())}
 
 
-def run_on_rank(family: str, ranks: int, mode: str, trace: RoutingTrace | None, plan: BatchPlan | None) -> dict:
+def run_on_rank(
+    family: str,
+    ranks: int,
+    mode: str,
+    trace: RoutingTrace | None,
+    plan: BatchPlan | None,
+    gpus_per_node: int | None = None,
+    transport: str = "auto",
+) -> dict:
     """`mode`: "live" (no batch), "replay" (no batch), "plan" (batch without a trace), "plan and trace"."""
     from relibra_kernels.integrations import transformers as ours
+    from relibra_kernels.integrations.transformers.expert_parallel import implementations_of
 
     model = load(family, ranks)
     mine, groups = micro_batches_of(dist.get_rank(), ranks)
@@ -96,17 +105,20 @@ def run_on_rank(family: str, ranks: int, mode: str, trace: RoutingTrace | None, 
 
     with ExitStack() as stack:
         if mode == "plan":
-            stack.enter_context(ours.batch(model, plan))
+            stack.enter_context(ours.batch(model, plan, transport=transport))
         if mode == "plan and trace":
             if plan is None:
-                plan = ours.plan(model, own, groups, MICRO_BATCHES, options=PlanOptions(balance=1.0))
-            stack.enter_context(ours.batch(model, plan, own, groups))
+                how = {"gpus_per_node": gpus_per_node, "transport": transport, "options": PlanOptions(balance=1.0)}
+                plan = ours.plan(model, own, groups, MICRO_BATCHES, **how)
+            stack.enter_context(ours.batch(model, plan, own, groups, transport=transport))
+        runner = implementations_of(model)[0].runner
         logits = step(model, contexts, tokens, groups)
     gradients = {name: p.grad.full_tensor() * ranks for name, p in model.named_parameters() if p.grad is not None}
     return {
         "logits": logits.numpy(),
         "gradients": {name: gradient.numpy() for name, gradient in gradients.items()},
         "bytes": dict(comm.bytes_sent),
+        "hops": None if runner is None else runner.live._transport.name,
         "replicas": 0 if plan is None else int((plan.replicas >= 0).sum()),
     }
 

@@ -31,6 +31,9 @@ class RecordingTransport:
     def sizes(self, *arguments: Any) -> Any:
         return self._noted("sizes", *arguments)
 
+    def arrivals(self, *arguments: Any) -> Any:
+        return self._noted("arrivals", *arguments)
+
     def hops(self, *arguments: Any) -> Any:
         return self._inner.hops(*arguments)
 

@@ -122,7 +122,7 @@ class Run:
 
 
 def _anyone(here: bool) -> bool:
-    """Whether it is so on any rank: the same answer on all of them."""
+    """Whether `here` is true on any rank. Collective."""
     so = torch.tensor(float(here))
     dist.all_reduce(so, op=dist.ReduceOp.MAX)
     return bool(so)

@@ -7,8 +7,6 @@ travel is the runtime's. Experts stay where transformers puts them. Without a ba
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import torch
-import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 
@@ -87,7 +85,7 @@ def implementations_of(model: nn.Module) -> list[RelibraEP]:
 
 
 def runner_of_open_batch() -> ModelRunner | None:
-    """Of the model whose batch opened last."""
+    """The runner of the model whose batch opened last."""
     found = [one.runner for one in _IMPLEMENTATIONS.values() if one.runner is not None and one.runner.batch is not None]
     return max(found, key=lambda runner: runner.batch.serial, default=None)  # type: ignore[union-attr]
 
@@ -95,12 +93,6 @@ def runner_of_open_batch() -> ModelRunner | None:
 def communication(model: nn.Module) -> Comm:
     """The expert-parallel group of a model, which counts the bytes that travel, by kind."""
     return implementations_of(model)[0].groups.experts
-
-
-def collective_device(comm: Comm) -> torch.device:
-    """The device on which this group's collectives take their tensors."""
-    on_gpu = "nccl" in dist.get_backend(comm.group)
-    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def _groups_of(ep_mesh: Any) -> Groups:

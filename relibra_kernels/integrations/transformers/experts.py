@@ -80,7 +80,7 @@ def _normed(
     form: ExpertForm,
     norm: nn.Module,
 ) -> torch.Tensor:
-    """With a norm of every expert's output before they are summed (Muse Spark): an assignment is a row of its own."""
+    """The experts of Muse Spark, which norms each expert's output before the sum: each assignment is a row."""
     tokens, top_k = index_TK.shape
     x_RH, ones_R1 = hidden_states.repeat_interleave(top_k, 0), torch.ones_like(weights_TK).view(-1, 1)
     y_RH = norm(_compute(x_RH, index_TK.reshape(-1, 1), ones_R1, weights, form))

@@ -72,7 +72,7 @@ def fed_tokens(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Fed:
 
 
 def _elsewhere(kwargs: Mapping[str, Any], real: np.ndarray) -> np.ndarray | None:
-    """Of an ERNIE-VL forward: which tokens are images."""
+    """Which tokens of an ERNIE-VL forward are images; None in other models."""
     kinds = kwargs.get("moe_mm_token_type_ids")
     if not isinstance(kinds, Tensor) or kinds.numel() != real.size or not kinds.any():
         return None
@@ -87,7 +87,10 @@ def cache_of(outputs: Any) -> Any:
 
 
 def _real(mask: Any, batch: int, length: int, cached: int) -> np.ndarray:
-    """bool [B, S] of a mask over the tokens, over cache and tokens, or over pairs of them; or a dict of masks."""
+    """bool [B, S]: which tokens are no padding.
+
+    mask: over the tokens, over cache and tokens, or over pairs of them; or a dict of such masks.
+    """
     if isinstance(mask, Mapping):
         mask = next((mask[key] for key in ("full_attention", *mask) if mask.get(key) is not None), None)
     if not isinstance(mask, Tensor):

@@ -17,13 +17,13 @@ from ...parallel.planning import Planning
 from ...parallel.routed_batch import RoutedBatch, routed_batch
 from ...parallel.running import ModelRunner
 from ...parallel.session import RuntimeOptions, Session
-from ...parallel.tokens.one_hop import OneHop
+from ...parallel.transports import chosen_transport, make_transport
 from ...planner import BatchPlan, ClusterSpec, ModelShape, PlanOptions, RoutingTrace
 from ...planner.errors import InputError, PlanError, ReLibraError
 from ...planner.plan import contiguous_home
 from ...planner.pricing.models import shape_of_sizes
 from ...weights import ExpertWeights
-from .expert_parallel import RelibraEP, collective_device, implementations_of, runner_of_open_batch
+from .expert_parallel import RelibraEP, implementations_of, runner_of_open_batch
 from .fed_tokens import Fed
 from .moe_layers import MoeLayer, check_trace_of_model, moe_layers
 from .replay import checked_rows, fed_by_forwards
@@ -39,6 +39,7 @@ def plan(
     *,
     replica_slots: int = 2,
     gpus_per_node: int | None = None,
+    transport: str = "auto",
     options: PlanOptions | None = None,
 ) -> BatchPlan:
     """Plan a batch for a model whose experts stay where transformers put them. Collective; the same on every rank.
@@ -47,6 +48,7 @@ def plan(
         trace: the routed batch; or the trace of this rank's sequences, int [sequences] `micro_batch_of_sequence` and
             `num_micro_batches`.
         gpus_per_node: ranks of the expert-parallel group that are on one node; None: all of them.
+        transport: that of the batch, for which the plan is priced: as in `RuntimeOptions`.
         options: what the plan is to achieve, and at what price; experts never move.
     """
     implementations = implementations_of(model)
@@ -59,7 +61,8 @@ def plan(
     batch, problem = _routed(first, trace, micro_batch_of_sequence, num_micro_batches)
     home = contiguous_home(len(implementations), first.num_experts, comm.size)
     wanted = dataclasses.replace(options or PlanOptions(), max_moves=0)
-    return _planning(model, first, cluster).plan(batch, problem, home, wanted)
+    name = _transport_name(model, first, cluster, RuntimeOptions(transport=transport))
+    return _planning(model, first, cluster, name).plan(batch, problem, home, wanted)
 
 
 @contextmanager
@@ -70,22 +73,25 @@ def batch(
     micro_batch_of_sequence: np.ndarray | None = None,
     *,
     on_shift: Shift | None = None,
+    transport: str = "auto",
 ) -> Iterator[None]:
     """Run a batch of a model that was loaded with `ep_implementation="relibra"` under `plan`. Collective.
 
     Args:
         trace: the routed batch; or the trace of this rank's sequences, with int [sequences] `micro_batch_of_sequence`.
             With it the routers replay, and every size is known on the host before a layer runs. Without it routing is
-            as the routers (or a `replay`) have it, and every layer exchanges its counts; the plan's copies of an expert
-            then share its tokens alike.
+            as the routers (or a `replay`) have it, and every layer exchanges its counts; an expert's home and its
+            replicas then share its tokens alike.
         on_shift: what to do where the record is not what the model would choose: as in `RuntimeOptions`.
+        transport: how tokens travel between the plan's nodes: as in `RuntimeOptions`. Outside of a batch they take one
+            hop.
 
     Raises: PlanError for a plan that moves experts, or is for another model, group or routing; InputError.
     """
     implementations = implementations_of(model)
     first = implementations[0]
-    groups, device = first.groups, collective_device(first.groups.experts)
-    comm, routed = groups.experts, None
+    groups, device = first.groups, first.groups.experts.device
+    comm, routed, options = groups.experts, None, RuntimeOptions(on_shift=on_shift, transport=transport)
     problem: ReLibraError | None = None
     try:
         if first.runner is not None:
@@ -104,17 +110,17 @@ def batch(
     groups.agree(problem, facts, device, "opening the batch")
     for each in (comm, groups.side, groups.host):
         each.gpus_per_node = plan.gpus_per_node
-        each.alarm = each.alarm or Alarm(comm.ranks)
-    loads = None
-    if routed is not None:
-        cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
-        loads = _planning(model, first, cluster).loads_of(plan, routed, None)
-    options, transport = RuntimeOptions(on_shift=on_shift), OneHop(comm, groups.host)
+    cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
+    name = _transport_name(model, first, cluster, options)
+    way = make_transport(name, groups, cluster, _shape_of(moe_layers(model), first))
+    comm.alarm = comm.alarm or Alarm(comm.ranks)
+    for each in groups.every:
+        each.alarm = comm.alarm
+    loads = None if routed is None else _planning(model, first, cluster, name).loads_of(plan, routed, None)
     session = Session(options, comm.ledger)
-    runner = ModelRunner(LiveRouting(transport, plan.home, options), model)
+    runner = ModelRunner(LiveRouting(way, plan.home, options), model)
     store = ExpertStore(lambda layer: _weights_of(implementations[layer]), len(implementations), None, device)
-    opened = OpenBatch(session, groups, plan, loads, routed, store, transport)
-    assert comm.alarm is not None
+    opened = OpenBatch(session, groups, plan, loads, routed, store, way)
     comm.alarm.begin()
     for layer, implementation in enumerate(implementations):
         implementation.runner, implementation.layer = runner, layer
@@ -177,15 +183,20 @@ def _routed(
         return None, error
 
 
-def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec) -> Planning:
+def _transport_name(model: nn.Module, first: RelibraEP, cluster: ClusterSpec, options: RuntimeOptions) -> str:
+    return chosen_transport(options.transport, first.groups, cluster, _shape_of(moe_layers(model), first))
+
+
+def _planning(model: nn.Module, implementation: RelibraEP, cluster: ClusterSpec, transport: str) -> Planning:
     layers, groups = moe_layers(model), implementation.groups
     return Planning(
         lambda trace: check_trace_of_model(trace, layers),
         groups,
         cluster,
         "",
-        lambda: collective_device(groups.experts),
+        lambda: groups.experts.device,
         lambda: _shape_of(layers, implementation),
+        transport,
     )
 
 

@@ -76,7 +76,11 @@ class RoutingRecord:
         )
 
     def _told_from_padding(self, wanted: int | None) -> list[FedSequence]:
-        """All sequences, or all but those of one token at the end of a packed row, which padding looks like."""
+        """The sequences without those of one token at the end of a packed row, which padding looks like.
+
+        Args:
+            wanted: how many sequences there are, where `token_ids` says so: all of them stay if it says that many.
+        """
         surely = [sequence for sequence in self._sequences if not sequence.perhaps_padding]
         left_out = len(self._sequences) - len(surely)
         if wanted == len(self._sequences):
@@ -180,7 +184,7 @@ class RoutingRecord:
         self._columns.select(rows)
 
     def _close(self) -> None:
-        """Let go of the cache, as it is now."""
+        """Follow the cache no further; what it holds now counts."""
         if self._sequences:
             self._cut_to_cache(True)
         self._follow(None)

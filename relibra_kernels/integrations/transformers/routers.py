@@ -56,7 +56,7 @@ class _ReplacedForward:
         self._restore_if_unused()
 
     def use_in_backward(self) -> None:
-        """Until the backward that runs now is over."""
+        """Stay in place until the backward that runs now is over."""
         task = backward_task()
         if task is not None and task not in self._backwards:
             self._backwards.add(task)
@@ -104,7 +104,7 @@ class _ReplacedForward:
         if alignment is not None and mode.live is not None and mode.keep_live:
             alignment.compare(layer, mode.live, recorded_TK)
             if not alignment.judged_later and layer + 1 == min(LAYERS, len(owner.layer_of_router)):
-                alignment.judge("the trace")
+                alignment.judge()
         return out
 
     def _feeder(self) -> tuple[Feeder, Any] | None:

@@ -14,7 +14,7 @@ class Alarm:
     """A message board in the store of the process group. The same object on every rank must be made in the same order.
 
     Args:
-        ranks: of the default group, that listen to each other.
+        ranks: those that listen to each other, numbered as in the default group.
     """
 
     def __init__(self, ranks: Sequence[int]):
@@ -24,7 +24,7 @@ class Alarm:
         self._store: dist.Store | None = None
 
     def begin(self) -> None:
-        """What was said before is over: all ranks go on to something new."""
+        """Begin a new board, on all ranks at once: what was said on the one before is not heard any more."""
         self._turn += 1
         store = dist.distributed_c10d._get_default_store()
         self._store = dist.PrefixStore(f"relibra-alarm-{self._ranks}-{self._run}-{self._turn}", store)

@@ -24,7 +24,7 @@ LISTEN = timedelta(seconds=1)  # between looks at whether another rank has stopp
 
 
 @dataclass
-class Progress:
+class CollectiveProgress:
     """How far a rank is in the collectives that all ranks come to in one order.
 
     `position`: (collectives begun, phase of the last one, whether the host waits for it). `last`: what a device waits
@@ -65,7 +65,7 @@ class Comm:
         self.gpus_per_node = gpus_per_node
         self.ledger = Ledger() if ledger is None else ledger
         self._name: tuple[int, int] = (self.rank, self.size) if part_of is None else part_of._name
-        self._progress: Progress = Progress() if part_of is None else part_of._progress
+        self._progress: CollectiveProgress = CollectiveProgress() if part_of is None else part_of._progress
         self.alarm: Alarm | None = None
         self._waits_on_host = dist.get_backend(group) == "gloo"  # with others, a stream waits and the host goes on
         self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))
@@ -78,6 +78,12 @@ class Comm:
         count, phase, waiting = self._progress.position
         last = self._progress.last
         return count, phase, waiting or (last is not None and not last.is_completed())
+
+    @property
+    def device(self) -> torch.device:
+        """Where collectives of this group want their tensors."""
+        on_gpu = "nccl" in dist.get_backend(self.group)
+        return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
     @property
     def bytes_sent(self) -> Counter[tuple[str, str]]:
@@ -95,15 +101,15 @@ class Comm:
         self.is_over(phase)
 
     def begins(self, phase: str) -> None:
-        """The host begins a collective, or to wait for one."""
+        """Note for the watchdog: the host begins a collective, or to wait for one."""
         self._progress.position = (self._progress.position[0] + 1, phase, True)
 
     def is_over(self, phase: str) -> None:
-        """And has done so."""
+        """Note for the watchdog: what `begins` noted is over."""
         self._progress.position = (self._progress.position[0], phase, False)
 
     def failure(self, error: RuntimeError, phase: str) -> RuntimeError | CommunicationError:
-        """What to raise for what gloo and NCCL raise."""
+        """The library's error for one that gloo or NCCL raised."""
         if isinstance(error, torch.OutOfMemoryError):
             return error
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -114,7 +120,7 @@ class Comm:
         )
 
     def wait(self, work: dist.Work, patience: float | None = None) -> None:
-        """Until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
+        """Wait until the collective is over, or another rank has said that it stops. On GPUs the current stream waits.
 
         Args:
             patience: seconds that the host waits at most for ranks that have not begun it; None: until the process
@@ -147,8 +153,17 @@ class Comm:
                         f"rank {self._name[0]} has waited {patience:g} s for rank {', '.join(map(str, missing))}"
                     )
 
+    def warm(self) -> None:
+        """Exchange a byte with every rank: what connects them is made now, and not in the first layer. Collective."""
+        if self.size == 1:
+            return
+        byte_R = torch.zeros(self.size, dtype=torch.uint8, device=self.device)
+        with self.during("connecting the ranks of a process group"):
+            each = [1] * self.size
+            self.wait(dist.all_to_all_single(byte_R.clone(), byte_R, each, each, group=self.group, async_op=True))
+
     def _missing(self) -> list[int]:
-        """Say in the store that this rank waits in the collective that it has begun last; who has not said so."""
+        """Write to the store that this rank waits in its last collective; return the ranks that have not written so."""
         default = dist.distributed_c10d._get_default_store()
         store = dist.PrefixStore(f"relibra-waiting-{self.ranks}-{self._serial}-{self._progress.position[0]}", default)
         store.set(str(self.rank), "")
@@ -203,11 +218,9 @@ class Comm:
         local = torch.from_numpy(np.ascontiguousarray(array)).to(device)
         return self.gather_tensors(local, phase).cpu().numpy()
 
-    def gather_tensors(self, local: Tensor, phase: str, kind: str | None = None) -> Tensor:
-        """The same-shaped tensor of every rank, stacked: [R, ...]. Counted where it has a kind."""
+    def gather_tensors(self, local: Tensor, phase: str) -> Tensor:
+        """The same-shaped tensor of every rank, stacked: [R, ...]."""
         everyone = local.new_empty((self.size, *local.shape))
-        if kind is not None:
-            self._count(kind, [1] * self.size, local.numel() * local.element_size())
         with self.during(phase):
             work = dist.all_gather(list(everyone.unbind(0)), local.contiguous(), group=self.group, async_op=True)
             self.wait(work)

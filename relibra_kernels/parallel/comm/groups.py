@@ -1,6 +1,7 @@
 """The process groups of a run: one for the experts, one beside it for replicas, and those that hold copies."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -52,7 +53,7 @@ class Groups:
         copies: groups of ranks that own the same experts; none where there is one expert-parallel group.
         node, rail: parts of the expert-parallel group, there after `split`: this rank's node, and the ranks of the same
             place on every node.
-        all: the groups over which, one after another, something is reduced over all ranks.
+        all: the groups to reduce over, one after the other, for a sum over all ranks.
         copy: which of the expert-parallel groups this rank is in.
     """
 
@@ -92,26 +93,33 @@ class Groups:
         self.all = [self.experts, *self.copies]
         self.copy = self.copies[0].rank if self.copies else 0
         self.shape = tuple(comm.size for comm in self.all)
+        for comm in self.every:
+            comm.warm()
 
     def split(self) -> tuple[Comm, Comm]:
-        """(node, rail), made by all ranks at once."""
-        if self.node is None or self.rail is None:
-            experts, per_node = self.experts, self.experts.gpus_per_node
+        """Make the groups `node` and `rail` and return them. All ranks must call this at once.
+
+        They are made again where a node has another number of ranks than before.
+        """
+        experts, per_node = self.experts, self.experts.gpus_per_node
+        if self.node is None or self.rail is None or self.node.size != per_node:
             node, place = divmod(experts.rank, per_node)
             inside = self._new_group("node", None, experts.ranks[node * per_node :][:per_node])
             across = self._new_group("rail", None, experts.ranks[place::per_node])
             self.node = Comm(inside, per_node, experts.ledger, part_of=experts)
             self.rail = Comm(across, 1, experts.ledger, part_of=experts)
+            self.node.warm()
+            self.rail.warm()
         return self.node, self.rail
 
     @property
     def every(self) -> list[Comm]:
-        """All groups over which something travels."""
+        """Every group over which anything is sent."""
         split = [comm for comm in (self.node, self.rail) if comm is not None]
         return [self.experts, self.side, self.host, *split, *self.copies]
 
     def _new_group(self, purpose: str, backend: str | None, ranks: Sequence[int] = ()) -> dist.ProcessGroup:
-        """A group, which runs of one process after another share: groups cost threads and files.
+        """A process group for `purpose`. Later runs in this process get the same one: a group costs threads and files.
 
         Args:
             ranks: of the default group; none: those of the expert-parallel group.
@@ -152,7 +160,7 @@ class Groups:
         *,
         of_copies: dict[str, int] | None = None,
     ) -> bool:
-        """`Comm.agree` over all ranks: what any of them refuses, none goes on from. Collective.
+        """`Comm.agree` over all ranks: where one of them refuses, all raise. Collective.
 
         Args:
             own: facts that only the ranks of one expert-parallel group share.
@@ -173,6 +181,16 @@ class Groups:
         if problem is not None:
             raise problem
         return flag
+
+    @contextmanager
+    def agreeing(self, device: torch.device, what: str) -> Iterator[None]:
+        """Where the block raises a ReLibraError on one rank, all ranks raise at its end. Collective there."""
+        problem = None
+        try:
+            yield
+        except ReLibraError as error:
+            problem = error
+        self.agree(problem, {}, device, what)
 
     def gather_over_copies(self, array: np.ndarray, device: torch.device) -> np.ndarray:
         """The same-shaped array of every expert-parallel group, stacked."""

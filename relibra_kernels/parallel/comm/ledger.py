@@ -16,7 +16,7 @@ class Ledger:
     """Counters that the runtime writes as it goes.
 
     On CUDA, seconds are those between two events of the current stream, read only when asked for; elsewhere those of
-    the host's clock. Those of layers are taken in some passes over micro-batches only, and stand for all of them.
+    the host's clock. Layers are timed in some micro-batches only, whose seconds stand for all of them.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class Ledger:
         return _shown(self._of_batch.span(part, device), part)
 
     def layer_span(self, part: str, device: torch.device, timed: bool) -> AbstractContextManager[None]:
-        """The same within a layer, if its pass is timed."""
+        """As `span`, for a part of a layer; its seconds count only where the micro-batch is timed."""
         if not timed and not torch.autograd._profiler_enabled():
             return _NOTHING
         return _shown(self._of_layers.span(part, device) if timed else _NOTHING, part)
@@ -45,7 +45,7 @@ class Ledger:
 
     @property
     def layers_timed(self) -> bool:
-        """Whether any pass of the batch was."""
+        """Whether layers were timed in any micro-batch of the batch."""
         return self._timed > 0
 
     def seconds(self) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Factor:
         return tensor.view(tensor.shape[0], -1, experts).permute(2, 0, 1)
 
     def whole(self, by_expert: Tensor) -> Tensor:
-        """The other way round, for any number of experts."""
+        """The opposite of `by_expert`: a tensor of the parameter's shape, for any number of experts."""
         return by_expert.flatten(0, 1) if self.is_first else by_expert.permute(1, 2, 0).flatten(1)
 
 
@@ -95,9 +95,10 @@ def adapted_weights(experts: ReplicatedExperts) -> ExpertWeights:
 
 
 def adapter_rank(experts: ReplicatedExperts) -> int:
-    """What a plan is priced for: the rank of adapters of all projections of as many elements, rounded up.
+    """The adapter rank that a plan is priced for.
 
-    0 where the weights are trained, or nothing is.
+    It is the rank at which adapters of both projections would have as many elements as the trained factors have,
+    rounded up. 0 where the weights themselves are trained, or nothing is.
     """
     weights = adapted_weights(experts)
     pairs = ((weights.gate_up_left, weights.gate_up_right), (weights.down_left, weights.down_right))
@@ -110,7 +111,7 @@ def adapter_rank(experts: ReplicatedExperts) -> int:
 
 
 def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]:
-    """(wrapper, adapter) of what is added to a parameter in a forward."""
+    """(PEFT wrapper, name) of each adapter that a forward adds to this parameter."""
     found = []
     for wrapper in {id(factor.wrapper): factor.wrapper for factor in experts.adapters}.values():
         if wrapper.parameter_name == attribute and not wrapper.disable_adapters and not wrapper.merged:
@@ -119,7 +120,8 @@ def _active(experts: ReplicatedExperts, attribute: str) -> list[tuple[Any, str]]
 
 
 def _keeps_factors(active: list[tuple[Any, str]]) -> bool:
-    """Whether a forward has the factors themselves (`nn.adapted`): PEFT 0.21 adds up what else there is."""
+    """Whether a forward computes with the factors themselves (`nn.adapted`). In other cases PEFT 0.21 adds the
+    adapters to the weights first."""
     return len(active) == 1 and active[0][0].num_experts > 1 and hasattr(active[0][0], "get_delta_factors")
 
 
@@ -134,14 +136,14 @@ def _delta(wrapper: Any, adapter: str) -> Tensor:
 
 
 class LateGradients:
-    """Gradients of what adapters give that arrive after the backwards of a batch, and go on to the adapters."""
+    """Gradients that replicas return when the batch closes, passed on to the adapters whose weights they are of."""
 
     def __init__(self) -> None:
         self._arrived: list[tuple[Callable[[], Sequence[Tensor]], list[Tensor]]] = []
         self._of_weights: list[tuple[nn.Parameter, Tensor]] = []
 
     def buffers(self, experts: ReplicatedExperts, own: ExpertWeights) -> ExpertWeights:
-        """Buffers to add gradients `[E/R, ...]` to: the parameters' own, and new ones for what adapters give."""
+        """Buffers that gradients `[E/R, ...]` are added to: those in `own`, and new ones for weights with adapters."""
         for name in _WEIGHTS:
             attribute = experts.parameter_names[name]
             active, parameter = _active(experts, attribute), getattr(experts, attribute)

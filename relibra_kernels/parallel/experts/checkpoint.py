@@ -122,15 +122,10 @@ def save(
     """
     target, device = Path(path), device_of(layers)
     partial = target.with_name(target.name + ".partial")
-    state: dict[str, Any] = {}
-    problem: ReLibraError | None = None
-    try:
+    with groups.agreeing(device, f"saving {target}"):
         if target.exists():
             raise InputError(f"{target} exists already; a checkpoint is never overwritten")
         state = training_state(model, layers, home_LE, groups.experts, optimizer)
-    except ReLibraError as error:
-        problem = error
-    groups.agree(problem, {}, device, f"saving {target}")
 
     def clear() -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -156,22 +151,17 @@ def load(
     """
     target = Path(path)
     is_new = optimizer is not None and not optimizer.state
-    state: dict[str, Any] = {}
-    problem: ReLibraError | None = None
     try:
-        if not (target / ".metadata").is_file():
-            raise FormatError(f"{target} is no checkpoint: it has no .metadata")
-        known = _names_in(target)
-        if optimizer is not None:
-            make_optimizer_state(optimizer)
-        state = training_state(model, layers, home_LE, groups.experts, optimizer)
-        missing = [name for name in state if name not in known]
-        if missing:
-            raise FormatError(f"{target} lacks {missing[0]} and {len(missing) - 1} more of this model and optimizer")
-    except ReLibraError as error:
-        problem = error
-    try:
-        groups.agree(problem, {}, device_of(layers), f"loading {target}")
+        with groups.agreeing(device_of(layers), f"loading {target}"):
+            if not (target / ".metadata").is_file():
+                raise FormatError(f"{target} is no checkpoint: it has no .metadata")
+            known = _names_in(target)
+            if optimizer is not None:
+                make_optimizer_state(optimizer)
+            state = training_state(model, layers, home_LE, groups.experts, optimizer)
+            lacks = [name for name in state if name not in known]
+            if lacks:
+                raise FormatError(f"{target} lacks {lacks[0]} and {len(lacks) - 1} more of this model and optimizer")
     except ReLibraError:
         if optimizer is not None and is_new:
             optimizer.state.clear()  # which was made to be filled
@@ -212,10 +202,9 @@ def _names_in(checkpoint: Path) -> Collection[str]:
 
 def _on_first_rank(step: Callable[[], object], groups: Groups, device: torch.device, what: str) -> None:
     """One rank does it; all go on when it is done, or none where it cannot be. Collective."""
-    problem = None
-    if all(comm.rank == 0 for comm in groups.all):
-        try:
-            step()
-        except OSError as error:
-            problem = FormatError(f"{what} failed: {error}")
-    groups.agree(problem, {}, device, what)
+    with groups.agreeing(device, what):
+        if all(comm.rank == 0 for comm in groups.all):
+            try:
+                step()
+            except OSError as error:
+                raise FormatError(f"{what} failed: {error}") from error

@@ -101,7 +101,7 @@ class Writer:
         self._size, self._total = self._size + size, self._total + size
 
     def finish(self, like: Path | None, model: nn.Module, failed: bool) -> None:
-        """Everything is there: rename files and folder. Where something failed, leave nothing."""
+        """Rename files and folder into place once everything is written. Where something failed, leave nothing."""
         if failed:
             shutil.rmtree(self._folder, ignore_errors=True)
             return

@@ -132,6 +132,6 @@ class KeptReplicas:
         self._gradients.clear()
 
     def close(self) -> None:
-        """Let go of the memory: what was fetched is out of date after the batch."""
+        """Free the memory: the weights that were fetched are out of date after the batch."""
         self._weights.clear()
         self._gradients.clear()

@@ -1,6 +1,6 @@
 """Experts in logical order [E, ...], whatever the placement: gathered, or as a checkpoint sees them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -33,26 +33,35 @@ def logical_tensors(
     home_LE: np.ndarray,
     comm: Comm,
     tensor_of: Callable[[nn.Parameter], Tensor | None],
+    names: Container[str] | None = None,
 ) -> Iterator[tuple[str, Tensor | None]]:
-    """`tensor_of` every parameter under its name in the whole model, one gathered at a time. Collective."""
+    """(name in the whole model, `tensor_of(parameter)`) of every parameter, gathered one at a time. Collective.
+
+    Args:
+        names: of those that are wanted; None: all.
+    """
     layer_of, factors = layer_of_parameter(layers), factor_of_parameter(layers)
-    for name, parameter in model.named_parameters():
+
+    def whole(name: str, parameter: nn.Parameter) -> Tensor | None:
         tensor = tensor_of(parameter)
         if isinstance(tensor, DTensor):
             tensor = tensor.full_tensor()
         if tensor is None or id(parameter) not in layer_of:
-            yield name, tensor
-            continue
+            return tensor
         factor = factors.get(id(parameter))
         rows = tensor if factor is None else factor.by_expert(tensor).contiguous()
-        whole = gather_experts(rows, home_LE[layer_of[id(parameter)]], comm, f"gathering {name}")
-        yield name, whole if factor is None else factor.whole(whole)
+        gathered = gather_experts(rows, home_LE[layer_of[id(parameter)]], comm, f"gathering {name}")
+        return gathered if factor is None else factor.whole(gathered)
+
+    for name, parameter in model.named_parameters():
+        if names is None or name in names:
+            yield name, whole(name, parameter)  # of which nothing is left here when the next is gathered
 
 
 def gather_experts(rows: Tensor, home_E: np.ndarray, comm: Comm, phase: str) -> Tensor:
     """[E, ...] from the rows of every rank's home slots, some slots of all ranks at a time. Collective.
 
-    Beside what is returned it takes an eighth of that, or one expert of each rank.
+    It takes an eighth of the result's memory besides, or one expert of each rank.
     """
     whole = rows.new_empty((len(home_E), *rows.shape[1:]))
     row_of_expert = _row_of_expert(home_E, len(rows))

@@ -1,4 +1,4 @@
-"""Inter-batch reordering: experts move to the rank that the next plan calls their home, with everything that is theirs.
+"""Inter-batch reordering: experts move, with all tensors of theirs, to the rank that is their home in the next plan.
 
 What moves for each expert is one row of every tensor that has the shape of the expert parameter: the weights, an fp32
 master, the optimizer's moments, gradients that are still held. Layer by layer: the rows that arrive are staged, every
@@ -24,8 +24,8 @@ def expert_tensors(parameter: Parameter, name: str, optimizer: torch.optim.Optim
     """Every tensor that belongs to the experts of `parameter` [E/R, ...], by name, in a fixed order.
 
     Of a sharded tensor (DTensor), this rank's part of every expert.
-    Raises: InputError for optimizer state that is neither of the parameter's shape nor a single number, since it cannot
-        be split by expert.
+    Raises: InputError for optimizer state that is neither of the parameter's shape nor a single number, and for tensors
+        of a kind of their own (of 8-bit optimizers), since they cannot be split by expert.
     """
     tensors = _of_parameter(parameter, name, optimizer)
     master = getattr(parameter, "main_param", None)
@@ -36,7 +36,7 @@ def expert_tensors(parameter: Parameter, name: str, optimizer: torch.optim.Optim
                 f"{tuple(parameter.shape)}, otherwise it cannot move with an expert"
             )
         tensors.update(_of_parameter(master, f"{name}.main_param", optimizer))
-    return {key: local_experts(key, tensor) for key, tensor in tensors.items()}
+    return {key: _plain(key, local_experts(key, tensor)) for key, tensor in tensors.items()}
 
 
 def move_layers(
@@ -45,7 +45,7 @@ def move_layers(
     """Move every layer's experts to `new_home_LE`; `home_LE`, in place, says which layers have moved. Collective."""
     with comm.ledger.span("migration", device):
         for layer, of_layer in enumerate(tensors):
-            move_experts(comm, of_layer, home_LE[layer], new_home_LE[layer], f"layer {layer}")
+            move_experts(comm, of_layer, home_LE[layer], new_home_LE[layer], f"layer {layer}", device)
             home_LE[layer] = new_home_LE[layer]
 
 
@@ -65,7 +65,7 @@ def spread_state(
     tensors: Sequence[dict[str, Tensor]],
     moves_LE: np.ndarray,
 ) -> Iterator[None]:
-    """Within, `tensors` of layers of which an expert moves have the spread state too. Collective over the copies.
+    """Within, `tensors` of layers in which experts move have the spread state too. Collective over the copies.
 
     Args:
         gather: of an optimizer that spreads its state. parameters: of every layer, by name.
@@ -83,12 +83,15 @@ def spread_state(
 
 
 def move_experts(
-    comm: Comm, tensors: dict[str, Tensor], old_home: np.ndarray, new_home: np.ndarray, where: str
+    comm: Comm, tensors: dict[str, Tensor], old_home: np.ndarray, new_home: np.ndarray, where: str, device: torch.device
 ) -> None:
     """Move one layer's experts from `old_home` [E] to `new_home` [E], in place in every tensor [E/R, ...]. Collective.
 
     Home slots hold a rank's experts in ascending order, before and after. Every rank must bring the same tensors, by
     name.
+
+    Args:
+        device: rows travel on it, also those of tensors that are elsewhere: optimizer state that is offloaded.
     """
     if np.array_equal(old_home, new_home):
         return
@@ -109,8 +112,10 @@ def move_experts(
     staged = {}
     for name, tensor in tensors.items():
         send = tensor.detach().index_select(0, torch.from_numpy(send_slots).to(tensor.device))
-        staged[name] = comm.exchange(send, send_counts, receive_counts, "migration", f"{where}, moving {name}")
-    confirmed = torch.ones(1, device=next(iter(tensors.values())).device)
+        phase = f"{where}, moving {name}"
+        arrived = comm.exchange(send.to(device), send_counts, receive_counts, "migration", phase)
+        staged[name] = arrived.to(tensor.device)
+    confirmed = torch.ones(1, device=device)
     comm.all_reduce(confirmed, f"{where}, confirming")
     for name, tensor in tensors.items():
         if len(before) == len(after) == slots:
@@ -121,7 +126,7 @@ def move_experts(
 
 @torch.no_grad()
 def _refill_rows(tensor: Tensor, arrivals: Tensor, source: list[int]) -> None:
-    """The same where a slot is empty before or after: an empty slot is zeros."""
+    """As `_reorder_rows`, where a slot is empty before or after: an empty slot is zeros."""
     rows = torch.cat([tensor, arrivals])[source]
     tensor[: len(source)] = rows
     tensor[len(source) :] = 0
@@ -164,6 +169,15 @@ def _of_parameter(parameter: Tensor, name: str, optimizer: torch.optim.Optimizer
             )
         tensors[f"{name}.{key}"] = value
     return tensors
+
+
+def _plain(name: str, tensor: Tensor) -> Tensor:
+    if type(tensor) not in (Tensor, Parameter):
+        raise InputError(
+            f"{name} is a {type(tensor).__name__}: it must be a plain tensor, otherwise its rows cannot move with an "
+            "expert"
+        )
+    return tensor
 
 
 def local_experts(name: str, tensor: Tensor) -> Tensor:

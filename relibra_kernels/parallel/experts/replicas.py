@@ -205,14 +205,14 @@ class ReplicaPushes:
         return replicas
 
     def finish(self) -> None:
-        """Wait for what was begun in vain; let go of everything."""
+        """Wait for pushes that nobody took, and drop all that is held."""
         for push in self._begun.values():
             push.wait()
         self._begun.clear()
         self.close()
 
     def close(self) -> None:
-        """Let go of what has arrived, also where the batch failed; what is still on its way is still written to."""
+        """Drop what has arrived, also where the batch failed. A push that is still under way keeps its buffer."""
         self._held.clear()
 
 

@@ -1,6 +1,7 @@
 """Rows that have arrived on this rank and are computed together."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +28,12 @@ class Group:
     columns: Tensor | None
     top_k: int
 
+    def of_slots(self, num_slots: int) -> "Group":
+        """The same where only the first slots are of any use: the others have no rows."""
+        if num_slots == self.schedule.num_slots:
+            return self
+        return replace(self, schedule=replace(self.schedule, slot_offsets=self.schedule.slot_offsets[: num_slots + 1]))
+
     def pick(self, values_RK: Tensor) -> Tensor:
         """[rows, K] -> [rows, places]."""
         return values_RK if self.columns is None else values_RK.gather(1, self.columns)
@@ -38,17 +45,21 @@ class Group:
         return values_RP.new_zeros(len(values_RP), self.top_k).scatter_(1, self.columns, values_RP)
 
 
-def make_group(slots_RK: Tensor, num_slots: int, places: int, assignments: int) -> Group:
+def make_groups(
+    slots_RK: Tensor, rows: Sequence[int], num_slots: int, places: int, assignments: Sequence[int]
+) -> list[Group]:
     """From the slot of each row's choices, int16, -1 where a choice is on another rank.
 
-    Args: places, assignments: as in `Sizes`.
+    Args:
+        rows: of each group, one after another. assignments: of each, and places, as in `Sizes`.
     """
     top_k = slots_RK.shape[1]
-    columns = None
+    columns: Sequence[Tensor | None] = [None] * len(rows)
     if places < top_k and slots_RK.device.type == "cpu":
-        columns = (slots_RK < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :places]
-        slots_RK = slots_RK.gather(1, columns)
-    return Group(ops.build_schedule(slots_RK.contiguous(), num_slots, num_rows=assignments), columns, top_k)
+        packed = (slots_RK < 0).to(torch.uint8).argsort(dim=1, stable=True)[:, :places]
+        slots_RK, columns = slots_RK.gather(1, packed), packed.split(list(rows))
+    schedules = ops.build_schedules(slots_RK.contiguous(), rows, num_slots, assignments)
+    return [Group(schedule, of_rows, top_k) for schedule, of_rows in zip(schedules, columns, strict=True)]
 
 
 @dataclass
@@ -69,15 +80,16 @@ class Chunks:
     Args:
         num_slots: slots of this rank that rows may visit.
         in_two: rows of this rank, or node, are a chunk of their own, before the others.
+        groups: of the chunks, where they are known before the rows arrive.
 
     Attributes:
         groups: of each chunk, once it has arrived.
     """
 
-    def __init__(self, num_slots: int, sizes: Sizes, in_two: bool):
+    def __init__(self, num_slots: int, sizes: Sizes, in_two: bool, groups: Mapping[int, Group] | None = None):
         self._num_slots, self._places = num_slots, sizes.places
-        self._assignments = sizes.assignments if in_two else (sum(sizes.assignments),)
-        self.groups: dict[int, Group] = {}
+        self._assignments = sizes.of_chunks(in_two)
+        self.groups = {index: group.of_slots(num_slots) for index, group in (groups or {}).items()}
 
     @property
     def assignments(self) -> int:
@@ -88,6 +100,7 @@ class Chunks:
         """Take received payload rows apart."""
         x, weights, slots = ops.unpack_payload(rows, layout)
         if index not in self.groups:
-            self.groups[index] = make_group(slots, self._num_slots, self._places, self._assignments[index])
+            assignments = [self._assignments[index]]
+            self.groups[index] = make_groups(slots, [len(slots)], self._num_slots, self._places, assignments)[0]
         group = self.groups[index]
         return Chunk(group, x, group.pick(weights))

@@ -56,7 +56,7 @@ def splits_of_source(plan: BatchPlan, loads_LMRE: np.ndarray, micro_batch: int, 
 def shares_of_experts(plan: BatchPlan, loads_LMRE: np.ndarray | None, layer: int, micro_batch: int) -> np.ndarray:
     """int64 [E, R]: what each rank computes of each expert under the plan; an expert without load is all at home.
 
-    Where the loads are not known, all copies of an expert share alike.
+    Where the loads are not known, an expert's home and its replicas share alike.
     """
     shares = np.zeros((plan.num_experts, plan.num_ranks), np.int64)
     replicas, quota = plan.replicas[layer, micro_batch], plan.quota[layer, micro_batch]
@@ -87,7 +87,7 @@ class Placements:
         return slots_of_experts(self._plan, self._homes, micro_batch)
 
     def share(self, ids_TK: Tensor, layer: int, micro_batch: int) -> Destinations:
-        """Where assignments go that no split was made for: to the copies there are, by their shares. -1: nowhere."""
+        """Where assignments without a split go: to the expert's home and replicas, by their shares. -1: nowhere."""
         shares = upload(shares_of_experts(self._plan, self._loads, layer, micro_batch), self._device)
         slots = upload(
             slots_of_experts(self._plan, self._homes[layer : layer + 1], micro_batch, layer)[0], self._device
@@ -117,7 +117,7 @@ def planned_destinations(ids_LTK: Tensor, split_LER: Tensor, slot_LER: Tensor, n
 
 
 def shared_destinations(ids_TK: Tensor, share_ER: Tensor, slot_ER: Tensor) -> Destinations:
-    """Assignments that no split was made for: every expert's are dealt out to its copies by their shares.
+    """Where assignments without a split go: each expert's are dealt out to its home and replicas by their shares.
 
     Args:
         ids_TK: int64, -1 where a choice goes nowhere. share_ER: int64, from `shares_of_experts`.

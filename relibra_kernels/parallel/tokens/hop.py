@@ -26,16 +26,16 @@ class Flight(NamedTuple):
     rows: Rows
 
     def own(self) -> Tensor:
-        """Those that stay: they are there at once."""
+        """The rows that stay on this rank. They are there at once."""
         return self.rows.here[self.rows.come.shape[0] :]
 
     def others(self) -> Tensor:
-        """Those of other ranks, in the order of ranks."""
+        """Wait for the rows of other ranks: in the order of ranks."""
         self.exchange.wait()
         return self.rows.come
 
     def all(self) -> Tensor:
-        """Those of other ranks, then those that stay."""
+        """Wait for all rows: those of other ranks, then those that stay."""
         self.exchange.wait()
         return self.rows.here
 
@@ -71,7 +71,7 @@ class Hop:
             self._rows("combined", _layout(hidden, self._top_k, out, gates, False)[1], torch.uint8)
 
     def layout(self, x_TH: Tensor, weights_TK: Tensor) -> PayloadLayout:
-        """Of the payload in which these travel."""
+        """The layout of the payload in which these tokens travel."""
         weights_dtype = torch.promote_types(weights_TK.dtype, torch.float32)
         return _layout(x_TH.shape[1], self._top_k, x_TH.dtype, weights_dtype, True)[0]
 
@@ -85,7 +85,7 @@ class Hop:
         return self._fly(rows, kind)
 
     def dispatch_rows(self, rows_TH: Tensor, kind: str) -> Flight:
-        """The same for rows alone, whose slots and gate weights are there already."""
+        """Begin to send rows alone: their slots and gate weights are at the receivers already."""
         rows = self._rows("rows", rows_TH.shape[1], rows_TH.dtype)
         torch.index_select(rows_TH, 0, self._tables.token_of, out=rows.sent)
         return self._fly(rows, kind)
@@ -102,7 +102,7 @@ class Hop:
         return self._combined.here.shape[1], self._combined.here.dtype
 
     def combine(self, kind: str, out_TH: Tensor | None = None) -> Tensor:
-        """What was written to `room` back to its tokens and added up, in the order of k: [T, H]."""
+        """Send what was written to `room` back to its tokens, where it is added up in the order of k: [T, H]."""
         rows, self._combined = self._combined, None
         assert rows is not None
         self._back(rows, kind)
@@ -111,7 +111,7 @@ class Hop:
     def combine_gradients(
         self, parts: Sequence[tuple[Tensor, Tensor]], kind: str, weights_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """(gradients of rows [rows, H], of their gate weights [rows, K]) back and added up: [T, H] and [T, K].
+        """Send the gradients of rows and of their gate weights back to the tokens, added up there: [T, H] and [T, K].
 
         Args:
             parts: one after another they are the rows that came, then those that stayed.
@@ -156,7 +156,7 @@ def rows_of_hop(sizes: HopSizes, rank: int) -> int:
 def buffer_bytes(
     rows: int, hidden: int, top_k: int, dtype: torch.dtype, out: torch.dtype, *, redispatch: bool
 ) -> dict[str, int]:
-    """What a hop takes for so many rows of `hidden` elements, by the buffer's name; partial sums are `out`.
+    """Bytes of each buffer, by its name, that a hop of so many rows of `hidden` elements needs. Partial sums are `out`.
 
     Gate weights travel in fp32, or in float64 beside float64.
     """

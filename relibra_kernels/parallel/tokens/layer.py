@@ -105,7 +105,7 @@ class LayerSite:
         return GradientReturn(self.pushes.comm, pushed, replica_grad.map(lambda grad: grad[:arrivals]), phase)
 
     def finish_return(self, going_home: GradientReturn, home_grad: ExpertWeights) -> None:
-        """What came back of pushed replicas is added to the gradients of the homes, and of kept replicas sent on."""
+        """Add what came back of pushed replicas to the gradients of the homes or kept replicas that sent them."""
         assert self.replicas is not None and self.kept is not None
         sends_kept = self.replicas.pushed.sends_kept
         going_home.finish(home_grad, self.kept.gradients(self.layer, home_grad) if sends_kept else None)
@@ -224,7 +224,7 @@ class ExpertParallelMLP(torch.autograd.Function):
 
 
 def as_gates(weights_TK: Tensor, dtype: torch.dtype) -> Tensor:
-    """Gate weights that travel in fp32, or in float64 beside rows of float64."""
+    """The gate weights in the dtype in which they travel: fp32, or float64 beside rows of float64."""
     wide = torch.promote_types(dtype, torch.float32)
     return weights_TK if torch.promote_types(weights_TK.dtype, torch.float32) == wide else weights_TK.to(wide)
 

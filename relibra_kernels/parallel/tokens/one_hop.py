@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..comm.collectives import Comm
+from .arrivals import Arrivals, chunks_of_layers, exchange_slots, groups_of_layers
 from .buffers import Buffers
 from .chunks import Chunk, Chunks, Group
 from .destinations import Destinations
@@ -49,9 +50,26 @@ class OneHop:
     def hops(self, sizes: Sizes, _overlap: bool) -> list[tuple[str, int]]:
         return [("", rows_of_hop(sizes.hops[0], self._experts.rank))]
 
-    def path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> "OneHopPath":
+    def arrivals(
+        self, tables: SendTables, sizes: Sequence[Sizes], num_slots: int, overlap: bool, what: str
+    ) -> list[Arrivals]:
+        hops = [of_layer.hops[0] for of_layer in sizes]
+        slots = exchange_slots(self._experts, tables, hops, what)
+        chunks = chunks_of_layers(hops, self._experts.rank, overlap)
+        groups = groups_of_layers(slots, chunks, num_slots, sizes)
+        return [Arrivals(of_layer, {}) for of_layer in groups]
+
+    def path(
+        self,
+        tables: LayerTables,
+        sizes: Sizes,
+        num_slots: int,
+        where: str,
+        overlap: bool,
+        arrivals: Arrivals | None = None,
+    ) -> "OneHopPath":
         hop = Hop(self._experts, self.buffers, tables, sizes.hops[0], where)
-        return OneHopPath(hop, Chunks(num_slots, sizes, overlap), overlap)
+        return OneHopPath(hop, Chunks(num_slots, sizes, overlap, arrivals and arrivals.groups), overlap)
 
 
 class OneHopPath:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ...schedule import Schedule
+from ..comm.devices import upload
 from .destinations import Destinations
 
 CELLS = 1 << 25  # (layer, rank, token) cells that are looked at together: 9 bytes of memory each, on the way
@@ -50,17 +52,24 @@ class SendTables:
     offsets: Tensor
     counts: Tensor
 
-    def of_layers(self, hops: "Sequence[HopSizes]") -> list[LayerTables]:
-        """The tables of every layer, cut to the rows that it sends."""
+    def of_layers(self, hops: "Sequence[HopSizes]", tokens: Sequence[int] | None = None) -> list[LayerTables]:
+        """The tables of every layer, cut to the rows that it sends.
+
+        Args:
+            tokens: how many each has, where that differs.
+        """
         width = self.assignment_of.shape[1]
         sizes = [size for hop in hops for size in (sum(hop.send), width - sum(hop.send))]
         flat = self.assignment_of.flatten(), self.token_of.flatten(), self.slots.flatten(0, 1)
         assignment_of, token_of, slots = (table.split(sizes)[::2] for table in flat)
-        schedules = map(Schedule, self.offsets.unbind(), assignment_of, self.position_of.unbind())
+        positions: Sequence[Tensor] = self.position_of.unbind()
+        if tokens is not None:
+            positions = [table[:count] for table, count in zip(positions, tokens, strict=True)]
+        schedules = map(Schedule, self.offsets.unbind(), assignment_of, positions)
         return [LayerTables(*parts) for parts in zip(schedules, slots, token_of, strict=True)]
 
     def of_tokens(self, rows_T: Tensor, token_of_row: Tensor) -> "SendTables":
-        """The same for a model's input whose tokens are these rows.
+        """These tables by the tokens of the model's input instead of the rows of the trace.
 
         Args:
             rows_T: int64 [tokens], -1 for padding. token_of_row: int64 [rows + 1], the last one for row -1.
@@ -94,23 +103,23 @@ def send_tables(destinations: Destinations, num_ranks: int, rank: int) -> SendTa
 def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) -> SendTables:
     layers, tokens, top_k = rank_LTK.shape
     device, cells = rank_LTK.device, num_ranks * tokens
-    known = rank_LTK >= 0
-    place = torch.where(known & (rank_LTK < me), rank_LTK + 1, rank_LTK.masked_fill(rank_LTK == me, 0))
+    ranks = np.arange(num_ranks)
+    order = np.r_[np.where(ranks < me, ranks + 1, np.where(ranks == me, 0, ranks)), num_ranks]  # of -1: the last
+    place = upload(order, device)[rank_LTK]
     token = torch.arange(tokens, device=device)[:, None]
-    unknown = ~known
-    cell_LTK = (place * tokens + token).masked_fill(unknown, cells)
-    choices = _choices(cell_LTK, cells)
+    cell_LTK = place * tokens + token
+    choices = _choices(cell_LTK, cells + tokens)
     visited = choices > 0
     row_of_cell = visited.cumsum(1, dtype=torch.int32) - 1
     bound = tokens * min(top_k, num_ranks)
-    row_LTK = row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK).masked_fill(unknown, bound)
+    row_LTK = row_of_cell.gather(1, cell_LTK.flatten(1)).view_as(rank_LTK).clamp(max=bound)  # what goes nowhere is last
     earlier = torch.ones(top_k, top_k, dtype=torch.bool, device=device).tril(-1)
     again = ((place[..., :, None] == place[..., None, :]) & earlier).any(-1)
-    first = known & ~again
+    other = again | (place == num_ranks)  # choices with which no row goes
 
     choice = torch.arange(top_k, device=device)
     assignment_of = torch.zeros(layers, bound + 1, dtype=torch.int32, device=device)
-    sent_LA = torch.where(first, row_LTK, bound).flatten(1).long()
+    sent_LA = row_LTK.masked_fill(other, bound).flatten(1).long()
     assignment_of.scatter_(1, sent_LA, (token * top_k + choice).int().expand(layers, -1, -1).flatten(1))
     slots = torch.full((layers, (bound + 1) * top_k), -1, dtype=torch.int16, device=device)
     slots.scatter_(1, (row_LTK.long() * top_k + choice).flatten(1), slot_LTK.flatten(1))
@@ -123,29 +132,29 @@ def _send_tables(rank_LTK: Tensor, slot_LTK: Tensor, num_ranks: int, me: int) ->
         assignment_of=assignment_of,
         token_of=torch.div(assignment_of, top_k, rounding_mode="floor"),
         slots=slots.view(layers, bound + 1, top_k),
-        position_of=torch.where(first, row_LTK, -1).int(),
+        position_of=row_LTK.masked_fill(other, -1).int(),
         offsets=offsets,
         counts=by_rank.flatten(1),
     )
 
 
 def visits(rank_LTK: Tensor, num_ranks: int) -> Tensor:
-    """int32 [L, R, 3] of assignments to ranks, -1 where one goes nowhere: the counts of `SendTables`, nothing else."""
+    """int32 [L, R, 3]: `SendTables.counts` alone, from the rank of each assignment (-1: nowhere)."""
     layers, tokens, _ = rank_LTK.shape
     step = max(1, CELLS // max(1, num_ranks * tokens))
     parts = []
     for start in range(0, layers, step):
         part = rank_LTK[start : start + step]
         token = torch.arange(tokens, device=part.device)[:, None]
-        choices = _choices((part * tokens + token).masked_fill(part < 0, num_ranks * tokens), num_ranks * tokens)
-        parts.append(_counts(choices[:, :-1].view(len(part), num_ranks, tokens)))
+        choices = _choices(part % (num_ranks + 1) * tokens + token, (num_ranks + 1) * tokens)
+        parts.append(_counts(choices[:, : num_ranks * tokens].view(len(part), num_ranks, tokens)))
     return torch.cat(parts)
 
 
 def _choices(cell_LTK: Tensor, cells: int) -> Tensor:
-    """int32 [L, cells + 1]: how many assignments fall into each cell; the last one is for those that go nowhere."""
+    """int32 [L, cells]: how many assignments fall into each cell."""
     cell_LA = cell_LTK.flatten(1)
-    choices = torch.zeros(len(cell_LA), cells + 1, dtype=torch.int32, device=cell_LA.device)
+    choices = torch.zeros(len(cell_LA), cells, dtype=torch.int32, device=cell_LA.device)
     return choices.scatter_add_(1, cell_LA, torch.ones_like(cell_LA, dtype=torch.int32))
 
 
@@ -174,3 +183,7 @@ class Sizes:
     hops: tuple[HopSizes, ...]
     places: int
     assignments: tuple[int, int]
+
+    def of_chunks(self, in_two: bool) -> tuple[int, ...]:
+        """Assignments of every chunk: of two, or of one."""
+        return self.assignments if in_two else (sum(self.assignments),)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..comm.collectives import Comm
 from ..session import RuntimeOptions
+from .arrivals import Arrivals
 from .buffers import Buffers
 from .chunks import Chunk, Group
 from .destinations import Destinations
@@ -46,19 +47,18 @@ class TokenPath(Protocol):
         """Begin to send tokens, each with its gate weights. What arrives, as chunks to be waited for in turn."""
 
     def dispatch_rows(self, rows_TH: Tensor, kind: str) -> Sequence[Callable[[], Tensor]]:
-        """The same for rows alone: [rows, H] of every chunk, in the order of `dispatch`. They are good until the next
-        call."""
+        """Send rows alone: [rows, H] of every chunk, in the order of `dispatch`, valid until the next call."""
 
     def room(self, index: int, width: int, dtype: torch.dtype) -> Tensor:
         """Where to write the partial results [rows, width] of a chunk, once it has arrived."""
 
     def combine(self, kind: str) -> Tensor:
-        """The partial results of every chunk back to their tokens and added up: [T, H], in their dtype."""
+        """Send every chunk's partial results back to their tokens, added up there: [T, H], in their dtype."""
 
     def combine_gradients(
         self, partials: Sequence[tuple[Tensor, Tensor]], kind: str, weights_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]:
-        """The same for (gradients of rows [rows, H], of their gate weights [rows, K]): [T, H] and [T, K].
+        """As `combine`, of gradients of rows [rows, H] and of their gate weights [rows, K]: [T, H] and [T, K].
 
         Args:
             weights_dtype: of what is returned for the gate weights.
@@ -77,8 +77,10 @@ class Transport(Protocol):
     2. `messages` and `sizes`, on the host: `counts` of the tables have come down through pinned memory; what each rank
        must know of them travels between the hosts, in one all-to-all. A transport that exchanges counts by itself
        (DeepEP's notify) sends empty messages, but then its layers wait for the host, which a recorded layer must not.
-    3. `hops`, to make all memory before the first layer: none is allocated in one.
-    4. `path` of each, before the first layer too: then their methods, forward and backward, as often as activations are
+    3. `arrivals`, once what is sent and received is known: ranks tell each other's devices the slots of all rows of
+       all layers, so that no layer makes a table of what it receives. Nothing waits for it. A live layer leaves it out.
+    4. `hops`, to make all memory before the first layer: none is allocated in one.
+    5. `path` of each, before the first layer too: then their methods, forward and backward, as often as activations are
        recomputed.
 
     What must hold, and what tests/relibra_kernels/parallel asserts of each: a chunk has the rows of all tokens that
@@ -110,10 +112,28 @@ class Transport(Protocol):
     def sizes(self, counts_LC: np.ndarray, received: Sequence[np.ndarray]) -> list[Sizes]:
         """Of every layer, from this rank's counts and the messages of all ranks."""
 
+    def arrivals(
+        self, tables: SendTables, sizes: Sequence[Sizes], num_slots: int, overlap: bool, what: str
+    ) -> list[Arrivals]:
+        """What every layer receives. Collective.
+
+        Args:
+            num_slots: the most slots of this rank that rows may visit in a layer. overlap: as for `path`.
+            what: "micro-batch m", for errors.
+        """
+
     def hops(self, sizes: Sizes, overlap: bool) -> list[tuple[str, int]]:
         """The exchanges of a layer: what the names of its buffers begin with, and the rows that one holds."""
 
-    def path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> TokenPath:
+    def path(
+        self,
+        tables: LayerTables,
+        sizes: Sizes,
+        num_slots: int,
+        where: str,
+        overlap: bool,
+        arrivals: Arrivals | None = None,
+    ) -> TokenPath:
         """The way of the rows of a layer.
 
         Args:
@@ -121,6 +141,7 @@ class Transport(Protocol):
             num_slots: slots of this rank that rows may visit.
             where: "layer l, micro-batch m", for errors.
             overlap: give what is near as a chunk of its own, to be computed while the rest is under way.
+            arrivals: of the layer; None: its tables are made of what comes with the rows.
         """
 
 
@@ -147,7 +168,7 @@ def reserve(
     options: RuntimeOptions,
     device: torch.device,
 ) -> None:
-    """Make room for the rows of every layer of the micro-batch that opens, so that none of them has to.
+    """Make the buffers as large as any layer of the micro-batch needs, so that no layer has to.
 
     Args:
         rows: (elements, dtype) of a token's row in every layer.

@@ -20,6 +20,7 @@ from torch import Tensor
 from ... import ops
 from ...planner.errors import InputError
 from ..comm.collectives import Comm
+from .arrivals import Arrivals, chunks_of_layers, exchange_slots, groups_of_layers, rows_of_parts
 from .buffers import Buffers
 from .chunks import Chunk, Chunks, Group
 from .destinations import Destinations
@@ -97,11 +98,41 @@ class TwoHops:
         near = [(_INSIDE.format(index), rows_of_hop(hop, self._node.rank)) for index, hop in enumerate(inside)]
         return [("", rows_of_hop(rail, self._rail.rank)), *near]
 
-    def path(self, tables: LayerTables, sizes: Sizes, num_slots: int, where: str, overlap: bool) -> "TwoHopPath":
+    def arrivals(
+        self, tables: SendTables, sizes: Sequence[Sizes], num_slots: int, overlap: bool, what: str
+    ) -> list[Arrivals]:
+        rails = [of_layer.hops[0] for of_layer in sizes]
+        places = exchange_slots(self._rail, tables, rails, f"{what}, between nodes")
+        chunks = chunks_of_layers(rails, self._rail.rank, overlap)
+        order = [(layer, index, rows) for layer, each in enumerate(chunks) for index, rows in each]
+        rows = [count for _, _, count in order]
+        inside = [self._exchanges(sizes[layer], overlap)[1 + index] for layer, index, _ in order]
+        handed_on = relay_tables(_of_one_size(places, rows), self._node)
+        slots = exchange_slots(self._node, handed_on, inside, f"{what}, inside the node")
+        arriving = iter(sum(hop.receive) for hop in inside)
+        groups = groups_of_layers(slots, [[(i, next(arriving)) for i, _ in each] for each in chunks], num_slots, sizes)
+        relayed = iter(handed_on.of_layers(inside, rows))
+        return [
+            Arrivals(of_layer, {i: next(relayed) for i, _ in each})
+            for of_layer, each in zip(groups, chunks, strict=True)
+        ]
+
+    def path(
+        self,
+        tables: LayerTables,
+        sizes: Sizes,
+        num_slots: int,
+        where: str,
+        overlap: bool,
+        arrivals: Arrivals | None = None,
+    ) -> "TwoHopPath":
         rail, *inside = self._exchanges(sizes, overlap)
         across = Hop(self._rail, self.buffers, tables, rail, f"{where}, between nodes")
-        chunks = Chunks(num_slots, sizes, overlap)
-        return TwoHopPath(across, self._node, self.buffers, inside, chunks, f"{where}, inside the node")
+        chunks = Chunks(num_slots, sizes, overlap, arrivals and arrivals.groups)
+        path = TwoHopPath(across, self._node, self.buffers, inside, chunks, f"{where}, inside the node")
+        for index, of_chunk in (arrivals.relayed if arrivals else {}).items():
+            path.hand_on(index, of_chunk)
+        return path
 
     def _exchanges(self, sizes: Sizes, overlap: bool) -> list[HopSizes]:
         """Between nodes, then inside: of this node's tokens and of the others', or of all of them together."""
@@ -139,7 +170,9 @@ class TwoHopPath:
         return self._chunks.groups
 
     def prepare(self, hidden: int, dtype: torch.dtype, out: torch.dtype) -> None:
-        self._across.prepare(hidden, dtype, out)  # the second hop's tables come with its rows
+        self._across.prepare(hidden, dtype, out)
+        for hop in self._inside.values():
+            hop.prepare(hidden, dtype, out)
 
     @property
     def assignments(self) -> int:
@@ -151,7 +184,10 @@ class TwoHopPath:
 
         def hand_on(index: int) -> Chunk:
             x, weights, places = ops.unpack_payload(take[index](), layout)
-            rows = self._hop(index, places).dispatch(x, weights, kind).all()
+            if index not in self._inside:
+                tables = relay_tables(places[None], self._node)
+                self.hand_on(index, tables.of_layers([self._sizes[index]])[0])
+            rows = self._inside[index].dispatch(x, weights, kind).all()
             return self._chunks.chunk(layout, rows, index)
 
         return [partial(hand_on, index) for index in range(len(take))]
@@ -183,15 +219,26 @@ class TwoHopPath:
         ]
         return self._across.combine_gradients(added[::-1], kind, weights_dtype)
 
-    def _hop(self, index: int, places_RK: Tensor) -> Hop:
-        """The second hop of a chunk, whose tables follow from the (rank, slot) that came with its rows."""
-        if index not in self._inside:
-            size = self._node.size
-            there = places_RK >= 0
-            rank = torch.where(there, places_RK % size, -1).long()
-            slot = torch.where(there, places_RK // size, -1)
-            tables = send_tables(Destinations(rank[None], slot[None]), size, self._node.rank)
-            of_layer = tables.of_layers([self._sizes[index]])[0]
-            name = _INSIDE.format(index)
-            self._inside[index] = Hop(self._node, self._buffers, of_layer, self._sizes[index], self._where, name)
-        return self._inside[index]
+    def hand_on(self, index: int, tables: LayerTables) -> None:
+        """Let the rows of a chunk be handed on so."""
+        name = _INSIDE.format(index)
+        self._inside[index] = Hop(self._node, self._buffers, tables, self._sizes[index], self._where, name)
+
+
+def relay_tables(places_LRK: Tensor, node: Comm) -> SendTables:
+    """How rows that came from other nodes are handed on: from the (rank, slot) that came with them.
+
+    Args:
+        places_LRK: int16, of some layers' rows; -1 where a choice is on another node.
+    """
+    rank = (places_LRK % node.size).masked_fill(places_LRK < 0, -1).long()
+    slot = torch.div(places_LRK, node.size, rounding_mode="floor")  # -1 stays
+    return send_tables(Destinations(rank, slot), node.size, node.rank)
+
+
+def _of_one_size(places_RK: Tensor, rows: Sequence[int]) -> Tensor:
+    """[parts, rows of the largest, K], -1 where a part has fewer."""
+    most = max(rows, default=0)
+    padded = places_RK.new_full((len(rows) * most, places_RK.shape[1]), -1)
+    padded[rows_of_parts(np.arange(len(rows)) * most, np.array(rows, np.int64), places_RK.device)] = places_RK
+    return padded.view(len(rows), most, places_RK.shape[1])

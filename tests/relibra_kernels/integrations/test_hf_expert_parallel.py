@@ -1,6 +1,7 @@
 """Hugging Face models on two ranks through `DistributedConfig`: one process's results, also under a plan."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,17 @@ from hf_parallel import LENGTH, MICRO_BATCHES, SEQUENCES, micro_batches_of, one_
 from ranks import Ranks
 from tolerance import assert_close
 
-from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, RoutingTrace, load_table, plan_batch
+from relibra_kernels.integrations.transformers import expert_parallel, planned_batch
+from relibra_kernels.nn import ExpertForm
+from relibra_kernels.planner import (
+    BatchPlan,
+    ClusterSpec,
+    PlanOptions,
+    RoutingTrace,
+    load_table,
+    plan_batch,
+    static_plan,
+)
 from relibra_kernels.planner.plan import contiguous_home
 
 RANKS, EXPERTS = 2, 8
@@ -21,6 +32,13 @@ RANKS, EXPERTS = 2, 8
 @pytest.fixture(scope="module")
 def two_ranks():
     ranks = Ranks(RANKS)
+    yield ranks
+    ranks.close()
+
+
+@pytest.fixture(scope="module")
+def four_ranks():
+    ranks = Ranks(4)
     yield ranks
     ranks.close()
 
@@ -52,7 +70,7 @@ def plan_of(trace: RoutingTrace) -> BatchPlan:
 
 def check(results, expected):
     for rank, result in enumerate(results):
-        mine, _ = micro_batches_of(rank, RANKS)
+        mine, _ = micro_batches_of(rank, len(results))
         assert np.abs(result["logits"] - expected["logits"].numpy()[mine]).max() <= 1e-5
         assert result["gradients"].keys() == expected["gradients"].keys()
         for name, gradient in result["gradients"].items():
@@ -82,6 +100,19 @@ def test_under_a_plan_with_replicas(two_ranks, family):
     assert results[0]["replicas"] > 0 and sum(replica_bytes(results)) == pushes
 
 
+@pytest.mark.parametrize("transport", ["one", "two"])
+def test_under_a_plan_on_two_nodes(four_ranks, transport):
+    """With a trace, and without one; each hop is of ranks that the plan has on one node, or on one rail."""
+    trace = skewed(one_process("qwen3_moe")["trace"])
+    results = four_ranks.run(run_on_rank, "qwen3_moe", 4, "plan and trace", trace, None, 2, transport)
+    check(results, one_process("qwen3_moe", trace))
+    plan = static_plan(np.zeros((trace.num_layers, MICRO_BATCHES, EXPERTS), np.int32), ClusterSpec(2, 2))
+    live = four_ranks.run(run_on_rank, "qwen3_moe", 4, "plan", None, plan, 2, transport)
+    check(live, one_process("qwen3_moe"))
+    assert [result["hops"] for result in (*results, *live)] == [transport] * 8
+    assert results[0]["replicas"] > 0 and results[0]["bytes"]["dispatch", "slow"] > 0
+
+
 def test_under_a_plan_with_live_routing(two_ranks):
     """The plan alone: a layer exchanges its counts. Here the routing is what the plan was made for."""
     trace = one_process("qwen3_moe")["trace"]
@@ -109,6 +140,23 @@ def test_a_record_of_something_else_is_refused(two_ranks):
     for message in two_ranks.run(shifted, "qwen3_moe", RANKS, skewed(trace), "refuse"):
         assert "agrees with the model's own choice" in message and "layer 0" in message
     assert two_ranks.run(shifted, "qwen3_moe", RANKS, skewed(trace), "ignore") == ["", ""]
+
+
+def test_a_micro_batch_is_of_the_batch_that_opened_last(monkeypatch):
+    """Of two models whose batches are open, one within the other, in whatever order they were loaded."""
+    runners = [SimpleNamespace(batch=batch and SimpleNamespace(serial=batch)) for batch in (5, 9, None, 7)]
+    layers = [SimpleNamespace(runner=runner) for runner in (*runners, None)]
+    for order in (layers, layers[::-1]):
+        monkeypatch.setattr(expert_parallel, "_IMPLEMENTATIONS", dict(enumerate(order)))
+        assert expert_parallel.runner_of_open_batch() is runners[1]
+
+
+@pytest.mark.parametrize(("form", "matrices"), [(ExpertForm(), 3), (ExpertForm(activation="relu2"), 2)])
+def test_experts_without_a_gate_are_priced_as_two_matrices(form, matrices):
+    experts = SimpleNamespace(down_proj=torch.zeros(4, 8, 16))
+    implementation = SimpleNamespace(experts=experts, form=form, num_experts=8)
+    shape = planned_batch._shape_of([SimpleNamespace(top_k=2)] * 3, implementation)
+    assert shape.expert_bytes == matrices * 8 * 16 * 2
 
 
 def test_refusals(two_ranks):

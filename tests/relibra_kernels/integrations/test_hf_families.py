@@ -3,9 +3,7 @@
 A sample of them; all with RELIBRA_FAMILIES=all, which is `make test-families`.
 """
 
-import itertools
 import os
-import re
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers", reason="needs transformers")
 import transformers
-from hf_all_families import FAMILIES, tiny_model
+from hf_all_families import FAMILIES, families_table, tiny_model
 from hf_under_plan import LOOKS_BOTH_WAYS, compare, kernels_against_eager, recorded_and_replayed, replayed_choices
 from ranks import Ranks
 from versions import TRANSFORMERS
@@ -32,23 +30,10 @@ KNOWN = {
 chosen = FAMILIES if os.environ.get("RELIBRA_FAMILIES") == "all" else SAMPLE
 
 
-def table() -> dict[str, list[str]]:
-    """Family -> what docs/huggingface.md says of it: kernels, record, replay, under a plan."""
-    page = Path(__file__).parents[3].joinpath("docs", "huggingface.md").read_text()
-    found = {}
-    rows = page.partition("| families | kernels | record | replay | under a plan |\n")[2].splitlines()[1:]
-    for row in itertools.takewhile(lambda line: line.startswith("|"), rows):
-        families, *said = (cell.strip() for cell in row.strip("|").split("|"))
-        for family in re.findall(r"[a-z]\w*", re.sub(r"\(.*?\)", "", families)):
-            assert family not in found, f"{family} is twice in the table"
-            found[family] = said
-    return found
-
-
 @pytest.mark.skipif(TRANSFORMERS < (5, 23), reason="the table is of transformers 5.23")
 def test_the_table_of_families_is_what_the_code_does():
     """Every family of transformers' experts interface is in it, and says yes where the tests here run it."""
-    said, models = table(), Path(transformers.__file__).parent / "models"
+    said, models = families_table(), Path(transformers.__file__).parent / "models"
     interface = {
         path.parent.name for path in models.glob("*/modeling_*.py") if "@use_experts_implementation" in path.read_text()
     }

@@ -11,7 +11,7 @@ from hf_families import make_model, make_tokens, other_trace
 from hf_rare_families import RARE, make_rare
 from tolerance import assert_close
 
-from relibra_kernels.integrations.megatron import rows_of_context_parallel
+from relibra_kernels.integrations.megatron_shares import TokenShare
 from relibra_kernels.integrations.transformers import record_routing, replay
 from relibra_kernels.integrations.transformers.fed_tokens import fed_tokens
 from relibra_kernels.integrations.transformers.moe_layers import moe_layers
@@ -88,13 +88,13 @@ def test_shares_of_context_parallelism():
     for zigzag, size in ((True, 2), (False, 3)):
         seen = []
         for rank in range(size):
-            rows = rows_of_context_parallel(trace, rank, size, zigzag=zigzag)
+            rows = TokenShare(rank, size, zigzag=zigzag).packed_rows(trace)
             with torch.no_grad(), record_routing(model) as record, replay(model, trace, rows=rows, on_shift="ignore"):
                 model(make_tokens(1, len(rows)), use_cache=False)
             np.testing.assert_array_equal(record.trace().expert_ids[rows >= 0], trace.expert_ids[rows[rows >= 0]])
             seen += rows[rows >= 0].tolist()
         assert sorted(seen) == list(range(15))
-    assert rows_of_context_parallel(trace, 0, 2).tolist() == [0, 1, -1, -1, 6, 7, 8, -1, -1, -1]
+    assert TokenShare(0, 2).packed_rows(trace).tolist() == [0, 1, -1, -1, 6, 7, 8, -1, -1, -1]
 
 
 def fed(mask, cached=0, length=4, batch=2):

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from relibra_kernels.integrations import megatron
+from relibra_kernels.integrations.megatron_shares import TokenShare
 from relibra_kernels.planner import (
     ClusterSpec,
     PlanOptions,
@@ -94,7 +95,7 @@ def test_targets_fill_what_has_no_loss_and_refuse_the_rest():
     known = ~part.unknown
     np.testing.assert_array_equal(targets[1][known], part.expert_ids[known, 1])
     assert targets[0][[8, 12]].tolist() == [[4, 5], [4, 5]]
-    rows = megatron.rows_of_padded(part, 10)
+    rows = TokenShare().padded_rows(part, 10)
     assert rows[:6].tolist() == [0, 9, 1, 10, 2, 11] and (rows == -1).sum() == 7
     padded = megatron.replay_targets(part, rows=rows, layers=[1])
     np.testing.assert_array_equal(padded[0].reshape(10, 2, K)[:8, 0], part.sequence(0)[:8, 1])
@@ -113,7 +114,7 @@ def test_targets_fill_what_has_no_loss_and_refuse_the_rest():
     with pytest.raises(InputError, match="not the last"):
         megatron.replay_targets(RoutingTrace(ids, part.offsets, E, part.moe_layer_ids))
     with pytest.raises(InputError, match="sequence_length is 8"):
-        megatron.rows_of_padded(part, 8)
+        TokenShare().padded_rows(part, 8)
 
 
 @pytest.mark.parametrize(
@@ -254,7 +255,7 @@ def test_targets_of_a_share_of_the_tokens():
     every = torch.stack(megatron.replay_targets(part), 1)
     seen = []
     for share in range(2):
-        rows = megatron.rows_of_context_parallel(part, share, 2)
+        rows = TokenShare(share, 2).packed_rows(part)
         with pytest.raises(InputError, match=r"0 times; every recorded row is fed once \(whole=False"):
             megatron.replay_targets(part, rows=rows)
         got = torch.stack(megatron.replay_targets(part, rows=rows, whole=False), 1)

@@ -37,7 +37,8 @@ def cut_as_megatron(whole_SB, context, sequence):
 @pytest.mark.parametrize(("context", "sequence"), [(1, 1), (2, 1), (1, 2), (2, 2), (4, 2), (1, 4)])
 def test_padded_shares_are_megatrons(context, sequence):
     trace, length = make_trace(), 16
-    whole = torch.from_numpy(megatron.rows_of_padded(trace, length)).view(length, len(LENGTHS))
+    starts = zip(trace.offsets.tolist(), LENGTHS, strict=False)
+    whole = torch.tensor([[start + t if t < n else -1 for t in range(length)] for start, n in starts]).T
     expected = cut_as_megatron(whole, context, sequence)
     for c, row in enumerate(shares(context, sequence)):
         for s, share in enumerate(row):
@@ -70,7 +71,6 @@ def test_packed_chunks_of_a_sequence_are_the_ones_of_its_rank():
     assert TokenShare(0, 2).packed_rows(trace).tolist() == [0, 1, -1, -1]  # padded to 8: chunks 0 and 3
     assert TokenShare(1, 2).packed_rows(trace).tolist() == [2, 3, 4, 5]
     assert TokenShare(1, 2, zigzag=False).packed_rows(trace).tolist() == [3, 4, 5]
-    assert megatron.rows_of_context_parallel(trace, 1, 2).tolist() == [2, 3, 4, 5]
     assert TokenShare(1, 2, 1, 2).packed_rows(trace).tolist() == [4, 5]
 
 

@@ -6,6 +6,7 @@ import torch
 
 from relibra_kernels.integrations import megatron, slime, verl
 from relibra_kernels.integrations.batches import plan_micro_batches
+from relibra_kernels.integrations.megatron_shares import TokenShare
 from relibra_kernels.parallel import RoutedBatch
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions, count_loads
 from relibra_kernels.planner.errors import InputError, ShapeError
@@ -294,7 +295,7 @@ def test_rows_layers_and_ranks_of_a_trace_are_whole_numbers_within_it(routing):
             megatron.replay_targets(trace, layers=wrong)
     for rank, size in (("a", 2), (0.5, 2), (2, 2), (0, 0)):
         with pytest.raises(InputError, match="rank is"):
-            megatron.rows_of_context_parallel(trace, rank, size)
+            TokenShare(rank, size)
     for wrong in ([0.5], [trace.num_tokens], [-2]):  # the last would be a row counted from the end
         with pytest.raises(InputError, match="rows"):
             trace.rows(wrong)

@@ -56,6 +56,39 @@ def test_known_row_counts_shorten_the_buffers():
     )
 
 
+@pytest.mark.parametrize("config", [None, BlockConfig(32, 1)], ids=str)
+def test_several_parts_at_once(monkeypatch, config):
+    """Of other lengths, some empty, each with another number of assignments that are not dropped: in three launches."""
+    launched = []
+    launch = module.launch
+    monkeypatch.setattr(
+        module, "launch", lambda kernel, *args, **how: launched.append(kernel) or launch(kernel, *args, **how)
+    )
+    rows = [37, 0, 5, 64, 0, 1]
+    slots = torch.cat([random_slots(count, 3, 6, seed=count, dropped=0.4) for count in rows]).to(torch.int16)
+    used = [int((part >= 0).sum()) for part in slots.split(rows)]
+    found = kernels.build_schedules(slots, rows, 6, used, config=config)
+    assert len(launched) == 3
+    for part, count, got in zip(slots.split(rows), used, found, strict=True):
+        assert got.tiles
+        expected = reference.build_schedule(part, 6, tuple(got.tiles), num_rows=count)
+        same(got, expected)
+        for block_m, tiles in got.tiles.items():
+            assert tiles.shape == expected.tiles[block_m].shape and tiles.data_ptr() % 16 == 0
+        assert got.assignment_of.data_ptr() % 16 == 0
+    for got, expected in zip(reference.build_schedules(slots, rows, 6, used), found, strict=True):
+        same(expected, got)
+    assert kernels.build_schedules(slots[:0], [], 6, []) == []
+
+
+def test_parts_that_cannot_be():
+    slots = random_slots(4, 2, 8)
+    with pytest.raises(InputError, match=r"num_rows is \[2, 7\]; they must lie in 0..\[2, 6\]"):
+        kernels.build_schedules(slots, [1, 3], 8, [2, 7])
+    with pytest.raises(InputError, match="513 slots"):
+        kernels.build_schedules(slots, [1, 3], 513, [2, 6])
+
+
 def test_the_number_of_launches(monkeypatch, launches):
     launched = []
     monkeypatch.setattr(module, "launch", lambda kernel, grid, *args, **options: launched.append(kernel))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from ep_buffers import buffers_of_batch
+from ep_buffers import buffers_of_batch, views_of_forwards
+from ranks import one_rank
 from toy_training import Case
 
 from relibra_kernels.parallel import RuntimeOptions
@@ -27,6 +28,14 @@ def test_layers_allocate_none(ranks, case):
     for found, reserved, taken in ranks(case.ranks).run(buffers_of_batch, case):
         assert found == [True] * 2 * case.micro_batches
         assert reserved == taken
+
+
+@pytest.mark.parametrize("live", [False, True])
+def test_views_of_other_rows_are_let_go_of(live):
+    """Every forward has another number of tokens, so that none takes the views of an earlier one."""
+    with one_rank():
+        counts = views_of_forwards(live)
+    assert len(counts) > 3 and 0 < max(counts) <= 4  # sent, received, combined, and their gradients
 
 
 def test_a_buffer_grows_and_changes_its_dtype():

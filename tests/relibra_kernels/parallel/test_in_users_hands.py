@@ -1,5 +1,7 @@
 """A model in its user's hands: validation, copies, state dicts, other dtypes, torch.compile, ranks that stop."""
 
+from dataclasses import replace
+
 import ep_hands
 import pytest
 import torch
@@ -10,15 +12,28 @@ from relibra_kernels.parallel import RuntimeOptions
 from relibra_kernels.parallel.comm.collectives import Comm
 from relibra_kernels.planner import CommunicationError
 
+ON_TWO_NODES = replace(ep_hands.CASE, ranks=4, gpus_per_node=2)
+CASES = {
+    "two ranks": ep_hands.CASE,
+    "four ranks, one hop": replace(ON_TWO_NODES, options=RuntimeOptions(transport="one")),
+    "four ranks, two hops": replace(ON_TWO_NODES, options=RuntimeOptions(transport="two")),
+    "four ranks, two hops, own node first": replace(
+        ON_TWO_NODES, options=RuntimeOptions(transport="two", overlap=True)
+    ),
+}
 
-@pytest.mark.parametrize("checkpointed", ["", "non-reentrant"])
-def test_training_without_a_batch_is_training_in_one_process(ranks, checkpointed):
+
+@pytest.mark.parametrize("checkpoint", ["", "non-reentrant"])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_training_without_a_batch_is_training_in_one_process(ranks, case, checkpoint):
     """Routing is live, with the experts where a batch before left them."""
-    assert max(ranks(2).run(ep_hands.live_training, checkpointed)) <= 1e-12
+    case = replace(case, checkpoint=checkpoint)
+    assert max(ranks(case.ranks).run(ep_hands.live_training, case)) <= 1e-12
 
 
-def test_a_recorded_pass_is_the_batch_to_train_on(ranks):
-    for same, error, replicas in ranks(2).run(ep_hands.record_then_train):
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+def test_a_recorded_pass_is_the_batch_to_train_on(ranks, case):
+    for same, error, replicas in ranks(case.ranks).run(ep_hands.record_then_train, case):
         assert same and replicas > 0 and error <= 1e-12
 
 

@@ -1,5 +1,7 @@
 """Rows of one layer that move in place, and which tensors are an expert's."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +14,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from relibra_kernels.parallel.comm.collectives import Comm
 from relibra_kernels.parallel.experts.migration import expert_tensors, move_experts
 from relibra_kernels.planner import InputError
+
+CPU = torch.device("cpu")
 
 
 class Mailbox:
@@ -49,12 +53,12 @@ def test_experts_are_where_the_new_home_says(size, per_rank, seed):
     for rank, tensor in enumerate(tensors):  # what is sent is sent before anything is overwritten
         if not np.array_equal(old, new):
             with pytest.raises(StopIteration):
-                move_experts(mailbox.rank(rank), {"weight": tensor}, old, new, "layer 0")
+                move_experts(mailbox.rank(rank), {"weight": tensor}, old, new, "layer 0", CPU)
         assert torch.equal(tensor, before[rank])
     mailbox.sent = {key: tuple(part.clone() for part in parts) for key, parts in mailbox.sent.items()}
     mailbox.receiving = True
     for rank, tensor in enumerate(tensors):
-        move_experts(mailbox.rank(rank), {"weight": tensor}, old, new, "layer 0")
+        move_experts(mailbox.rank(rank), {"weight": tensor}, old, new, "layer 0", CPU)
         assert tensor[:, 0].tolist() == np.flatnonzero(new == rank).tolist()
 
 
@@ -75,6 +79,51 @@ def test_sharded_state_moves_by_its_local_rows():
         optimizer.state[parameter] = {"momentum": distribute_tensor(whole, mesh, [Shard(0)])}
         with pytest.raises(InputError, match=r"weight.momentum is sharded over its experts"):
             expert_tensors(parameter, "weight", optimizer)
+
+
+def test_state_that_is_offloaded_travels_on_the_device_of_the_experts():
+    """Here that of the experts is the meta device, which holds no values, and the state is on the CPU."""
+    seen = []
+
+    def exchange(send, send_counts, receive_counts, kind, phase):
+        seen.append((phase, send.device.type, send_counts, receive_counts))
+        return torch.full((sum(receive_counts), 3), 7.0)  # from the other rank
+
+    comm = SimpleNamespace(rank=0, size=2, exchange=exchange, all_reduce=lambda *_: None)
+    moment = torch.arange(6.0).view(2, 3)
+    old, new = np.array([0, 0, 1, 1]), np.array([0, 1, 0, 1])
+    move_experts(comm, {"weight.exp_avg": moment}, old, new, "layer 3", torch.device("meta"))
+    assert seen == [("layer 3, moving weight.exp_avg", "meta", [0, 1], [0, 1])]
+    assert moment.tolist() == [[0, 1, 2], [7, 7, 7]]
+
+
+class Quantised(torch.Tensor):
+    """As an 8-bit optimizer keeps a moment: it has the parameter's shape, and rows that it does not give."""
+
+
+def of_blocks() -> dict[str, torch.Tensor]:
+    """A moment in 8 bits, of the parameter's shape, and the scales of its blocks."""
+    return {"absmax1": torch.zeros(2), "state1": torch.zeros(2, 4, 3, dtype=torch.uint8)}
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        (
+            {"exp_avg": torch.zeros(2, 4, 3).as_subclass(Quantised)},
+            r"weight.exp_avg is a Quantised: it must be a plain",
+        ),
+        (of_blocks(), r"optimizer state 'absmax1' of weight has shape \(2,\): it must be a single number or have"),
+    ],
+    ids=["a tensor of its own kind", "scales of blocks"],
+)
+def test_state_of_8_bit_optimizers_is_refused(state, message):
+    """By what gathers the tensors of every layer, before any of them moves."""
+    parameter = torch.nn.Parameter(torch.zeros(2, 4, 3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter] = state
+    with pytest.raises(InputError, match=message):
+        expert_tensors(parameter, "weight", optimizer)
 
 
 def test_the_master_moves_with_its_state():

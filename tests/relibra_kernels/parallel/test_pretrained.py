@@ -8,7 +8,7 @@ import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("safetensors")
-from ep_pretrained import gathered_in_parts, known_model, load_move_and_save, refusals, saved_like_another
+from ep_pretrained import known_model, load_move_and_save, refusals, saved_like_another
 from hf_families import make_model, make_tokens
 
 
@@ -62,8 +62,3 @@ def test_a_folder_that_names_other_tensors_is_no_pattern(ranks, tmp_path):
     make_model("gpt_oss").save_pretrained(tmp_path / "like")
     for error in ranks(2).run(saved_like_another, str(tmp_path / "like"), str(tmp_path / "out")):
         assert error.startswith("FormatError: like is ") and "has no name for model.layers.0.self_attn" in error
-
-
-@pytest.mark.parametrize("experts", [8, 34])
-def test_experts_are_gathered_some_at_a_time(ranks, experts):
-    assert ranks(2).run(gathered_in_parts, experts) == [True] * 2

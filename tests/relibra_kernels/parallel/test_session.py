@@ -103,6 +103,13 @@ def test_two_threads_in_one_batch_are_refused():
     assert len(problems) == 1
 
 
+def test_a_layer_is_checked_for_every_weights_that_it_runs_with():
+    session = Session(RuntimeOptions(), Ledger())
+    weights = torch.zeros(2), None
+    asked = [(0, weights), (0, weights), (1, weights), (0, (torch.zeros(2), None)), (0, weights)]
+    assert [session.checked(*each) for each in asked] == [False, True, False, False, False]
+
+
 @dataclass(frozen=True)
 class HoldsTensors:
     """As what a replay's forward is bound to: it cannot be compared."""

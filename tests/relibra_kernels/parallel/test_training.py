@@ -191,6 +191,7 @@ def test_a_layer_without_replicas_sends_nothing_for_them(ranks):
     sent = ranks(2).run(train_parallel, Case(plan="static"))[0]["bytes"]
     assert {kind for kind, _ in sent} == {
         "counts",
+        "slots",
         "dispatch",
         "combine",
         "backward dispatch",

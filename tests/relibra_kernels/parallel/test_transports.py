@@ -17,9 +17,9 @@ from relibra_kernels.parallel.tokens.chunks import Chunk
 from relibra_kernels.parallel.tokens.destinations import Destinations
 from relibra_kernels.parallel.tokens.transport import exchange_messages
 from relibra_kernels.parallel.tokens.two_hops import TwoHops
-from relibra_kernels.parallel.transports import make_transport
+from relibra_kernels.parallel.transports import chosen_transport
 from relibra_kernels.payload import PayloadLayout
-from relibra_kernels.planner import ClusterSpec, InputError, distinct_rows
+from relibra_kernels.planner import ClusterSpec, InputError
 from relibra_kernels.planner.pricing.models import shape_of_sizes
 
 RANKS, PER_NODE, EXPERTS, TOP_K, TOKENS, HIDDEN = 64, 8, 128, 8, 48, 16
@@ -46,8 +46,8 @@ def factors(rank: int, chunk: Chunk) -> torch.Tensor:
     return factor.view_as(chunk.weights)
 
 
-def there_and_back(name: str, overlap: bool) -> tuple[Network, list[tuple]]:
-    """One layer of a recorded micro-batch on all ranks, forward and backward."""
+def there_and_back(name: str, overlap: bool, live: bool = False) -> tuple[Network, list[tuple]]:
+    """One layer on all ranks, forward and backward: of a recorded micro-batch, or live."""
     network = Network(PER_NODE)
 
     def layer(rank: int) -> tuple:
@@ -58,7 +58,8 @@ def there_and_back(name: str, overlap: bool) -> tuple[Network, list[tuple]]:
         tables = transport.tables(Destinations(rank_TK[None], slot_TK[None]))
         counts = tables.counts.numpy()
         sizes = transport.sizes(counts, exchange_messages(transport.host, transport.messages(counts), "counts"))
-        path = transport.path(tables.of_layers([sizes[0].hops[0]])[0], sizes[0], SLOTS, "here", overlap)
+        come = [None] if live else transport.arrivals(tables, sizes, SLOTS, overlap, "a micro-batch")
+        path = transport.path(tables.of_layers([sizes[0].hops[0]])[0], sizes[0], SLOTS, "here", overlap, come[0])
         chunks = [arrive() for arrive in path.dispatch(x, gates, "dispatch")]
         parts = [((factors(rank, c) * c.weights).sum(1, keepdim=True) * c.x, factors(rank, c)) for c in chunks]
         for index, (rows, _) in enumerate(parts):
@@ -96,9 +97,11 @@ def test_every_choice_is_computed_once_and_comes_back(runs, name, overlap):
     assert computed == sum(int((routed(rank)[0] >= 0).sum()) for rank in range(RANKS))
 
 
-def test_the_same_bits_twice(runs):
-    again = there_and_back("two", False)[1]
-    for first, second in zip(runs["two", False][1], again, strict=True):
+@pytest.mark.parametrize(("name", "overlap"), [("one", True), ("two", False), ("two", True)])
+def test_the_same_bits_twice(runs, name, overlap):
+    """Also where tables of what arrives are made in the layer, of the slots that came with the rows."""
+    again = there_and_back(name, overlap, live=True)[1]
+    for first, second in zip(runs[name, overlap][1], again, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(first[:3], second[:3], strict=True))
 
 
@@ -108,7 +111,7 @@ def crossings(ranks_together: int) -> np.ndarray:
     rows = np.zeros((RANKS, RANKS // PER_NODE), np.int64)
     for rank in range(RANKS):
         owner = np.where(routed(rank)[0].numpy() >= 0, routed(rank)[0].numpy() // SLOTS // ranks_together, -1)
-        visited = distinct_rows(owner, RANKS // ranks_together)
+        visited = np.bincount([node for row in owner for node in {*row} - {-1}], minlength=RANKS // ranks_together)
         np.add.at(rows[rank], np.arange(len(visited)) * ranks_together // PER_NODE, visited)
         rows[rank, node_of[rank]] = 0
     return rows
@@ -157,7 +160,7 @@ def test_only_so_many_slots_fit_into_a_number():
 def test_one_node_needs_one_hop(wanted):
     with one_rank():
         groups = Groups(None, ClusterSpec(1, 1))
-        assert make_transport(wanted, groups, ClusterSpec(1, 1), shape_of_sizes(16, 8, 4, 2)).name == "one"
+        assert chosen_transport(wanted, groups, ClusterSpec(1, 1), shape_of_sizes(16, 8, 4, 2)) == "one"
 
 
 def test_names():
@@ -173,7 +176,7 @@ def test_ranks_that_want_different_transports_are_told_so(ranks):
 def test_a_layer_asks_its_transport_for_nothing_else(ranks):
     """Tables of all layers once; then, in each layer, out and back, and the same backwards."""
     case = Case(ranks=4, gpus_per_node=2, plan="static", micro_batches=1, options=RuntimeOptions(transport="two"))
-    opening = [(name, "", -1) for name in ("tables", "messages", "sizes", *["path"] * case.layers)]
+    opening = [(name, "", -1) for name in ("tables", "messages", "sizes", "arrivals", *["path"] * case.layers)]
     forward = [[("dispatch", "dispatch", i), ("combine", "combine", i)] for i in range(case.layers)]
     backward = [
         [("dispatch_rows", "backward dispatch", i), ("combine_gradients", "backward combine", i)]

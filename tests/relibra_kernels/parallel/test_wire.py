@@ -13,10 +13,9 @@ from relibra_kernels.parallel import RuntimeOptions
 from relibra_kernels.planner import (
     ModelShape,
     destinations,
-    distinct_rows,
     outcome_of_plan,
     replica_bytes,
-    split_over_sources,
+    split_of_source,
 )
 
 CASE = Case(
@@ -47,9 +46,11 @@ def rows_between_ranks(case: Case, plan, loads, together: int = 1) -> np.ndarray
         sequences = np.flatnonzero((groups == m) & (np.arange(len(groups)) % case.ranks == source))
         ids = trace.select(sequences).expert_ids
         for layer in range(case.layers):
-            split = split_over_sources(plan, loads, layer, m)[source]
+            split = split_of_source(plan, loads, layer, m, source)
             there = destinations(ids[:, layer], split)
-            rows[layer, m, source] = distinct_rows(np.where(there < 0, -1, there // together), case.ranks // together)
+            visited = np.where(there < 0, -1, there // together)
+            for row in visited:  # a token goes to each of them once
+                rows[layer, m, source, list({*row} - {-1})] += 1
     return rows
 
 

@@ -4,11 +4,11 @@ A tile is computed whole, also where it reaches past the end of a weight. Rows p
 `bench/counted.py` counts those.
 """
 
-from ..configs.config import GemmConfig, parse_config
-from ..configs.products import Product
-from .gates import large_tasks
-from .models import Model
-from .search_goal import layer_shape
+from relibra_kernels.configs.config import GemmConfig, parse_config
+from relibra_kernels.configs.products import Product
+from relibra_kernels.tuning.gates import large_tasks
+from relibra_kernels.tuning.models import Model
+from relibra_kernels.tuning.search_goal import layer_shape
 
 
 def columns_issued(model: Model, product: Product) -> dict[str, float]:

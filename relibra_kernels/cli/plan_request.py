@@ -7,14 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..planner import DEVICES, BatchPlan, ClusterSpec, PlanOptions, find_device
+from ..planner import BatchPlan, ClusterSpec, PlanOptions, find_device
 from ..planner.errors import InputError
-from ..planner.options import EFFORTS, TRANSPORTS
-from ..planner.pricing.devices import DEFAULT_DEVICE
-from .inputs import SHAPE_HELP, Input, add_trace_arguments, naming_flags, read_input
+from .inputs import SHAPE_HELP, Input, add_goal_arguments, add_trace_arguments, naming_flags, read_input
 
 
-class Problem(NamedTuple):
+class PlanRequest(NamedTuple):
     """`previous_home` is [L, E], None where no plan of the batch before was given."""
 
     batch: Input
@@ -23,27 +21,13 @@ class Problem(NamedTuple):
     previous_home: np.ndarray | None
 
 
-def add_problem(parser: argparse.ArgumentParser) -> None:
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what is planned, for which machine and model, and what the plan is to achieve."""
     parser.add_argument("input", metavar="INPUT.npz", type=Path, help="`loads`, or a recorded trace")
     parser.add_argument("--nodes", type=int, required=True, metavar="N")
-    parser.add_argument("--gpus-per-node", type=int, default=8, metavar="G", help="default 8")
-    parser.add_argument("--replica-slots", type=int, default=2, metavar="S", help="replica slots a rank; default 2")
-    parser.add_argument(
-        "--kept-bytes",
-        type=float,
-        metavar="BYTES",
-        help="a rank's memory for kept replicas over all layers; default: a tenth of the GPU's",
-    )
+    add_goal_arguments(parser)
     parser.add_argument(
         "--fetched-slots", type=int, metavar="F", help="at most F of the S slots are fetched; default: all"
-    )
-    parser.add_argument(
-        "--balance", type=float, metavar="X", help="max/mean to reach at the least cost; default: the least time"
-    )
-    parser.add_argument("--effort", choices=EFFORTS, default="full", help="default full")
-    parser.add_argument(
-        "--transport", choices=TRANSPORTS, default="one", help="hops of tokens that are priced; default one"
     )
     parser.add_argument("--previous", type=Path, metavar="PLAN.npz", help="plan of the batch before")
     parser.add_argument("--max-moves", type=int, metavar="N", help="experts of a layer that may change their home")
@@ -57,21 +41,12 @@ def add_problem(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter-rank", type=int, default=0, metavar="R", help="experts are frozen, with adapters of rank R beside"
     )
-    parser.add_argument(
-        "--device", default=DEFAULT_DEVICE, help=f"one of {', '.join(DEVICES)}; default {DEFAULT_DEVICE}"
-    )
 
 
-def read_problem(args: argparse.Namespace) -> Problem:
-    """What the arguments of `add_problem` say, and the files that they name."""
+def read_plan_request(args: argparse.Namespace) -> PlanRequest:
+    """What the arguments of `add_plan_arguments` say, and the files that they name."""
     with naming_flags():
         cluster = ClusterSpec(args.nodes, args.gpus_per_node, args.replica_slots)
-        device = find_device(args.device)
-        PlanOptions(balance=args.balance, kept_bytes=args.kept_bytes, max_moves=args.max_moves)  # before any reading
-        batch = read_input(args.input, args, cluster.num_ranks)
-        if args.adapter_rank < 0:
-            raise InputError(f"--adapter-rank is {args.adapter_rank}; it must not be negative")
-        shape = replace(batch.shape(args.shape), adapter_rank=args.adapter_rank)
         options = PlanOptions(
             balance=args.balance,
             effort=args.effort,
@@ -79,11 +54,14 @@ def read_problem(args: argparse.Namespace) -> Problem:
             fetched_slots=args.fetched_slots,
             max_moves=args.max_moves,
             transport=args.transport,
-            shape=shape,
-            device=device,
-            sequence_length=batch.sequence_length,
+            device=find_device(args.device),
         )
-    return Problem(batch, cluster, options, _previous_home(args, batch.loads, cluster))
+        if args.adapter_rank < 0:
+            raise InputError(f"--adapter-rank is {args.adapter_rank}; it must not be negative")
+        batch = read_input(args.input, args, cluster.num_ranks)
+        shape = replace(batch.shape(args.shape), adapter_rank=args.adapter_rank)
+        options = replace(options, shape=shape, sequence_length=batch.sequence_length)
+    return PlanRequest(batch, cluster, options, _previous_home(args, batch.loads, cluster))
 
 
 def _previous_home(args: argparse.Namespace, loads: np.ndarray, cluster: ClusterSpec) -> np.ndarray | None:
