@@ -5,7 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from ..configs.config import BlockConfig, Config, GemmConfig
+from ..configs.config import GEMM_KERNELS, BlockConfig, Config, GemmConfig
 from ..configs.files import Bucket, Entry, merged
 from ..configs.limits import Device, device_for
 from ..configs.products import Product
@@ -122,7 +122,7 @@ class OfflineSearch:
                 padded = sum(e.padded_rows for e in uneven)
                 # equal times: fewer padded rows, then the usual group, then by name
                 scored.append(((round(us, 2), padded, _group(config), str(config)), even.us, us, config))
-        if goal.rows_per_slot >= LARGE:
+        if goal.rows_per_slot >= LARGE and goal.kernel in GEMM_KERNELS:
             sizes = goal.model.hidden_size, goal.model.intermediate_size
             tasks = [self._tasks(goal.model, goal.kernel, goal.part, item[-1], *sizes)[0] for item in scored]
             scored = [item for item, task in zip(scored, tasks, strict=True) if not idle_columns(task)] or scored
