@@ -101,11 +101,13 @@ nightly: .venv/installed
 	$(MAKE) rehearse WHOLE=--whole
 	$(MAKE) test-versions
 
-# No GPU needed. The gate: one config a kernel with the newest Triton. The matrix: all of them, with the pin and the oldest too.
-TARGETS := sm_80 sm_90 sm_100 gfx942 gfx950
+# No GPU needed. The gate: one config a kernel with the newest Triton, and of one launch all that a search tries, another
+# for every commit. The matrix: all of them, with the pin and the oldest too.
+TARGETS := sm_80 sm_90 sm_100 sm_103 gfx942 gfx950
 
 compile-gate: .venv/triton-3.9.0
 	for target in $(TARGETS); do PYTHONPATH=$< $(BIN)/relibra compile --target $$target --first || exit 1; done
+	PYTHONPATH=$< $(BIN)/relibra compile --target sm_90 --candidates --sample 1 --seed "$(SEED)"
 
 # What large batches get, with gates on the machine code; CI takes three models on two devices.
 CODE_DEVICES ?= H100 A100 MI300X
@@ -123,6 +125,7 @@ compile-matrix: .venv/triton-3.9.0 .venv/triton-3.6.0
 	for triton in none $^; do for device in $(CODE_DEVICES); do \
 		echo "$$triton $$device"; PYTHONPATH=$$triton $(BIN)/relibra compile --device $$device || exit 1; \
 	done; done
+	for target in $(TARGETS); do $(BIN)/relibra compile --target $$target --candidates || exit 1; done
 
 # Configs for GPUs that are not here, and the table of them in the docs. The first run compiles for an hour; what it
 # compiled is kept in autotune_configs/.tune.

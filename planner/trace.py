@@ -12,9 +12,9 @@ from .printing import line_of, table_of
 from .trace_files import load_arrays, save_arrays
 from .trace_report import (
     KNOWN,
-    REASONS,
     TraceReport,
     VersionSpan,
+    checked_reasons,
     cut_versions,
     default_reasons,
     report_of,
@@ -26,7 +26,7 @@ from .trace_rules import (
     check_num_experts,
     check_offsets,
     checked_numbers,
-    compact_dtype,
+    compacted,
     id_dtype,
 )
 
@@ -86,11 +86,11 @@ class RoutingTrace:
         layers = tuple(checked_numbers(moe_layer_ids, "moe_layer_ids").tolist())
         if len(layers) != ids.shape[1] or list(layers) != sorted(set(layers)) or layers[0] < 0:
             raise InputError(f"moe_layer_ids is {layers}, but must be {ids.shape[1]} increasing layer numbers")
-        reasons = None if unknown is None else _checked_reasons(unknown, checked)
+        reasons = None if unknown is None else checked_reasons(unknown, checked)
         found = check_ids(ids, experts, None if reasons is None else reasons > KNOWN)
         if reasons is None:
             reasons = default_reasons(found, checked)
-        self._ids, self._reasons, self._offsets = _compacted(ids, found, experts), reasons, checked
+        self._ids, self._reasons, self._offsets = compacted(ids, found, experts), reasons, checked
         self._num_experts, self._layers = experts, layers
         self._versions, self._dropped = tuple(versions), tuple(int(layer) for layer in layers_dropped)
         self._assumed: tuple[str, ...] = ()
@@ -322,26 +322,3 @@ class RoutingTrace:
             self._dropped,
             self._assumed,
         )
-
-
-def _checked_reasons(value: Any, offsets: np.ndarray) -> np.ndarray:
-    given = np.asarray(value)
-    if given.shape != (offsets[-1],) or given.dtype not in (np.bool_, np.uint8):
-        raise ShapeError(f"unknown is {given.dtype} {given.shape}, but must be bool or uint8 [{offsets[-1]}]")
-    if given.dtype == np.bool_:
-        return default_reasons(given, offsets)
-    if int(given.max(initial=0)) > max(REASONS):
-        raise InputError(f"unknown holds {given.max()}, but reasons are 0 to {max(REASONS)}")
-    return given
-
-
-def _compacted(ids: np.ndarray, unknown: np.ndarray, num_experts: int) -> np.ndarray:
-    dtype = np.dtype(compact_dtype(num_experts))
-    if ids.itemsize == dtype.itemsize and ids.dtype.isnative:  # other byte orders only look as narrow
-        compact = ids.view(dtype)  # of signed ids, -1 is all ones
-        wrong = ids.dtype.kind == "u" and unknown.any() and (compact[unknown] != np.iinfo(dtype).max).any()
-        if not wrong:
-            return compact
-    compact = ids.astype(dtype)
-    compact[unknown] = np.iinfo(dtype).max
-    return compact

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from .errors import InputError, ShapeError
 
 KNOWN, LAST_TOKEN, NOT_RECORDED, MASKED, OUTSIDE, NO_ROUTING = range(6)
 REASONS = {
@@ -99,3 +101,15 @@ def cut_versions(versions: Iterable[VersionSpan], first: np.ndarray, stop: np.nd
         if start < end:
             cut.append(span._replace(start=start - low, stop=end - low))
     return tuple(cut)
+
+
+def checked_reasons(value: Any, offsets: np.ndarray) -> np.ndarray:
+    """uint8 [tokens]: `unknown` as reasons; of a mask, those its place suggests. Raises: ShapeError, InputError."""
+    given = np.asarray(value)
+    if given.shape != (offsets[-1],) or given.dtype not in (np.bool_, np.uint8):
+        raise ShapeError(f"unknown is {given.dtype} {given.shape}, but must be bool or uint8 [{offsets[-1]}]")
+    if given.dtype == np.bool_:
+        return default_reasons(given, offsets)
+    if int(given.max(initial=0)) > max(REASONS):
+        raise InputError(f"unknown holds {given.max()}, but reasons are 0 to {max(REASONS)}")
+    return given

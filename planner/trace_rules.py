@@ -139,3 +139,16 @@ def _check_known(
             f"{name} of token {tokens[row // layers]}, layer {layer_ids[row % layers]} are "
             f"{by_choice[:, row].tolist()}: an expert is chosen twice (a row of zeros is padding, not routing)"
         )
+
+
+def compacted(ids: np.ndarray, unknown: np.ndarray, num_experts: int) -> np.ndarray:
+    """Checked ids as a trace keeps them, rows of ones where unknown: a view where they are kept so already."""
+    dtype = np.dtype(compact_dtype(num_experts))
+    if ids.itemsize == dtype.itemsize and ids.dtype.isnative:  # other byte orders only look as narrow
+        compact = ids.view(dtype)  # of signed ids, -1 is all ones
+        wrong = ids.dtype.kind == "u" and unknown.any() and (compact[unknown] != np.iinfo(dtype).max).any()
+        if not wrong:
+            return compact
+    compact = ids.astype(dtype)
+    compact[unknown] = np.iinfo(dtype).max
+    return compact

@@ -14,7 +14,7 @@ from ..errors import FormatError
 ID_DTYPES = ("uint8", "uint16", "int8", "int16", "int32", "int64")
 
 
-def id_dtype(value: Any, what: str) -> str:
+def named_dtype(value: Any, what: str) -> str:
     """The dtype that a payload says its ids have. Raises: FormatError."""
     text = str(value).rpartition(".")[2]  # "torch.uint8", "numpy.uint8"
     if text not in ID_DTYPES:

@@ -15,7 +15,7 @@ from ..errors import FormatError, InputError
 from ..loads import check_loads
 from ..trace import RoutingTrace
 from ..trace_rules import check_num_experts
-from .encoded import array_of_bytes, decode_base64, id_dtype
+from .encoded import array_of_bytes, decode_base64, named_dtype
 from .sequences import SequenceOptions, trace_of_sequences
 
 
@@ -42,7 +42,7 @@ def from_sglang(
     def decode(payload: Any, name: str) -> Any:
         dtype = "int32"
         if isinstance(payload, Mapping) and {"data", "dtype"} == set(payload):
-            payload, dtype = payload["data"], id_dtype(payload["dtype"], name)
+            payload, dtype = payload["data"], named_dtype(payload["dtype"], name)
         if not isinstance(payload, str | bytes):
             return payload
         return array_of_bytes(decode_base64(payload, name), dtype, (-1, num_layers, top_k), name)

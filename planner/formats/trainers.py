@@ -15,7 +15,7 @@ import numpy as np
 
 from ..errors import FormatError
 from ..trace import RoutingTrace
-from .encoded import array_of_bytes, decode_base64, id_dtype
+from .encoded import array_of_bytes, decode_base64, named_dtype
 from .parts import Part
 from .registry import loader
 from .sequences import SequenceOptions, trace_of_sequences
@@ -77,7 +77,7 @@ def from_prime_rl(routed_experts: Iterable[Any], num_experts: int, **options: Un
         if missing:
             raise FormatError(f"{name} has no {sorted(missing)[0]!r}, only {sorted(map(str, payload))}")
         sizes = _three_sizes(payload["shape"], name)
-        return array_of_bytes(decode_base64(payload["data"], name), id_dtype(payload["dtype"], name), sizes, name)
+        return array_of_bytes(decode_base64(payload["data"], name), named_dtype(payload["dtype"], name), sizes, name)
 
     return trace_of_sequences(routed_experts, num_experts, last_token="either", decode=decode, **options)
 
@@ -98,7 +98,7 @@ def from_nemo_rl(routed_experts: Iterable[Any], num_experts: int, **options: Unp
         if len(parts) != 4 or parts[0] != "nrlre1":
             raise FormatError(f"{name} starts with {str(payload)[:24]!r}, but must be 'nrlre1:<dtype>:<S>x<L>x<K>:...'")
         sizes = _three_sizes(parts[2].split("x"), name)
-        return array_of_bytes(decode_base64(parts[3], name), id_dtype(parts[1], name), sizes, name)
+        return array_of_bytes(decode_base64(parts[3], name), named_dtype(parts[1], name), sizes, name)
 
     return trace_of_sequences(
         routed_experts, num_experts, last_token="in place", decode=decode, filler=_counts_up, **options

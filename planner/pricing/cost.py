@@ -157,7 +157,7 @@ def _fetched(outcome: Outcome, setting: Setting, dense: np.ndarray) -> np.ndarra
     )
 
 
-class Exchange(NamedTuple):
+class ExchangeCost(NamedTuple):
     """[L, M] of the four exchanges of tokens: seconds, and rows of the busiest rank inside its node and between."""
 
     seconds: np.ndarray
@@ -165,16 +165,16 @@ class Exchange(NamedTuple):
     far_rows: np.ndarray
 
 
-def exchange(outcome: Outcome, setting: Setting) -> Exchange:
+def exchange(outcome: Outcome, setting: Setting) -> ExchangeCost:
     """What the exchanges of tokens take; rows are those of one of the four."""
     if setting.transport != "auto":
         return _hops(outcome, setting, setting.transport)
     one, two = (_hops(outcome, setting, way) for way in ("one", "two"))
     pairs = zip(one, two, strict=True)
-    return Exchange(*(np.where(one.seconds <= two.seconds, of_one, of_two) for of_one, of_two in pairs))
+    return ExchangeCost(*(np.where(one.seconds <= two.seconds, of_one, of_two) for of_one, of_two in pairs))
 
 
-def _hops(outcome: Outcome, setting: Setting, way: str) -> Exchange:
+def _hops(outcome: Outcome, setting: Setting, way: str) -> ExchangeCost:
     ranks, device = outcome.slot_load.shape[2], setting.device
     near, far = _estimated_rows(outcome, setting, way)
     row_bytes = 2 * setting.model.hidden_size
@@ -183,7 +183,7 @@ def _hops(outcome: Outcome, setting: Setting, way: str) -> Exchange:
         launch += device.launch_fast
     busy = np.maximum(near * row_bytes / device.fast, far * row_bytes / device.slow)
     moves = ((near > 0) | (far > 0)) & (ranks > 1)
-    return Exchange(np.where(moves, EXCHANGES * (busy + launch), 0.0), near, far)
+    return ExchangeCost(np.where(moves, EXCHANGES * (busy + launch), 0.0), near, far)
 
 
 def _estimated_rows(outcome: Outcome, setting: Setting, way: str) -> tuple[np.ndarray, np.ndarray]:

@@ -65,8 +65,8 @@ GPUS = {
             "H200", (), "sm_90", 132, 1.83e9, 2048, "warpgroup", 128, 5120, 50 * _MIB, 4.8e12, 800, 450e9, 50e9
         ),
         Gpu(
-            "B200", ("GB200",), "sm_100", 148, 1.85e9, 4096, "tensor_memory", 128, 10240, 126 * _MIB, 8e12, 900,
-            900e9, 50e9,
+            "B200", ("GB200", "B300", "GB300"), "sm_100", 148, 1.85e9, 4096, "tensor_memory", 128, 10240, 126 * _MIB,
+            8e12, 900, 900e9, 50e9,
         ),
         Gpu(
             "MI300X", ("MI325X",), "gfx942", 304, 2.1e9, 1024, "warp", 128, 8190, 256 * _MIB, 5.3e12, 1000,
@@ -91,9 +91,13 @@ def listed_gpu(torch_name: str) -> Gpu | None:
     return next((gpu for gpu in GPUS.values() if words & {gpu.name, *gpu.words}), None)
 
 
+# The configs of another target serve: limits, and rates of 16-bit types and of memory, are the same
+_RELATIVES = {"sm_103": "sm_100"}
+
+
 def gpu_of(torch_name: str, target: str) -> str:
     """Whose configs a GPU gets, by torch's name of it; its own name, made safe for a folder, where none is listed."""
     gpu = listed_gpu(torch_name)
-    if gpu is not None and gpu.target == target:
+    if gpu is not None and gpu.target in (target, _RELATIVES.get(target)):
         return gpu.name
     return re.sub(r"[^A-Za-z0-9.]+", "-", torch_name).strip("-.") or target

@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = ", ".join(PRODUCTS)
     what.add_argument("--device", help=f"what models' large batches get on one of {names}, and gates on the code")
     parser.add_argument("--model", action="append", default=[], help="of --device; may be repeated; default: all")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="of --device: compilers at a time")
+    parser.add_argument("--candidates", action="store_true", help="of --target: all that a search of a GEMM tries")
+    parser.add_argument("--sample", type=int, help="of --candidates: only so many launches of a layer's")
+    parser.add_argument("--seed", default="", help="of --sample: which ones")
+    jobs = "of --device and --candidates: compilers at a time"
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help=jobs)
     parser.add_argument("--kernel", help="only this kernel")
     parser.add_argument("--dtype", default="bf16", choices=["bf16", "fp16", "fp32"], help="of the tensors")
     parser.add_argument("--first", action="store_true", help="one config a kernel, the one chosen for large batches")
@@ -36,7 +40,11 @@ def run(args: argparse.Namespace) -> int:
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
     if args.device is not None:
+        if args.candidates:
+            raise InputError(f"--candidates is given with --device {args.device}; it must be with --target")
         return _gate(args)
+    if args.candidates:
+        return _candidates(args)
     import torch
 
     from ..configs.config import GEMM_KERNELS
@@ -46,8 +54,7 @@ def run(args: argparse.Namespace) -> int:
     from ..tuning.compile_matrix import KERNELS, reports
     from ..tuning.gates import same_code
 
-    if args.kernel is not None and args.kernel not in KERNELS:
-        raise InputError(f"--kernel is {args.kernel!r}; it must be one of {', '.join(KERNELS)}")
+    _check_kernel(args.kernel, KERNELS)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[args.dtype]
     columns = ("registers", "spill", "shared", "stages", "warps/SM", "mma", "tma", "async")
     print(f"{'kernel':18} {'config':18} {'variant':28} " + " ".join(f"{column:>9}" for column in columns))
@@ -69,14 +76,47 @@ def run(args: argparse.Namespace) -> int:
             f"{bad} of {len(found)} launches spill registers, exceed {device.shared_bytes} bytes or meet a bug",
             file=sys.stderr,
         )
-    same = same_code(digests)
-    for pair in same:
+    for pair in (same := same_code(digests)):
         print(f"the same code twice: {pair}", file=sys.stderr)
     if not bad and not same:
         print(f"{len(found)} launches compiled without spills")
     if args.json:
         print(json.dumps(found))
     return 1 if bad or same else 0
+
+
+def _candidates(args: argparse.Namespace) -> int:
+    """1 where two configs that a search tries for one launch are the same code."""
+    from ..configs.config import GEMM_KERNELS
+    from ..configs.limits import device_named
+    from ..tuning.compile_matrix import candidate_tasks
+    from ..tuning.compile_pool import compiled
+    from ..tuning.gates import same_code
+
+    _check_kernel(args.kernel, GEMM_KERNELS)
+    _check_positive(jobs=args.jobs, sample=args.sample)
+    tasks = candidate_tasks(device_named(args.target), args.kernel, sample=args.sample, seed=args.seed)
+    codes = []
+    for task, outcome in compiled(tasks, args.jobs, lambda: False):
+        if isinstance(outcome, str):  # no candidate, then: a search leaves it out
+            print(f"{args.target} {task.key}: does not compile: {outcome}", flush=True)
+        elif outcome.code is not None:
+            codes.append((task.key.replace(f" {task.config} ", " "), task.config, outcome.code.digest))
+    for pair in (same := same_code(codes)):
+        print(f"the same code twice: {pair}", file=sys.stderr)
+    print(f"{args.target}: {len(tasks)} candidates, {len(codes)} compiled, {len(same)} of the code of another")
+    return 1 if same else 0
+
+
+def _check_kernel(kernel: str | None, known: tuple[str, ...]) -> None:
+    if kernel is not None and kernel not in known:
+        raise InputError(f"--kernel is {kernel!r}; it must be one of {', '.join(known)}")
+
+
+def _check_positive(**counts: int | None) -> None:
+    for name, count in counts.items():
+        if count is not None and count < 1:
+            raise InputError(f"--{name} is {count}; it must be positive")
 
 
 def _gate(args: argparse.Namespace) -> int:
@@ -87,8 +127,7 @@ def _gate(args: argparse.Namespace) -> int:
     from ..tuning.gates import large_tasks, machine_faults
     from ..tuning.models import MODELS, model_named
 
-    if args.jobs < 1:
-        raise InputError(f"--jobs is {args.jobs}; it must be positive")
+    _check_positive(jobs=args.jobs)
     product = product_named(args.device)
     models = [model_named(name) for name in args.model] or MODELS
     tasks, faults, found = large_tasks(models, product, (0, 2)), 0, []

@@ -191,7 +191,7 @@ def _meta(launch: Launch, compiled: Any, device: Device) -> dict[str, Any]:
     return {
         "target": device.name,
         "kernel": kernel,
-        "num_warps": compiled.metadata.num_warps,
+        "num_warps": options.get("num_warps", compiled.metadata.num_warps),  # without those that are specialised
         "num_stages": compiled.metadata.num_stages,
         **blocks,
         "dtype_bytes": first.element_size(),

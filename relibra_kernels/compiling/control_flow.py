@@ -5,6 +5,7 @@ line, which wait for a barrier and branch back, do not look like loops.
 """
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 MMA = re.compile(r"^(?:[HQIDO]GMMA|UTC[A-Z]*MMA|[HIDQ]MMA|v_mfma_)")
@@ -64,7 +65,7 @@ def read_amdgcn(text: str) -> list[Instruction]:
         label = LABEL.match(line)
         if label:
             labels[label.group(1)] = len(out)
-        found = re.match(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+)\b(.*)", line)
+        found = re.match(r"^\s+([sv]_\w+|ds_\w+|buffer_\w+|global_\w+|flat_\w+|scratch_\w+)\b(.*)", line)
         if found:
             out.append(Instruction(found.group(1), line.split(";")[0].strip()))
     for one in out:
@@ -166,6 +167,10 @@ class Program:
     def tile_loop(self, main: Loop) -> Loop:
         """The largest loop around it."""
         return max((loop for loop in self.loops if loop.blocks >= main.blocks), key=lambda loop: len(loop.blocks))
+
+    def largest_loop(self, accepts: Callable[[list[Instruction]], bool]) -> list[Instruction]:
+        """The instructions of the loop with the most of them of all that `accepts`."""
+        return max(filter(accepts, map(self.inside, self.loops)), key=len, default=[])
 
     def _in_postorder(self, loop: Loop) -> list[int]:
         """The blocks of one iteration, each after all that follow it."""

@@ -14,9 +14,15 @@ from typing import Any
 from .control_flow import Instruction, Program, read_amdgcn, read_sass
 
 # 16-bit multiply-adds a clock of one SM or compute unit
-RATES = {"sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90": 2048, "sm_100": 4096, "gfx942": 1024, "gfx950": 2048}
+RATES = {
+    "sm_80": 1024, "sm_86": 512, "sm_89": 512, "sm_90": 2048, "sm_100": 4096, "sm_103": 4096, "gfx942": 1024,
+    "gfx950": 2048,
+}  # fmt: skip
 _ALLOCATED = re.compile(r"ttg\.local_alloc\b[^:]*:.*-> !ttg\.memdesc<([\dx]+)x\w+")
 _PRODUCT = re.compile(r"(?:warp_group_dot|tc_gen5_mma(?:_scaled)?|tt\.dot) (%[\w#]+), (%[\w#]+)[, ]")
+_LOAD = re.compile(r"LDG|(?:buffer|global|flat)_load_")
+_STORE = re.compile(r"STG|(?:buffer|global|flat)_store_")
+_AMD_WIDTH = re.compile(r"_(?:load|store)_(?:[us]?(byte|short)|dword(?:x(\d))?)")
 _AMD_KINDS = ("ds_read_u16", "ds_read", "ds_write", "buffer_load", "global_load", "s_waitcnt")
 
 
@@ -34,11 +40,12 @@ class MachineCode:
         epilogue_instructions: outside of the main loop, in a tile. epilogue_share: clocks of issuing them over the
             matrix clocks of a tile; None where the length of the contraction is not known.
         descriptors: made or renewed inside the tile loop. tma_stores: in a tile.
+        accumulators: in tensor memory; with two, a tile is stored by other warps while the next is multiplied.
         is_flat: a tile is stored within the main loop, which by then has issued the next tile's first loads.
         local_in_loop, local: loads and stores of spilled registers, in an iteration and in all.
-        wide_loads, loads, wide_stores, stores: from and to global memory; of those, 128 bits wide.
-        narrow_loads: of fewer than 128 bits each but for 32, which is what indices, weights of rows and biases take:
-            from global memory, also into shared memory.
+        wide_loads, loads, wide_stores, stores: from global memory, also into shared memory, and to it; of those, 128
+            bits wide.
+        narrow_loads: of fewer than 128 bits each but for 32, which is what indices, weights of rows and biases take.
         indices: of 32 bits.
         amd: instructions of an iteration by kind, on AMD.
         digest: of the instructions with their operands: equal for equal code.
@@ -57,6 +64,7 @@ class MachineCode:
     epilogue_share: float | None = None
     descriptors: int = 0
     tma_stores: int = 0
+    accumulators: int = 0
     is_flat: bool = False
     local_in_loop: int = 0
     local: int = 0
@@ -81,7 +89,7 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
     amd = "amdgcn" in texts
     code = read_amdgcn(texts["amdgcn"]) if amd else read_sass(texts["sass"])
     program = Program(code)
-    accesses: dict[str, Any] = {} if amd else _accesses(code)
+    accesses = _accesses(code)
     accesses["digest"] = hashlib.sha256("\n".join(one.text for one in code).encode()).hexdigest()[:16]
     main = program.main_loop()
     if main is None:
@@ -98,7 +106,8 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
     clocks = multiply_adds / rate
     steps = multiply_adds / (tile * meta["BLOCK_K"])
     moved = _shared_bytes(code, step, products, texts["ttgir"], groups, steps, meta)
-    ending = len(whole) - len(step)
+    is_specialised = name.startswith("UTC") and not _stores(whole)  # other warps store
+    ending = len(program.largest_loop(_stores)) if is_specialised else len(whole) - len(step)
     tile_clocks = tile * meta["K"] / rate if meta["K"] else None
     return MachineCode(
         buffers=tuple(_buffers(texts["ttgir"])),
@@ -114,11 +123,23 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
         epilogue_share=round(ending * meta["num_warps"] / 4 / tile_clocks, 3) if tile_clocks else None,
         descriptors=in_tile["UTMACCTL"],
         tma_stores=in_tile["UTMASTG"] + in_tile["UTMAREDG"],
-        is_flat=not amd and any(one.op.startswith(("STG", "UTMASTG")) for one in program.inside(main)),
+        accumulators=_accumulators(texts["ttgir"]),
+        is_flat=not amd and not is_specialised and _stores(program.inside(main)),
         local_in_loop=counts["LDL"] + counts["STL"],
         amd={kind: sum(one.op.startswith(kind) for one in step) for kind in _AMD_KINDS} if amd else None,
         **accesses,
     )
+
+
+def _stores(code: list[Instruction]) -> bool:
+    """Whether results leave for global memory."""
+    return any(one.op.startswith(("STG", "UTMASTG", "UTMAREDG")) for one in code)
+
+
+def _accumulators(ttgir: str) -> int:
+    """How many tiles of sums there are in tensor memory."""
+    found = re.findall(r"ttng\.tmem_alloc\b[^:]*:.*-> !ttg\.memdesc<([\dx]+)xf32", ttgir)
+    return max((int(shape.split("x")[0]) if shape.count("x") == 2 else 1 for shape in found), default=0)
 
 
 def _counts(code: list[Instruction]) -> Counter[str]:
@@ -126,16 +147,30 @@ def _counts(code: list[Instruction]) -> Counter[str]:
 
 
 def _accesses(code: list[Instruction]) -> dict[str, Any]:
+    """How wide global memory is read and written, and how often registers are spilled and loaded again."""
+    loads, stores = _widths(code, _LOAD), _widths(code, _STORE)
     counts = _counts(code)
-    wide = Counter(one.op.split(".")[0] for one in code if ".128" in one.op)
-    found = {"wide_loads": wide["LDG"], "loads": counts["LDG"], "wide_stores": wide["STG"], "stores": counts["STG"]}
-    widths = Counter(_width(one.op) for one in code if one.op.startswith(("LDG", "LDGSTS")))
-    narrow = sum(count for width, count in widths.items() if width not in (32, 128))
-    return {**found, "narrow_loads": narrow, "indices": widths[32], "local": counts["LDL"] + counts["STL"]}
+    spilled = sum(counts[op] for op in ("LDL", "STL")) + sum(one.op.startswith("scratch_") for one in code)
+    return {
+        "wide_loads": loads[128],
+        "loads": sum(loads.values()),
+        "wide_stores": stores[128],
+        "stores": sum(stores.values()),
+        "narrow_loads": sum(count for width, count in loads.items() if width not in (32, 128)),
+        "indices": loads[32],
+        "local": spilled,
+    }
+
+
+def _widths(code: list[Instruction], kind: re.Pattern[str]) -> Counter[int]:
+    """Bits that a thread moves -> how many instructions of `kind` move as many."""
+    return Counter(_width(one.op) for one in code if kind.match(one.op))
 
 
 def _width(op: str) -> int:
-    """Bits that a thread moves."""
+    amd = _AMD_WIDTH.search(op)
+    if amd:
+        return {"byte": 8, "short": 16}.get(amd.group(1)) or 32 * int(amd.group(2) or 1)
     found = re.search(r"\.(?:[US](8|16)|(64|128))(?![\dB])", op)
     return int(found.group(1) or found.group(2)) if found else 32
 

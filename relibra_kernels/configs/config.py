@@ -7,6 +7,7 @@ import torch
 
 from ..planner.errors import InputError
 from .limits import Device
+from .versions import version_of
 
 GEMM_KERNELS = ("gate_up", "grouped_gemm", "grad_hidden", "grad_weight")
 ROW_KERNELS = ("permute", "swiglu", "replica_reduce", "grad_bias", "schedule")
@@ -14,9 +15,11 @@ ROW_KERNELS = ("permute", "swiglu", "replica_reduce", "grad_bias", "schedule")
 GENERATIONS = {"grad_hidden": 2, "grad_weight": 2}
 PARTS_OF_EQUAL_SIZES = ("permute", "swiglu")  # their launches say which part they are
 
-_GEMM = re.compile(r"(\d{1,4})x(\d{1,4})x(\d{1,4})w(\d{1,2})s(\d{1,2})(?:g(\d{1,3}))?")
+_GEMM = re.compile(r"(\d{1,4})x(\d{1,4})x(\d{1,4})w(\d{1,2})s(\d{1,2})(?:g(\d{1,3}))?(ws)?")
 _BLOCK = re.compile(r"(?:(\d{1,4})x)?(\d{1,5})w(\d{1,2})")
 _USUAL_GROUP = 8
+_SPECIALISED = ("grouped_gemm",)  # kernels whose operands all come by descriptors
+_SPECIALISING = (3, 9)  # the first Triton that does it without spills
 _MOST_ELEMENTS = 16384  # of a block: beyond it no device has the registers
 
 
@@ -30,6 +33,8 @@ class GemmConfig:
         num_warps: warps of a program.
         num_stages: steps whose operands are loaded ahead: the depth of the pipeline.
         group_m: row tiles that go through all columns together, so that they share what the cache holds.
+        is_specialised: loads and products each have warps of their own besides the `num_warps` that store, and there
+            are two accumulators: a tile is stored while the next one is multiplied.
     """
 
     block_m: int
@@ -38,10 +43,17 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = _USUAL_GROUP
+    is_specialised: bool = False
 
     def __str__(self) -> str:
         group = "" if self.group_m == _USUAL_GROUP else f"g{self.group_m}"
-        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.num_warps}s{self.num_stages}{group}"
+        end = group + ("ws" if self.is_specialised else "")
+        return f"{self.block_m}x{self.block_n}x{self.block_k}w{self.num_warps}s{self.num_stages}{end}"
+
+    @property
+    def programs_an_sm(self) -> int:
+        """Persistent programs that are started for every SM."""
+        return 1 if self.is_specialised else max(1, 8 // self.num_warps)
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,14 @@ def parse_config(text: str) -> Config:
     """The config that `text` stands for. Raises: InputError where it stands for none.
 
     `128x256x64w8s3` is a GemmConfig: block_m x block_n x block_k, warps, stages; `g4` at the end is a group_m
-    other than 8. `2048w8` is a BlockConfig: columns, warps; `32x128w4` has 32 rows in front.
+    other than 8, `ws` after it specialised warps. `2048w8` is a BlockConfig: columns, warps; `32x128w4` has 32 rows
+    in front.
     """
-    found = _GEMM.fullmatch(text)
-    if found is not None:
-        return GemmConfig(*(int(number) for number in found.groups() if number is not None))
+    gemm = _GEMM.fullmatch(text)
+    if gemm is not None:
+        *sizes, specialised = gemm.groups(default=str(_USUAL_GROUP))
+        m, n, k, num_warps, stages, group = map(int, sizes)
+        return GemmConfig(m, n, k, num_warps, stages, group, is_specialised=specialised == "ws")
     found = _BLOCK.fullmatch(text)
     if found is None:
         raise InputError(
@@ -106,10 +121,23 @@ def misfit(kernel: str, config: Config, device: Device, dtype: torch.dtype) -> s
         return f"num_stages is {config.num_stages} and group_m {config.group_m}; both must be 1 at least"
     if kernel != "grad_weight" and config.block_m not in row_blocks(device):
         return f"block_m is {config.block_m}; schedules have tiles of {' and '.join(map(str, row_blocks(device)))} rows"
+    if config.is_specialised and (fault := _specialised_misfit(kernel, device)):
+        return fault
     elements = (config.block_m + accumulators(kernel) * config.block_n) * config.block_k
     shared_bytes = elements * dtype.itemsize * max(config.num_stages - device.stages_in_registers, 1)
     if shared_bytes > device.shared_bytes:
         return f"its tiles take {shared_bytes} bytes of shared memory; {device.name} has {device.shared_bytes}"
+    return ""
+
+
+def _specialised_misfit(kernel: str, device: Device) -> str:
+    if kernel not in _SPECIALISED:
+        return f"ws gives loads and products warps of their own; {kernel} has none, only {', '.join(_SPECIALISED)}"
+    if device.family != "blackwell":
+        return f"ws gives loads and products warps of their own; {device.name} must be of Blackwell"
+    here, needed = version_of("triton"), _SPECIALISING
+    if here < needed:
+        return f"ws needs Triton {'.'.join(map(str, needed))}; this is {'.'.join(map(str, here)) or 'none'}"
     return ""
 
 

@@ -54,6 +54,7 @@ DEVICES = {
         Device("sm_89", "cuda", 89, 32, 99 * _KIB, 48),
         Device("sm_90", "cuda", 90, 32, 227 * _KIB, 64, family="hopper", tma=True),
         Device("sm_100", "cuda", 100, 32, 227 * _KIB, 64, family="blackwell", tma=True, descriptor_gather=True),
+        Device("sm_103", "cuda", 103, 32, 227 * _KIB, 64, family="blackwell", tma=True, descriptor_gather=True),
         Device("sm_120", "cuda", 120, 32, 99 * _KIB, 48),
         # CDNA2, 3 and 4 ISA guides: 64, 64 and 160 KiB of LDS, 8 waves a SIMD, 8 XCDs on MI300 and MI350
         Device("gfx90a", "hip", "gfx90a", 64, 64 * _KIB, 32, _CDNA, family="cdna2", stages_in_registers=1),
@@ -94,7 +95,7 @@ def device_of(device: torch.device) -> Device:
         nearest = max(older, key=lambda d: _number(d.name))
         return replace(nearest, arch=name, programs=programs, product=product_of(properties.name, nearest.name))
     capability = properties.major * 10 + properties.minor
-    # Within a major version code runs on later minors; 110 and 121 are relatives of 100 and 120.
+    # Within a major version code runs on later minors; 110 and 121 are relatives of 103 and 120.
     older = [d for d in DEVICES.values() if d.backend == "cuda" and isinstance(d.arch, int) and d.arch <= capability]
     if not older:
         raise InputError(

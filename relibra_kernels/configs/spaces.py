@@ -57,7 +57,10 @@ EXCLUDED: dict[tuple[str, str], list[Config]] = {
 # What a search tries besides. Some of it spills or does not fit on one device or another.
 WIDER = {
     "gate_up": _all("128x128x64w8s4 128x64x64w8s3 64x128x64w8s2 64x64x64w4s4"),
-    "grouped_gemm": _all("128x256x64w8s4 128x128x64w4s3 64x256x64w8s3 64x128x64w4s3 64x64x64w4s4"),
+    "grouped_gemm": _all(
+        "128x256x64w8s4 128x128x64w4s3 64x256x64w8s3 64x128x64w4s3 64x64x64w4s4 "
+        "128x256x64w4s4ws 128x256x64w4s3ws 128x128x64w4s4ws"
+    ),
     "grad_hidden": _all("128x256x64w8s4 128x128x64w8s4 64x256x64w8s3 64x128x64w4s3 64x64x64w4s4"),
     "grad_weight": _all(
         "128x256x64w8s4 256x128x64w8s3 128x128x64w8s4 128x128x64w8s5 128x128x64w4s2 128x64x64w4s3 64x64x64w4s3"
@@ -98,7 +101,7 @@ def candidates(kernel: str, device: Device, dtype: torch.dtype) -> list[Config]:
     space = SPACE_FP32[kernel] if fp32 else SPACE[kernel] + WIDER[kernel]
 
     def is_hopeless(config: Config) -> bool:
-        if isinstance(config, BlockConfig):
+        if isinstance(config, BlockConfig) or config.is_specialised:  # accumulators in tensor memory, stored in halves
             return False
         elements = accumulators(kernel) * config.block_m * config.block_n
         return elements // (config.num_warps * device.warp_size) > _MOST_ACCUMULATORS

@@ -78,7 +78,7 @@ def block_of(config: BlockConfig, width: int, item_bytes: int) -> tuple[int, int
 def grid_of(tensor: torch.Tensor, most_tiles: int, config: GemmConfig) -> tuple[int]:
     """Persistent programs: as many as the device holds at once, a multiple of its chiplets, no more than tiles."""
     device = target(tensor)
-    resident = max(device.programs, 1) * max(1, 8 // config.num_warps)
+    resident = max(device.programs, 1) * config.programs_an_sm
     return (ceil_div(min(resident, most_tiles), device.xcds) * device.xcds,)
 
 
@@ -88,13 +88,23 @@ def offsets_32(*tensors: torch.Tensor) -> bool:
     return small and target(tensors[0]).backend == "hip"
 
 
-def flat_slots(tensor: torch.Tensor, schedule: Schedule, stores: Stores) -> int:
+def stores_in_halves(tensor: torch.Tensor) -> bool:
+    """Whether a tile goes to memory one half after the other: on AMD.
+
+    Its matrix units leave four neighbours in a lane, and Triton would store those 8 bytes as they are. A half is
+    exchanged between lanes first, and stored 16 bytes at a time.
+    """
+    return target(tensor).backend == "hip"
+
+
+def flat_slots(tensor: torch.Tensor, schedule: Schedule, stores: Stores, *, is_specialised: bool = False) -> int:
     """A power of two of at least as many slots as there are where the loop over tiles is to be flattened, else 0.
 
     On Hopper, where one block an SM leaves the matrix units idle from a tile's last product to the next one's first: a
-    flattened loop loads the next tile's operands during the epilogue. Not where every tile makes a descriptor.
+    flattened loop loads the next tile's operands during the epilogue, and where warps are specialised, which needs it.
+    Not where every tile makes a descriptor.
     """
-    flattens = target(tensor).family == "hopper" and stores.other is None
+    flattens = (target(tensor).family == "hopper" or is_specialised) and stores.other is None
     return next_power_of_2(schedule.num_slots) if flattens else 0
 
 

@@ -15,7 +15,7 @@ from ..form import ExpertForm
 from ..operands import check_operands
 from ..schedule import Schedule
 from .activations import activate, activate_alone
-from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles, stores_in_halves
 from .launch import TABLES, launch
 from .stores import two_stores
 from .swiglu import form_constants
@@ -26,6 +26,7 @@ from .tiles import (
     describe_rows,
     describe_weights,
     first_program,
+    store_tile,
     tile_of,
     weight_of,
     weight_store,
@@ -71,6 +72,7 @@ def _gate_up_kernel(
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
     FLAT_SLOTS: tl.constexpr,
+    HALVES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -128,9 +130,7 @@ def _gate_up_kernel(
                 if bias_ptr is not None:
                     both += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, wide, wide < WIDTH, WIDTH, XCDS)
                 if GATED:
-                    mask = stored_R[:, None] & (wide < WIDTH)[None, :]
-                    h_at = row_of_tile * WIDTH + wide[None, :]
-                    tl.store(h_tile + h_at, both.to(h_ptr.dtype.element_ty), mask=mask)
+                    store_tile(both, h_tile, 2 * n0, stored_R, WIDTH, HALVES, BLOCK_M, WIDE)
                     gate, up = both.reshape(BLOCK_M, BLOCK_N, 2).split()
                 elif BLOCK_M < 128:
                     _store_alone(both, h_tile, a_tile, stored_R, 2 * n0, I, ACTIVATION, BLOCK_M, WIDE)
@@ -233,6 +233,7 @@ def grouped_gemm_swiglu(
             described=(x_TH, gate_up, replica_gate_up),
             gathered_depth=hidden_size,
         ),
+        HALVES=stores_in_halves(x_TH),
         # interleaved, Triton 3.9 spills 16 bytes
         FLAT_SLOTS=flat_slots(x_TH, schedule, stores) if form.is_concatenated else 0,
     )

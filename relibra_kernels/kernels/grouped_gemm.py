@@ -12,7 +12,7 @@ import triton.language as tl
 from ..configs.config import GemmConfig
 from ..operands import check_operands
 from ..schedule import Schedule
-from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles
+from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, row_tiles, stores_in_halves
 from .launch import TABLES, launch
 from .stores import two_stores
 from .tiles import (
@@ -22,6 +22,7 @@ from .tiles import (
     describe_rows,
     describe_weights,
     first_program,
+    store_tile,
     tile_of,
     weight_of,
     weight_store,
@@ -60,6 +61,8 @@ def _grouped_gemm_kernel(
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
     FLAT_SLOTS: tl.constexpr,
+    HALVES: tl.constexpr,
+    SPECIALISED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -71,7 +74,9 @@ def _grouped_gemm_kernel(
     FLAT: tl.constexpr = FLAT_SLOTS > 0
     if FLAT:
         num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
-    for index in tl.range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT):
+    for index in tl.range(
+        first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT, warp_specialize=SPECIALISED
+    ):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
         if FLAT or slot >= 0:  # padding has no slot; a loop with a condition cannot be flattened
@@ -96,8 +101,8 @@ def _grouped_gemm_kernel(
             if bias_ptr is not None:
                 acc += bias_row(bias_ptr, replica_bias_ptr, weight, num_home, column, inside, N, XCDS)
             # a 64-bit start and 32-bit offsets inside the tile: registers
-            out_at = out_ptr + row0.to(tl.int64) * N + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
-            tl.store(out_at, acc.to(out_ptr.dtype.element_ty), mask=(row_R < end)[:, None] & inside[None, :])
+            out_tile = out_ptr + row0.to(tl.int64) * N
+            store_tile(acc, out_tile, n0, row_R < end, N, HALVES, BLOCK_M, BLOCK_N)
 
 
 def grouped_gemm(
@@ -130,6 +135,10 @@ def grouped_gemm(
     if not schedule.num_rows:
         return out
     stores = two_stores(weight, replica_weight)
+    described = (a, weight, replica_weight)
+    constants = gemm_constants(a, config, widths=(n, d), described=described, gathered_depth=d if gather else 0)
+    # only where all operands come by descriptors that are made once
+    is_specialised = config.is_specialised and constants["A_MODE"] == "tma" and stores.other is None
     launch(
         _grouped_gemm_kernel,
         grid_of(a, num_tiles * ceil_div(n, config.block_n), config),
@@ -153,9 +162,9 @@ def grouped_gemm(
         TOP_K=schedule.top_k if gather else 0,
         ROWS_ARE_N=transpose_weight,
         GROUP_M=config.group_m,
-        FLAT_SLOTS=flat_slots(a, schedule, stores),
-        **gemm_constants(
-            a, config, widths=(n, d), described=(a, weight, replica_weight), gathered_depth=d if gather else 0
-        ),
+        FLAT_SLOTS=flat_slots(a, schedule, stores, is_specialised=is_specialised),
+        SPECIALISED=is_specialised,
+        HALVES=is_specialised or stores_in_halves(a),
+        **constants,
     )
     return out

@@ -227,7 +227,7 @@ def load_weight(
             n += lane // BLOCK_N * N
         k = k0 + tl.arange(0, BLOCK_K)
         WIDTH: tl.constexpr = N * (2 if PAIRS else 1)
-        if WIDTH * D >= 2**31:
+        if WIDTH * D >= 2**29:  # AMD's offsets are in bytes
             n, k = n.to(tl.int64), k.to(tl.int64)
         at = weights + (n[None, :] * D + k[:, None] if ROWS_ARE_N else k[:, None] * WIDTH + n[None, :])
         if D % BLOCK_K == 0:
@@ -257,9 +257,35 @@ def contract(
     BLOCK_K: tl.constexpr,
 ):
     """One fp32 tile `[BLOCK_M, BLOCK_N]` of rows @ weight, twice as wide with PAIRS."""
+    if A_MODE == "pointer32":  # what AMD's compiler has to know for buffer loads from a store of 2 GiB and more
+        tl.assume(n0 >= 0)
+        tl.assume(n0 < N)
     acc = tl.zeros([BLOCK_M, BLOCK_N * (2 if PAIRS else 1)], dtype=tl.float32)
     for k0 in range(0, D, BLOCK_K):
         a = load_rows(rows_of, row0, row_R, k0, D, A_MODE, BLOCK_K)
         b = load_weight(weights, number, n0, k0, N, D, ROWS_ARE_N, PAIRS, TMA, BLOCK_N, BLOCK_K)
         acc = dot(a, b, acc, PRECISION, UPCAST)
     return acc
+
+
+@triton.jit
+def store_tile(
+    tile,
+    at,
+    n0,
+    stored_R,
+    N: tl.constexpr,
+    HALVES: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """The stored rows of a tile into rows of N columns at `at`, from column `n0` on; HALVES: one after the other."""
+    if HALVES:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = tile.reshape(BLOCK_M, 2, HALF).permute(0, 2, 1).split()
+        store_tile(left, at, n0, stored_R, N, False, BLOCK_M, HALF)
+        store_tile(right, at, n0 + HALF, stored_R, N, False, BLOCK_M, HALF)
+    else:
+        column = n0 + tl.arange(0, BLOCK_N)
+        element = at + (tl.arange(0, BLOCK_M)[:, None] * N + column[None, :])
+        tl.store(element, tile.to(at.dtype.element_ty), mask=stored_R[:, None] & (column < N)[None, :])

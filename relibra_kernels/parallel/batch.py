@@ -21,7 +21,7 @@ from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, adapted_weights
 from .experts.kept import KeptReplicas, sources_of_fetched
 from .experts.replicas import ReplicaPushes
-from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_rows
+from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_input_rows
 from .routed_batch import RoutedBatch
 from .session import Session
 from .stats import BatchStats, bytes_of_kinds
@@ -133,7 +133,7 @@ class OpenBatch:
         def check(prepared: Prepared) -> None:
             self.alignment.judge()  # after the first micro-batch
             if fed is not None:
-                check_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
+                check_input_rows(fed, prepared.expert_ids.shape[1], batch.needed(index), index)
 
         with self._session.ledger.span("tables", self.device):
             tables = self._tables.get(index, check)

@@ -233,7 +233,7 @@ class MicroBatch(AnyMicroBatch):
         return Destinations(*(torch.where(live_TK, new, planned[layer]) for new, planned in pairs))
 
 
-def check_rows(rows: np.ndarray, num_rows: int, needed: np.ndarray, micro_batch: int) -> None:
+def check_input_rows(rows: np.ndarray, num_rows: int, needed: np.ndarray, micro_batch: int) -> None:
     """Refuse rows of a model's input that leave out a row that is needed, or name one twice.
 
     Args:

@@ -44,7 +44,7 @@ def _experts_of(layer: Any) -> Experts:
 
 
 def _autograd_within() -> Any:
-    """Operators run below autograd; within this it works as outside of them."""
+    """Turn autograd on within the block: an operator runs below it, where nothing is recorded."""
     return torch._C._SetExcludeDispatchKeyGuard(torch._C.DispatchKey.AutogradFunctionality, False)
 
 

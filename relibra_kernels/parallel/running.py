@@ -35,7 +35,7 @@ class ModelRunner:
         self.forwards: ForwardContext[AnyMicroBatch] = ForwardContext()
         self.batch: OpenBatch | None = None
         self.closed = False
-        self._record: RoutingRecord | None = None
+        self._record: RecordedForwards | None = None
 
     @property
     def home(self) -> np.ndarray:
@@ -81,7 +81,7 @@ class ModelRunner:
         return self.batch
 
     @contextmanager
-    def recording(self, record: "RoutingRecord") -> Iterator[None]:
+    def recording(self, record: "RecordedForwards") -> Iterator[None]:
         """Within, live forwards are recorded."""
         before, self._record = self._record, record
         try:
@@ -105,7 +105,7 @@ class ModelRunner:
         return found
 
 
-class RoutingRecord:
+class RecordedForwards:
     """What the routers of a model chose in some forwards, each of which is a micro-batch.
 
     Args:

@@ -20,7 +20,7 @@ from .comm.watchdog import start_watchdog
 from .experts.adapters import find_adapters
 from .planning import Planning
 from .routed_batch import RoutedBatch, routed_batch
-from .running import RoutingRecord
+from .running import RecordedForwards
 from .session import RuntimeOptions, Session
 from .spread_model import SpreadModel
 from .stats import BatchStats
@@ -271,7 +271,7 @@ class ExpertParallel(SpreadModel):
         return self.stats().json_line()
 
     @contextmanager
-    def record(self) -> Iterator[RoutingRecord]:
+    def record(self) -> Iterator[RecordedForwards]:
         """Record what the routers choose in the forwards within: the pass that computes old log-probabilities.
 
             with ep.record() as record, torch.no_grad():
@@ -283,6 +283,6 @@ class ExpertParallel(SpreadModel):
         Every forward is a micro-batch. All ranks must run equally many. No batch may be open.
         """
         self._check_between_batches("record")
-        record = RoutingRecord(len(self.layers), self.num_experts)
+        record = RecordedForwards(len(self.layers), self.num_experts)
         with self._runner.recording(record):
             yield record

@@ -92,7 +92,7 @@ class Session:
         return every > 0 and micro_batch % every == min(every, num_micro_batches) // 2
 
     def checked(self, layer: int, weights: tuple[torch.Tensor | None, ...]) -> bool:
-        """Whether a layer of this batch has run with these very weights; from now on it has."""
+        """Whether a layer of this batch has run with these very weights, and note that it does now."""
         before = self._checked.get(layer)
         if before is not None and all(map(operator.is_, before, weights)):
             return True
@@ -106,7 +106,7 @@ class Session:
             )
 
     def running(self, where: str) -> "_Running":
-        """Only one thread at a time: two would send their collectives in an order that ranks do not share."""
+        """Refuse a second thread within: two would send their collectives in an order that ranks do not share."""
         return _Running(self._lock, where)
 
 

@@ -170,7 +170,7 @@ class SpreadModel:
         checkpoint.load(path, self.model, self.layers, self.home, self.groups, optimizer)
 
     def _shape(self) -> ModelShape:
-        """Of the MoE layers, with the adapters that they have now."""
+        """Sizes of the MoE layers, with the rank of the adapters that they have now."""
         find_adapters(self.model, self.layers)
         experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
         sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k

@@ -71,7 +71,7 @@ class BatchStats:
 def bytes_of_kinds(sent: Mapping[tuple[str, str], int]) -> Counter[tuple[str, str]]:
     """(token, fetched, kept or migration; "fast" or "slow") -> bytes, from the kinds that the ledger has.
 
-    What is of no expert is token.
+    A kind that is of no expert counts as token.
     """
     found: Counter[tuple[str, str]] = Counter()
     for (kind, network), count in sent.items():

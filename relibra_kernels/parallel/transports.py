@@ -14,8 +14,9 @@ from .tokens.two_hops import TwoHops
 
 
 def chosen_transport(wanted: str, groups: Groups, cluster: ClusterSpec, shape: ModelShape) -> str:
-    """The name of a run's transport. Collective where the cluster has several nodes of several ranks: one hop is all
-    that others have a use for.
+    """The name of a run's transport. Collective where the cluster has several nodes of several ranks.
+
+    Other clusters always get one hop.
 
     Args:
         wanted: "one", "two", or "auto": what costs less by the price model, decided by the first rank.

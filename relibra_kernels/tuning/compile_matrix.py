@@ -1,5 +1,6 @@
-"""All launches of a device, compiled one after the other."""
+"""What is compiled for a device: all launches with the configs that need no search, and what a search tries."""
 
+import hashlib
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 from ..compiling.compile_only import Report, compile_launch, launch_digest
 from ..configs.config import GEMM_KERNELS, Config
 from ..configs.limits import Device
-from ..configs.spaces import SPACE, configs
+from ..configs.spaces import SPACE, candidates, configs
 from ..kernels.launch import Launch
-from .catalogue import calls, recorded
+from .catalogue import OSS, PARTS, QWEN, REPLICAS, calls, recorded
+from .compile_task import Task
 
 KERNELS = tuple(SPACE)
 
@@ -40,6 +42,26 @@ def reports(
                     place = None if dump is None else dump / _folder(device, name, config, variant, launch)
                     report = compile_launch(launch, device, dump=place)
                     yield name, str(config), variant, report
+
+
+def candidate_tasks(
+    device: Device, kernel: str | None = None, *, sample: int | None = None, seed: str = ""
+) -> list[Task]:
+    """Of the GEMMs, or of `kernel` alone, all that a search tries on `device`, with two stores of weights.
+
+    Kernels without tensor cores have none: they cut their blocks to a row, so that several are one where it is short.
+
+    Args:
+        sample: only so many launches (a part of a layer, with weights of one layout), chosen by `seed`.
+    """
+    names = [name for name in GEMM_KERNELS if kernel in (None, name)]
+    launches = [(name, part, sizes) for name in names for part in PARTS[name] for sizes in (QWEN, OSS)]
+    launches.sort(key=lambda launch: hashlib.sha256(f"{seed} {device.name} {launch}".encode()).digest())
+    return [
+        Task(device.name, name, part, str(config), *sizes, REPLICAS)
+        for name, part, sizes in launches[:sample]
+        for config in candidates(name, device, torch.bfloat16)
+    ]
 
 
 def _folder(device: Device, name: str, config: Config, variant: str, launch: Launch) -> str:

@@ -22,7 +22,7 @@ from .search_goal import layer_shape
 
 SLOTS, ROWS_PER_SLOT = 16, 4096
 LARGE = 1024  # rows a slot, from which on a loop must be deep
-_LEAST_BUFFERS = {"sm_80": 2, "sm_90": 3, "sm_100": 3}
+_LEAST_BUFFERS = {"sm_80": 2, "sm_90": 3, "sm_100": 3, "sm_103": 3}
 _MOST_SHARED_BYTES = {"grouped_gemm": 128.5}  # a clock; an SM of Hopper moves 128
 _MOST_SHARED_BYTES_ELSE = 136.0
 _MOST_EPILOGUE = 0.12  # of a tile's matrix clocks
@@ -30,6 +30,8 @@ _MOST_EPILOGUE_GRAD_HIDDEN = ((2880, 0.215), (0, 0.26))  # from this hidden size
 _NARROW_STORES = {"grad_hidden": 1}  # partial sums, one a row
 _NARROW_STORES_BY_3_6 = 33  # of grad_hidden with interleaved weights: w*a, 8 columns at a time
 _NARROW_LOADS = 1  # a bias, one a column
+_NARROW_LOADS_BY_AMD = 16  # the same of the four neighbouring columns that a lane of its matrix units has
+_BOUNDS_OF_A_SLOT = 1  # its first row and the next slot's, at once
 _MOST_INDICES = 44  # of rows, a thread; grad_weight has up to 42. A tile that is read 4 bytes at a time has more
 # In a step, by Triton's minor version: no more than the loops had with two products a step and row indices that were
 # loaded where they are used. 3.6 has one more in down and dx.
@@ -84,11 +86,17 @@ def _access_faults(kernel: str, code: MachineCode, form: ExpertForm) -> list[str
         allowed = _NARROW_STORES_BY_3_6
     if narrow > allowed:
         found.append(f"stores {narrow} of {code.stores} times in less than 16 bytes")
-    if code.narrow_loads > (_NARROW_LOADS if form.has_bias else 0):
+    if code.narrow_loads > _most_narrow_loads(kernel, form, on_amd=code.amd is not None):
         found.append(f"loads {code.narrow_loads} of {code.loads} times in 1, 2 or 8 bytes")
     if code.indices > _MOST_INDICES:
         found.append(f"loads {code.indices} times in 4 bytes; indices need {_MOST_INDICES} at most")
     return found
+
+
+def _most_narrow_loads(kernel: str, form: ExpertForm, *, on_amd: bool) -> int:
+    if on_amd and kernel == "grad_weight":
+        return _BOUNDS_OF_A_SLOT
+    return (_NARROW_LOADS_BY_AMD if on_amd else _NARROW_LOADS) if form.has_bias else 0
 
 
 def most_barriers(kernel: str, version: str) -> int:

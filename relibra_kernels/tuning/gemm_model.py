@@ -106,7 +106,10 @@ def _wave_clocks(
     if code is not None:
         issue = code.epilogue_instructions * config.num_warps / _SCHEDULERS
         extra = code.descriptors * _DESCRIPTOR_CLOCKS
-    alone = _TILE_CLOCKS + product.latency + steps * step + max(after, issue) + extra
+    start, ending = _TILE_CLOCKS + product.latency, max(after, issue)
+    if config.is_specialised:  # a tile is stored while the next is multiplied
+        return max(steps * multiply, issue, steps * load + after, start + max(steps * step, ending))
+    alone = start + steps * step + ending + extra
     return max(resident * (steps * multiply + issue), resident * (steps * load + after), alone)
 
 
@@ -115,7 +118,7 @@ def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Pr
     tile, columns = _tile(work.kernel, config), math.ceil(work.n / config.block_n)
     tiles_S = -(-work.rows // config.block_m)
     rows, row_tiles = int(work.rows.sum()), int(tiles_S.sum())
-    resident = _resident(config, resources, max(1, 8 // config.num_warps))
+    resident = _resident(config, resources, config.programs_an_sm)
     programs, tiles = product.sms * resident, row_tiles * columns
     steps = math.ceil(work.d / config.block_k)
     whole, left = divmod(tiles, programs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from relibra_kernels.cli import doctor, main
-from relibra_kernels.configs import interpreter
+from relibra_kernels.configs.versions import version_of
 from relibra_kernels.planner.errors import InputError
 
 
@@ -98,13 +98,13 @@ def with_versions(monkeypatch, **versions):
     """`doctor` and the check of the interpreter see these packages."""
     real = importlib.metadata.version
     monkeypatch.setattr(importlib.metadata, "version", lambda name: versions.get(name) or real(name))
-    interpreter.interpreter_fault.cache_clear()
+    version_of.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def forgets_versions():
     yield
-    interpreter.interpreter_fault.cache_clear()
+    version_of.cache_clear()
 
 
 @pytest.mark.parametrize(

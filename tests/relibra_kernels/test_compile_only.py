@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,8 +20,9 @@ from relibra_kernels.compiling.known_bugs import known_bug
 from relibra_kernels.configs.config import GEMM_KERNELS, ROW_KERNELS, parse_config
 from relibra_kernels.configs.limits import DEVICES, INTERPRETER, device_named, device_of
 from relibra_kernels.configs.spaces import SPACE, config_for, configs
+from relibra_kernels.kernels.stores import Stores
 from relibra_kernels.planner.errors import InputError
-from relibra_kernels.tuning.catalogue import calls, recorded
+from relibra_kernels.tuning.catalogue import TOKENS, calls, recorded
 
 interpreting = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 GATHERING = ["gate_up", "grad_hidden", "grad_weight"]
@@ -29,7 +32,14 @@ WRITTEN = (
     "first_tile_ptr",
     "position_of_ptr",
 )  # made for the launch, each a tensor of its own
-MMA = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "gfx942": "v_mfma", "gfx950": "v_mfma"}
+MMA = {
+    "sm_80": "HMMA",
+    "sm_90": "HGMMA",
+    "sm_100": "UTCHMMA",
+    "sm_103": "UTCHMMA",
+    "gfx942": "v_mfma",
+    "gfx950": "v_mfma",
+}
 
 
 @interpreting
@@ -47,8 +57,10 @@ def test_the_first_config_of_every_gemm(target, kernel):
             assert report.kernel == kernel
             assert report.mma is not None and report.mma.startswith(MMA[target])
             assert (report.tma > 0) == device.tma
-            by_pointer = {"sm_80": GEMM_KERNELS, "sm_90": GATHERING, "sm_100": ["grad_weight"]}.get(target, [])
-            assert (report.async_copies > 0) == (kernel in by_pointer)
+            by_pointer = {"sm_80": GEMM_KERNELS, "sm_90": GATHERING}
+            if device.family == "blackwell":
+                by_pointer[target] = ["grad_weight"]
+            assert (report.async_copies > 0) == (kernel in by_pointer.get(target, []))
 
 
 @interpreting
@@ -135,6 +147,27 @@ def test_a_base_that_is_not_aligned_gets_no_descriptor(kernel, monkeypatch):
             assert not options["TMA"]
 
 
+def test_warps_are_specialised_where_all_operands_come_by_one_descriptor(monkeypatch):
+    """Not for rows picked by index, nor for replicas that do not lie whole experts from their homes."""
+    device, config = device_named("sm_100"), parse_config("128x256x64w4s4ws")
+    (usual, *_), (specialised, *_) = (
+        [recorded(device, call)[0] for variant, call in calls("grouped_gemm", one, torch.bfloat16)]
+        for one in (replace(config, is_specialised=False), config)
+    )
+    names = ("SPECIALISED", "HALVES", "FLAT_SLOTS", "GROUP_M")
+    assert [usual.options[name] for name in names] == [False, False, 0, 8]
+    assert [specialised.options[name] for name in names] == [True, True, 32, 8]
+    busy = replace(device, programs=148)
+    call = next(call for variant, call in calls("grouped_gemm", config, torch.bfloat16))
+    assert recorded(busy, call)[0].grid == (148,)  # one program takes all of an SM's tensor memory
+    by_index = partial(call.func, torch.empty(TOKENS, 768, dtype=torch.bfloat16, device="meta"), gather=True)
+    apart = Stores(call.keywords["weight"], call.keywords["weight"], 0, 0, 1)
+    assert not recorded(device, partial(by_index, **call.keywords))[0].options["SPECIALISED"]
+    monkeypatch.setattr(sys.modules[call.func.__module__], "two_stores", lambda *stores: apart)
+    options = recorded(device, call)[0].options
+    assert [options[name] for name in names] == [False, False, 0, 8]
+
+
 def test_where_a_table_begins_compiles_nothing_anew():
     """Every int32 table of every kernel may be cut out of a larger one."""
     device = device_named("sm_90")
@@ -190,8 +223,8 @@ GPUS = [
     (8, 0, "sm_80", False),
     (8, 7, "sm_86", False),
     (9, 0, "sm_90", False),
-    (10, 3, "sm_100", True),
-    (11, 0, "sm_100", False),
+    (10, 3, "sm_103", True),
+    (11, 0, "sm_103", False),
     (12, 1, "sm_120", False),
 ]
 

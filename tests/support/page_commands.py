@@ -57,6 +57,7 @@ STEPS = {  # command -> what of .ci/run, `make nightly` or a test runs it
     "python tests/support/house.py": "tests/test_imports.py",
     ".venv/bin/ruff format .": "ci",
     "relibra compile --device H100": "ci",
+    "relibra compile --target sm_90 --candidates": "nightly",
     "torchrun --standalone --nproc-per-node 2 examples/train_ep.py": "tests/test_examples.py",
     "torchrun --nproc-per-node 2 examples/train_megatron.py": "ci",
 }

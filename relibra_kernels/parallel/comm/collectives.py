@@ -24,7 +24,7 @@ LISTEN = timedelta(seconds=1)  # between looks at whether another rank has stopp
 
 
 @dataclass
-class Progress:
+class CollectiveProgress:
     """How far a rank is in the collectives that all ranks come to in one order.
 
     `position`: (collectives begun, phase of the last one, whether the host waits for it). `last`: what a device waits
@@ -65,7 +65,7 @@ class Comm:
         self.gpus_per_node = gpus_per_node
         self.ledger = Ledger() if ledger is None else ledger
         self._name: tuple[int, int] = (self.rank, self.size) if part_of is None else part_of._name
-        self._progress: Progress = Progress() if part_of is None else part_of._progress
+        self._progress: CollectiveProgress = CollectiveProgress() if part_of is None else part_of._progress
         self.alarm: Alarm | None = None
         self._waits_on_host = dist.get_backend(group) == "gloo"  # with others, a stream waits and the host goes on
         self.ranks = tuple(dist.get_process_group_ranks(group or dist.group.WORLD))

@@ -92,6 +92,33 @@ def test_descriptors(monkeypatch, gather, name, replicas):
     check(REPLICAS if replicas else CASES[3], FORMS[name], torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_amd(monkeypatch, dtype):
+    """32-bit offsets, tiles of grouped_gemm stored in halves, chiplets."""
+    device = dataclasses.replace(launch.INTERPRETER, backend="hip", xcds=2, family="cdna3")
+    monkeypatch.setattr(launch, "INTERPRETER", device)
+    check(REPLICAS, FORMS["gpt-oss"], dtype)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("width", [32, 40, 72])
+def test_specialised_warps(monkeypatch, transposed, width):
+    """Blackwell: loops over tiles flattened, both operands by descriptors, tiles stored in halves."""
+    device = dataclasses.replace(launch.INTERPRETER, tma=True, descriptor_gather=True, family="blackwell")
+    monkeypatch.setattr(launch, "INTERPRETER", device)
+    generator = torch.Generator().manual_seed(0)
+    schedule = kernels.build_schedule(torch.tensor([[0], [3], [3], [0], [3]] * 7), 4, (16,))  # slots 1 and 2 are empty
+    a = torch.randn(35, 40, generator=generator).half()
+    weight = torch.randn(4, *((width, 40) if transposed else (40, width)), generator=generator).half()
+    bias = torch.randn(4, width, generator=generator).half()
+    config = GemmConfig(16, 32, 16, 4, 1, is_specialised=True)
+    got = kernels.grouped_gemm(a, weight, schedule, transpose_weight=transposed, bias=bias, config=config)
+    expected = reference.grouped_gemm(
+        a.double(), weight.double(), schedule, transpose_weight=transposed, bias=bias.double()
+    )
+    assert_close(got, expected, RELATIVE[torch.float16])
+
+
 def test_same_input_same_bits_whatever_the_grid(monkeypatch):
     case, form = CASES[1], FORMS["qwen"]
     p = problem(case, form, torch.float32)

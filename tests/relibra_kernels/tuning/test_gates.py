@@ -2,9 +2,13 @@
 
 import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs triton")
 
@@ -13,11 +17,12 @@ from padded_columns import columns_issued
 from relibra_kernels.cli import main
 from relibra_kernels.compiling.machine_code import MachineCode, read_machine_code
 from relibra_kernels.configs import spaces
-from relibra_kernels.configs.config import parse_config
+from relibra_kernels.configs.config import GEMM_KERNELS, parse_config
 from relibra_kernels.configs.limits import device_for
 from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.form import GPT_OSS, ExpertForm
-from relibra_kernels.tuning.compile_task import Task, compile_task
+from relibra_kernels.tuning.compile_matrix import candidate_tasks
+from relibra_kernels.tuning.compile_task import Task, compile_task, launches_of
 from relibra_kernels.tuning.gates import large_tasks, machine_faults, most_barriers, same_code
 from relibra_kernels.tuning.launch_model import Resources
 from relibra_kernels.tuning.models import MODELS, model_named
@@ -83,6 +88,11 @@ def test_faults_of_some_kernels_and_devices_alone():
     amd = {"device": MI300X, "shared_bytes": 1 << 15}
     assert "2 bytes at a time" in faults(replace(AMD, amd={**AMD.amd, "ds_read_u16": 64}), **amd)[0]
     assert "64-bit addresses" in faults(replace(AMD, amd={**AMD.amd, "global_load": 9}), **amd)[0]
+    assert "64-bit addresses" in faults(replace(AMD, amd={**AMD.amd, "buffer_load": 0}), **amd)[0]
+    assert "stores 8 of 16 times in less than 16 bytes" in faults(replace(AMD, wide_stores=8), **amd)[0]
+    assert "loads 4 of 9 times in 1, 2 or 8 bytes" in faults(replace(AMD, narrow_loads=4, loads=9), **amd)[0]
+    assert not faults(replace(AMD, narrow_loads=1), "grad_weight", **amd)  # where a slot begins and ends
+    assert faults(replace(AMD, narrow_loads=2), "grad_weight", **amd)
     assert machine_faults(large_tasks(MODELS[:1], PRODUCTS["H100"], (0,))[0], "PTXASError", H100) == [
         "does not compile: PTXASError"
     ]
@@ -120,6 +130,46 @@ def test_a_config_that_compiles_to_the_code_of_another_is_refused(monkeypatch, c
     assert "the same code twice: 64x64x64w4s2 = 64x64x64w4s2g4: grad_weight" in capsys.readouterr().err
 
 
+@interpreting
+def test_candidates_of_the_same_code_are_refused(monkeypatch, capsys):
+    usual = parse_config("64x64x64w4s2")
+    command = ["compile", "--target", "gfx942", "--candidates", "--kernel", "grad_weight", "--sample", "1"]
+    monkeypatch.setitem(spaces.SPACE, "grad_weight", [usual])
+    monkeypatch.setitem(spaces.WIDER, "grad_weight", [parse_config("64x64x32w4s2")])
+    assert main(command) == 0
+    assert capsys.readouterr().out == "gfx942: 2 candidates, 2 compiled, 0 of the code of another\n"
+    monkeypatch.setitem(spaces.WIDER, "grad_weight", [replace(usual, group_m=4)])  # its kernel knows no groups
+    assert main(command) == 1
+    assert "the same code twice: 64x64x64w4s2 = 64x64x64w4s2g4: grad_weight" in capsys.readouterr().err
+
+
+def test_a_sample_of_candidates_is_whole_launches():
+    """Equal code is found among all that is tried for one launch."""
+    device = H100
+    whole = candidate_tasks(device)
+    assert {task.kernel for task in whole} == set(GEMM_KERNELS) and len({task.part for task in whole}) == 4
+    launches = {(task.kernel, task.part, task.form) for task in whole}
+    found = candidate_tasks(device, sample=1, seed="a")
+    ((kernel, part, form),) = {(task.kernel, task.part, task.form) for task in found}
+    assert (kernel, part, form) in launches
+    assert [t.config for t in found] == [str(c) for c in spaces.candidates(kernel, device, torch.bfloat16)]
+    assert len({candidate_tasks(device, sample=1, seed=str(seed))[0].kernel for seed in range(20)}) > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "sm_90", "--candidates", "--kernel", "permute"], "--kernel is 'permute'"),
+        (["--target", "sm_90", "--candidates", "--sample", "0"], "--sample is 0"),
+        (["--device", "H100", "--candidates"], "--candidates is given with --device H100"),
+    ],
+)
+def test_candidates_are_of_a_gemm_and_a_target(flags, message, capsys, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert main(["compile", *flags]) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_large_batches_of_every_model_get_whole_tiles():
     """Two parts of two kernels, one of two others, with replicas and without."""
     for model in MODELS:
@@ -152,6 +202,72 @@ def test_real_code_is_read_and_passes():
     assert machine_faults(task, outcome, H100) == []
     assert outcome.code.buffers == (3, 3) and outcome.code.product == "HGMMA 64x256x16 x4"
     assert (outcome.code.products_in_flight, outcome.code.loads_in_flight, outcome.code.descriptors) == (1, 1, 0)
+
+
+WIDTHS = """
+	buffer_load_dwordx4 v[0:3], v4, s[0:3], 0 offen
+	global_load_dword v0, v1, s[0:1]
+	buffer_load_ushort v0, v1, s[0:3], 0 offen
+	global_load_dwordx2 v[0:1], v2, s[0:1]
+	buffer_store_dwordx2 v[0:1], v2, s[0:3], 0 offen
+	buffer_store_dwordx4 v[0:3], v4, s[0:3], 0 offen
+	global_store_short_d16_hi v0, v1, s[0:1]
+	scratch_store_dword v0, v1, off
+	s_endpgm
+"""
+
+
+def test_widths_of_amd_are_read():
+    code = read_machine_code({"ttgir": "", "amdgcn": WIDTHS}, {"persistent": False})
+    assert (code.loads, code.wide_loads, code.narrow_loads, code.indices) == (4, 1, 2, 1)
+    assert (code.stores, code.wide_stores, code.local) == (3, 1, 1)
+
+
+@interpreting
+@pytest.mark.parametrize("kernel", ["grouped_gemm", "gate_up"])
+def test_tiles_that_amd_does_not_store_in_halves_are_found(kernel, monkeypatch):
+    """gpt-oss's gate_up and every down and dx: as they are, and with 8 bytes at a time."""
+    part, config, sizes = {
+        "grouped_gemm": ("dx", "128x128x64w4s3", (2048, 768, ExpertForm())),
+        "gate_up": ("gate_up", "64x64x64w4s2", (2880, 2880, GPT_OSS)),
+    }[kernel]
+    task = Task("gfx942", kernel, part, config, *sizes, 0)
+    assert machine_faults(task, compile_task(task), MI300X) == []
+    monkeypatch.setattr(sys.modules[f"relibra_kernels.kernels.{kernel}"], "stores_in_halves", lambda tensor: False)
+    launches_of.cache_clear()
+    (fault,) = machine_faults(task, compile_task(task), MI300X)
+    assert re.fullmatch(r"stores \d+ of \d+ times in less than 16 bytes", fault)
+    launches_of.cache_clear()
+
+
+@interpreting
+def test_amd_loads_weights_of_a_large_store_with_32_bit_offsets():
+    """Mixtral's 16 experts are 3.8 GB; an offset counts from its expert."""
+    task = Task("gfx942", "gate_up", "gate_up", "64x64x64w4s2", 4096, 14336, ExpertForm(), 0)
+    outcome = compile_task(task)
+    assert machine_faults(task, outcome, MI300X) == [] and outcome.code.amd["buffer_load"] == 6
+
+
+TRITON_3_9 = Path(__file__).parents[3] / ".venv" / "triton-3.9.0"
+SPECIALISED = """
+from relibra_kernels.form import ExpertForm
+from relibra_kernels.tuning.compile_task import Task, compile_task
+
+found = compile_task(Task("sm_100", "grouped_gemm", "down", "128x256x64w4s4ws", 2048, 768, ExpertForm(), 2))
+code = found.code
+assert (found.spill_bytes, code.local, code.accumulators, code.buffers) == (0, 0, 2, (4, 4)), found
+assert code.barriers == 0 and code.stores == code.wide_stores > 0 and code.descriptors == 0, found
+assert code.epilogue_instructions > 4 * code.instructions and code.epilogue_share < 0.25, found
+"""
+
+
+@interpreting
+@pytest.mark.skipif(not TRITON_3_9.exists(), reason="needs Triton 3.9: make .venv/triton-3.9.0")
+def test_specialised_warps_have_two_accumulators():
+    """Products go into one while other warps store the other: what stores is no part of the products' loop."""
+    env = {**os.environ, "PYTHONPATH": str(TRITON_3_9)}
+    done = subprocess.run([sys.executable, "-c", SPECIALISED], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @interpreting

@@ -16,7 +16,7 @@ from relibra_kernels.configs.config import BlockConfig, GemmConfig, misfit, pars
 from relibra_kernels.configs.files import Bucket, Entry, load_entries, merged, path_of, update
 from relibra_kernels.configs.limits import DEVICES, INTERPRETER, device_for
 from relibra_kernels.configs.products import PRODUCTS
-from relibra_kernels.configs.spaces import config_for
+from relibra_kernels.configs.spaces import candidates, config_for
 from relibra_kernels.planner.errors import InputError
 from relibra_kernels.tuning.catalogue import PARTS
 
@@ -216,10 +216,31 @@ def test_configs_are_written_and_read():
     for config in (
         GemmConfig(128, 256, 64, 8, 3),
         GemmConfig(64, 32, 16, 4, 2, 4),
+        GemmConfig(128, 256, 64, 4, 4, is_specialised=True),
+        GemmConfig(128, 256, 64, 4, 4, 16, is_specialised=True),
         BlockConfig(2048, 8),
         BlockConfig(64, 4, 32),
     ):
         assert parse_config(str(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("kernel", "target", "triton", "fault"),
+    [
+        ("grouped_gemm", "sm_100", (3, 9), ""),
+        ("grouped_gemm", "sm_103", (3, 10), ""),
+        ("gate_up", "sm_100", (3, 9), "gate_up has none, only grouped_gemm"),
+        ("grouped_gemm", "sm_90", (3, 9), "sm_90 must be of Blackwell"),
+        ("grouped_gemm", "sm_100", (3, 7), "ws needs Triton 3.9; this is 3.7"),
+        ("grouped_gemm", "sm_100", (), "ws needs Triton 3.9; this is none"),
+    ],
+)
+def test_specialised_warps_are_refused_where_there_are_none(kernel, target, triton, fault, monkeypatch):
+    monkeypatch.setattr("relibra_kernels.configs.config.version_of", lambda package: triton)
+    found = misfit(kernel, parse_config("128x128x64w4s3ws"), DEVICES[target], BF16)
+    assert fault in found and bool(found) == bool(fault)
+    tried = candidates(kernel, DEVICES[target], BF16)
+    assert any(isinstance(one, GemmConfig) and one.is_specialised for one in tried) == (not fault)
 
 
 ROW_ENTRIES = [

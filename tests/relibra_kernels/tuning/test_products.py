@@ -10,6 +10,8 @@ NAMES = [
     ("NVIDIA H200", "sm_90", "H200"),
     ("NVIDIA A100-SXM4-80GB", "sm_80", "A100"),
     ("NVIDIA GB200", "sm_100", "B200"),
+    ("NVIDIA B300 SXM6 AC", "sm_103", "B200"),
+    ("NVIDIA H200", "sm_103", "NVIDIA-H200"),
     ("AMD Instinct MI300X", "gfx942", "MI300X"),
     ("AMD Instinct MI325X", "gfx942", "MI300X"),
     ("NVIDIA GeForce RTX 4090", "sm_89", "NVIDIA-GeForce-RTX-4090"),
