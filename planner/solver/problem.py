@@ -7,7 +7,7 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, seconds_by_pair
+from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, move_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
 from .kept import Copies, NodeRule, choose_copies, pack, shares
 from .kept_by_node import choose_by_node
@@ -27,7 +27,8 @@ class Member:
         moves: experts of a layer whose home may change; None is without a limit.
         far: how often a home may send kept replicas of one layer to other nodes; None is without a limit.
         tolerance: as in `FetchPrice`.
-        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`).
+        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`). swaps: of homes of a layer that are tried
+            there, beside `moves`.
     """
 
     kept: float
@@ -36,6 +37,7 @@ class Member:
     far: int | None = None
     tolerance: float = 0.0
     by_node: bool = False
+    swaps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
     share = shares(problem.table_LME, cluster.num_ranks)
     total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
     if member.by_node:
-        return home, choose_by_node(problem.table_LME, home, total, cluster, problem.copies)
+        return choose_by_node(problem.table_LME, home, total, cluster, problem.copies, member.swaps)
     layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
     copies = pack(share, home, layer, expert, cluster, problem.copies, NodeRule(member.spread, member.far))
     return home, copies
@@ -180,7 +182,7 @@ def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
     moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
     once = kept_seconds(outcome, problem.setting)
-    once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
+    once += moved * move_seconds(problem.setting, problem.cluster.num_ranks)
     return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
 
 

@@ -15,7 +15,17 @@ import numpy as np
 from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
 from .kept import Copies
-from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
+from .problem import (
+    Member,
+    Problem,
+    drop_idle,
+    hosts_of,
+    outcome_of,
+    pair_seconds,
+    seconds_in_all,
+    solve_over,
+    spaced,
+)
 from .refine import REACHED, insist, leave_alone, put_cheaper, swap_kept_where_uneven
 from .solution import Effort, Solution
 
@@ -28,7 +38,8 @@ _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried
 _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to other nodes
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
 _LOOSER = 0.0005  # part of the time that a tolerance must save
-_SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
+_SCARCE = 0.6  # kept replicas a rank and layer below which moving homes may pay
+_SWAPS = 4  # of homes of a layer, tried where few kept replicas level nodes
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
 _FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
 _FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and three close to the best again
@@ -42,10 +53,13 @@ def plan_layers(problem: Problem) -> Solution:
     if options.balance is not None:
         effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, few_last=16, near=0.0)
     members = _members(problem)
-    best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
+    best, second = (members[0], None) if len(members) == 1 else _cheapest(problem.sample(), members, effort)
     searched = options.balance is None and options.effort == "full"
-    solution = _solve(problem, best, effort, singly=searched)
-    drop_idle(solution, problem.cluster.gpus_per_node)
+    solution = drop_idle(_solve(problem, best, effort, singly=searched), problem.cluster.gpus_per_node)
+    if searched and second is not None:
+        other = drop_idle(_solve(problem, second, effort, singly=True), problem.cluster.gpus_per_node)
+        if seconds_in_all(problem, other) < seconds_in_all(problem, solution):
+            best, solution = second, other
     if options.balance is None:
         if searched:
             swap_kept_where_uneven(problem, solution, effort.slack)
@@ -93,7 +107,9 @@ def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) ->
     return solution
 
 
-def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
+def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> tuple[Member, Member | None]:
+    """The cheapest member, and the cheapest of those that choose kept replicas in the other way, if there are such: a
+    few layers have so few of them that the sample may not tell which way is better."""
     quick = replace(effort, again=min(effort.again, 1), few_last=0)
     hosts = {member: hosts_of(sample, member) for member in members}
 
@@ -106,7 +122,7 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
     ]
     best = min(close, key=lambda member: seconds(member, _SECOND_LOOK))
     if sample.options.balance is not None:
-        return best
+        return best, None
     # What stays may win where fetched replicas leave something over, though with full balance moves are cheaper.
     stays = min((member for member in costs if member.moves == 0), key=costs.__getitem__)
     least = costs[best] * (1 - _LOOSER)
@@ -116,7 +132,10 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
             cost = seconds(looser, _FIRST_LOOK)
             if cost < least:
                 best, least = looser, cost
-    return best
+    others = [member for member in costs if member.by_node != best.by_node and member.kept]
+    if not any(member.by_node for member in costs) or not others:
+        return best, None
+    return best, replace(min(others, key=costs.__getitem__), tolerance=best.tolerance)
 
 
 def _fetch_singly(
@@ -139,7 +158,9 @@ def _members(problem: Problem) -> list[Member]:
     most = min(float(cluster.replica_slots), problem.copies / layers)
     levels = [most, *(level for level in _LEVELS if level <= most / 2)][:2] if most > 0 else []
     experts = problem.table_LME.shape[2]
-    may_move = most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0  # a swap keeps homes even
+    small = cluster.num_nodes == 1 and cluster.num_ranks <= _FEW  # moves inside a node are cheap, and soon found
+    may_move = (most < _SCARCE or small) and options.max_moves != 0
+    may_move = may_move and experts % cluster.num_ranks == 0  # a swap keeps homes even
     if options.effort == "fast":
         return [Member(levels[0] if levels else 0.0, moves=options.max_moves if may_move and not levels else 0)]
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
@@ -147,15 +168,18 @@ def _members(problem: Problem) -> list[Member]:
         family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
     if most < 1.5 or cluster.num_nodes == 1:
         family.append(Member(0.0))
-    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
-        family.append(Member(most, by_node=True))
     if may_move:
         parts = (32, 16, 8, 4) if cluster.num_ranks < _MANY else (8,)
         for moved in (*(experts // part for part in parts), None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
-            if cluster.num_nodes > 1:
-                family += [Member(level, True, limit, by_node=True) for level in levels[:1]]
+    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
+        family.append(Member(most, by_node=True))
+        if may_move and options.max_moves is None:
+            family += [Member(most, moves=each, by_node=True, swaps=_SWAPS) for each in (0, None)]
+        elif may_move and options.max_moves is not None:
+            family.append(Member(most, by_node=True, swaps=min(_SWAPS, options.max_moves // 2)))
+            family.append(Member(most, moves=options.max_moves, by_node=True))
     return list(dict.fromkeys(family))
 
 

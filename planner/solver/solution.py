@@ -121,7 +121,8 @@ def solve(
             pairs = layer, micro_batch
             target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * (1 + price.tolerance)).astype(np.int64))
             if len(copies.layer) and cluster.num_nodes > 1:
-                split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, effort.node_rounds), load_FM)
+                relaxed = level_nodes(hosts, load_FM, relaxed, effort.node_rounds)
+                split = _level_nodes(hosts, relaxed, load_FM, target_LM, effort)
             slots = dense.slots(layer, best[pairs], price.slots)
             if price.hottest:
                 fetch(slots, target, gpus, hottest=True)
@@ -141,6 +142,20 @@ def solve(
             best[layer[pays], micro_batch[pays]] = slots.load[pays]
             return dense.solution(best, (layer[pays], micro_batch[pays], slots.expert[pays], slots.fetched[pays]))
     return dense.solution(best, None)
+
+
+def _level_nodes(
+    hosts: Hosts, relaxed_HM: np.ndarray, load_FM: np.ndarray, target_LM: np.ndarray, effort: Effort
+) -> np.ndarray:
+    """int64 [H, M]: a relaxed split in whole assignments, exact for nodes; inside each, hosts share as before."""
+    split = whole_split(hosts, relaxed_HM, load_FM)
+    start, group, gpus = hosts.first_of_node, hosts.node_group, hosts.gpus_per_node
+    nodes = Hosts(hosts.expert[start], hosts.rank[start] // gpus, hosts.layers, hosts.experts, hosts.ranks // gpus, 1)
+    of_node = np.add.reduceat(split, start, axis=0)
+    before = of_node[group]
+    share = np.where(before > 0, split / np.maximum(before, 1), 1 / np.bincount(group)[group][:, None])
+    _level(nodes, of_node, target_LM * gpus, replace(effort, within=None))
+    return whole_split(hosts, share * of_node[group], load_FM)
 
 
 def _level(hosts: Hosts, split: np.ndarray, target_LM: np.ndarray, effort: Effort) -> None:

@@ -11,9 +11,11 @@ from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
+from relibra_kernels.planner.solver.home_swaps import swap_homes
 from relibra_kernels.planner.solver.hosts import Hosts, best_host
 from relibra_kernels.planner.solver.kept import NodeRule, choose_copies, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
+from relibra_kernels.planner.solver.solution import Solution
 
 
 def lowest_busiest(load_E, hosts, ranks):
@@ -131,6 +133,28 @@ def test_layers_compete_for_memory():
     table = np.concatenate([skewed_loads(1, 4, 32, sigma=0.1), skewed_loads(1, 4, 32, sigma=1.5)])
     layer, _ = choose_copies(shares(table, 8), 8, 16, 8)
     assert (layer == 1).sum() == 8
+
+
+@pytest.mark.parametrize(("most", "home", "place"), [(0, [0, 0, 1, 1], [0, 1, 8, 9]), (1, [0, 1, 0, 1], [0, 8, 1, 9])])
+def test_homes_are_swapped_where_experts_are_hot_at_once(most, home, place):
+    """Experts 0 and 1 are hot in the first micro-batch, 2 and 3 in the second: together they overload either rank."""
+    loads = np.array([[[40, 40, 10, 10], [5, 5, 45, 45], [30, 50, 10, 10]]])
+    empty = np.full((1, 3, 2, 1), -1, np.int32)
+    solution = Solution(np.array([[0, 0, 1, 1]]), empty, np.zeros_like(empty), np.zeros((1, 2, 1), np.bool_))
+    places = np.array([[0, 1, 8, 9]])
+    swap_homes(loads, solution, places, np.full((1, 3), 50), most, 8)
+    np.testing.assert_array_equal(solution.home[0], home)
+    np.testing.assert_array_equal(places[0], place)
+
+
+@pytest.mark.parametrize(("load", "busiest"), [([30, 20, 25, 25], 50), ([60, 20, 10, 10], 70)])
+def test_homes_are_swapped_as_far_as_that_helps(load, busiest):
+    empty = np.full((1, 2, 2, 1), -1, np.int32)
+    solution = Solution(np.array([[0, 0, 1, 1]]), empty, np.zeros_like(empty), np.zeros((1, 2, 1), np.bool_))
+    places = np.array([[0, 0, 1, 1]])
+    swap_homes(np.array([[load, load]]), solution, places, np.full((1, 2), 50), 4, 8)
+    assert np.bincount(solution.home[0], weights=load).max() == busiest
+    np.testing.assert_array_equal(places, solution.home)
 
 
 def test_fetching_fills_a_node_exactly():
