@@ -1,7 +1,7 @@
 """A batch under several policies, priced by cost.py: the paper's comparison on any load table."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -67,6 +67,7 @@ def simulate(
     loads: np.ndarray,
     scenario: Scenario,
     policies: Sequence[str] = POLICIES,
+    progress: Callable[[str], None] | None = None,
     *,
     previous_home: np.ndarray | None = None,
     others: Mapping[str, Policy] | None = None,
@@ -98,6 +99,8 @@ def simulate(
             outcome, home = _outcome(name, known, table, scenario.cluster, others), None
         with _failing_by_name(name, others):
             results[name] = replace(_result(name, outcome, scenario, time.perf_counter() - start), home=home)
+        if progress is not None:
+            progress(name)
     return results
 
 

@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from ..configs.config import accumulators
 from ..configs.limits import Device
+from ..configs.versions import version_of
 from ..kernels.launch import Launch
 from ..planner.errors import InputError
 from .known_bugs import known_bug
@@ -34,6 +35,7 @@ _TYPES = {
     torch.int32: "i32",
     torch.int64: "i64",
 }
+_READS_SM_103 = (3, 7)  # the first Triton whose cuobjdump does
 _GRAD_WEIGHT_ROWS = 4096  # of a slot, where the epilogue of a weight gradient is compared with its main loop
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 # fifth-generation, warpgroup and warp matrix products; AMD's matrix cores
@@ -79,6 +81,10 @@ def compile_launch(launch: Launch, device: Device, *, instructions: bool = True,
     """
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
+    if device.name == "sm_103" and version_of("triton") < _READS_SM_103:
+        raise InputError(
+            f"target is sm_103, whose code the cuobjdump of Triton {triton.__version__} cannot read; use 3.7"
+        )
     signature, constants, attrs, options = specialised(launch)
     target = GPUTarget(device.backend, device.arch, device.warp_size)
     if device.backend == "hip":  # as Triton does at a launch: loads of tensors below 2 GiB become buffer loads

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, get_args
 
 import torch
 
@@ -23,7 +23,7 @@ TOKENS, TOP_K, EXPERTS, REPLICAS = 4096, 8, 16, 2
 SLOTS = EXPERTS + REPLICAS
 QWEN, OSS = (2048, 768, ExpertForm()), (2880, 2880, GPT_OSS)  # hidden size, intermediate size, form
 ACTIVATES = ("gate_up", "swiglu", "grad_hidden")
-OTHERS: tuple[Activation, ...] = ("clamped_silu", "capped_silu", "gelu_tanh", "relu2")
+OTHERS = [name for name in get_args(Activation) if name not in (ExpertForm().activation, GPT_OSS.activation)]
 
 # kernel -> the parts of a layer that it computes, in the order of a training step
 PARTS = {

@@ -129,8 +129,9 @@ def test_ours_is_ahead_of_every_rival_that_fits(nodes, tokens, copies):
     model = MODELS["Qwen3-30B-A3B"]
     loads = generate_loads(2, 16, model.experts, model.top_k, tokens * 8 * nodes)
     options = PlanOptions(shape=model, kept_bytes=copies * model.copy_bytes)
-    results = simulate(loads, Scenario(ClusterSpec(nodes, 8, 2), options))
-    assert tuple(results) == POLICIES
+    steps = []
+    results = simulate(loads, Scenario(ClusterSpec(nodes, 8, 2), options), progress=steps.append)
+    assert tuple(steps) == tuple(results) == POLICIES
     seconds = {name: result.cost.seconds for name, result in results.items()}
     rivals = [name for name in POLICIES if name not in ("relibra", "balanced") and results[name].fits]
     # Without memory for them, rules that host more experts at once than there are slots do not fit either.

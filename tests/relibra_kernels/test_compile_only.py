@@ -191,6 +191,13 @@ def test_the_command_prints_a_table_and_json(capsys):
     assert all(keys <= report.keys() and report["spill_bytes"] == 0 for report in reports)
 
 
+@interpreting
+def test_code_that_this_triton_cannot_read_is_refused(capsys, monkeypatch):
+    monkeypatch.setattr("relibra_kernels.compiling.compile_only.version_of", lambda package: (3, 6))
+    assert main(["compile", "--target", "sm_103", "--kernel", "permute"]) == 2
+    assert "target is sm_103, whose code the cuobjdump of Triton" in capsys.readouterr().err
+
+
 def test_bad_targets_and_kernels_are_refused(capsys):
     assert main(["compile", "--target", "sm_70"]) == 2
     assert "target is 'sm_70'" in capsys.readouterr().err

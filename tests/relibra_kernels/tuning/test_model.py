@@ -1,12 +1,14 @@
 """The model orders constructed cases as anyone would, and counts what can be counted by hand."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 pytest.importorskip("triton", reason="needs triton")
 
+from relibra_kernels.compiling.machine_code import MachineCode
 from relibra_kernels.configs.config import GemmConfig, parse_config
 from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.kernels.schedule import MOST_COUNTED
@@ -62,6 +64,18 @@ def test_blackwell_wants_128_rows_a_tile():
     b200 = PRODUCTS["B200"]
     long = Work("grouped_gemm", 4096, 4096, False, balanced(16, 4096))
     assert us("64x256x64w8s3", long, b200) > 1.5 * us("128x256x64w8s3", long, b200)
+
+
+def test_specialised_warps_hide_the_shorter_of_multiplying_and_storing():
+    work, code = Work("grouped_gemm", 4096, 4096, False, balanced(16, 4096)), MachineCode(buffers=(4, 4))
+    config, b200 = GemmConfig(128, 256, 64, 4, 4), PRODUCTS["B200"]
+    config = replace(config, is_specialised=True)
+
+    def us(epilogue):
+        needs = Resources(255, 0, 1 << 17, 8, replace(code, epilogue_instructions=epilogue))
+        return estimate(work, config, needs, b200).us
+
+    assert us(8000) == us(0) < us(1 << 17)  # 64 steps take 32768 clocks
 
 
 def test_weight_gradients_wait_for_the_longest_slot():
