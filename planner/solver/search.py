@@ -1,8 +1,9 @@
 """Which of a small family of plans takes the least time.
 
 Members of the family differ in seven things: whether homes move, whether some are swapped between nodes, how many
-replicas are kept (shares of what memory allows), whether replicas of an expert are spread over nodes or chosen to level nodes, how often a home may send kept
-replicas to other nodes, and how far above its target a rank may stay after fetching. Each member is solved and priced
+replicas are kept (shares of what memory allows), whether replicas of an expert are spread over nodes or chosen to level
+nodes, how often a home may send kept replicas to other nodes, and how far above its target a rank may stay after
+fetching. Each member is solved and priced
 on a fixed sample of layers and micro-batches; the cheapest is then solved for all. With full effort and no balance
 asked for, every micro-batch then fetches in the cheapest of several ways, and layers in which the sample was wrong take
 another member (`_put_others`). A layer whose plan costs more than no change stays as it is.
