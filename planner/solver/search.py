@@ -1,8 +1,9 @@
 """Which of a small family of plans takes the least time.
 
-Members of the family differ in six things: whether homes move, how many replicas are kept (shares of what memory
-allows), whether replicas of an expert are spread over nodes or chosen to level nodes, how often a home may send kept
-replicas to other nodes, and how far above its target a rank may stay after fetching. Each member is solved and priced
+Members of the family differ in seven things: whether homes move, whether some are swapped between nodes, how many
+replicas are kept (shares of what memory allows), whether replicas of an expert are spread over nodes or chosen to level
+nodes, how often a home may send kept replicas to other nodes, and how far above its target a rank may stay after
+fetching. Each member is solved and priced
 on a fixed sample of layers and micro-batches; the cheapest is then solved for all. With full effort and no balance
 asked for, every micro-batch then fetches in the cheapest of several ways, and layers in which the sample was wrong take
 another member (`_put_others`). A layer whose plan costs more than no change stays as it is.
@@ -14,7 +15,7 @@ import numpy as np
 
 from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
-from .kept import Copies
+from .kept import KeptReplicas
 from .problem import (
     Member,
     Problem,
@@ -83,7 +84,7 @@ def _put_others(problem: Problem, solution: Solution, members: list[Member], bes
     moved = sorted({member.moves for member in members if not member.kept} & {0, None}, key=str)
     others = [Member(0.0, moves=each, tolerance=best.tolerance) for each in moved]
     slots = problem.cluster.replica_slots
-    if one and 0 < slots <= problem.copies // len(problem.table_LME):
+    if one and 0 < slots <= problem.rank_replicas // len(problem.table_LME):
         others.append(Member(float(slots)))
     for other in others:
         if other != best:
@@ -94,16 +95,17 @@ def _put_others(problem: Problem, solution: Solution, members: list[Member], bes
 
 def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) -> Solution:
     """Solve all layers as `member` does. singly: every micro-batch fetches in the way that is cheapest for it."""
-    home, copies = hosts_of(problem, member)
-    solution = solve_over(problem, home, copies, effort, member.tolerance)
+    home, kept_replicas = hosts_of(problem, member)
+    solution = solve_over(problem, home, kept_replicas, effort, member.tolerance)
     if singly and (member.tolerance or not member.kept or problem.cluster.num_nodes == 1):
         plain = replace(effort, sweeps=0)  # fetch once, without exact splits
         ways = [(plain, 0.0, problem.cluster.num_nodes == 1)]
         if member.tolerance or problem.cluster.num_ranks <= _FEW:
             ways += [(plain, 0.0, False), (plain, 0.0, True), (plain, _TOLERANCES[1], True)]
+            ways.append((replace(effort, near=0.0), 0.0, False))
         if member.tolerance:
             ways += [(effort, each, False) for each in (0.0, *_TOLERANCES) if each != member.tolerance]
-        _fetch_singly(problem, solution, home, copies, list(dict.fromkeys(ways)))
+        _fetch_singly(problem, solution, home, kept_replicas, list(dict.fromkeys(ways)))
     return solution
 
 
@@ -139,12 +141,16 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> tuple[M
 
 
 def _fetch_singly(
-    problem: Problem, solution: Solution, home: np.ndarray, copies: Copies, ways: list[tuple[Effort, float, bool]]
+    problem: Problem,
+    solution: Solution,
+    home: np.ndarray,
+    kept_replicas: KeptReplicas,
+    ways: list[tuple[Effort, float, bool]],
 ) -> None:
     """The cheapest way to fetch for every single micro-batch, in place: effort, tolerance, `hottest`."""
     seconds = pair_seconds(problem, outcome_of(solution, problem))
     for how, tolerance, hottest in ways:
-        other = solve_over(problem, home, copies, how, tolerance, hottest=hottest)
+        other = solve_over(problem, home, kept_replicas, how, tolerance, hottest=hottest)
         of_other = pair_seconds(problem, outcome_of(other, problem))
         cheaper = of_other < seconds
         seconds[cheaper] = of_other[cheaper]
@@ -155,7 +161,7 @@ def _members(problem: Problem) -> list[Member]:
     """The family, dearest in memory first; of equally good members the first is taken."""
     options, cluster = problem.options, problem.cluster
     layers = len(problem.table_LME)
-    most = min(float(cluster.replica_slots), problem.copies / layers)
+    most = min(float(cluster.replica_slots), problem.rank_replicas / layers)
     levels = [most, *(level for level in _LEVELS if level <= most / 2)][:2] if most > 0 else []
     experts = problem.table_LME.shape[2]
     small = cluster.num_nodes == 1 and cluster.num_ranks <= _FEW  # moves inside a node are cheap, and soon found
@@ -184,13 +190,13 @@ def _members(problem: Problem) -> list[Member]:
 
 
 def _sample_seconds(
-    sample: Problem, hosts: tuple[np.ndarray, Copies], tolerance: float, effort: Effort, micro_batches: int
+    sample: Problem, hosts: tuple[np.ndarray, KeptReplicas], tolerance: float, effort: Effort, micro_batches: int
 ) -> float:
     """Modelled seconds of the sample over these hosts; with a balance to reach, those that miss it come last."""
-    home, copies = hosts
+    home, kept_replicas = hosts
     some = spaced(sample.table_LME.shape[1], micro_batches)
     part = replace(sample, table_LME=sample.table_LME[:, some], wanted_LMNE=sample.wanted_LMNE[:, some])
-    solution = solve_over(part, home, copies, effort, tolerance)
+    solution = solve_over(part, home, kept_replicas, effort, tolerance)
     outcome = outcome_of(solution, part)
     counts = moves(home, sample.home, sample.cluster.num_ranks)
     outcome = replace(outcome, **counts)

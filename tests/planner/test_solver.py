@@ -13,7 +13,7 @@ from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
 from relibra_kernels.planner.solver.home_swaps import swap_homes
 from relibra_kernels.planner.solver.hosts import Hosts, best_host
-from relibra_kernels.planner.solver.kept import NodeRule, choose_copies, pack, shares
+from relibra_kernels.planner.solver.kept import NodeRule, choose_replicas, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
 from relibra_kernels.planner.solver.solution import Solution
 
@@ -67,7 +67,7 @@ def hosts_of(table, ranks, gpus, slots, spread=True, copies=None):
     home = contiguous_home(layers, experts, ranks)
     share = shares(table, ranks)
     total = slots * ranks * layers if copies is None else copies * ranks
-    layer, expert = choose_copies(share, total, slots * ranks, ranks)
+    layer, expert = choose_replicas(share, total, slots * ranks, ranks)
     most = slots * layers if copies is None else copies
     kept = pack(share, home, layer, expert, ClusterSpec(ranks // gpus, gpus, slots), most, NodeRule(spread))
     return kept, Hosts.of(home, kept.layer, kept.expert, kept.rank, gpus, ranks), home
@@ -105,7 +105,7 @@ def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
     """Expert 0 is hot in one micro-batch only, yet needs hosts as one that is always hot does."""
     table = np.full((1, 4, 16), 10)
     table[0, 2, 0], table[0, :, 5] = 700, 60
-    _, expert = choose_copies(shares(table, 8), 4, 4, 8)
+    _, expert = choose_replicas(shares(table, 8), 4, 4, 8)
     assert sorted(expert)[:3] == [0, 0, 0]
     kept, _, _ = hosts_of(np.where(np.arange(16) == 3, 900, table), 8, 2, 1)
     assert {1, 2, 3} <= set((kept.rank[kept.expert == 3] // 2).tolist())
@@ -115,7 +115,7 @@ def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
 def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
     table, ranks, gpus = skewed_loads(3, 4, 64, sigma=1.5), 32, 4
     home, share = contiguous_home(3, 64, ranks), shares(table, ranks)
-    layer, expert = choose_copies(share, 3 * ranks, ranks, ranks)
+    layer, expert = choose_replicas(share, 3 * ranks, ranks, ranks)
     sent = []
     for limit in (None, far):
         kept = pack(share, home, layer, expert, ClusterSpec(8, gpus, 2), 6, NodeRule(True, limit))
@@ -131,7 +131,7 @@ def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
 
 def test_layers_compete_for_memory():
     table = np.concatenate([skewed_loads(1, 4, 32, sigma=0.1), skewed_loads(1, 4, 32, sigma=1.5)])
-    layer, _ = choose_copies(shares(table, 8), 8, 16, 8)
+    layer, _ = choose_replicas(shares(table, 8), 8, 16, 8)
     assert (layer == 1).sum() == 8
 
 
