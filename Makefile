@@ -46,7 +46,8 @@ $(MEGATRON_ENV)/installed: pyproject.toml constraints.txt | .venv/installed
 	$(PYTHON) -m venv $(MEGATRON_ENV)
 	$(MEGATRON_ENV)/bin/python -m pip install --quiet --constraint constraints.txt torch
 	$(MEGATRON_ENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable . \
-		packaging einops psutil pytest scipy
+		packaging einops psutil pytest scipy transformers
+	$(MEGATRON_ENV)/bin/python -m pip install --quiet --no-deps mbridge==0.15.1
 	$(MEGATRON_ENV)/bin/python -m pip install --quiet --no-deps $(if $(filter 0.16.%,$(MEGATRON)),,--python-version 3.12 \
 		--only-binary=:all: --ignore-requires-python --target $(MEGATRON_ENV)/lib/python3.*/site-packages) megatron-core==$(MEGATRON)
 	touch $@

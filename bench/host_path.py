@@ -7,9 +7,11 @@ follows from rank 0's own, since rank s routes like rank 0, s homes further on. 
 torch and the launchers do all that a host does for a GPU, and nothing is computed. What torch answers there in slow
 Python is answered in a call that only allocates: a launch of CUDA takes as long, some microseconds.
 
-    critical  the launching thread inside the public layer call, forward and backward, without the kernels' launchers
+    critical  the launching thread inside the public layer call, forward and backward, without the launchers of the
+              kernels that compute experts; those that pack, unpack and add up rows are part of it
     ahead     everything else that the process does to run a micro-batch, in any thread, and in the loop around
-    launchers what `relibra_kernels.ops` takes in the layer: shapes, configs and allocation; Triton itself is not called
+    launchers of the experts' kernels in the layer: shapes, configs and allocation; Triton itself is not called
+    moving    the part of critical that is launchers of the other kernels
 
 All are CPU milliseconds a layer and micro-batch (measured), less what reading the clock takes: the layers are run one
 after another, as in a model, with one backward. Of the micro-batches the median is taken, and for what is ahead the
@@ -35,6 +37,7 @@ from typing import Any
 
 RANKS, PER_NODE, EXPERTS, TOP_K, TOKENS, HIDDEN, HALF = 64, 8, 128, 8, 4096, 2048, 768
 LAYERS, MICRO_BATCHES = 16, 8
+MOVE_ROWS = ("pack_payload", "unpack_payload", "pack_gradients", "unpack_gradients", "replica_reduce", "pack_replicas")
 
 
 def main() -> int:
@@ -148,9 +151,7 @@ def measure() -> dict[str, float]:
     wanted = {"compare_dense": False, "on_shift": "ignore", "transport": "one"}
     options = RuntimeOptions(**{name: value for name, value in wanted.items() if name in known})
     launchers = Clock()
-    critical: list[float] = []
-    inside: list[float] = []
-    ahead: list[float] = []
+    found: dict[str, list[float]] = {name: [] for name in ("critical", "ahead", "launchers", "moving")}
     with contextlib.ExitStack() as stack:
         stack.enter_context(nobody_else(ids))
         stack.enter_context(recording(device_named("sm_90"), lambda _: None))
@@ -171,17 +172,14 @@ def measure() -> dict[str, float]:
                         calls.append(seconds)
                     calls.append(launchers.split(partial(x_TH.backward, grad_TH))[1:])
                 everything = time.process_time() - everything
-                outside, within = (sum(parts) for parts in zip(*calls, strict=True))
-                if m:  # the first one warms up
-                    critical.append(outside / LAYERS)
-                    inside.append(within / LAYERS)
-                ahead.append(everything - outside - within)
+                outside, experts, moving = (sum(parts) / LAYERS for parts in zip(*calls, strict=True))
+                found["critical"].append(outside + moving)
+                found["launchers"].append(experts)
+                found["moving"].append(moving)
+                found["ahead"].append(everything / LAYERS - outside - experts - moving)
             raise DoneError
-    return {
-        "critical": statistics.median(critical),
-        "ahead": min(ahead[2:-1]) / LAYERS,  # the first ones warm up; nothing is made ahead in the last one
-        "launchers": statistics.median(inside),
-    }
+    ahead = found.pop("ahead")[2:-1]  # the first ones warm up; nothing is made ahead in the last one
+    return {name: statistics.median(seconds[1:]) for name, seconds in found.items()} | {"ahead": min(ahead)}
 
 
 class DoneError(Exception):
@@ -189,27 +187,33 @@ class DoneError(Exception):
 
 
 class Clock:
-    """CPU seconds of this thread in what is wrapped, without those that reading the clock takes."""
+    """CPU seconds of this thread in what is wrapped, without those that reading the clock takes.
+
+    Attributes:
+        seconds: in launchers of the experts' kernels, and in others. calls: of each.
+    """
 
     def __init__(self) -> None:
-        self.seconds, self.calls, self._inside = 0.0, 0, False
-        empty = self._timed(lambda: None)
+        self.seconds, self.calls, self._inside = [0.0, 0.0], [0, 0], False
+        empty = self._timed("", lambda: None)
         each = [self._once(empty) for _ in range(1000)]
         self.unseen = statistics.median(out - inside for out, inside in each)  # of a wrapped call, seen from outside
         self.seen = statistics.median(inside for _, inside in each)  # by itself
 
-    def split(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
-        """(what it returns, its seconds outside of what is wrapped, inside of it)."""
-        seconds, calls, start = self.seconds, self.calls, time.thread_time()
+    def split(self, call: Callable[[], Any]) -> tuple[Any, float, float, float]:
+        """(what it returns, its seconds outside of what is wrapped, in the experts' launchers, in others)."""
+        seconds, calls, start = list(self.seconds), list(self.calls), time.thread_time()
         result = call()
         total = time.thread_time() - start
-        inside, calls = self.seconds - seconds, self.calls - calls
-        return result, total - inside - calls * self.unseen, inside - calls * self.seen
+        inside = [after - before for after, before in zip(self.seconds, seconds, strict=True)]
+        count = [after - before for after, before in zip(self.calls, calls, strict=True)]
+        experts, others = (took - times * self.seen for took, times in zip(inside, count, strict=True))
+        return result, total - sum(inside) - sum(count) * self.unseen, experts, others
 
     def _once(self, call: Callable[[], Any]) -> tuple[float, float]:
-        before, start = self.seconds, time.thread_time()
+        before, start = sum(self.seconds), time.thread_time()
         call()
-        return time.thread_time() - start, self.seconds - before
+        return time.thread_time() - start, sum(self.seconds) - before
 
     @contextlib.contextmanager
     def around_ops(self) -> Iterator[None]:
@@ -219,14 +223,16 @@ class Clock:
         names = [name for name in vars(ops) if hasattr(getattr(ops, name), "__wrapped__") and name != "backend"]
         before = {name: getattr(ops, name) for name in names}
         for name, function in before.items():
-            setattr(ops, name, self._timed(function))
+            setattr(ops, name, self._timed(name, function))
         try:
             yield
         finally:
             for name, function in before.items():
                 setattr(ops, name, function)
 
-    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+    def _timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        moves = name in MOVE_ROWS or name.startswith("build_schedule")
+
         def call(*arguments: Any, **options: Any) -> Any:
             if self._inside:
                 return function(*arguments, **options)
@@ -234,8 +240,10 @@ class Clock:
             try:
                 return function(*arguments, **options)
             finally:
-                self.seconds += time.thread_time() - start
-                self.calls += 1
+                # received rows are summed with their gate weights; what came back of them is added up without
+                kind = moves or (name == "unpermute" and sys._getframe(1).f_code.co_filename.endswith("hop.py"))
+                self.seconds[kind] += time.thread_time() - start
+                self.calls[kind] += 1
                 self._inside = False
 
         return call

@@ -25,6 +25,7 @@ MODULES = (
 # Read instead of imported: they need a package that need not be here.
 READ_MODULES = (
     ("relibra_kernels.integrations.megatron_moe", "Megatron-core: our experts in its MoE layer, under a plan."),
+    ("relibra_kernels.integrations.megatron_schedule", "Megatron-core: a batch around a run of its schedule."),
     ("relibra_kernels.integrations.megatron_optimizer", "Megatron-core: the optimizer whose state moves."),
 )
 

@@ -15,7 +15,7 @@ from .operands import check_layer
 from .planner.errors import ShapeError
 from .schedule import Schedule
 from .slot_products import Products
-from .weights import ExpertWeights, gradient_buffers, main_grads, returned_gradients
+from .weights import ExpertWeights, gradient_buffers, gradients_asked_for, main_grads, returned_gradients
 
 NO_WEIGHTS = ExpertWeights(None, None)
 
@@ -141,7 +141,7 @@ class _MoeMlp(torch.autograd.Function):
         x_TH, h_RJ, weights_TK, *saved = ctx.saved_tensors
         *parameters, slot_offsets, assignment_of, position_of = saved
         home = ExpertWeights(*parameters)
-        needed = ctx.needs_input_grad[5:]
+        needed = gradients_asked_for(ctx, home)
         # One `accumulate` holds for all of them: they are added to buffers, or all are new and in their own dtype.
         accumulate = any(main_grad is not None for main_grad in ctx.main_grads)
         if accumulate:

@@ -4,7 +4,7 @@ The terms are never added to the weights: rows go through `left` and `right` one
 neither a second copy nor a gradient of their size.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -27,6 +27,7 @@ class Products:
     home: ExpertWeights
     replica: ExpertWeights
     weight_of_slot: torch.Tensor | None
+    _narrow: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def plain(
         self, rows: torch.Tensor, name: str, *, transpose: bool, gather: bool = False, bias: bool = False
@@ -51,9 +52,19 @@ class Products:
         out = self.plain(rows, name, transpose=transpose, gather=gather, bias=bias)
         if self.home.is_adapted(name):
             first, second = ("right", "left") if transpose else ("left", "right")
-            narrow = self.plain(rows, f"{name}_{first}", transpose=transpose, gather=gather)
+            narrow = self.narrow(rows, f"{name}_{first}", transpose=transpose, gather=gather)
             out += self.plain(narrow, f"{name}_{second}", transpose=transpose)
         return out
+
+    def narrow(self, rows: torch.Tensor, factor: str, *, transpose: bool, gather: bool) -> torch.Tensor:
+        """`rows @ factor[e]`, or `rows @ factor[e]^T`, `[rows, r]`: once.
+
+        In a backward the product of rows with weights and the gradient of the other factor take the same one; a factor
+        meets the same rows in both.
+        """
+        if factor not in self._narrow:
+            self._narrow[factor] = self.plain(rows, factor, transpose=transpose, gather=gather)
+        return self._narrow[factor]
 
     def gate_up(self, x_TH: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """h `[rows, 2I]`, without a gate `[rows, I]`, and a `[rows, I]`."""
@@ -142,10 +153,10 @@ class Products:
         if getattr(grad, name) is not None:
             add(name, left, right, tokens_left, not tokens_left)
         if getattr(grad, f"{name}_left") is not None:  # left^T (right right_factor^T)
-            narrow = self.plain(right, f"{name}_right", transpose=True, gather=not tokens_left)
+            narrow = self.narrow(right, f"{name}_right", transpose=True, gather=not tokens_left)
             add(f"{name}_left", left, narrow, tokens_left, False)
         if getattr(grad, f"{name}_right") is not None:
-            narrow = self.plain(left, f"{name}_left", transpose=False, gather=tokens_left)
+            narrow = self.narrow(left, f"{name}_left", transpose=False, gather=tokens_left)
             add(f"{name}_right", narrow, right, False, not tokens_left)
 
     def grad_bias(

@@ -98,3 +98,22 @@ def returned_gradients(
         buffer.to(parameter.dtype) if need and buffer is not None and main_grad is None else None
         for parameter, buffer, main_grad, need in zip(parameters, grad, main, needed, strict=True)
     ]
+
+
+def gradients_asked_for(ctx: Any, parameters: ExpertWeights) -> list[bool]:
+    """Which of the parameters' gradients the backward that runs is to give. They are the last inputs of its forward.
+
+    None where it is asked for gradients of other tensors alone (`torch.autograd.grad`, pipeline schedules that split
+    backward): what is added to a `main_grad`, or summed over a batch, would be added twice.
+    """
+    there = [parameter is not None for parameter in parameters]
+    nodes = iter([node for node, _ in ctx.next_functions[len(ctx.next_functions) - sum(there) :]])
+    needed = ctx.needs_input_grad[len(ctx.needs_input_grad) - len(there) :]
+    return [is_there and _will_run(next(nodes)) and need for is_there, need in zip(there, needed, strict=True)]
+
+
+def _will_run(node: Any) -> bool:
+    try:
+        return node is not None and torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # a parameter is what `torch.autograd.grad` is asked for
+        return True

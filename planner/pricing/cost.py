@@ -117,7 +117,13 @@ def kept_seconds(outcome: Outcome, setting: Setting) -> np.ndarray:
 def migration_seconds(outcome: Outcome, setting: Setting) -> float:
     """Seconds that moving homes takes: those of the rank that gets or gives most experts over all layers."""
     moves = np.maximum(outcome.moved_in.sum(0), outcome.moved_out.sum(0)).max()
-    return float(moves * setting.model.migration_bytes / setting.device.slow)
+    return float(moves * move_seconds(setting, outcome.moved_in.shape[1]))
+
+
+def move_seconds(setting: Setting, ranks: int) -> float:
+    """What one expert's way to another home takes: between nodes, where there are several."""
+    device = setting.device
+    return setting.model.migration_bytes / (device.fast if ranks == setting.gpus_per_node else device.slow)
 
 
 def _dense(outcome: Outcome, setting: Setting) -> np.ndarray:

@@ -17,7 +17,7 @@ _BUFFERS = 6  # of rows: what is sent, received and combined forward, and the sa
 
 @dataclass(frozen=True)
 class Estimate:
-    """One batch under a plan. Weights are in bf16 and gradients in fp32, as they are priced.
+    """One batch under a plan. Weights are of `ModelShape.parameter_bytes`, gradients in fp32 or wider.
 
     Bytes that travel over the whole batch, all ranks together (counted from the plan):
         fetched_fast_bytes: fetched replicas, which stay inside nodes. kept_fast_bytes, kept_slow_bytes: kept replicas,
@@ -35,8 +35,10 @@ class Estimate:
     Seconds of the step (modelled):
         static_seconds: contiguous homes, no replicas. planned_seconds: under the plan. balanced_seconds: under routing
         forced to be balanced, without replicas; a plan whose copies keep tokens on their node may take less.
+        planning_seconds: what the caller waited for the plan, on top of planned_seconds unless the rollout hides it.
     static_max_mean, planned_max_mean: max/mean over ranks, mean over layers and micro-batches.
     does_not_pay: why planning this batch is not worth while; empty where it is.
+    must_hide: whether it is worth while only if the rollout hides planning.
     """
 
     fetched_fast_bytes: int
@@ -56,9 +58,11 @@ class Estimate:
     static_seconds: float
     planned_seconds: float
     balanced_seconds: float
+    planning_seconds: float
     static_max_mean: float
     planned_max_mean: float
     does_not_pay: str
+    must_hide: bool
 
     @property
     def memory_bytes(self) -> int:
@@ -74,7 +78,12 @@ class Estimate:
 
 
 def estimate_plan(
-    plan: BatchPlan, loads: np.ndarray, setting: Setting, previous_home: np.ndarray | None = None
+    plan: BatchPlan,
+    loads: np.ndarray,
+    setting: Setting,
+    previous_home: np.ndarray | None = None,
+    *,
+    planning_seconds: float = 0.0,
 ) -> Estimate:
     """What `plan` takes for these loads, against static placement and forced balance. Nothing runs.
 
@@ -82,6 +91,7 @@ def estimate_plan(
         loads: [L, M, E] or [L, M, R, E], the plan's.
         setting: `PlanOptions.setting(...)`.
         previous_home: [L, E], where the experts are before the batch; None: nothing moves.
+        planning_seconds: what making the plan took.
     """
     plan.check_loads(total_loads(loads))
     cluster = ClusterSpec(plan.num_ranks // plan.gpus_per_node, plan.gpus_per_node, plan.num_slots)
@@ -94,8 +104,9 @@ def estimate_plan(
     at_home = plan.num_layers * plan.home_slots
     stay = planned.pushed_in + planned.far_in  # [L, M, R]
     weights = stay.sum(0) if keep else 2 * stay.max(0)
-    seconds = [price(each, setting).seconds for each in (static, planned, forced_balanced(total_loads(loads), cluster))]
     imbalance = [_mean_imbalance(each) for each in (static, planned)]
+    seconds = [price(each, setting).seconds for each in (static, planned, forced_balanced(total_loads(loads), cluster))]
+    does_not_pay = _does_not_pay(*seconds, *imbalance)
     return Estimate(
         fetched_fast_bytes=int(coming["fetched_fast"].sum()),
         kept_fast_bytes=int(coming["kept_fast"].sum()),
@@ -114,9 +125,11 @@ def estimate_plan(
         static_seconds=seconds[0],
         planned_seconds=seconds[1],
         balanced_seconds=seconds[2],
+        planning_seconds=planning_seconds,
         static_max_mean=imbalance[0],
         planned_max_mean=imbalance[1],
-        does_not_pay=_does_not_pay(*seconds, *imbalance),
+        does_not_pay=does_not_pay,
+        must_hide=not does_not_pay and seconds[1] + planning_seconds >= seconds[0] * (1 - _LEAST_GAIN),
     )
 
 

@@ -29,6 +29,7 @@ class ModelShape:
         shared_intermediate_size: of all shared experts together, which every rank runs for its own tokens.
         q_rank, kv_rank, rope_dim, value_dim: sizes of multi-head latent attention: of compressed queries (0: they are
             not compressed), of compressed keys and values, of a head's rotary part and values. All 0: plain attention.
+        parameter_bytes: of one parameter of an expert, as it is stored and sent: 2 (bf16), or 4 (fp32).
         adapter_rank: of low-rank adapters of all three projections, beside frozen weights; 0: the weights are trained.
     """
 
@@ -48,6 +49,7 @@ class ModelShape:
     value_dim: int = 0
     adapter_rank: int = 0
     has_gate: bool = True
+    parameter_bytes: int = 2
 
     @property
     def first_width(self) -> int:
@@ -71,23 +73,27 @@ class ModelShape:
 
     @property
     def expert_bytes(self) -> int:
-        """Weights of one expert in bf16."""
-        return 2 * self.expert_parameters
+        """Weights of one expert."""
+        return self.parameter_bytes * self.expert_parameters
 
     @property
     def gradient_bytes(self) -> int:
-        """Gradient of one expert; summed in fp32, so returned in fp32."""
-        return 4 * self.trained_parameters
+        """Gradient of one expert; summed in fp32 or wider, so returned in that."""
+        return max(4, self.parameter_bytes) * self.trained_parameters
 
     @property
     def copy_bytes(self) -> int:
-        """Memory of one kept replica, 18 * H * I bytes without adapters: see `kept_replica_bytes`."""
-        return kept_replica_bytes(self.expert_parameters, self.trained_parameters, 2)
+        """Memory of one kept replica: 18 * H * I bytes in bf16 without adapters, 24 * H * I in fp32; see
+        `kept_replica_bytes`."""
+        return kept_replica_bytes(self.expert_parameters, self.trained_parameters, self.parameter_bytes)
 
     @property
     def migration_bytes(self) -> int:
-        """bf16 weights of one expert; fp32 master weights and both Adam moments of what is trained."""
-        return 2 * self.expert_parameters + (4 + 4 + 4) * self.trained_parameters
+        """Weights of one expert; fp32 master weights, unless the weights are fp32 themselves, and both Adam moments of
+        what is trained."""
+        wide = max(4, self.parameter_bytes)
+        master = 0 if self.parameter_bytes == wide else wide
+        return self.expert_bytes + (master + 2 * wide) * self.trained_parameters
 
     def assignment_flops(self) -> int:
         """FLOPs of one token in one expert, forward: a multiply and an add per parameter."""

@@ -19,7 +19,7 @@ _MOST = 1 << 19
 
 
 @dataclass(frozen=True, eq=False)
-class Copies:
+class KeptReplicas:
     """C kept replicas, one (layer, expert, rank) each. int64 [C]."""
 
     layer: np.ndarray
@@ -27,8 +27,8 @@ class Copies:
     rank: np.ndarray
 
     @staticmethod
-    def none() -> "Copies":
-        return Copies(*(np.zeros(0, np.int64),) * 3)
+    def none() -> "KeptReplicas":
+        return KeptReplicas(*(np.zeros(0, np.int64),) * 3)
 
     def places(self, ranks: int) -> np.ndarray:
         """int64 [C]: how many of the same layer and rank come before each."""
@@ -46,8 +46,10 @@ def shares(load_LME: np.ndarray, ranks: int) -> np.ndarray:
     return np.ascontiguousarray(np.minimum(scaled, _MOST).swapaxes(1, 2))
 
 
-def choose_copies(share_LEM: np.ndarray, total: int, per_layer: int, most_hosts: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [C] twice: layer and expert of the copies that help most, at most `total`, and `per_layer` of a layer."""
+def choose_replicas(
+    share_LEM: np.ndarray, total: int, per_layer: int, most_hosts: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [C] twice: layer and expert of the replicas that help most, at most `total`, and `per_layer` of a layer."""
     layers, experts, _ = share_LEM.shape
     hosts = np.ones((layers, experts), np.int64)
     peak = share_LEM.max(2)
@@ -89,10 +91,10 @@ def pack(
     layer: np.ndarray,
     expert: np.ndarray,
     cluster: ClusterSpec,
-    rank_copies: int,
+    rank_replicas: int,
     rule: NodeRule,
-) -> Copies:
-    """Ranks for the copies (layer, expert), at most one a replica slot, and `rank_copies` a rank over all layers."""
+) -> KeptReplicas:
+    """Ranks for replicas (layer, expert), at most one a replica slot, and `rank_replicas` a rank over all layers."""
     layers, experts, micro_batches = share_LEM.shape
     ranks, gpus_per_node = cluster.num_ranks, cluster.gpus_per_node
     count = np.ones((layers, experts), np.int64)
@@ -106,8 +108,8 @@ def pack(
     on_node = np.zeros((layers, experts, nodes), np.int64)
     on_node[np.arange(layers)[:, None], np.arange(experts), home_LE // gpus_per_node] = 1
     to_send = np.full((layers, ranks), nodes * experts if rule.far is None else rule.far, np.int64)
-    free = np.full((layers, ranks), min(cluster.replica_slots, rank_copies), np.int64)
-    left = np.full(ranks, rank_copies, np.int64)
+    free = np.full((layers, ranks), min(cluster.replica_slots, rank_replicas), np.int64)
+    left = np.full(ranks, rank_replicas, np.int64)
     weight = (share * share).sum(2)
     order = np.lexsort((expert, -weight[layer, expert], layer))
     layer, expert = layer[order], expert[order]
@@ -121,7 +123,7 @@ def pack(
         while len(waiting):
             at, e = layer[waiting], expert[waiting]
             cost = np.matmul(load[at], share[at, e][:, :, None])[:, :, 0]
-            if rule.spread:  # a node with fewer copies of it always comes first
+            if rule.spread:  # a node with fewer replicas of it always comes first
                 cost += np.repeat(on_node[at, e], gpus_per_node, axis=1) * 2.0**52
             shut = (on_node[at, e] == 0) & (to_send[at, home_LE[at, e]] <= 0)[:, None]
             cost += np.repeat(shut, gpus_per_node, axis=1) * 2.0**60
@@ -143,4 +145,4 @@ def pack(
             np.subtract.at(left, best, 1)
             waiting = waiting[~seated]
     kept = rank >= 0
-    return Copies(layer[kept], expert[kept], rank[kept])
+    return KeptReplicas(layer[kept], expert[kept], rank[kept])

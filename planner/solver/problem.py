@@ -7,9 +7,9 @@ import numpy as np
 from ..cluster import ClusterSpec
 from ..options import PlanOptions
 from ..plan import BatchPlan
-from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, seconds_by_pair
+from ..pricing.cost import Setting, exchange, kept_seconds, migration_seconds, move_seconds, seconds_by_pair
 from ..pricing.outcome import Outcome, moves, outcome_of_plan
-from .kept import Copies, NodeRule, choose_copies, pack, shares
+from .kept import KeptReplicas, NodeRule, choose_replicas, pack, shares
 from .kept_by_node import choose_by_node
 from .placement import WORTH_MOVING, place
 from .solution import Effort, Solution, fetch_price, solve, target_load
@@ -27,7 +27,8 @@ class Member:
         moves: experts of a layer whose home may change; None is without a limit.
         far: how often a home may send kept replicas of one layer to other nodes; None is without a limit.
         tolerance: as in `FetchPrice`.
-        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`).
+        by_node: kept replicas are chosen to level nodes (`kept_by_node.py`). swaps: of homes of a layer that are tried
+            there, beside `moves`.
     """
 
     kept: float
@@ -36,6 +37,7 @@ class Member:
     far: int | None = None
     tolerance: float = 0.0
     by_node: bool = False
+    swaps: int = 0
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,13 +48,13 @@ class Problem:
         table_LME: int64 [L, M, E], assignments of every expert.
         wanted_LMNE: [L, M, nodes, E], those that each node asks for (`pricing.outcome.wanted_by_nodes`).
         home: int32 [L, E], the rank that each expert is on now.
-        copies: kept replicas for which a rank has memory, over all these layers together.
+        rank_replicas: kept replicas for which a rank has memory, over all these layers together.
     """
 
     table_LME: np.ndarray
     wanted_LMNE: np.ndarray
     home: np.ndarray
-    copies: int
+    rank_replicas: int
     cluster: ClusterSpec
     options: PlanOptions
     setting: Setting
@@ -66,7 +68,7 @@ class Problem:
             table_LME=self.table_LME[chosen],
             wanted_LMNE=self.wanted_LMNE[chosen],
             home=self.home[chosen],
-            copies=-(-self.copies * len(chosen) // layers),  # few copies of many layers are not none of a few
+            rank_replicas=-(-self.rank_replicas * len(chosen) // layers),  # few of many layers are not none of a few
         )
 
 
@@ -80,7 +82,7 @@ def of_layers(problem: Problem, layers: np.ndarray) -> Problem:
     )
 
 
-def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
+def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, KeptReplicas]:
     cluster = problem.cluster
     layers = len(problem.table_LME)
     home = problem.home.copy()  # a solution is changed in place
@@ -95,20 +97,22 @@ def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, Copies]:
             worth=WORTH_MOVING if member.moves is not None else WORTH_MOVING / 64,
         ).astype(np.int32)
     if member.kept <= 0:
-        return home, Copies.none()
+        return home, KeptReplicas.none()
     share = shares(problem.table_LME, cluster.num_ranks)
-    total = min(int(member.kept * cluster.num_ranks * layers), problem.copies * cluster.num_ranks)
+    total = min(int(member.kept * cluster.num_ranks * layers), problem.rank_replicas * cluster.num_ranks)
     if member.by_node:
-        return home, choose_by_node(problem.table_LME, home, total, cluster, problem.copies)
-    layer, expert = choose_copies(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
-    copies = pack(share, home, layer, expert, cluster, problem.copies, NodeRule(member.spread, member.far))
-    return home, copies
+        return choose_by_node(problem.table_LME, home, total, cluster, problem.rank_replicas, member.swaps)
+    layer, expert = choose_replicas(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
+    kept_replicas = pack(
+        share, home, layer, expert, cluster, problem.rank_replicas, NodeRule(member.spread, member.far)
+    )
+    return home, kept_replicas
 
 
 def solve_over(
     problem: Problem,
     home: np.ndarray,
-    copies: Copies,
+    kept_replicas: KeptReplicas,
     effort: Effort,
     tolerance: float = 0.0,
     *,
@@ -124,7 +128,7 @@ def solve_over(
         problem.table_LME,
         problem.wanted_LMNE,
         home,
-        copies,
+        kept_replicas,
         cluster,
         target,
         effort,
@@ -180,7 +184,7 @@ def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
     outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
     moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
     once = kept_seconds(outcome, problem.setting)
-    once += moved * (problem.setting.model.migration_bytes / problem.setting.device.slow)
+    once += moved * move_seconds(problem.setting, problem.cluster.num_ranks)
     return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
 
 

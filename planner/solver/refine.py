@@ -70,22 +70,22 @@ def insist(problem: Problem, solution: Solution, effort: Effort, first: Member) 
             return
         used = solution.kept.sum(2)
         elsewhere = used.sum(0) - used[missed].sum(0)
-        part = replace(of_layers(problem, missed), copies=problem.copies - int(elsewhere.max()))
-        member = Member(min(kept, part.copies / len(missed)), True, moves_allowed)
+        part = replace(of_layers(problem, missed), rank_replicas=problem.rank_replicas - int(elsewhere.max()))
+        member = Member(min(kept, part.rank_replicas / len(missed)), True, moves_allowed)
         if onward:
             part = replace(part, home=solution.home[missed])
         elif (tuple(missed.tolist()), member) in tried:
             continue
         tried.add((tuple(missed.tolist()), member))
-        home, copies = hosts_of(part, member)
-        again = drop_idle(solve_over(part, home, copies, effort), problem.cluster.gpus_per_node)
+        home, kept_replicas = hosts_of(part, member)
+        again = drop_idle(solve_over(part, home, kept_replicas, effort), problem.cluster.gpus_per_node)
         before = Solution(*(value[missed] for value in vars(solution).values()))
         over_before, over_again = _over(part, before), _over(part, again)
         gain = over_before.max(1) - over_again.max(1)
         gain[over_again.mean(1) > np.maximum(over_before.mean(1), still[missed])] = 0
         for layer in np.argsort(-gain, kind="stable")[: np.count_nonzero(gain > 0)]:
             now, then = used[missed[layer]], again.kept[layer].sum(1)
-            if (used.sum(0) - now + then).max() > problem.copies:  # layers that stay as they are may hold more
+            if (used.sum(0) - now + then).max() > problem.rank_replicas:  # layers that stay as they are may hold more
                 continue
             used[missed[layer]] = then
             for name, value in vars(again).items():

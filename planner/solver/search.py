@@ -1,8 +1,9 @@
 """Which of a small family of plans takes the least time.
 
-Members of the family differ in six things: whether homes move, how many replicas are kept (shares of what memory
-allows), whether replicas of an expert are spread over nodes or chosen to level nodes, how often a home may send kept
-replicas to other nodes, and how far above its target a rank may stay after fetching. Each member is solved and priced
+Members of the family differ in seven things: whether homes move, whether some are swapped between nodes, how many
+replicas are kept (shares of what memory allows), whether replicas of an expert are spread over nodes or chosen to level
+nodes, how often a home may send kept replicas to other nodes, and how far above its target a rank may stay after
+fetching. Each member is solved and priced
 on a fixed sample of layers and micro-batches; the cheapest is then solved for all. With full effort and no balance
 asked for, every micro-batch then fetches in the cheapest of several ways, and layers in which the sample was wrong take
 another member (`_put_others`). A layer whose plan costs more than no change stays as it is.
@@ -14,8 +15,18 @@ import numpy as np
 
 from ..pricing.cost import kept_seconds, migration_seconds
 from ..pricing.outcome import moves
-from .kept import Copies
-from .problem import Member, Problem, drop_idle, hosts_of, outcome_of, pair_seconds, solve_over, spaced
+from .kept import KeptReplicas
+from .problem import (
+    Member,
+    Problem,
+    drop_idle,
+    hosts_of,
+    outcome_of,
+    pair_seconds,
+    seconds_in_all,
+    solve_over,
+    spaced,
+)
 from .refine import REACHED, insist, leave_alone, put_cheaper, swap_kept_where_uneven
 from .solution import Effort, Solution
 
@@ -28,7 +39,8 @@ _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried
 _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to other nodes
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
 _LOOSER = 0.0005  # part of the time that a tolerance must save
-_SCARCE = 0.5  # kept replicas a rank and layer below which moving homes may pay
+_SCARCE = 0.6  # kept replicas a rank and layer below which moving homes may pay
+_SWAPS = 4  # of homes of a layer, tried where few kept replicas level nodes
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
 _FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
 _FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and three close to the best again
@@ -42,10 +54,13 @@ def plan_layers(problem: Problem) -> Solution:
     if options.balance is not None:
         effort = replace(effort, sweeps=_EXACT, slack=0.0, within=None, few=16, few_last=16, near=0.0)
     members = _members(problem)
-    best = members[0] if len(members) == 1 else _cheapest(problem.sample(), members, effort)
+    best, second = (members[0], None) if len(members) == 1 else _cheapest(problem.sample(), members, effort)
     searched = options.balance is None and options.effort == "full"
-    solution = _solve(problem, best, effort, singly=searched)
-    drop_idle(solution, problem.cluster.gpus_per_node)
+    solution = drop_idle(_solve(problem, best, effort, singly=searched), problem.cluster.gpus_per_node)
+    if searched and second is not None:
+        other = drop_idle(_solve(problem, second, effort, singly=True), problem.cluster.gpus_per_node)
+        if seconds_in_all(problem, other) < seconds_in_all(problem, solution):
+            best, solution = second, other
     if options.balance is None:
         if searched:
             swap_kept_where_uneven(problem, solution, effort.slack)
@@ -69,7 +84,7 @@ def _put_others(problem: Problem, solution: Solution, members: list[Member], bes
     moved = sorted({member.moves for member in members if not member.kept} & {0, None}, key=str)
     others = [Member(0.0, moves=each, tolerance=best.tolerance) for each in moved]
     slots = problem.cluster.replica_slots
-    if one and 0 < slots <= problem.copies // len(problem.table_LME):
+    if one and 0 < slots <= problem.rank_replicas // len(problem.table_LME):
         others.append(Member(float(slots)))
     for other in others:
         if other != best:
@@ -80,20 +95,23 @@ def _put_others(problem: Problem, solution: Solution, members: list[Member], bes
 
 def _solve(problem: Problem, member: Member, effort: Effort, *, singly: bool) -> Solution:
     """Solve all layers as `member` does. singly: every micro-batch fetches in the way that is cheapest for it."""
-    home, copies = hosts_of(problem, member)
-    solution = solve_over(problem, home, copies, effort, member.tolerance)
+    home, kept_replicas = hosts_of(problem, member)
+    solution = solve_over(problem, home, kept_replicas, effort, member.tolerance)
     if singly and (member.tolerance or not member.kept or problem.cluster.num_nodes == 1):
         plain = replace(effort, sweeps=0)  # fetch once, without exact splits
         ways = [(plain, 0.0, problem.cluster.num_nodes == 1)]
         if member.tolerance or problem.cluster.num_ranks <= _FEW:
             ways += [(plain, 0.0, False), (plain, 0.0, True), (plain, _TOLERANCES[1], True)]
+            ways.append((replace(effort, near=0.0), 0.0, False))
         if member.tolerance:
             ways += [(effort, each, False) for each in (0.0, *_TOLERANCES) if each != member.tolerance]
-        _fetch_singly(problem, solution, home, copies, list(dict.fromkeys(ways)))
+        _fetch_singly(problem, solution, home, kept_replicas, list(dict.fromkeys(ways)))
     return solution
 
 
-def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
+def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> tuple[Member, Member | None]:
+    """The cheapest member, and the cheapest of those that choose kept replicas in the other way, if there are such: a
+    few layers have so few of them that the sample may not tell which way is better."""
     quick = replace(effort, again=min(effort.again, 1), few_last=0)
     hosts = {member: hosts_of(sample, member) for member in members}
 
@@ -106,7 +124,7 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
     ]
     best = min(close, key=lambda member: seconds(member, _SECOND_LOOK))
     if sample.options.balance is not None:
-        return best
+        return best, None
     # What stays may win where fetched replicas leave something over, though with full balance moves are cheaper.
     stays = min((member for member in costs if member.moves == 0), key=costs.__getitem__)
     least = costs[best] * (1 - _LOOSER)
@@ -116,16 +134,23 @@ def _cheapest(sample: Problem, members: list[Member], effort: Effort) -> Member:
             cost = seconds(looser, _FIRST_LOOK)
             if cost < least:
                 best, least = looser, cost
-    return best
+    others = [member for member in costs if member.by_node != best.by_node and member.kept]
+    if not any(member.by_node for member in costs) or not others:
+        return best, None
+    return best, replace(min(others, key=costs.__getitem__), tolerance=best.tolerance)
 
 
 def _fetch_singly(
-    problem: Problem, solution: Solution, home: np.ndarray, copies: Copies, ways: list[tuple[Effort, float, bool]]
+    problem: Problem,
+    solution: Solution,
+    home: np.ndarray,
+    kept_replicas: KeptReplicas,
+    ways: list[tuple[Effort, float, bool]],
 ) -> None:
     """The cheapest way to fetch for every single micro-batch, in place: effort, tolerance, `hottest`."""
     seconds = pair_seconds(problem, outcome_of(solution, problem))
     for how, tolerance, hottest in ways:
-        other = solve_over(problem, home, copies, how, tolerance, hottest=hottest)
+        other = solve_over(problem, home, kept_replicas, how, tolerance, hottest=hottest)
         of_other = pair_seconds(problem, outcome_of(other, problem))
         cheaper = of_other < seconds
         seconds[cheaper] = of_other[cheaper]
@@ -136,10 +161,12 @@ def _members(problem: Problem) -> list[Member]:
     """The family, dearest in memory first; of equally good members the first is taken."""
     options, cluster = problem.options, problem.cluster
     layers = len(problem.table_LME)
-    most = min(float(cluster.replica_slots), problem.copies / layers)
+    most = min(float(cluster.replica_slots), problem.rank_replicas / layers)
     levels = [most, *(level for level in _LEVELS if level <= most / 2)][:2] if most > 0 else []
     experts = problem.table_LME.shape[2]
-    may_move = most < _SCARCE and options.max_moves != 0 and experts % cluster.num_ranks == 0  # a swap keeps homes even
+    small = cluster.num_nodes == 1 and cluster.num_ranks <= _FEW  # moves inside a node are cheap, and soon found
+    may_move = (most < _SCARCE or small) and options.max_moves != 0
+    may_move = may_move and experts % cluster.num_ranks == 0  # a swap keeps homes even
     if options.effort == "fast":
         return [Member(levels[0] if levels else 0.0, moves=options.max_moves if may_move and not levels else 0)]
     family = [Member(level, spread) for level in levels for spread in ((True, False) if level == most else (True,))]
@@ -147,26 +174,29 @@ def _members(problem: Problem) -> list[Member]:
         family += [Member(level, far=far) for level in levels for far in (_FAR if level == most else _FAR[2:3])]
     if most < 1.5 or cluster.num_nodes == 1:
         family.append(Member(0.0))
-    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
-        family.append(Member(most, by_node=True))
     if may_move:
         parts = (32, 16, 8, 4) if cluster.num_ranks < _MANY else (8,)
         for moved in (*(experts // part for part in parts), None):
             limit = options.max_moves if moved is None else min(moved, options.max_moves or moved)
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
-            if cluster.num_nodes > 1:
-                family += [Member(level, True, limit, by_node=True) for level in levels[:1]]
+    if cluster.num_nodes > 1 and 0 < most < _SCARCE:
+        family.append(Member(most, by_node=True))
+        if may_move and options.max_moves is None:
+            family += [Member(most, moves=each, by_node=True, swaps=_SWAPS) for each in (0, None)]
+        elif may_move and options.max_moves is not None:
+            family.append(Member(most, by_node=True, swaps=min(_SWAPS, options.max_moves // 2)))
+            family.append(Member(most, moves=options.max_moves, by_node=True))
     return list(dict.fromkeys(family))
 
 
 def _sample_seconds(
-    sample: Problem, hosts: tuple[np.ndarray, Copies], tolerance: float, effort: Effort, micro_batches: int
+    sample: Problem, hosts: tuple[np.ndarray, KeptReplicas], tolerance: float, effort: Effort, micro_batches: int
 ) -> float:
     """Modelled seconds of the sample over these hosts; with a balance to reach, those that miss it come last."""
-    home, copies = hosts
+    home, kept_replicas = hosts
     some = spaced(sample.table_LME.shape[1], micro_batches)
     part = replace(sample, table_LME=sample.table_LME[:, some], wanted_LMNE=sample.wanted_LMNE[:, some])
-    solution = solve_over(part, home, copies, effort, tolerance)
+    solution = solve_over(part, home, kept_replicas, effort, tolerance)
     outcome = outcome_of(solution, part)
     counts = moves(home, sample.home, sample.cluster.num_ranks)
     outcome = replace(outcome, **counts)

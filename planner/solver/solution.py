@@ -11,7 +11,7 @@ from .exact import PairFlow, spans
 from .fetched import FetchPrice, Slots, fetch
 from .fetched_by_flow import fetch_by_flow, level_slots
 from .hosts import Hosts
-from .kept import Copies
+from .kept import KeptReplicas
 from .relaxed import level_nodes, preference, relaxed_split, whole_split
 
 _MISSED = 0.002  # above its target by more than this after few were fetched, a pair gets many
@@ -90,7 +90,7 @@ def solve(
     table_LME: np.ndarray,
     wanted_LMNE: np.ndarray,
     home: np.ndarray,
-    copies: Copies,
+    kept_replicas: KeptReplicas,
     cluster: ClusterSpec,
     target_LM: np.ndarray,
     effort: Effort,
@@ -100,11 +100,11 @@ def solve(
     `pricing.outcome.wanted_by_nodes` has it."""
     _, micro_batches, experts = table_LME.shape
     ranks, gpus = cluster.num_ranks, cluster.gpus_per_node
-    hosts = Hosts.of(home, copies.layer, copies.expert, copies.rank, gpus, ranks)
+    hosts = Hosts.of(home, kept_replicas.layer, kept_replicas.expert, kept_replicas.rank, gpus, ranks)
     load_FM = np.ascontiguousarray(table_LME.swapaxes(1, 2), np.float64).reshape(-1, micro_batches)
-    dense = _Dense.of(home, copies, cluster)
+    dense = _Dense.of(home, kept_replicas, cluster)
     may_fetch = gpus > 1 and bool(dense.free(price.slots).any())
-    if not len(copies.layer):
+    if not len(kept_replicas.layer):
         split = load_FM.astype(np.int64)
     else:
         prior = preference(hosts, _wanted(hosts, wanted_LMNE), load_FM)
@@ -120,12 +120,13 @@ def solve(
         if len(layer):
             pairs = layer, micro_batch
             target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * (1 + price.tolerance)).astype(np.int64))
-            if len(copies.layer) and cluster.num_nodes > 1:
-                split = whole_split(hosts, level_nodes(hosts, load_FM, relaxed, effort.node_rounds), load_FM)
+            if len(kept_replicas.layer) and cluster.num_nodes > 1:
+                relaxed = level_nodes(hosts, load_FM, relaxed, effort.node_rounds)
+                split = _level_nodes(hosts, relaxed, load_FM, target_LM, effort)
             slots = dense.slots(layer, best[pairs], price.slots)
             if price.hottest:
                 fetch(slots, target, gpus, hottest=True)
-            elif effort.few and len(copies.layer):
+            elif effort.few and len(kept_replicas.layer):
                 _fetch_few(slots, target, experts, gpus, effort)
             missed = np.flatnonzero(slots.load.sum(2).max(1) > target * (1 + (_MISSED if effort.few else 0.0)))
             if len(missed) and not price.hottest:
@@ -141,6 +142,20 @@ def solve(
             best[layer[pays], micro_batch[pays]] = slots.load[pays]
             return dense.solution(best, (layer[pays], micro_batch[pays], slots.expert[pays], slots.fetched[pays]))
     return dense.solution(best, None)
+
+
+def _level_nodes(
+    hosts: Hosts, relaxed_HM: np.ndarray, load_FM: np.ndarray, target_LM: np.ndarray, effort: Effort
+) -> np.ndarray:
+    """int64 [H, M]: a relaxed split in whole assignments, exact for nodes; inside each, hosts share as before."""
+    split = whole_split(hosts, relaxed_HM, load_FM)
+    start, group, gpus = hosts.first_of_node, hosts.node_group, hosts.gpus_per_node
+    nodes = Hosts(hosts.expert[start], hosts.rank[start] // gpus, hosts.layers, hosts.experts, hosts.ranks // gpus, 1)
+    of_node = np.add.reduceat(split, start, axis=0)
+    before = of_node[group]
+    share = np.where(before > 0, split / np.maximum(before, 1), 1 / np.bincount(group)[group][:, None])
+    _level(nodes, of_node, target_LM * gpus, replace(effort, within=None))
+    return whole_split(hosts, share * of_node[group], load_FM)
 
 
 def _level(hosts: Hosts, split: np.ndarray, target_LM: np.ndarray, effort: Effort) -> None:
@@ -214,14 +229,14 @@ class _Dense:
     """
 
     home: np.ndarray
-    copies: Copies
+    kept_replicas: KeptReplicas
     expert: np.ndarray
     home_places: np.ndarray
     kept_places: np.ndarray
     home_slots: int
 
     @staticmethod
-    def of(home: np.ndarray, copies: Copies, cluster: ClusterSpec) -> "_Dense":
+    def of(home: np.ndarray, kept_replicas: KeptReplicas, cluster: ClusterSpec) -> "_Dense":
         ranks = cluster.num_ranks
         held = held_experts(home, ranks)
         layers, _, home_slots = held.shape
@@ -230,9 +245,9 @@ class _Dense:
         layer, rank, slot = np.nonzero(held >= 0)
         home_places = np.empty(home.shape, np.int64)
         home_places[layer, held[layer, rank, slot]] = slot
-        kept_places = copies.places(ranks) + home_slots
-        expert[copies.layer, copies.rank, kept_places] = copies.expert
-        return _Dense(home, copies, expert, home_places, kept_places, home_slots)
+        kept_places = kept_replicas.places(ranks) + home_slots
+        expert[kept_replicas.layer, kept_replicas.rank, kept_places] = kept_replicas.expert
+        return _Dense(home, kept_replicas, expert, home_places, kept_places, home_slots)
 
     def fill(self, hosts: Hosts, split_HM: np.ndarray) -> np.ndarray:
         """int64 [L, M, R, Q]: a split, by slot."""
@@ -244,10 +259,10 @@ class _Dense:
         layer = every // self.home.shape[1]
         at = np.searchsorted(key, every * width + layer * ranks + self.home.reshape(-1))
         out[layer, :, self.home.reshape(-1), self.home_places.reshape(-1)] = split_HM[at]
-        copies = self.copies
-        whose = copies.layer * self.home.shape[1] + copies.expert
-        at = np.searchsorted(key, whose * width + copies.layer * ranks + copies.rank)
-        out[copies.layer, :, copies.rank, self.kept_places] = split_HM[at]
+        kept_replicas = self.kept_replicas
+        whose = kept_replicas.layer * self.home.shape[1] + kept_replicas.expert
+        at = np.searchsorted(key, whose * width + kept_replicas.layer * ranks + kept_replicas.rank)
+        out[kept_replicas.layer, :, kept_replicas.rank, self.kept_places] = split_HM[at]
         return out
 
     def free(self, fetched_slots: int) -> np.ndarray:

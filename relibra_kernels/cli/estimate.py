@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import time
 from dataclasses import asdict
 
 from ..planner import Estimate, estimate_plan, plan_batch
@@ -19,24 +20,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     batch, cluster, options, previous = read_plan_request(args)
     loads = batch.loads
+    start = time.perf_counter()
     plan = plan_batch(loads, cluster, previous_home=previous, model=args.model, options=options)
+    seconds = time.perf_counter() - start
     setting = options.setting(plan.num_experts, plan.gpus_per_node, keep_replicas=args.keep_replicas)
-    found = estimate_plan(plan, loads, setting, previous)
+    found = estimate_plan(plan, loads, setting, previous, planning_seconds=seconds)
     print(
         f"{plan.num_layers} layers x {plan.num_micro_batches} micro-batches x {plan.num_experts} experts over "
         f"{plan.num_ranks} ranks; {options.shape.name} on {options.device.name}"
     )
     for line in _table(found):
         print(line)
-    print(f"does not pay: {found.does_not_pay}" if found.does_not_pay else "planning this batch pays")
+    print(_verdict(found))
     if args.json:
         print(json.dumps(asdict(found) | {"memory_bytes": found.memory_bytes, "shape": options.shape.name}))
     return 0
 
 
+def _verdict(found: Estimate) -> str:
+    if found.does_not_pay:
+        return f"does not pay: {found.does_not_pay}"
+    only = ", but only if the rollout hides planning" if found.must_hide else ""
+    return f"planning this batch pays{only}"
+
+
 def _table(found: Estimate) -> list[str]:
     def row(name: str, *cells: str) -> str:
-        return f"  {name:<32}" + "".join(f"{cell:>14}" for cell in cells)
+        return f"  {name:<36}" + "".join(f"{cell:>14}" for cell in cells)
 
     def gigabytes(name: str, *sizes: int) -> str:
         return row(name, *(f"{size / 1e9:.3f}" for size in sizes))
@@ -45,6 +55,7 @@ def _table(found: Estimate) -> list[str]:
         row("modelled step", "seconds", "max/mean"),
         row("static", f"{found.static_seconds:.4f}", f"{found.static_max_mean:.3f}"),
         row("planned", f"{found.planned_seconds:.4f}", f"{found.planned_max_mean:.3f}"),
+        row("planned, if planning is waited for", f"{found.planned_seconds + found.planning_seconds:.4f}", ""),
         row("forced balance", f"{found.balanced_seconds:.4f}", "1.000"),
         row("GB of the batch", "inside nodes", "between"),
         gigabytes("busiest rank: tokens (modelled)", found.token_fast_bytes, found.token_slow_bytes),

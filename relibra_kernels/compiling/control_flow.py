@@ -159,18 +159,39 @@ class Program:
         return sum(bool(MMA.match(self.code[i].op)) for i in self.blocks[block])
 
     def main_loop(self) -> Loop | None:
-        """The innermost loop with most products; None where nothing is multiplied in a loop."""
+        """The innermost loop with most products; where tiles of two widths have as many, that of the longer code."""
         with_products = [loop for loop in self.loops if any(map(self.products, loop.blocks))]
         innermost = [a for a in with_products if not any(b.blocks < a.blocks for b in with_products)]
-        return max(innermost, key=lambda loop: len(self.path(loop)[1]), default=None)
+
+        def size(loop: Loop) -> tuple[int, int]:
+            return len(self.path(loop)[1]), len(self.instructions(self.tile(loop)))
+
+        return max(innermost, key=size, default=None)
 
     def tile_loop(self, main: Loop) -> Loop:
         """The largest loop around it."""
         return max((loop for loop in self.loops if loop.blocks >= main.blocks), key=lambda loop: len(loop.blocks))
 
+    def tile(self, main: Loop) -> set[int]:
+        """The blocks of the tile loop that an iteration through `main` can reach; not those of narrower tiles."""
+        outer = self.tile_loop(main)
+
+        def reached(edges: list[list[int]], ends: set[int]) -> set[int]:
+            """Blocks from the main loop along `edges`, none beyond `ends`."""
+            seen, todo = set(main.blocks), list(main.blocks)
+            while todo:
+                block = todo.pop()
+                new = outer.blocks.intersection(edges[block]) - seen if block not in ends else set()
+                seen |= new
+                todo += new
+            return seen
+
+        last = {i for i in outer.blocks if outer.header in self.next[i]}
+        return reached(self.next, last) | reached(self._before, {outer.header})
+
     def largest_loop(self, accepts: Callable[[list[Instruction]], bool]) -> list[Instruction]:
         """The instructions of the loop with the most of them of all that `accepts`."""
-        return max(filter(accepts, map(self.inside, self.loops)), key=len, default=[])
+        return max(filter(accepts, (self.instructions(loop.blocks) for loop in self.loops)), key=len, default=[])
 
     def _in_postorder(self, loop: Loop) -> list[int]:
         """The blocks of one iteration, each after all that follow it."""
@@ -214,6 +235,6 @@ class Program:
         code = [self.code[i] for block in reversed(walk) for i in self.blocks[block]]
         return code, [one for one in code if MMA.match(one.op)]
 
-    def inside(self, loop: Loop) -> list[Instruction]:
-        """All instructions of a loop."""
-        return [self.code[i] for block in sorted(loop.blocks) for i in self.blocks[block]]
+    def instructions(self, blocks: set[int]) -> list[Instruction]:
+        """All instructions of some blocks."""
+        return [self.code[i] for block in sorted(blocks) for i in self.blocks[block]]

@@ -1,7 +1,8 @@
 """What compiled machine code says about a kernel's speed: the figures of its main loop and of what follows it.
 
 Nothing here is timed. Instructions are counted along the path of one iteration that has all matrix products and the
-fewest instructions; what a tile does once besides is its epilogue. `relibra compile --dump` keeps the texts.
+fewest instructions; what a tile does once besides is its epilogue. Where a kernel has a narrower tile for the last
+columns, all is of the wider one. `relibra compile --dump` keeps the texts.
 """
 
 import hashlib
@@ -88,14 +89,15 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
     """
     amd = "amdgcn" in texts
     code = read_amdgcn(texts["amdgcn"]) if amd else read_sass(texts["sass"])
+    digest = hashlib.sha256("\n".join(one.text for one in code).encode()).hexdigest()[:16]
     program = Program(code)
-    accesses = _accesses(code)
-    accesses["digest"] = hashlib.sha256("\n".join(one.text for one in code).encode()).hexdigest()[:16]
     main = program.main_loop()
     if main is None:
-        return MachineCode(**accesses)
+        return MachineCode(**_accesses(code), digest=digest)
     step, products = program.path(main)
-    whole = program.inside(program.tile_loop(main)) if meta["persistent"] else code
+    whole = program.instructions(program.tile(main)) if meta["persistent"] else code
+    narrower = program.tile_loop(main).blocks - program.tile(main)
+    of_whole_tiles = program.instructions(set(range(len(program.blocks))) - narrower)
     counts, in_tile = _counts(step), _counts(whole)
     shapes = Counter(_shape(one, texts["ttgir"]) for one in products)
     name = re.match(r"v_mfma|[A-Z]+", products[0].op).group(0)  # type: ignore[union-attr]
@@ -124,10 +126,11 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
         descriptors=in_tile["UTMACCTL"],
         tma_stores=in_tile["UTMASTG"] + in_tile["UTMAREDG"],
         accumulators=_accumulators(texts["ttgir"]),
-        is_flat=not amd and not is_specialised and _stores(program.inside(main)),
+        is_flat=not amd and not is_specialised and _stores(program.instructions(main.blocks)),
         local_in_loop=counts["LDL"] + counts["STL"],
         amd={kind: sum(one.op.startswith(kind) for one in step) for kind in _AMD_KINDS} if amd else None,
-        **accesses,
+        **_accesses(of_whole_tiles),
+        digest=digest,
     )
 
 
@@ -219,9 +222,9 @@ def _buffers(ttgir: str) -> list[int]:
 
 def _shape(one: Instruction, ttgir: str) -> tuple[int, int, int]:
     """Rows, columns and contraction of one matrix instruction."""
-    if one.op.startswith("UTC"):  # its size is in a register; the IR has it
-        found = re.search(r"tc_gen5_mma .*?!ttg\.memdesc<(?:\d+x)?(\d+)x(\d+)x\w+, #\w+, #ttng\.tensor_memory", ttgir)
-        return (int(found.group(1)), int(found.group(2)), 16) if found else (0, 0, 0)
+    if one.op.startswith("UTC"):  # its size is in a register; the IR has it, of the widest tile at last
+        tiles = re.findall(r"tc_gen5_mma .*?!ttg\.memdesc<(?:\d+x)?(\d+)x(\d+)x\w+, #\w+, #ttng\.tensor_memory", ttgir)
+        return max(((int(m), int(n), 16) for m, n in tiles), default=(0, 0, 0))
     found = re.search(r"(\d+)x(\d+)x(\d+)", one.op) or re.match(r"[HI]MMA\.(16)(8)(\d+)", one.op)
     return (int(found.group(1)), int(found.group(2)), int(found.group(3))) if found else (0, 0, 0)
 

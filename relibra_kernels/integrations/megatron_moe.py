@@ -7,7 +7,7 @@ Megatron's router, its losses and its shared experts stay. A rank makes its shar
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,14 +22,18 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..parallel import ExpertParallel, RuntimeOptions
 from ..planner import ClusterSpec
-from ..planner.errors import InputError
+from ..planner.errors import InputError, ShapeError
 from .megatron_layer import ReplicatedMoELayer
 
-__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids", "named_weights"]
+__all__ = ["with_relibra_experts", "expert_parallel", "layer_ids", "load_experts", "named_weights"]
+
+
+# Where a spec has others in it: of a layer, a block, a hybrid model's stack, an MTP block.
+_PARTS = ("submodules", "layer_specs", "mlp", "moe_layer", "mtp_model_layer")
 
 
 def with_relibra_experts(spec: Any, *, groups: Any = None) -> Any:
-    """A copy of the spec of a layer, of a block of layers or of an MTP block, with our layer for every MoE layer in it.
+    """A copy of the spec of a layer, a block, a hybrid stack or an MTP block, with our layer for every MoE layer in it.
 
     Args:
         spec: of 0.16 (`ModuleSpec(MoELayer, ...)`) or 0.19 (`partial(MoELayer, ...)`), for local modules or Transformer
@@ -53,7 +57,7 @@ def _replaced(spec: Any, known: dict[str, Any]) -> tuple[Any, int]:
     if isinstance(spec, list | tuple):
         pairs = [_replaced(one, known) for one in spec]
         return type(spec)(one for one, _ in pairs), sum(count for _, count in pairs)
-    inner = [name for name in ("submodules", "layer_specs", "mlp", "mtp_model_layer") if hasattr(spec, name)]
+    inner = [name for name in _PARTS if hasattr(spec, name)]
     if not inner or isinstance(spec, type):
         return spec, 0
     spec, total = copy.copy(spec), 0
@@ -93,7 +97,7 @@ def expert_parallel(
     if size % min(size, gpus_per_node):
         raise InputError(f"gpus_per_node is {gpus_per_node}; it must divide the expert-parallel group of {size}")
     cluster = ClusterSpec(max(1, size // gpus_per_node), min(size, gpus_per_node), replica_slots)
-    layers = [module for module in whole.modules() if isinstance(module, ReplicatedMoELayer)]
+    layers = _layers(whole)
     options = options or RuntimeOptions()
     if any(layer.config.tensor_model_parallel_size > 1 for layer in layers):
         options = replace(options, compare_dense=False)
@@ -104,15 +108,41 @@ def expert_parallel(
     return runtime
 
 
+def load_experts(model: nn.Module | Sequence[nn.Module], weight_of: Callable[[str], Tensor]) -> None:
+    """Fill the experts that this rank has, wherever a plan has put them, from weights by Megatron's names.
+
+    mbridge loads parameters by name, one an expert, which our layer has not: it passes ours over with a warning. Call
+    this after it, and before the optimizer is made, which copies the weights.
+
+    Args:
+        weight_of: gives gate and up [2 * I, H] of expert 17 for `decoder.layers.3.mlp.experts.linear_fc1.weight17`, and
+            its down projection [H, I] for `linear_fc2`; layers and experts by their numbers in the whole model. A rank
+            asks for its own ones only.
+
+    Raises: ShapeError where a weight has another shape; those before it are loaded then.
+    """
+    for layer in _layers(model):
+        stem = f"decoder.layers.{int(layer.layer_number) - 1}.mlp.experts"
+        for slot, expert in enumerate(layer.placement()):
+            for name, parameter in (
+                ("linear_fc1", layer.experts.gate_up_proj),
+                ("linear_fc2", layer.experts.down_proj),
+            ):
+                whole, shape = f"{stem}.{name}.weight{expert}", tuple(parameter[slot].shape)
+                weight = weight_of(whole)
+                if weight.shape != shape:
+                    raise ShapeError(f"{whole} is {tuple(weight.shape)}; it must be {shape}")
+                with torch.no_grad():
+                    parameter[slot].copy_(weight)
+
+
 def layer_ids(model: nn.Module | Sequence[nn.Module]) -> tuple[int, ...]:
     """Numbers from 0 of the decoder layers of this pipeline stage that have our experts, in the order of its plans.
 
     What `trace.slice_layers` takes, so that a stage's trace has its layers only. Of virtual stages give the list of
     chunks, as to `expert_parallel`.
     """
-    chunks = [model] if isinstance(model, nn.Module) else model
-    found = [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, ReplicatedMoELayer)]
-    return tuple(int(layer.layer_number) - 1 for layer in found)
+    return tuple(int(layer.layer_number) - 1 for layer in _layers(model))
 
 
 def named_weights(ep: ExpertParallel) -> Iterator[tuple[str, Tensor]]:
@@ -132,6 +162,11 @@ def named_weights(ep: ExpertParallel) -> Iterator[tuple[str, Tensor]]:
             continue
         for expert, weight in enumerate(tensor):
             yield f"{stem}.{theirs}.weight{expert}", weight
+
+
+def _layers(model: nn.Module | Sequence[nn.Module]) -> list[ReplicatedMoELayer]:
+    chunks = [model] if isinstance(model, nn.Module) else model
+    return [layer for chunk in chunks for layer in chunk.modules() if isinstance(layer, ReplicatedMoELayer)]
 
 
 def _mesh_of(ep: Any, copies: Any, kind: str) -> DeviceMesh:

@@ -106,12 +106,12 @@ def derivative_alone(up, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _clamp(up, LIMIT: tl.constexpr):
-    return tl.minimum(tl.maximum(up, -LIMIT), LIMIT)
+    return tl.clamp(up, -LIMIT, LIMIT)
 
 
 @triton.jit
 def _open(act, up, LIMIT: tl.constexpr):
-    return tl.where((up <= LIMIT) & (up >= -LIMIT), act, 0.0)
+    return tl.where(tl.abs(up) <= LIMIT, act, 0.0)
 
 
 @triton.jit

@@ -11,10 +11,11 @@ import torch
 import triton
 
 from ..configs.config import GemmConfig
+from ..configs.half_tiles import has_half_tile
 from ..form import ExpertForm
 from ..operands import check_gate_weights, check_operands
 from ..schedule import Schedule
-from .constants import ceil_div, chosen_config, gemm_constants, grid_of, next_power_of_2, row_tiles
+from .constants import ceil_div, chosen_config, flat_slots, gemm_constants, grid_of, next_power_of_2, row_tiles
 from .grad_hidden_kernels import _dweights_kernel, _grad_hidden_kernel
 from .launch import launch
 from .stores import two_stores
@@ -59,6 +60,7 @@ def grad_hidden(
         interleaved=not form.is_concatenated,
     )
     num_n = ceil_div(intermediate_size, config.block_n)
+    half_last = has_half_tile("grad_hidden", intermediate_size, config.block_n)
     dh_RJ, wa_RI = h_RJ.new_empty(h_RJ.shape), h_RJ.new_empty(schedule.num_rows, intermediate_size)
     partials = torch.empty(num_n, schedule.num_rows, dtype=torch.float32, device=h_RJ.device)
     dweights_TK = torch.empty(schedule.position_of.shape, dtype=torch.float32, device=h_RJ.device)
@@ -83,6 +85,7 @@ def grad_hidden(
         weight_of_slot,
         schedule.assignment_of,
         num_tiles,
+        schedule.num_slots,
         dout_TH.shape[0],
         down.shape[0],
         *stores.arguments,
@@ -92,7 +95,10 @@ def grad_hidden(
         TOP_K=schedule.top_k,
         ROWS_ARE_N=form.is_transposed,
         GROUP_M=config.group_m,
+        # interleaved, Triton 3.9 spills 24 bytes; an `if` around loops cannot be flattened
+        FLAT_SLOTS=flat_slots(dout_TH, schedule, stores) if form.is_concatenated and not half_last else 0,
         WIDTH=_epilogue_width(config, form),
+        HALF_LAST=half_last,
         **form_constants(form, dout_TH),
         **gemm_constants(
             dout_TH,

@@ -10,7 +10,16 @@ import triton.language as tl
 
 from .activations import derivative_alone, derivatives
 from .launch import TABLES
-from .tiles import contract, describe_rows, describe_weights, first_program, tile_of, weight_of, weight_store
+from .tiles import (
+    contract,
+    count_tiles,
+    describe_rows,
+    describe_weights,
+    first_program,
+    tile_of,
+    weight_of,
+    weight_store,
+)
 
 
 @triton.jit
@@ -93,6 +102,7 @@ def _finish_columns(
         gate = tl.load(h_ptr + h_at, mask=here, other=0.0).to(tl.float32)
         up = tl.load(h_ptr + I + h_at, mask=here, other=0.0).to(tl.float32)
         act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
+        a = act * factor
         da = g * w_R[:, None]
         tl.store(dh_ptr + I + h_at, (da * act_open).to(element), mask=here)
         tl.store(dh_ptr + h_at, (da * factor * slope).to(element), mask=here)
@@ -104,20 +114,80 @@ def _finish_columns(
         gate, up = h.reshape(BLOCK_M, BLOCK_N, 2).split()
         act, factor, slope, act_open = derivatives(gate, up, ACTIVATION, LIMIT, ALPHA, FAST)
         da = g * w_R[:, None]
+        a = act * factor
+        partial_R = tl.sum(g * a, 1)
         dh = tl.interleave((da * factor * slope).to(element), (da * act_open).to(element))
         tl.store(dh_ptr + h_at, dh, mask=here_wide)
-    if GATED:
-        a = act * factor
     tl.store(wa_ptr + (row * I + column), (a * w_R[:, None]).to(element), mask=here)
-    # a is 0 where nothing was loaded. Which form keeps all in registers differs (Triton 3.9, 128x256)
+    # a is 0 where nothing was loaded. What keeps all in registers differs (Triton 3.9, 128x256): here the sum at the
+    # end, over what is masked once more; for interleaved weights the sum before the stores
     if CONCATENATED:
-        return tl.sum(tl.where(here, g * a, 0.0), 1)
-    else:
-        return tl.sum(g * a, 1)
+        partial_R = tl.sum(tl.where(here, g * a, 0.0), 1)
+    return partial_R
+
+
+@triton.jit
+def _tile(
+    rows_of,
+    described,
+    base_ptr,
+    other_ptr,
+    h_ptr,
+    dh_ptr,
+    wa_ptr,
+    weight,
+    num_home,
+    home_first,
+    replica_first,
+    token_R,
+    w_R,
+    row0,
+    end,
+    n0,
+    I: tl.constexpr,  # noqa: E741
+    D: tl.constexpr,
+    ROWS_ARE_N: tl.constexpr,
+    GATED: tl.constexpr,
+    CONCATENATED: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    LIMIT: tl.constexpr,
+    ALPHA: tl.constexpr,
+    FAST: tl.constexpr,
+    A_MODE: tl.constexpr,
+    TMA: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dh and w*a of one tile, and its part of `<g, a>`."""
+    weights, number = weight_store(
+        described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
+        I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    g = contract(
+        rows_of, row0, token_R, weights, number, n0,
+        I, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+    )  # fmt: skip
+    return _finish(
+        g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
+        I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
+    )  # fmt: skip
 
 
 @triton.jit(
-    do_not_specialize=["num_tiles", "num_tokens", "num_home", "home_first", "replica_first", "count", "num_rows"],
+    do_not_specialize=[
+        "num_tiles",
+        "num_slots",
+        "num_tokens",
+        "num_home",
+        "home_first",
+        "replica_first",
+        "count",
+        "num_rows",
+    ],
     do_not_specialize_on_alignment=TABLES,
 )
 def _grad_hidden_kernel(
@@ -134,6 +204,7 @@ def _grad_hidden_kernel(
     weight_of_slot_ptr,
     assignment_of_ptr,
     num_tiles,
+    num_slots,
     num_tokens,
     num_home,
     home_first,
@@ -155,7 +226,9 @@ def _grad_hidden_kernel(
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     XCDS: tl.constexpr,
+    FLAT_SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
+    HALF_LAST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -164,29 +237,36 @@ def _grad_hidden_kernel(
     NUM_N: tl.constexpr = (I + BLOCK_N - 1) // BLOCK_N
     rows_of = describe_rows(dout_ptr, num_tokens, D, A_MODE, BLOCK_M, BLOCK_K)
     described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K)
-    for index in range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0)):
+    if HALF_LAST:
+        half_described = describe_weights(base_ptr, count, I, D, ROWS_ARE_N, False, TMA, BLOCK_N // 2, BLOCK_K)
+    FLAT: tl.constexpr = FLAT_SLOTS > 0
+    if FLAT:
+        num_tiles = count_tiles(slot_offsets_ptr, num_slots, FLAT_SLOTS, BLOCK_M)
+    for index in tl.range(first_program(XCDS), num_tiles * NUM_N, tl.num_programs(0), flatten=FLAT):
         m, n = tile_of(index, num_tiles, NUM_N, GROUP_M)
         slot = tl.load(tiles_ptr + 2 * m)
-        if slot >= 0:
+        if FLAT or slot >= 0:  # padding has no slot; a loop with a condition cannot be flattened
             row0 = tl.load(tiles_ptr + 2 * m + 1)
             end = tl.load(slot_offsets_ptr + slot + 1)
             weight = weight_of(slot, weight_of_slot_ptr)
             row_R = row0 + tl.arange(0, BLOCK_M)
             assignment_R = tl.load(assignment_of_ptr + tl.minimum(row_R, end - 1))
-            n0 = n * BLOCK_N
-            weights, number = weight_store(
-                described, base_ptr, other_ptr, weight, num_home, home_first, replica_first,
-                I, D, ROWS_ARE_N, False, TMA, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
-            g = contract(
-                rows_of, row0, assignment_R // TOP_K, weights, number, n0,
-                I, D, ROWS_ARE_N, False, A_MODE, TMA, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
-            )  # fmt: skip
             w_R = tl.load(weights_ptr + assignment_R).to(tl.float32)
-            partial_R = _finish(
-                g, w_R, h_ptr, dh_ptr, wa_ptr, row0, end, n0,
-                I, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, WIDTH, BLOCK_M, BLOCK_N,
-            )  # fmt: skip
+            n0 = n * BLOCK_N
+            if HALF_LAST and n == NUM_N - 1:
+                partial_R = _tile(
+                    rows_of, half_described, base_ptr, other_ptr, h_ptr, dh_ptr, wa_ptr, weight, num_home,
+                    home_first, replica_first, assignment_R // TOP_K, w_R, row0, end, n0,
+                    I, D, ROWS_ARE_N, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, A_MODE, TMA,
+                    PRECISION, UPCAST, WIDTH, BLOCK_M, BLOCK_N // 2, BLOCK_K,
+                )  # fmt: skip
+            else:
+                partial_R = _tile(
+                    rows_of, described, base_ptr, other_ptr, h_ptr, dh_ptr, wa_ptr, weight, num_home,
+                    home_first, replica_first, assignment_R // TOP_K, w_R, row0, end, n0,
+                    I, D, ROWS_ARE_N, GATED, CONCATENATED, ACTIVATION, LIMIT, ALPHA, FAST, A_MODE, TMA,
+                    PRECISION, UPCAST, WIDTH, BLOCK_M, BLOCK_N, BLOCK_K,
+                )  # fmt: skip
             tl.store(partials_ptr + n.to(tl.int64) * num_rows + row_R, partial_R, mask=row_R < end)
 
 

@@ -6,6 +6,7 @@ The kernel, and why its result does not depend on the launch grid, is in `grad_w
 import torch
 
 from ..configs.config import GemmConfig
+from ..configs.half_tiles import has_half_tile
 from ..operands import check_grad, check_operands
 from ..planner.errors import ShapeError
 from ..schedule import Schedule
@@ -74,6 +75,7 @@ def grad_weight(
         TMA_WRITES=writes,
         WIDTH=min(config.block_n, 64),
         TILES=tiles_a_program,
+        HALF_LAST=has_half_tile("grad_weight", d, config.block_n),
         SLOTS=next_power_of_2(schedule.num_slots),
         OFFSETS_32=offsets_32(left, right),
         TMA=constants["TMA"] and schedule.num_rows > 0,  # a descriptor describes at least one row

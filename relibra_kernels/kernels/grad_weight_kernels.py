@@ -176,6 +176,79 @@ def _write(
         tl.store(tile, part.to(at.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def _describe(
+    ptr, num_rows, WIDTH: tl.constexpr, TOP_K: tl.constexpr, TMA: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Descriptor of rows in slot order; the pointer itself where they are picked by token, or there is no TMA."""
+    if TMA and TOP_K == 0:
+        return tl.make_tensor_descriptor(ptr, [num_rows, WIDTH], [WIDTH, 1], [BLOCK_K, BLOCK])
+    else:
+        return ptr
+
+
+@triton.jit
+def _tile(
+    left_ptr,
+    right_ptr,
+    left_of,
+    right_of,
+    grad_ptr,
+    replica_grad_ptr,
+    into,
+    slot_offsets_ptr,
+    weight_of_slot_ptr,
+    assignment_of_ptr,
+    weight,
+    num_home,
+    home_first,
+    replica_first,
+    slots,
+    n0,
+    d0,
+    N: tl.constexpr,
+    D: tl.constexpr,
+    TOP_K_LEFT: tl.constexpr,
+    TOP_K_RIGHT: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr,
+    TMA_WRITES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OFFSETS_32: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Add up one tile of a weight's gradient over its slots, and write it."""
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    found = 0
+    for slot in range(slots[0], slots[1]):
+        mine = True
+        if weight_of_slot_ptr is not None:
+            mine = tl.load(weight_of_slot_ptr + slot) == weight
+        if mine:
+            start = tl.load(slot_offsets_ptr + slot)
+            end = tl.load(slot_offsets_ptr + slot + 1)
+            found += end - start
+            acc = _slot_sum(
+                acc, left_ptr, right_ptr, left_of, right_of, assignment_of_ptr, start, end, n0, d0,
+                N, D, TOP_K_LEFT, TOP_K_RIGHT, TMA, OFFSETS_32, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip
+    if found > 0 or not ACCUMULATE:
+        if TMA_WRITES:
+            number = index_of(weight, num_home, home_first, replica_first)
+            total = acc.to(grad_ptr.dtype.element_ty)
+            _write_described(into, number, n0, d0, total, ACCUMULATE, WIDTH, BLOCK_M, BLOCK_N)
+        else:
+            at = grad_ptr + index_of(weight, num_home, home_first, replica_first).to(tl.int64) * (N * D)
+            if replica_grad_ptr is not None:
+                at = stored(grad_ptr, replica_grad_ptr, weight, num_home, N * D)
+            _write(at, n0, d0, acc, N, D, ACCUMULATE, WIDTH, BLOCK_M, BLOCK_N)
+
+
 @triton.jit(
     do_not_specialize=["num_rows", "num_slots", "num_home", "home_first", "replica_first", "count"],
     do_not_specialize_on_alignment=TABLES,
@@ -203,6 +276,7 @@ def _grad_weight_kernel(
     TMA_WRITES: tl.constexpr,
     WIDTH: tl.constexpr,
     TILES: tl.constexpr,
+    HALF_LAST: tl.constexpr,
     SLOTS: tl.constexpr,
     OFFSETS_32: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -216,38 +290,28 @@ def _grad_weight_kernel(
     GROUPS: tl.constexpr = (NUM_N * NUM_D + TILES - 1) // TILES
     weight = tl.program_id(0) // GROUPS
     first_tile = tl.program_id(0) % GROUPS * TILES
-    left_of, right_of, into = left_ptr, right_ptr, grad_ptr
-    if TMA and TOP_K_LEFT == 0:
-        left_of = tl.make_tensor_descriptor(left_ptr, [num_rows, N], [N, 1], [BLOCK_K, BLOCK_M])
-    if TMA and TOP_K_RIGHT == 0:
-        right_of = tl.make_tensor_descriptor(right_ptr, [num_rows, D], [D, 1], [BLOCK_K, BLOCK_N])
+    into = grad_ptr
+    left_of = _describe(left_ptr, num_rows, N, TOP_K_LEFT, TMA, BLOCK_K, BLOCK_M)
+    right_of = _describe(right_ptr, num_rows, D, TOP_K_RIGHT, TMA, BLOCK_K, BLOCK_N)
     if TMA_WRITES:
         into = tl.make_tensor_descriptor(grad_ptr, [count, N, D], [N * D, D, 1], [1, BLOCK_M, WIDTH])
-    first_slot, last_slot = slots_of(weight, num_slots, weight_of_slot_ptr, SLOTS)
+    if HALF_LAST:
+        half_of = _describe(right_ptr, num_rows, D, TOP_K_RIGHT, TMA, BLOCK_K, BLOCK_N // 2)
+    slots = slots_of(weight, num_slots, weight_of_slot_ptr, SLOTS)
     for tile in range(first_tile, tl.minimum(first_tile + TILES, NUM_N * NUM_D)):
         n0 = tile // NUM_D * BLOCK_M
         d0 = tile % NUM_D * BLOCK_N
-        acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        found = 0
-        for slot in range(first_slot, last_slot):
-            mine = True
-            if weight_of_slot_ptr is not None:
-                mine = tl.load(weight_of_slot_ptr + slot) == weight
-            if mine:
-                start = tl.load(slot_offsets_ptr + slot)
-                end = tl.load(slot_offsets_ptr + slot + 1)
-                found += end - start
-                acc = _slot_sum(
-                    acc, left_ptr, right_ptr, left_of, right_of, assignment_of_ptr, start, end, n0, d0,
-                    N, D, TOP_K_LEFT, TOP_K_RIGHT, TMA, OFFSETS_32, PRECISION, UPCAST, BLOCK_M, BLOCK_N, BLOCK_K,
-                )  # fmt: skip
-        if found > 0 or not ACCUMULATE:
-            if TMA_WRITES:
-                number = index_of(weight, num_home, home_first, replica_first)
-                total = acc.to(grad_ptr.dtype.element_ty)
-                _write_described(into, number, n0, d0, total, ACCUMULATE, WIDTH, BLOCK_M, BLOCK_N)
-            else:
-                at = grad_ptr + index_of(weight, num_home, home_first, replica_first).to(tl.int64) * (N * D)
-                if replica_grad_ptr is not None:
-                    at = stored(grad_ptr, replica_grad_ptr, weight, num_home, N * D)
-                _write(at, n0, d0, acc, N, D, ACCUMULATE, WIDTH, BLOCK_M, BLOCK_N)
+        if HALF_LAST and tile % NUM_D == NUM_D - 1:
+            _tile(
+                left_ptr, right_ptr, left_of, half_of, grad_ptr, replica_grad_ptr, into, slot_offsets_ptr,
+                weight_of_slot_ptr, assignment_of_ptr, weight, num_home, home_first, replica_first, slots, n0, d0,
+                N, D, TOP_K_LEFT, TOP_K_RIGHT, ACCUMULATE, TMA, TMA_WRITES, WIDTH, OFFSETS_32, PRECISION, UPCAST,
+                BLOCK_M, BLOCK_N // 2, BLOCK_K,
+            )  # fmt: skip
+        else:
+            _tile(
+                left_ptr, right_ptr, left_of, right_of, grad_ptr, replica_grad_ptr, into, slot_offsets_ptr,
+                weight_of_slot_ptr, assignment_of_ptr, weight, num_home, home_first, replica_first, slots, n0, d0,
+                N, D, TOP_K_LEFT, TOP_K_RIGHT, ACCUMULATE, TMA, TMA_WRITES, WIDTH, OFFSETS_32, PRECISION, UPCAST,
+                BLOCK_M, BLOCK_N, BLOCK_K,
+            )  # fmt: skip

@@ -5,6 +5,8 @@ A row of a payload holds a hidden state, slots and gate weights. The kernels get
 of the three, all into the same bytes, and the length of a row in elements of that type.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -151,9 +153,8 @@ def pack_payload(
     layout = layout_of(x_TH, weights_TK)
     check_payload(out, layout, send.num_rows)
     views = out.view(layout.dtype), out.view(torch.int16), out.view(layout.weights_dtype)
-    how = {**_constants(layout, x_TH, len(x_TH), "pack", config), **_places(layout)}
-    slots = {"SLOTS_AT": layout.slots_at // 2, "SLOTS_ROW": layout.row_bytes // 2}
-    launch(_pack_payload_kernel, (len(x_TH),), x_TH, weights_TK, slots_NK, send.position_of, *views, **how, **slots)
+    how = _constants_of_tokens(layout, config or _chosen(layout, x_TH, "pack"), has_slots=True)
+    launch(_pack_payload_kernel, (len(x_TH),), x_TH, weights_TK, slots_NK, send.position_of, *views, **how)
 
 
 def unpack_payload(payload: torch.Tensor, layout: PayloadLayout) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -185,16 +186,9 @@ def unpack_gradients(
     weights_dtype = weights_dtype or layout.weights_dtype
     dweights_TK = torch.empty(tokens, layout.top_k, dtype=weights_dtype, device=payload.device)
     views = payload.view(layout.dtype), payload.view(layout.weights_dtype)
-    how = {**_constants(layout, views[0], tokens, "unpermute"), **_places(layout)}
+    how = _constants_of_tokens(layout, _chosen(layout, dx_TH, "unpermute"), has_slots=False)
     launch(_unpack_gradients_kernel, (tokens,), *views, send.position_of, dx_TH, dweights_TK, **how)
     return dx_TH, dweights_TK
-
-
-def _places(layout: PayloadLayout) -> dict[str, int]:
-    """Lengths of a row and where its weights are, in elements."""
-    size = layout.weights_dtype.itemsize
-    row = layout.row_bytes
-    return {"ROW": row // layout.dtype.itemsize, "WEIGHTS_AT": layout.weights_at // size, "WEIGHTS_ROW": row // size}
 
 
 def _copy(layout: PayloadLayout, sources: tuple, targets: tuple, rows: int, *, unpack: bool) -> None:
@@ -204,32 +198,52 @@ def _copy(layout: PayloadLayout, sources: tuple, targets: tuple, rows: int, *, u
     def typed(part, dtype):
         return part.view(dtype) if part is not None and part.dtype == torch.uint8 else part
 
-    packed = _places(layout)
-    plain = {"ROW": layout.hidden_size, "WEIGHTS_AT": 0, "WEIGHTS_ROW": layout.top_k}
-    source, target = (packed, plain) if unpack else (plain, packed)
-    views = [[typed(part, dtype) for part, dtype in zip(parts, types, strict=True)] for parts in (sources, targets)]
-    launch(
-        _copy_payload_kernel,
-        (rows,),
-        *views[0],
-        *views[1],
-        **_constants(layout, views[0][0], rows, "pack"),
-        ROW_IN=source["ROW"],
-        ROW_OUT=target["ROW"],
-        SLOTS_AT=layout.slots_at // 2,
-        SLOTS_ROW=layout.row_bytes // 2,
-        WEIGHTS_IN=source["WEIGHTS_AT"],
-        WEIGHTS_OUT=target["WEIGHTS_AT"],
-        WEIGHTS_ROW_IN=source["WEIGHTS_ROW"],
-        WEIGHTS_ROW_OUT=target["WEIGHTS_ROW"],
-    )
+    views = [typed(part, dtype) for part, dtype in zip((*sources, *targets), types * 2, strict=True)]
+    hidden = targets[0] if unpack else sources[0]
+    launch(_copy_payload_kernel, (rows,), *views, **_constants_of_rows(layout, _chosen(layout, hidden, "pack"), unpack))
 
 
-def _constants(
-    layout: PayloadLayout, hidden: torch.Tensor, count: int, part: str, config: BlockConfig | None = None
-) -> dict[str, int]:
+def _chosen(layout: PayloadLayout, hidden: torch.Tensor, part: str) -> BlockConfig:
     """How hidden states are walked: as that part of permute says. What copies or adds rows up walks them likewise."""
-    config = config or chosen_block("permute", hidden, layout.hidden_size, count, part=part)
+    return chosen_block("permute", hidden, layout.hidden_size, len(hidden), part=part)
+
+
+def _constants(layout: PayloadLayout, config: BlockConfig) -> dict[str, int]:
     block, warps = block_of(config, layout.hidden_size, layout.dtype.itemsize)
     lanes = next_power_of_2(layout.top_k)
     return {"H": layout.hidden_size, "TOP_K": layout.top_k, "LANES": lanes, "BLOCK_H": block, "num_warps": warps}
+
+
+def _places(layout: PayloadLayout) -> dict[str, int]:
+    """Lengths of a row and where its weights are, in elements."""
+    size = layout.weights_dtype.itemsize
+    row = layout.row_bytes
+    return {"ROW": row // layout.dtype.itemsize, "WEIGHTS_AT": layout.weights_at // size, "WEIGHTS_ROW": row // size}
+
+
+def _slots(layout: PayloadLayout) -> dict[str, int]:
+    return {"SLOTS_AT": layout.slots_at // 2, "SLOTS_ROW": layout.row_bytes // 2}
+
+
+@functools.cache
+def _constants_of_tokens(layout: PayloadLayout, config: BlockConfig, *, has_slots: bool) -> dict[str, int]:
+    """Where a program has a token and its rows."""
+    return {**_constants(layout, config), **_places(layout), **(_slots(layout) if has_slots else {})}
+
+
+@functools.cache
+def _constants_of_rows(layout: PayloadLayout, config: BlockConfig, unpack: bool) -> dict[str, int]:
+    """Where a program has a row, of a payload and of the parts' own tensors."""
+    packed = _places(layout)
+    plain = {"ROW": layout.hidden_size, "WEIGHTS_AT": 0, "WEIGHTS_ROW": layout.top_k}
+    source, target = (packed, plain) if unpack else (plain, packed)
+    return {
+        **_constants(layout, config),
+        **_slots(layout),
+        "ROW_IN": source["ROW"],
+        "ROW_OUT": target["ROW"],
+        "WEIGHTS_IN": source["WEIGHTS_AT"],
+        "WEIGHTS_OUT": target["WEIGHTS_AT"],
+        "WEIGHTS_ROW_IN": source["WEIGHTS_ROW"],
+        "WEIGHTS_ROW_OUT": target["WEIGHTS_ROW"],
+    }

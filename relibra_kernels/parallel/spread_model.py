@@ -175,7 +175,8 @@ class SpreadModel:
         experts, top_k = self.layers[0].experts, self.layers[0].router.top_k
         sizes = experts.hidden_size, experts.intermediate_size, self.num_experts, top_k
         shape = shape_of_sizes(*sizes, layers=len(self.layers), has_gate=experts.form.has_gate)
-        return dataclasses.replace(shape, adapter_rank=adapter_rank(experts))
+        size = max(weight.element_size() for weight in experts.parameters())
+        return dataclasses.replace(shape, adapter_rank=adapter_rank(experts), parameter_bytes=size)
 
     def _check_between_batches(self, what: str) -> None:
         if self._runner.batch is not None:

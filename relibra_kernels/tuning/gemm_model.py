@@ -4,12 +4,13 @@ A model, not a measurement: it is there to order configs, and its microseconds a
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ..compiling.machine_code import MachineCode
 from ..configs.config import GemmConfig
+from ..configs.half_tiles import has_half_tile
 from ..configs.products import Product
 from .launch_model import ITEM, Estimate, Resources, Work, bounded
 
@@ -71,6 +72,18 @@ def step_clocks(config: GemmConfig, tile: _Tile, product: Product, code: Machine
     return max(multiply, moving, code.instructions * config.num_warps / _SCHEDULERS)
 
 
+def tile_columns(kernel: str, columns: int, config: GemmConfig, product: Product) -> float:
+    """Tiles that cover `columns`; of a half one the share of a whole one's time that it takes: above a half where it
+    waits for shared memory.
+    """
+    tiles = math.ceil(columns / config.block_n)
+    if not has_half_tile(kernel, columns, config.block_n):
+        return tiles
+    half = replace(config, block_n=config.block_n // 2)
+    clocks = [step_clocks(each, _tile(kernel, each), product, None) for each in (half, config)]
+    return tiles - 1 + clocks[0] / clocks[1]
+
+
 def estimate_gemm(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
     """The time of `work` with `config`, which needs `resources`."""
     return (_weight_gradient if work.kernel == "grad_weight" else _row_tiles)(work, config, resources, product)
@@ -115,7 +128,7 @@ def _wave_clocks(
 
 def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
     """Kernels whose tiles are rows x columns, walked by persistent programs."""
-    tile, columns = _tile(work.kernel, config), math.ceil(work.n / config.block_n)
+    tile, columns = _tile(work.kernel, config), tile_columns(work.kernel, work.n, config, product)
     tiles_S = -(-work.rows // config.block_m)
     rows, row_tiles = int(work.rows.sum()), int(tiles_S.sum())
     resident = _resident(config, resources, config.programs_an_sm)
@@ -141,14 +154,14 @@ def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Pr
     weight_bytes = weight * int(np.minimum(groups_S, 1).sum() if weight <= product.l2_bytes // 2 else groups_S.sum())
     other = rows * work.n * tile.after // (config.block_m * config.block_n)
     padded = int((tiles_S * config.block_m).sum()) - rows
-    waves = whole + (left > 0)
+    waves = int(whole) + (left > 0)
     return bounded(clocks, row_bytes + weight_bytes + other, waves, padded, product)
 
 
 def _weight_gradient(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
     """Tiles of weights: all of a slot take as long as it has rows, and start slot after slot."""
     tile = _tile(work.kernel, config)
-    across, down = math.ceil(work.n / config.block_m), math.ceil(work.d / config.block_n)
+    across, down = math.ceil(work.n / config.block_m), tile_columns(work.kernel, work.d, config, product)
     steps_S = -(-work.rows // config.block_k)
     resident = _resident(config, resources, 32)
     programs, tiles = product.sms * resident, len(work.rows) * across * down

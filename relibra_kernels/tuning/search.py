@@ -11,7 +11,7 @@ from ..configs.limits import Device, device_for
 from ..configs.products import Product
 from ..configs.spaces import SPACE, SPILLS_ELSEWHERE, candidates
 from .compile_task import Outcome, Task
-from .gates import LARGE, is_shallow
+from .gates import LARGE, idle_columns, is_shallow
 from .launch_model import Resources
 from .models import Model
 from .ranking import estimate
@@ -107,7 +107,8 @@ class OfflineSearch:
     def rank(self, goal: Goal) -> list[tuple[float, Config]]:
         """(microseconds, config), the best first: half the even groups' time and half the uneven ones'.
 
-        No config pads more rows of the uneven groups than the one that is best for even ones.
+        No config pads more rows of the uneven groups than the one that is best for even ones. Large batches get none
+        that multiplies more columns for nothing than the gates allow, where there are others.
         """
         works = goal.works(self.device)
         scored = []
@@ -121,6 +122,10 @@ class OfflineSearch:
                 padded = sum(e.padded_rows for e in uneven)
                 # equal times: fewer padded rows, then the usual group, then by name
                 scored.append(((round(us, 2), padded, _group(config), str(config)), even.us, us, config))
+        if goal.rows_per_slot >= LARGE:
+            sizes = goal.model.hidden_size, goal.model.intermediate_size
+            tasks = [self._tasks(goal.model, goal.kernel, goal.part, item[-1], *sizes)[0] for item in scored]
+            scored = [item for item, task in zip(scored, tasks, strict=True) if not idle_columns(task)] or scored
         if not scored:
             return []
         scored.sort(key=lambda item: item[0])

@@ -108,7 +108,7 @@ def test_half_a_copy_a_rank_and_fetched_replicas_balance_many_nodes(balance, mea
 
 
 def test_kept_replicas_are_exchanged_until_every_micro_batch_is_level():
-    """Copies chosen by load alone leave 1.018 in the mean and 1.105 in the worst micro-batch."""
+    """KeptReplicas chosen by load alone leave 1.018 in the mean and 1.105 in the worst micro-batch."""
     loads = generate_loads(4, 16, 256, 8, 16 * 8192, max_mean=7.3, seed=5)
     options = PlanOptions(balance=1.0, kept_bytes=8 * SHAPE.copy_bytes, fetched_slots=0, max_moves=0, shape=SHAPE)
     plan = plan_batch(loads, ClusterSpec(2, 8), options=options)

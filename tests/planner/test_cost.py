@@ -137,6 +137,8 @@ def test_migration_and_kept_replicas_are_priced_once():
     assert cost.kept > 0
     near = BatchPlan(home, replicas, np.zeros_like(replicas), kept, gpus_per_node=2, loads=loads)
     assert replica_bytes(outcome_of_plan(near, loads), MODEL) == (6 * 96 / 2, 0.0)
+    inside = price(outcome_of_plan(near, loads, before), setting(2)).migration  # one node has no slower network
+    assert inside == pytest.approx(14 * 96 / setting(2).device.fast) != cost.migration
 
 
 def test_an_outcome_has_the_plans_loads():

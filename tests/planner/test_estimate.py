@@ -76,6 +76,16 @@ def test_adapters_have_small_gradients_and_frozen_weights_none():
     assert 0 < small.fetched_fast_bytes + small.kept_fast_bytes < copies
 
 
+def test_parameters_in_fp32_take_more_and_need_no_master_weights():
+    wide = replace(TINY, parameter_bytes=4)
+    assert (wide.expert_bytes, wide.gradient_bytes, wide.copy_bytes) == (4 * 96, 4 * 96, 8 * 96)
+    assert (wide.migration_bytes, TINY.migration_bytes) == (12 * 96, 14 * 96)
+    double = replace(TINY, parameter_bytes=8)
+    assert (double.gradient_bytes, double.copy_bytes, double.migration_bytes) == (8 * 96, 16 * 96, 24 * 96)
+    memory = 10 * TINY.copy_bytes
+    assert [PlanOptions(shape=s, kept_bytes=memory).kept_copies for s in (TINY, wide)] == [10, 7]
+
+
 def test_memory_of_one_rank_by_hand():
     """24 tokens of 8 elements, one expert each: six buffers of rows; rows, and gate and up of 4, stay for backward."""
     loads = np.array([[[12, 4, 4, 4]]])
@@ -99,6 +109,10 @@ def test_seconds_and_bytes_are_those_of_the_price(transport):
     assert found.static_seconds == price(outcome_of_plan(static_plan(loads, cluster), loads), setting).seconds
     assert found.balanced_seconds < found.planned_seconds < found.static_seconds
     assert found.does_not_pay == ""
+    gain = found.static_seconds - found.planned_seconds
+    for waited, must_hide in ((0.0, False), (0.5 * gain, False), (gain, True)):
+        late = estimate_plan(plan, loads, setting, planning_seconds=waited)
+        assert late == replace(found, planning_seconds=waited, must_hide=must_hide)
     fast, slow = replica_bytes(outcome_of_plan(plan, loads), setting.model)
     assert found.fetched_fast_bytes + found.kept_fast_bytes == round(fast * 6)
     assert found.kept_slow_bytes == round(slow * 6)

@@ -4,10 +4,11 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy._core._multiarray_umath import __cpu_dispatch__, __cpu_features__
 from skewed_loads import skewed_loads
@@ -218,6 +219,30 @@ def test_quotas_are_replanned_for_other_loads():
         replan(plan, other[:2])
 
 
+def test_replanning_takes_a_part_of_planning_and_one_micro_batch_a_part_of_that():
+    """0.1 s for a micro-batch of 94 layers and 1 s for 32 of them, where planning takes 2 s: here in proportion, for a
+    machine of any speed."""
+    shape, cluster = MODELS["Qwen3-235B-A22B"], ClusterSpec(8, 8)
+    loads = generate_loads(8, 16, 128, 8, 64 * 8192, seed=5)
+    options = PlanOptions(shape=shape, kept_bytes=6 * shape.copy_bytes)
+    plan = plan_batch(loads, cluster, options=options)
+    one = plan.micro_batch(3)
+    planning = cpu_seconds(lambda: plan_batch(loads, cluster, options=options))
+    batch, single = cpu_seconds(lambda: replan(plan, loads)), cpu_seconds(lambda: replan(one, loads[:, 3:4]))
+    assert batch < planning / 2
+    assert single < batch / 3
+
+
+def cpu_seconds(work) -> float:
+    """The least of three runs."""
+    took = []
+    for _ in range(3):
+        start = time.process_time()
+        work()
+        took.append(time.process_time() - start)
+    return min(took)
+
+
 def test_unknown_tokens_are_taken_to_choose_as_the_known_ones():
     known = np.array([[[3, 1, 0], [0, 0, 0]]])
     scaled = scaled_loads(known, np.array([10, 4]))
@@ -230,6 +255,7 @@ def test_unknown_tokens_are_taken_to_choose_as_the_known_ones():
 
 @settings(max_examples=12, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.sampled_from([(1, 4), (2, 8), (4, 4)]), st.sampled_from([512, 2048, 8192]))
+@example(18586, (2, 8), 512)
 def test_nothing_moves_where_kept_replicas_suffice_and_nothing_costs_more_than_static_loses(seed, shape, tokens):
     cluster = ClusterSpec(*shape, 2)
     loads = generate_loads(2, 4, 64, 8, tokens * cluster.num_ranks, max_mean=1.5 + seed % 5, seed=seed)
@@ -238,8 +264,10 @@ def test_nothing_moves_where_kept_replicas_suffice_and_nothing_costs_more_than_s
     assert (plan.home == static.home).all()
     setting = PlanOptions(shape=SHAPE).setting(64, cluster.gpus_per_node)
     cost, unplanned = (price(outcome_of_plan(each, loads), setting) for each in (plan, static))
-    balanced = price(forced_balanced(loads, cluster), setting)
-    assert cost.kept + cost.fetched <= max(unplanned.seconds - balanced.seconds, 0) + 1e-12
+    # Static loses to forced balance or, where replicas keep more tokens on their node than that, to the plan's rest.
+    overhead = cost.kept + cost.fetched
+    least = min(price(forced_balanced(loads, cluster), setting).seconds, cost.seconds - overhead)
+    assert overhead <= max(unplanned.seconds - least, 0) + 1e-12
     if tokens == 8192 and seed % 5 > 1:
         assert plan.kept.any()
 

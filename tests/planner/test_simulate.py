@@ -26,7 +26,8 @@ from relibra_kernels.planner.simulation.baselines.eplb import pack
 from relibra_kernels.planner.simulation.generator import hottest_change
 from relibra_kernels.planner.simulation.simulate import POLICIES
 from relibra_kernels.planner.simulation.workloads import WORKLOADS, workload
-from relibra_kernels.planner.solver import search
+from relibra_kernels.planner.solver import search, solution
+from relibra_kernels.planner.solver.relaxed import whole_split
 
 
 @pytest.mark.parametrize("name", BASELINES)
@@ -77,6 +78,16 @@ def test_moonep_is_exact_with_less_than_one_replica_a_rank():
     outcome = BASELINES["moonep"](loads, ClusterSpec(2, 8))
     np.testing.assert_array_equal(outcome.rank_load.max(2), -(-loads.sum(2) // 16))
     assert (outcome.pushed_in + outcome.far_in).sum(2).max() < 16 * 2
+    assert (outcome.slot_load[..., 4:] > 0).sum(3).max() <= 4  # experts of one other rank
+
+
+def test_moonep_fills_the_roomiest_rank_whole():
+    """Rank 0, 5 above the mean, fills rank 3, which takes 10: it has room for 5 then, and rank 1 fills that."""
+    loads = np.array([[[13, 12, 15, 10, 10, 10, 6, 4]]])
+    outcome = BASELINES["moonep"](loads, ClusterSpec(1, 4))
+    np.testing.assert_array_equal(outcome.pushed_out[0, 0], [1, 1, 0, 0])
+    np.testing.assert_array_equal(outcome.pushed_in[0, 0], [1, 0, 0, 1])
+    np.testing.assert_array_equal(outcome.rank_load[0, 0], [20, 20, 20, 20])
 
 
 def test_generated_loads_have_the_published_statistics():
@@ -154,9 +165,7 @@ def test_ours_is_behind_no_rival_with_few_tokens_or_one_node(name, nodes, tokens
 
 
 def test_experts_hosted_at_once_beyond_the_slots_need_memory():
-    loads = np.full((1, 2, 16), 10)
-    # On ranks 0 and 1, which have 155 and 55 above the mean; the others have room for 35.
-    loads[0, 1, [0, 2]] = 200, 100
+    loads = np.array([[[41, 25, *[1, 0] * 7]]])  # seven ranks take 9 each: the last one what is left of both experts
     outcome = BASELINES["moonep"](loads, ClusterSpec(1, 8, 1))
     hosted = (outcome.slot_load[..., 2:] > 0).sum(3).max((0, 1))
     assert hosted.max() == 2
@@ -194,6 +203,43 @@ def test_a_layer_takes_another_plan_where_the_sample_was_wrong(monkeypatch):
     mixed = simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
     monkeypatch.setattr(search, "_put_others", lambda *_: None)
     assert mixed < 0.998 * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+
+
+_fetch_singly, _members = search._fetch_singly, search._members
+_WITHOUT = {
+    "UltraEP's rule": (
+        search,
+        "_fetch_singly",
+        lambda *args: _fetch_singly(*args[:-1], [way for way in args[-1] if not way[2]]),
+    ),
+    "replicas that level nodes": (search, "_members", lambda problem: [m for m in _members(problem) if not m.by_node]),
+    "swaps of homes": (search, "_members", lambda problem: [m for m in _members(problem) if not m.swaps]),
+    "exact splits over nodes": (
+        solution,
+        "_level_nodes",
+        lambda hosts, split, load, *_: whole_split(hosts, split, load),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "nodes", "tokens", "size", "max_moves", "gain"),
+    [
+        ("UltraEP's rule", "DeepSeek-V3", 1, 2048, 0, None, 0.004),
+        ("replicas that level nodes", "Qwen3-235B-A22B", 4, 8192, 2.5, 0, 0.015),
+        ("swaps of homes", "Qwen3-235B-A22B", 2, 32768, 2.2, None, 0.003),
+        ("exact splits over nodes", "DeepSeek-V3", 8, 32768, 2.2, None, 0.0025),
+    ],
+)
+def test_every_part_of_the_search_saves_time(part, name, nodes, tokens, size, max_moves, gain, monkeypatch):
+    model = MODELS[name]
+    layers = 2 if nodes == 1 else 8
+    loads = generate_loads(layers, 16 if nodes == 1 else 8, model.experts, model.top_k, tokens * 8 * nodes, seed=3)
+    options = PlanOptions(shape=model, kept_bytes=int(size * 1e9 * layers / model.layers), max_moves=max_moves)
+    scenario = Scenario(ClusterSpec(nodes, 8), options)
+    whole = simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+    monkeypatch.setattr(*_WITHOUT[part])
+    assert whole < (1 - gain) * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
 
 
 @pytest.mark.parametrize(

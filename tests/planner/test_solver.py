@@ -11,9 +11,11 @@ from relibra_kernels.planner.plan import contiguous_home
 from relibra_kernels.planner.solver.exact import PairFlow
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
+from relibra_kernels.planner.solver.home_swaps import swap_homes
 from relibra_kernels.planner.solver.hosts import Hosts, best_host
-from relibra_kernels.planner.solver.kept import NodeRule, choose_copies, pack, shares
+from relibra_kernels.planner.solver.kept import NodeRule, choose_replicas, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
+from relibra_kernels.planner.solver.solution import Solution
 
 
 def lowest_busiest(load_E, hosts, ranks):
@@ -65,7 +67,7 @@ def hosts_of(table, ranks, gpus, slots, spread=True, copies=None):
     home = contiguous_home(layers, experts, ranks)
     share = shares(table, ranks)
     total = slots * ranks * layers if copies is None else copies * ranks
-    layer, expert = choose_copies(share, total, slots * ranks, ranks)
+    layer, expert = choose_replicas(share, total, slots * ranks, ranks)
     most = slots * layers if copies is None else copies
     kept = pack(share, home, layer, expert, ClusterSpec(ranks // gpus, gpus, slots), most, NodeRule(spread))
     return kept, Hosts.of(home, kept.layer, kept.expert, kept.rank, gpus, ranks), home
@@ -103,7 +105,7 @@ def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
     """Expert 0 is hot in one micro-batch only, yet needs hosts as one that is always hot does."""
     table = np.full((1, 4, 16), 10)
     table[0, 2, 0], table[0, :, 5] = 700, 60
-    _, expert = choose_copies(shares(table, 8), 4, 4, 8)
+    _, expert = choose_replicas(shares(table, 8), 4, 4, 8)
     assert sorted(expert)[:3] == [0, 0, 0]
     kept, _, _ = hosts_of(np.where(np.arange(16) == 3, 900, table), 8, 2, 1)
     assert {1, 2, 3} <= set((kept.rank[kept.expert == 3] // 2).tolist())
@@ -113,7 +115,7 @@ def test_copies_go_to_what_is_hot_at_once_and_to_different_nodes():
 def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
     table, ranks, gpus = skewed_loads(3, 4, 64, sigma=1.5), 32, 4
     home, share = contiguous_home(3, 64, ranks), shares(table, ranks)
-    layer, expert = choose_copies(share, 3 * ranks, ranks, ranks)
+    layer, expert = choose_replicas(share, 3 * ranks, ranks, ranks)
     sent = []
     for limit in (None, far):
         kept = pack(share, home, layer, expert, ClusterSpec(8, gpus, 2), 6, NodeRule(True, limit))
@@ -129,8 +131,30 @@ def test_a_home_sends_kept_replicas_to_so_many_other_nodes(far):
 
 def test_layers_compete_for_memory():
     table = np.concatenate([skewed_loads(1, 4, 32, sigma=0.1), skewed_loads(1, 4, 32, sigma=1.5)])
-    layer, _ = choose_copies(shares(table, 8), 8, 16, 8)
+    layer, _ = choose_replicas(shares(table, 8), 8, 16, 8)
     assert (layer == 1).sum() == 8
+
+
+@pytest.mark.parametrize(("most", "home", "place"), [(0, [0, 0, 1, 1], [0, 1, 8, 9]), (1, [0, 1, 0, 1], [0, 8, 1, 9])])
+def test_homes_are_swapped_where_experts_are_hot_at_once(most, home, place):
+    """Experts 0 and 1 are hot in the first micro-batch, 2 and 3 in the second: together they overload either rank."""
+    loads = np.array([[[40, 40, 10, 10], [5, 5, 45, 45], [30, 50, 10, 10]]])
+    empty = np.full((1, 3, 2, 1), -1, np.int32)
+    solution = Solution(np.array([[0, 0, 1, 1]]), empty, np.zeros_like(empty), np.zeros((1, 2, 1), np.bool_))
+    places = np.array([[0, 1, 8, 9]])
+    swap_homes(loads, solution, places, np.full((1, 3), 50), most, 8)
+    np.testing.assert_array_equal(solution.home[0], home)
+    np.testing.assert_array_equal(places[0], place)
+
+
+@pytest.mark.parametrize(("load", "busiest"), [([30, 20, 25, 25], 50), ([60, 20, 10, 10], 70)])
+def test_homes_are_swapped_as_far_as_that_helps(load, busiest):
+    empty = np.full((1, 2, 2, 1), -1, np.int32)
+    solution = Solution(np.array([[0, 0, 1, 1]]), empty, np.zeros_like(empty), np.zeros((1, 2, 1), np.bool_))
+    places = np.array([[0, 0, 1, 1]])
+    swap_homes(np.array([[load, load]]), solution, places, np.full((1, 2), 50), 4, 8)
+    assert np.bincount(solution.home[0], weights=load).max() == busiest
+    np.testing.assert_array_equal(places, solution.home)
 
 
 def test_fetching_fills_a_node_exactly():

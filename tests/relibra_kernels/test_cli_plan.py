@@ -250,7 +250,9 @@ def test_estimate_says_what_the_plan_of_the_same_arguments_takes(tmp_path, loads
     *table, line = capsys.readouterr().out.splitlines()
     report = json.loads(line)
     options = PlanOptions(balance=1, shape=find_model(report["shape"]))  # that of a model of as many experts
-    expected = estimate_plan(plan, loads, options.setting(8, 2))
+    waited = report["planning_seconds"]
+    expected = estimate_plan(plan, loads, options.setting(8, 2), planning_seconds=waited)
+    assert waited > 0 and any(f"{expected.planned_seconds + waited:.4f}" in row for row in table)
     assert expected.fetched_fast_bytes + expected.kept_fast_bytes + expected.kept_slow_bytes > 0
     assert report.items() >= asdict(expected).items() and report["memory_bytes"] == expected.memory_bytes
     assert any(row.split()[:1] == ["planned"] for row in table)

@@ -227,6 +227,22 @@ def test_main_grad_takes_the_gradient():
     assert_close(home.down.grad, expected[1], RELATIVE[torch.bfloat16])
 
 
+def test_main_grad_takes_no_gradient_that_is_not_asked_for():
+    """Of inputs alone, first, as schedules that split backward do; then of the weight that has none, alone."""
+    case, form = CASES[0], FORMS["qwen"]
+    p = problem(case, form, torch.float64)
+    home = p.stores.map(lambda tensor: torch.nn.Parameter(tensor))
+    home.gate_up.main_grad = torch.zeros(home.gate_up.shape, dtype=torch.float64)
+    schedule, expected = build_schedule(case.slots, case.num_slots), oracle(case, form, p)[3]
+    out = moe_mlp(p.x.requires_grad_(), p.weights, schedule, home, form)
+    torch.autograd.grad(out, [p.x], p.dout, retain_graph=True)
+    (down,) = torch.autograd.grad(out, [home.down], p.dout, retain_graph=True)
+    assert not home.gate_up.main_grad.any()
+    assert_close(down, expected[1], RELATIVE[torch.float64])
+    out.backward(p.dout)
+    assert_close(home.gate_up.main_grad, expected[0], RELATIVE[torch.float64])
+
+
 def test_what_does_not_fit_is_refused():
     case, form = CASES[0], FORMS["qwen"]
     p = problem(case, form, torch.float32)

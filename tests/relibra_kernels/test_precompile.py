@@ -105,7 +105,7 @@ def test_adapted_experts_compile_nothing_either(compiled):
     model = make_layer(rank=8)
     warmup(model, 64, device=H100)
     launches = launches_of(H100, lambda: train(model, 64))
-    assert len(launches) == 25 and "_swiglu_kernel" in {launch.kernel.__name__ for launch in launches}
+    assert len(launches) == 23 and "_swiglu_kernel" in {launch.kernel.__name__ for launch in launches}
     assert digests_of(H100, lambda: train(model, 64)) <= set(compiled)
 
 

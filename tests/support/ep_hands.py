@@ -94,13 +94,13 @@ def record_then_train(case: Case) -> tuple[bool, float, int]:
     return same, worst_error(gradients_of(ep), alone_live(whole)), int((plan.replicas >= 0).sum())
 
 
-def copied() -> float:
+def copied(case: Case) -> float:
     """How far a copy's logits are from the model's own, once the original's experts have moved."""
-    batch, own, _ = inputs_of()
-    ep, _ = start(CASE)
-    before = ToyModel(CASE)(own[0])
+    batch, own, _ = inputs_of(case)
+    ep, _ = start(case)
+    before = ToyModel(case)(own[0])
     reference = copy.deepcopy(ep.model).requires_grad_(False)
-    with ep.batch(make_plan(replace(CASE, plan="shuffled"), ep, batch, 0), batch, None):
+    with ep.batch(make_plan(replace(case, plan="shuffled"), ep, batch, 0), batch, None):
         for m, ids in enumerate(own):
             with ep.micro_batch(m):
                 within = reference(own[0])
@@ -155,12 +155,12 @@ def first_rows(batch: RoutedBatch) -> np.ndarray:
     return batch.trace.select(batch.sequences(0)).expert_ids[:, 0].astype(np.int64)
 
 
-def compiled() -> float:
+def compiled(case: Case) -> float:
     """How far gradients of one graph, compiled, are from those of the model as it is."""
-    batch, own, _ = inputs_of()
+    batch, own, _ = inputs_of(case)
     found = []
     for compile_it in (False, True):
-        ep, _ = start(CASE)
+        ep, _ = start(case)
         model = torch.compile(ep.model, backend="aot_eager", fullgraph=True) if compile_it else ep.model
         run_batch(ep, model, batch, own)
         found.append(gradients_of(ep))

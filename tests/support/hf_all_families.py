@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
+from versions import TRANSFORMERS
 
 VOCABULARY = 64
 _SIZES = {
@@ -140,6 +141,11 @@ FAMILIES: dict[str, tuple[str, dict]] = {
     "unlimited_ocr": ("UnlimitedOcrTextModel", _LATENT),
     "zaya": ("ZayaForCausalLM", {"num_experts_per_tok": 1}),
 }
+
+OF_5_24 = ("hy_v4_vl", "inkling2_loop", "lara_mini")  # of the table, and in no older transformers
+if TRANSFORMERS >= (5, 24):
+    FAMILIES["hy_v4_vl"] = ("HYV4VLTextModel", {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}})
+    FAMILIES["lara_mini"] = ("LaraMiniForCausalLM", {})
 
 
 def tiny_config(kind: type, **options):

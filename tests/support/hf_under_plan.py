@@ -12,7 +12,7 @@ from relibra_kernels.planner import count_loads
 LOOKS_BOTH_WAYS = ("openai_privacy_filter",)  # the last token matters to those before it
 # Compared in float64, to 1e-10: transformers' own float32 gradients of these are further than 1e-5 from float64's
 # (1.6e-5 of the Gemmas; hyper-connections amplify rounding to 1.7e-4 and 4.5e-2).
-IN_FLOAT64 = ("deepseek_v4", "diffusion_gemma", "gemma4", "glm5_next", "hy_v4")
+IN_FLOAT64 = ("deepseek_v4", "diffusion_gemma", "gemma4", "glm5_next", "hy_v4", "hy_v4_vl")
 SEQUENCES, LENGTH, MICRO_BATCHES, STEPS = 8, 7, 2, 2
 
 
@@ -52,7 +52,11 @@ def loss_of(model: nn.Module, tokens: Tensor) -> Tensor:
     out = model(tokens, use_cache=False)
     logits = out.logits if hasattr(out, "logits") else out.last_hidden_state  # some have no text-only head
     wanted = tokens[:, 1:].flatten() % logits.shape[-1]
-    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, reduction="sum") / (SEQUENCES * LENGTH)
+    auxiliary = getattr(out, "aux_loss", None)  # with output_router_logits
+    of_routers = 0.0 if auxiliary is None else 0.1 * auxiliary
+    return of_routers + nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted, reduction="sum") / (
+        SEQUENCES * LENGTH
+    )
 
 
 def prepared(family: str, **options) -> nn.Module:
@@ -85,7 +89,8 @@ def alone(family: str, ranks: int, **options) -> tuple[list[RoutingTrace], list[
     model = prepared(family, **options)
     layers = moe_layers(model)
     shape = (len(layers), tuple(layer.layer_id for layer in layers), layers[0].num_experts, layers[0].top_k)
-    traces = [random_trace(*shape, step, family in LOOKS_BOTH_WAYS) for step in range(STEPS)]
+    whole = family in LOOKS_BOTH_WAYS or "output_router_logits" in options  # that loss is of every token
+    traces = [random_trace(*shape, step, whole) for step in range(STEPS)]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     results = []
     for step, trace in enumerate(traces):

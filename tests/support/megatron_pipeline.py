@@ -8,6 +8,7 @@ from megatron_ranks import example
 from torch import Tensor
 
 from relibra_kernels import RoutedBatch, RoutingTrace
+from relibra_kernels.planner.errors import InputError
 
 LAYERS, STAGES, MICRO_BATCHES, STEPS = 4, 2, 4, 2
 OPTIONS = {"num_layers": LAYERS, "moe_router_load_balancing_type": "none", "moe_aux_loss_coeff": 0.0}
@@ -86,11 +87,20 @@ def stage(chunks: int) -> tuple[list, dict[str, str]]:
     return models, names
 
 
+def is_open(ep) -> bool:
+    try:
+        with ep.micro_batch(0):
+            return True
+    except InputError:
+        return False
+
+
 def together(first: dict[str, Tensor], chunks: int) -> tuple[list[float], dict[str, Tensor], tuple[int, ...]]:
     """Losses (of the last stage), this stage's parameters in logical order, and its layers. On four ranks."""
     from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 
     from relibra_kernels.integrations.megatron_moe import layer_ids
+    from relibra_kernels.integrations.megatron_schedule import batch_in_schedule
 
     module, state = example(), example().parallel_state
     models, names = stage(chunks)
@@ -110,15 +120,14 @@ def together(first: dict[str, Tensor], chunks: int) -> tuple[list[float], dict[s
         tokens, trace = rollouts(step)
         own = np.arange(len(tokens))[rank::2]
         groups = np.arange(len(own)) * MICRO_BATCHES // len(own)
-        batch = RoutedBatch(trace.slice_layers(layers).select(own), groups, MICRO_BATCHES)
-        counts, seen = [0] * chunks, []
+        parts = [tokens[own[groups == m]] for m in range(MICRO_BATCHES)]
+        rows = [module.rows_sequence_first(len(part)) for part in parts]
+        batch = RoutedBatch(trace.slice_layers(layers).select(own), groups, MICRO_BATCHES, rows)
+        fed, seen = {id(model): iter(parts) for model in models}, []
+        closed: list[bool] = []
 
-        def forward_step(_, model, counts=counts, batch=batch, parts=tokens[own], groups=groups, seen=seen):
-            chunk = models.index(model)
-            m, counts[chunk] = counts[chunk], counts[chunk] + 1
-            part = parts[groups == m]
-            with ep.micro_batch(m, module.rows_sequence_first(len(part))):
-                out = model(**inputs(part))
+        def forward_step(_, model, fed=fed, seen=seen):
+            out = model(**inputs(part := next(fed[id(model)])))
 
             def loss_of(losses):
                 loss = losses[:, :-1].sum() / (module.SEQUENCES * (part.shape[1] - 1))
@@ -127,8 +136,17 @@ def together(first: dict[str, Tensor], chunks: int) -> tuple[list[float], dict[s
 
             return out, loss_of
 
+        def reduce_gradients(*_, closed=closed, **__):
+            """Of the dense parameters; after the batch, whose replicas return gradients of experts until it closes."""
+            for parameter in ep.dense_parameters():
+                dist.all_reduce(parameter.grad, group=state.get_data_parallel_group())
+            closed.append(not is_open(ep))
+
+        for model in models:
+            model.config.finalize_model_grads_func = reduce_gradients
+        plan = moving_plan(ep.gather_loads(batch), step + 1)
         run = get_forward_backward_func()
-        with ep.batch(moving_plan(ep.gather_loads(batch), step + 1), batch, optimizer):
+        with batch_in_schedule(ep, plan, batch, optimizer, model=models):
             run(
                 forward_step_func=forward_step,
                 data_iterator=[None] * chunks if chunks > 1 else None,
@@ -138,8 +156,8 @@ def together(first: dict[str, Tensor], chunks: int) -> tuple[list[float], dict[s
                 micro_batch_size=len(own) // MICRO_BATCHES,
                 forward_only=False,
             )
-        for parameter in ep.dense_parameters():
-            dist.all_reduce(parameter.grad, group=state.get_data_parallel_group())
+        assert closed == [True] and "forward" not in vars(models[0])
+        assert models[0].config.finalize_model_grads_func is reduce_gradients
         total = sum(seen, torch.zeros(()))
         dist.all_reduce(total, group=state.get_data_parallel_group())
         losses.append(float(total))

@@ -62,6 +62,16 @@ def exported(steps: int, options: dict) -> tuple[dict[str, torch.Tensor], torch.
     return {name: tensor.detach().clone() for name, tensor in named_weights(trainer.ep)}, own
 
 
+def loaded(weights: dict[str, torch.Tensor], options: dict) -> dict[str, torch.Tensor]:
+    """What `named_weights` gives of the experts after `load_experts` of these, with experts where a plan moved them."""
+    from relibra_kernels.integrations.megatron_moe import load_experts, named_weights
+
+    trainer = trainer_that_moves(options)
+    trainer.step(0)
+    load_experts(trainer.model, weights.__getitem__)
+    return {name: tensor.detach().clone() for name, tensor in named_weights(trainer.ep) if ".experts." in name}
+
+
 def save(folder: str, steps: int, options: dict, before: str = "") -> float:
     """Train, write a checkpoint, and give the loss of the step after it. `before`: a method of the runtime."""
     trainer = trainer_that_moves(options)

@@ -52,7 +52,9 @@ class Case:
     scoring: str = "softmax"
     unrecorded: float = 0.0  # fraction of tokens, beside the last ones, that are routed live
     checkpoint: str = ""  # "reentrant" | "non-reentrant": every block computes its activations again
-    order: str = "each"  # when backward runs: each | after (outside of the context) | thread | one_ahead | together
+    # when backward runs: each | after (outside of the context) | thread | one_ahead | together | split (gradients of
+    # inputs alone before)
+    order: str = "each"
     passes_before: int = 0  # passes over all micro-batches without gradients
     options: RuntimeOptions = field(default_factory=RuntimeOptions)
     optimizer: str = "adamw"  # | momentum
@@ -218,7 +220,7 @@ def train_steps(case: Case, ep: ExpertParallel, optimizer: torch.optim.Optimizer
         with ep.batch(plan, everyone, optimizer):
             with torch.no_grad():
                 before = [forward(m).item() for _ in range(case.passes_before) for m in range(case.micro_batches)]
-            total = sum(forward_backward(case, forward))
+            total = sum(forward_backward(case, forward, ep.model.embedding.weight))
         assert all(abs(sum(before) - case.passes_before * total) < 1e-5 for _ in before)
         if case.main_grad:
             for moe in ep.layers:
@@ -253,13 +255,20 @@ def forward_once(case: Case, ep: ExpertParallel, inputs: list[tuple], total: int
     return loss
 
 
-def forward_backward(case: Case, forward: Callable[[int], torch.Tensor]) -> list[float]:
-    """Losses of the micro-batches, whose backward runs in the case's order."""
+def forward_backward(case: Case, forward: Callable[[int], torch.Tensor], inputs: torch.Tensor) -> list[float]:
+    """Losses of the micro-batches, whose backward runs in the case's order.
+
+    Args:
+        inputs: what gradients are asked for alone, where backward is split.
+    """
     losses, waiting = [], []
     for m in range(case.micro_batches):
         loss = forward(m)
         losses.append(loss.item())
         if case.order == "after":
+            loss.backward()
+        elif case.order == "split":
+            torch.autograd.grad(loss, [inputs], retain_graph=True)
             loss.backward()
         elif case.order == "thread":
             with ThreadPoolExecutor(1) as elsewhere:

@@ -11,7 +11,7 @@ from ...cluster import ClusterSpec
 from ...plan import BatchPlan, contiguous_home
 from ...pricing.outcome import Outcome, outcome_of_plan
 from ...solver.fetched import FetchPrice
-from ...solver.kept import Copies
+from ...solver.kept import KeptReplicas
 from ...solver.placement import WORTH_MOVING, place
 from ...solver.solution import Effort, solve, target_load
 
@@ -34,6 +34,6 @@ def relibra_paper(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
     wanted = (table_LME / cluster.num_nodes)[:, :, None]
     target = target_load(table_LME, cluster.num_ranks, None, _EFFORT.slack)
     whatever = FetchPrice(cluster.replica_slots, 1.0, 1e-6, 1e-6)
-    found = solve(table_LME, wanted, home, Copies.none(), cluster, target, _EFFORT, whatever)
+    found = solve(table_LME, wanted, home, KeptReplicas.none(), cluster, target, _EFFORT, whatever)
     plan = BatchPlan(found.home, found.replicas, found.quota, found.kept, cluster.gpus_per_node)
     return outcome_of_plan(plan, table_LME, before)

@@ -4,7 +4,9 @@ LLEP (Salesforce): experts in descending order; what the home has above its capa
 chunks of at least 1024 assignments, on any node; what is left in the end is forced onto the least loaded one. A
 micro-batch whose max/mean is below 1.3 is left as it is.
 UltraEP: in every NVLink domain, from the busiest rank's hottest expert to the rank with most room and a free slot.
-MoonEP: from the most overloaded rank to the roomiest, filled exactly, without a limit of slots, in one domain.
+MoonEP: the most overloaded rank fills the roomiest one exactly, with its experts in descending order. One rank fills
+another, which so hosts at most E / R experts of others. Its authors' code runs inside one NVLink domain; here the whole
+group counts as one.
 
 Where a rule has no limit of slots, a rank needs memory for as many experts as it hosts at once in its worst
 micro-batch. Those beyond the cluster's replica slots count as kept copies.
@@ -57,8 +59,38 @@ def ultraep(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
 
 def moonep(table_LME: np.ndarray, cluster: ClusterSpec) -> Outcome:
     spill = _Spill(table_LME, cluster, slots=table_LME.shape[2])
-    limit = np.broadcast_to(spill.capacity[:, None], spill.load.shape)
-    return spill.fill(limit, cluster.num_ranks)
+    quota = _filled(spill.load - spill.capacity[:, None])  # [X, R, R]
+    pair, giver = np.nonzero(quota.any(2))
+    while len(pair):
+        owed = quota[pair, giver]  # [B, R]
+        host = owed.argmax(1)
+        here = np.where(spill.home[pair] == giver[:, None], spill.left[pair], 0)
+        expert = here.argmax(1)
+        amount = np.minimum(owed.max(1), here.max(1))
+        spill.give(pair, expert, host, amount)
+        quota[pair, giver, host] -= amount
+        more = quota[pair, giver].any(1)
+        pair, giver = pair[more], giver[more]
+    return spill.outcome()
+
+
+def _filled(over_XR: np.ndarray) -> np.ndarray:
+    """int64 [X, R, R], what each rank gives to each other. over_XR: loads above capacity.
+
+    The most overloaded rank fills the roomiest one whole. Where that takes more than it has above its own capacity, it
+    has room from then on, and is filled by another.
+    """
+    pairs, ranks = over_XR.shape
+    over, quota = over_XR.copy(), np.zeros((pairs, ranks, ranks), np.int64)
+    active = np.arange(pairs)
+    while len(active):
+        giver, host = over[active].argmax(1), over[active].argmin(1)
+        go = over[active, giver] > 0
+        active, giver, host = active[go], giver[go], host[go]
+        quota[active, giver, host] = room = -over[active, host]
+        over[active, giver] -= room
+        over[active, host] = 0
+    return quota
 
 
 class _Spill:

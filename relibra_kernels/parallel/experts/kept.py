@@ -95,19 +95,20 @@ class KeptReplicas:
 
     def gradients(self, layer: int, like: ExpertWeights) -> ExpertWeights:
         """fp32 sums [kept, ...] of what is trained, to be added to; zeros at first."""
-        if layer not in self._gradients:
-            self._gradients[layer] = ExpertWeights(
-                *(
-                    None if weight is None or grad is None else zeros_fp32(weight)
-                    for weight, grad in zip(self._weights[layer], like, strict=True)
-                )
+        known = self._gradients.get(layer) or ExpertWeights(None, None)
+        self._gradients[layer] = ExpertWeights(
+            *(
+                zeros_fp32(weight) if total is None and weight is not None and grad is not None else total
+                for total, weight, grad in zip(known, self._weights[layer], like, strict=True)
             )
+        )
         return self._gradients[layer]
 
     def add_gradients(self, layer: int, gradients: ExpertWeights) -> None:
         """Add one micro-batch's gradients [kept, ...]; None where a weight is not trained."""
-        for total, new in zip(self.gradients(layer, gradients).tensors(), gradients.tensors(), strict=True):
-            total.add_(new)
+        for total, new in zip(self.gradients(layer, gradients), gradients, strict=True):
+            if total is not None and new is not None:
+                total.add_(new)
 
     def give_back(self, gradients_of: Callable[[int], ExpertWeights]) -> None:
         """Send the sums home and add them to the owners' gradients, in place. Collective, once a batch.

@@ -19,7 +19,14 @@ from torch.autograd.function import once_differentiable
 from ...autograd import NO_WEIGHTS, moe_mlp_backward, moe_mlp_forward
 from ...form import ExpertForm
 from ...planner.errors import InputError
-from ...weights import ExpertWeights, gradient_buffers, main_grads, replica_buffers, returned_gradients
+from ...weights import (
+    ExpertWeights,
+    gradient_buffers,
+    gradients_asked_for,
+    main_grads,
+    replica_buffers,
+    returned_gradients,
+)
 from ..experts.accumulation import GradientSums
 from ..experts.kept import KeptReplicas
 from ..experts.replicas import GradientReturn, ReplicaPushes, ReplicaRoute
@@ -175,7 +182,7 @@ class ExpertParallelMLP(torch.autograd.Function):
         count = len(ExpertWeights._fields)
         home, kept = ExpertWeights(*saved[:count]), ExpertWeights(*saved[count : 2 * count])
         x, gates, *rows = saved[2 * count :]
-        needed = ctx.needs_input_grad[5:]
+        needed = gradients_asked_for(ctx, home)
         partials = []
         with session.running(site.where):
             replica = kept if site.keeps_replicas else site.fetch(backward=True)

@@ -62,6 +62,21 @@ def test_both_forms_of_a_moe_layers_spec(form):
         assert found == (ReplicatedMoELayer, {"name": "x"}) and megatron_specs.moe_of(one)[1] is parts
 
 
+def test_the_moe_layers_of_a_hybrid_stack_are_replaced():
+    """Those of attention and of a state space stay."""
+    from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules
+
+    moe, attention = get_gpt_layer_local_spec(num_experts=8), get_gpt_layer_local_spec()
+    parts = MambaStackSubmodules(mamba_layer=torch.nn.Identity, attention_layer=attention, moe_layer=moe)
+    replaced = with_relibra_experts(ModuleSpec(MambaStack, submodules=parts)).submodules
+    assert megatron_specs.moe_of(replaced.moe_layer)[0] is ReplicatedMoELayer
+    assert megatron_specs.moe_of(parts.moe_layer)[0] is MoELayer
+    assert (
+        replaced.mamba_layer is torch.nn.Identity
+        and replaced.attention_layer.submodules.mlp is attention.submodules.mlp
+    )
+
+
 def test_a_spec_without_moe_layers_is_refused():
     with pytest.raises(InputError, match="spec ModuleSpec has no MoE layer"):
         with_relibra_experts(get_gpt_layer_local_spec())

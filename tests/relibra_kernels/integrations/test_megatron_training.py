@@ -10,7 +10,8 @@ if importlib.util.find_spec("megatron") is None and os.environ.get("RELIBRA_MEGA
 
 import megatron_pipeline
 import megatron_shares_training
-from megatron_ranks import exported, resume, save, train
+import torch
+from megatron_ranks import exported, loaded, resume, save, train
 from ranks import RankError, Ranks
 from tolerance import assert_close
 
@@ -131,6 +132,21 @@ def test_weights_are_exported_by_the_names_of_megatrons_grouped_experts(ranks):
         assert of_rank.keys() == expected.keys()
         for name, tensor in expected.items():
             assert_close(of_rank[name], tensor, 1e-5, name)
+
+
+def test_experts_are_loaded_by_name_where_they_are(ranks):
+    shapes = {"linear_fc1": (48, 32), "linear_fc2": (32, 24)}
+    weights = {
+        f"decoder.layers.{layer}.mlp.experts.{name}.weight{expert}": torch.randn(shape)
+        for layer in range(2)
+        for name, shape in shapes.items()
+        for expert in range(8)
+    }
+    for got in ranks(2).run(loaded, weights, NO_AUX):
+        assert got.keys() == weights.keys()
+        assert all(got[name].equal(weight) for name, weight in weights.items())
+    with pytest.raises(RankError, match=r"linear_fc1.weight0 is \(32, 48\); it must be \(48, 32\)"):
+        ranks(1).run(loaded, {name: weight.T for name, weight in weights.items()}, NO_AUX)
 
 
 def test_a_checkpoint_knows_neither_plan_nor_number_of_ranks(ranks, tmp_path):

@@ -1,12 +1,15 @@
 """Homes and replicas wherever they lie in memory: the same bits, with descriptors and without."""
 
 import dataclasses
+import importlib
 
+import layer_problem
 import pytest
 import torch
 from layer_problem import FORMS, REPLICAS, problem
 
 from relibra_kernels.autograd import moe_mlp_backward, moe_mlp_forward
+from relibra_kernels.configs.config import GemmConfig
 from relibra_kernels.kernels import launch
 from relibra_kernels.kernels.stores import two_stores
 from relibra_kernels.ops import build_schedule
@@ -48,6 +51,15 @@ def test_the_same_bits_wherever_the_replicas_lie(name, tma, monkeypatch):
     first, *others = (run(FORMS[name], p, where) for where in ("after", "before", "misplaced"))
     for other in others:
         assert all(a.equal(b) for a, b in zip(first, other, strict=True))
+
+
+def test_the_same_bits_where_the_last_tile_is_half_as_wide(monkeypatch):
+    """Every store has a descriptor of half a tile too: of 264 columns in grad_hidden, of 528 in grad_weight."""
+    monkeypatch.setattr(layer_problem, "I", 264)
+    for name in ("grad_hidden", "grad_weight"):
+        module = importlib.import_module(f"relibra_kernels.kernels.{name}")
+        monkeypatch.setattr(module, "chosen_config", lambda *args, **how: GemmConfig(32, 256, 16, 4, 1))
+    test_the_same_bits_wherever_the_replicas_lie("gpt-oss", True, monkeypatch)
 
 
 def test_how_two_stores_are_numbered():

@@ -16,10 +16,19 @@ from ep_checkpoints import (
 from ranks import RankError
 from toy_training import Case
 
+from relibra_kernels.parallel import RuntimeOptions
 from relibra_kernels.planner import FormatError
 
 STEPS = 2
-SAVED = Case(ranks=4, gpus_per_node=2, plan="shuffled", dtype=torch.float32, steps=3, micro_batches=1)
+SAVED = Case(  # on two nodes with two hops; two ranks and one are on one node, and have one hop
+    ranks=4,
+    gpus_per_node=2,
+    plan="shuffled",
+    dtype=torch.float32,
+    steps=3,
+    micro_batches=1,
+    options=RuntimeOptions(transport="two"),
+)
 
 
 @pytest.fixture(scope="module")

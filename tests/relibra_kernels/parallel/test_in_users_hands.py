@@ -37,8 +37,9 @@ def test_a_recorded_pass_is_the_batch_to_train_on(ranks, case):
         assert same and replicas > 0 and error <= 1e-12
 
 
-def test_a_copy_of_a_model_stands_for_itself(ranks):
-    assert max(ranks(2).run(ep_hands.copied)) <= 1e-12
+@pytest.mark.parametrize("case", list(CASES.values())[::2], ids=list(CASES)[::2])
+def test_a_copy_of_a_model_stands_for_itself(ranks, case):
+    assert max(ranks(case.ranks).run(ep_hands.copied, case)) <= 1e-12
 
 
 def test_a_state_dict_does_not_load_into_another_order(ranks):
@@ -52,8 +53,9 @@ def test_experts_compute_in_their_own_dtype(ranks):
         assert max(errors) <= 2**-8
 
 
-def test_a_compiled_model_is_one_graph(ranks):
-    assert max(ranks(2).run(ep_hands.compiled)) <= 1e-12
+@pytest.mark.parametrize("case", list(CASES.values())[::2], ids=list(CASES)[::2])
+def test_a_compiled_model_is_one_graph(ranks, case):
+    assert max(ranks(case.ranks).run(ep_hands.compiled, case)) <= 1e-12
 
 
 def test_two_checkpointed_models_in_one_micro_batch(ranks):

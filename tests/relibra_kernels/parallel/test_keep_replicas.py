@@ -27,13 +27,14 @@ CASES = {
     "kept replicas above fetched ones": Case(plan="mixed"),
     "rows fetched again": replace(FETCH, options=RuntimeOptions(redispatch=True, overlap=True)),
     "tokens routed live": replace(FETCH, unrecorded=0.2),
+    "two hops": replace(FETCH, ranks=4, options=RuntimeOptions(transport="two"), sequence_lengths=(6,) * 16),
 }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 def test_same_bits_with_fewer_pushes(ranks, case):
     keeping = replace(case, options=replace(case.options, keep_replicas=True))
-    without, kept = (ranks(2).run(train_parallel, each) for each in (case, keeping))
+    without, kept = (ranks(case.ranks).run(train_parallel, each) for each in (case, keeping))
     assert_same_bits(without, kept)
     for pushed, once in zip(without, kept, strict=True):
         before, after = (result["bytes"].get(("replica_weights", "fast"), 0) for result in (pushed, once))

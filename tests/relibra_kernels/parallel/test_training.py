@@ -64,6 +64,9 @@ CASES = {
         plan="shuffled", checkpoint="reentrant", order="one_ahead", sequence_lengths=(6,) * 8
     ),
     "one backward over all micro-batches": Case(plan="shuffled", checkpoint="non-reentrant", order="together"),
+    "gradients of inputs before those of weights": Case(plan="shuffled", order="split"),
+    "gradients of inputs before, main_grad": Case(plan="mixed", layers=3, order="split", main_grad=True),
+    "gradients of inputs before, checkpointed": Case(plan="fetched", order="split", checkpoint="non-reentrant"),
     "backward in another thread": Case(plan="shuffled", order="thread"),
     "passes without gradients before": Case(plan="shuffled", passes_before=2, micro_batches=4),
     "tokens routed live": Case(plan="shuffled", unrecorded=0.3, sequence_lengths=UNEQUAL),

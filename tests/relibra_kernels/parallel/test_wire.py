@@ -31,7 +31,8 @@ CASE = Case(
 
 
 def model_shape(case: Case) -> ModelShape:
-    return ModelShape("toy", case.layers, case.experts, case.top_k, case.hidden, case.intermediate, 1, 1, 1)
+    sizes = case.layers, case.experts, case.top_k, case.hidden, case.intermediate, 1, 1, 1
+    return ModelShape("toy", *sizes, parameter_bytes=case.dtype.itemsize)
 
 
 def rows_between_ranks(case: Case, plan, loads, together: int = 1) -> np.ndarray:
@@ -66,6 +67,19 @@ def rows_on_networks(case: Case, plan, loads) -> dict[str, int]:
     handed_on = rows * (place[:, None] != place)  # by the rank of the sender's place, on every node
     abroad = node[:, None] != np.arange(case.ranks // case.gpus_per_node)
     return {"fast": int(handed_on.sum()), "slow": int((crossing * abroad).sum())}
+
+
+def test_parameters_in_fp32_are_priced_as_what_they_take(ranks):
+    case = replace(CASE, dtype=torch.float32)
+    results, model = ranks(4).run(count_wire, case), model_shape(case)
+    estimate, outcome = (results[0]["estimate"], outcome_of_plan(results[0]["plan"], results[0]["loads"]))
+    assert model.expert_bytes == 2 * model_shape(CASE).expert_bytes
+    assert estimate.home_weights_bytes == case.layers * case.experts // 4 * model.expert_bytes
+    sent = sum((Counter(result["sent"]) for result in results), Counter())
+    assert (
+        sum(sent["kept_weights", net] for net in ("fast", "slow")) == outcome.kept_copies.sum() * model.expert_bytes > 0
+    )
+    assert estimate.kept_bytes == outcome.kept_copies.max() * model.copy_bytes
 
 
 @pytest.mark.parametrize("transport", ["one", "two"])

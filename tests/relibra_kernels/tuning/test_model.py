@@ -13,6 +13,7 @@ from relibra_kernels.configs.config import GemmConfig, parse_config
 from relibra_kernels.configs.products import PRODUCTS
 from relibra_kernels.kernels.schedule import MOST_COUNTED
 from relibra_kernels.planner import InputError
+from relibra_kernels.tuning.gemm_model import tile_columns
 from relibra_kernels.tuning.launch_model import LAUNCH_US, Resources, Work, balanced, skewed
 from relibra_kernels.tuning.models import MODELS, model_named
 from relibra_kernels.tuning.ranking import estimate
@@ -58,6 +59,18 @@ def test_each_part_of_the_model_shows():
     assert us("128x128x64w8s3", product=PRODUCTS["A100"]) > us("128x128x64w8s3")
     cold = Work("grouped_gemm", 4096, 4096, False, balanced(128, 1))
     assert estimate(cold, GemmConfig(64, 128, 64, 4, 3), ROOMY, H100).bound == "DRAM"
+
+
+def test_half_a_tile_takes_more_than_half_the_time_of_a_whole_one():
+    """Where Hopper's shared memory is slower than its products: 160 bytes for the 128 that move in a clock."""
+    config = parse_config("128x256x64w8s3")
+    columns = [tile_columns("grad_hidden", count, config, H100) for count in (1280, 1281, 1408, 1409)]
+    assert columns == pytest.approx([5, 5.625, 5.625, 6])
+    for kernel, n, d in (("grad_hidden", 1408, 8192), ("grad_weight", 8192, 1408)):
+        half, whole = (
+            Work(kernel, *sizes, True, balanced(64, 4096)) for sizes in ((n, d), (max(n, 1409), max(d, 1409)))
+        )
+        assert estimate(half, config, ROOMY, H100).us < 0.98 * estimate(whole, config, ROOMY, H100).us
 
 
 def test_blackwell_wants_128_rows_a_tile():
