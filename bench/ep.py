@@ -3,13 +3,13 @@
     python bench/ep.py --ranks 2 --json
 
 Each rank is a process of one thread. A step is forward and backward of every layer and micro-batch with all that the
-runtime does for it: migration, tables, replicas. Two batches are trained on in turns, so that our plan migrates at
-every step; planning is not timed. The variants take turns within each repeat, so that a slow moment of the machine hits
-all alike, in orders in which each follows each other one equally often: what a step leaves in the caches and in the
-allocator slows or speeds the next. `plain_a2a` is transformers' built-in `AllToAllEP` around the same experts, on the
-balanced routing. CPU seconds are those of all threads of all ranks; with tiny experts (`--tokens 256 --hidden 64
---intermediate 32`) they are what the runtime itself takes. With --json, the last line is a JSON object; everything in
-it is measured.
+runtime does for it: migration, tables, replicas. Two batches are trained on in turns, each under the plan of least time
+for these ranks, or with `--balance 1` of full balance; planning is not timed. The variants take turns within each
+repeat, so that a slow moment of the machine hits all alike, in orders in which each follows each other one equally
+often: what a step leaves in the caches and in the allocator slows or speeds the next. `plain_a2a` is transformers'
+built-in `AllToAllEP` around the same experts, on the balanced routing. CPU seconds are those of all threads of all
+ranks; with tiny experts (`--tokens 256 --hidden 64 --intermediate 32`) they are what the runtime itself takes. With
+--json, the last line is a JSON object; everything in it is measured.
 """
 
 import argparse
@@ -39,7 +39,6 @@ from relibra_kernels.planner import (
     PlanOptions,
     RoutingTrace,
     count_loads,
-    plan_batch,
     static_plan,
 )
 
@@ -118,15 +117,26 @@ def micro_batch_of_sequence(shape: Shape) -> np.ndarray:
 
 
 class OurRun:
-    """One policy on one rank."""
+    """One policy on one rank: static placement, or the plan that `goal` asks for."""
 
-    def __init__(self, shape: Shape, traces: list[RoutingTrace], plans: list[BatchPlan], options: RuntimeOptions):
-        self.shape, self.plans = shape, plans
-        self.ep = ExpertParallel(Layers(shape), ClusterSpec(1, shape.ranks), options=options)
+    def __init__(self, shape: Shape, traces: list[RoutingTrace], options: RuntimeOptions, goal: PlanOptions | None):
+        cluster, groups = ClusterSpec(1, shape.ranks), micro_batch_of_sequence(shape)
+        self.ep = ExpertParallel(Layers(shape), cluster, options=options)
         mine = np.arange(dist.get_rank(), shape.ranks * shape.micro_batches, shape.ranks)
         self.traces = [trace.select(mine) for trace in traces]
-        self.groups = micro_batch_of_sequence(shape)[mine]
+        self.groups = groups[mine]
+        self.tables = [count_loads(trace, groups, shape.micro_batches) for trace in traces]
+        self.plans = [self._plan(batch, goal) for batch in range(BATCHES)]
         self.optimizer = torch.optim.SGD(self.ep.model.parameters(), lr=0.0)
+
+    def _plan(self, batch: int, goal: PlanOptions | None) -> BatchPlan:
+        if goal is None:
+            return static_plan(self.tables[batch], self.ep.cluster)
+        micro_batches = self.tables[batch].shape[1]
+        return self.ep.plan(self.traces[batch], self.groups, micro_batches, options=goal)
+
+    def max_mean(self) -> float:
+        return float(np.mean([p.imbalance_mean(t) for p, t in zip(self.plans, self.tables, strict=True)]))
 
     def step(self, inputs: list[Tensor], batch: int) -> None:
         self.optimizer.zero_grad()
@@ -181,23 +191,17 @@ def _plain_dispatcher(exchange: Any, experts: ReplicatedExperts) -> Callable[...
     return lambda _experts, x_TH, index, weights: exchange(x_TH, index, weights)
 
 
-def rank_main(rank: int, store: str, shape: Shape, repeats: int, options: RuntimeOptions, queue: Any) -> None:
+def rank_main(
+    rank: int, store: str, shape: Shape, repeats: int, options: RuntimeOptions, goal: PlanOptions, queue: Any
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=shape.ranks)
-    cluster, groups = ClusterSpec(1, shape.ranks), micro_batch_of_sequence(shape)
     skewed = [skewed_trace(shape, batch) for batch in range(BATCHES)]
     even = [balanced_trace(shape)] * BATCHES
-    tables = [count_loads(trace, groups, shape.micro_batches) for trace in skewed]
-    home, planned = None, []
-    for table in (tables[-1], *tables):
-        planned.append(plan_batch(table, cluster, previous_home=home, options=PlanOptions(balance=1.0)))
-        home = planned[-1].home
-    static = [static_plan(table, cluster) for table in tables]
-    even_plans = [static_plan(count_loads(trace, groups, shape.micro_batches), cluster) for trace in even]
     runs: dict[str, Any] = {
-        "static": OurRun(shape, skewed, static, options),
-        "planned": OurRun(shape, skewed, planned[1:], options),
-        "balanced": OurRun(shape, even, even_plans, options),
+        "static": OurRun(shape, skewed, options, None),
+        "planned": OurRun(shape, skewed, options, goal),
+        "balanced": OurRun(shape, even, options, None),
         "plain_a2a": PlainRun(shape, even[0]),
     }
     torch.manual_seed(rank)
@@ -218,13 +222,10 @@ def rank_main(rank: int, store: str, shape: Shape, repeats: int, options: Runtim
                 cpu_seconds[name].append(float(worked))
     stats = {name: runs[name].ep.stats() for name in ("planned", "balanced")}
     if rank == 0:
-        max_mean = {
-            "static_max_mean": [p.imbalance_mean(t) for p, t in zip(static, tables, strict=True)],
-            "planned_max_mean": [p.imbalance_mean(t) for p, t in zip(planned[1:], tables, strict=True)],
-        }
-        results: dict[str, Any] = {name: float(np.mean(values)) for name, values in max_mean.items()}
-        results["replicas"] = float(np.mean([(p.replicas >= 0).sum() for p in planned[1:]]))
-        results["moved"] = int((planned[1].home != planned[2].home).sum())
+        results: dict[str, Any] = {f"{name}_max_mean": runs[name].max_mean() for name in ("static", "planned")}
+        plans = runs["planned"].plans
+        results["replicas"] = float(np.mean([(plan.replicas >= 0).sum() for plan in plans]))
+        results["moved"] = int((plans[0].home != plans[1].home).sum())
         results |= {f"{name}_stats": found.scalars() for name, found in stats.items()}
         for name, values in seconds.items():
             results[f"{name}_s"] = statistics.median(values)
@@ -258,6 +259,7 @@ def main() -> None:
     parser.add_argument("--overlap", action="store_true", help="compute own rows while the others travel")
     parser.add_argument("--redispatch", action="store_true", help="fetch received rows again in backward")
     parser.add_argument("--keep-replicas", action="store_true", help="keep replicas from forward to backward")
+    parser.add_argument("--balance", type=float, metavar="X", help="max/mean to reach; default: the least time")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     sizes = args.ranks, args.tokens, args.hidden, args.intermediate, args.experts, args.top_k
@@ -268,7 +270,10 @@ def main() -> None:
     queue = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
         ranks = mp.start_processes(
-            rank_main, (f"{folder}/store", shape, args.repeats, options, queue), nprocs=shape.ranks, join=False
+            rank_main,
+            (f"{folder}/store", shape, args.repeats, options, PlanOptions(balance=args.balance), queue),
+            nprocs=shape.ranks,
+            join=False,
         )
         while queue.empty():
             ranks.join(timeout=0.2)

@@ -150,7 +150,7 @@ class ExpertParallel(SpreadModel):
     ) -> Estimate:
         """What a batch would take: bytes, memory by kind, modelled time, and whether planning it pays. Collective.
 
-        Nothing moves. Weights are taken to be bf16.
+        Nothing moves.
 
         Args:
             batch: the routed batch, of the group or of this rank.
