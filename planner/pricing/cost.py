@@ -140,7 +140,7 @@ def _slot_seconds(slot_load: np.ndarray, setting: Setting) -> np.ndarray:
     sums = rows * (model.update_flops() / device.grouped_flops)
     weights, update = model.expert_bytes / device.hbm, 8 * model.trained_parameters / device.hbm
     seconds = 2 * np.maximum(compute, weights) + np.maximum(sums, update)
-    return np.where(slot_load > 0, seconds, 0.0)
+    return np.where(slot_load > 0, seconds + device.slot_seconds, 0.0)
 
 
 def _hidden(transfer: np.ndarray, window: np.ndarray, device: DeviceSpec) -> np.ndarray:

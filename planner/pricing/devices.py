@@ -19,7 +19,8 @@ class DeviceSpec:
         launch_fast, launch_slow: seconds that one all-to-all takes without any bytes, inside a node and between nodes.
         contention: a transfer that runs beside compute delays it by this part of the transfer's time.
         transfer_launch: seconds that starting such a transfer takes.
-        layer_seconds: fixed host and device work of a layer and micro-batch.
+        layer_seconds: fixed host and device work of a layer and micro-batch. slot_seconds: the same of each expert of it
+            that has rows; 0 where grouped GEMMs take all experts in one launch.
         memory: bytes of the device.
     """
 
@@ -34,6 +35,7 @@ class DeviceSpec:
     contention: float = 0.1
     transfer_launch: float = 20e-6
     layer_seconds: float = 250e-6
+    slot_seconds: float = 0.0
     memory: float = 80e9
 
 
@@ -69,6 +71,7 @@ DEVICES["CPU"] = DeviceSpec(
     contention=1.0,
     transfer_launch=85e-6,
     layer_seconds=1e-3,
+    slot_seconds=2e-4,
     memory=8e9,
 )
 DEVICES["NVL72"] = replace(DEVICES["8xB200"], name="NVL72", memory=186e9)

@@ -102,7 +102,7 @@ def _candidates(args: argparse.Namespace) -> int:
             print(f"{args.target} {task.key}: does not compile: {outcome}", flush=True)
         elif outcome.code is not None:
             codes.append((task.key.replace(f" {task.config} ", " "), task.config, outcome.code.digest))
-    for pair in (same := same_code(codes)):
+    for pair in (same := same_code(sorted(codes))):
         print(f"the same code twice: {pair}", file=sys.stderr)
     print(f"{args.target}: {len(tasks)} candidates, {len(codes)} compiled, {len(same)} of the code of another")
     return 1 if same else 0

@@ -58,6 +58,13 @@ def test_a_slot_takes_at_least_its_weights_through_memory():
     assert price(Outcome.of(slot_load(0, 0)), setting(2, device=slow)).experts == 0
 
 
+def test_each_expert_with_rows_takes_its_fixed_time():
+    each = replace(DEVICE, slot_seconds=0.5)
+    slots = np.array([[[[128, 128, 0], [1, 0, 0]]]], np.int64)
+    more, less = (price(Outcome.of(slots), setting(2, device=device)).experts for device in (each, DEVICE))
+    assert more - less == pytest.approx(2 * 0.5)
+
+
 def test_each_of_four_exchanges_has_the_price_of_a_launch():
     costs = [
         price(Outcome.of(slot_load(1, 1, 1, 1)), setting(2, device=replace(DEVICE, launch_slow=seconds)))
