@@ -19,8 +19,8 @@ class DeviceSpec:
         launch_fast, launch_slow: seconds that one all-to-all takes without any bytes, inside a node and between nodes.
         contention: a transfer that runs beside compute delays it by this part of the transfer's time.
         transfer_launch: seconds that starting such a transfer takes.
-        layer_seconds: fixed host and device work of a layer and micro-batch. slot_seconds: the same of each expert of it
-            that has rows; 0 where grouped GEMMs take all experts in one launch.
+        layer_seconds: fixed host and device work of a layer and micro-batch.
+        slot_seconds: the same of each expert with rows; 0 where one launch takes all experts.
         memory: bytes of the device.
     """
 
