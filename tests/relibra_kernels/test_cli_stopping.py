@@ -37,7 +37,7 @@ def _hear_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def interrupt(arguments, has_begun, folder, seconds=120):
+def interrupt(arguments, has_begun, folder, seconds=240):
     """(status, stdout, stderr) of a command that gets Ctrl-C once it is at work."""
     command = [sys.executable, "-m", "relibra_kernels", *arguments]
     with (folder / "out").open("w") as out, (folder / "err").open("w") as err:
