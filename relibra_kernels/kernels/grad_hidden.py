@@ -22,6 +22,11 @@ from .stores import two_stores
 from .swiglu import form_constants
 
 
+def _flattens(form: ExpertForm) -> bool:
+    """Whether the tile loop may be flattened: with other activations or interleaved weights Triton 3.9 spills then."""
+    return form.is_concatenated and form.activation in ("silu", "relu2")
+
+
 def _epilogue_width(config: GemmConfig, form: ExpertForm) -> int:
     """Columns that are finished at a time: as many as the registers beside the accumulator allow."""
     a_thread = config.block_m * config.block_n // (32 * config.num_warps)
@@ -95,8 +100,7 @@ def grad_hidden(
         TOP_K=schedule.top_k,
         ROWS_ARE_N=form.is_transposed,
         GROUP_M=config.group_m,
-        # interleaved, Triton 3.9 spills 24 bytes; an `if` around loops cannot be flattened
-        FLAT_SLOTS=flat_slots(dout_TH, schedule, stores) if form.is_concatenated and not half_last else 0,
+        FLAT_SLOTS=flat_slots(dout_TH, schedule, stores) if _flattens(form) and not half_last else 0,
         WIDTH=_epilogue_width(config, form),
         HALF_LAST=half_last,
         **form_constants(form, dout_TH),
