@@ -2,6 +2,7 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,10 +58,11 @@ def test_replicas_are_let_go_of_by_default(ranks):
 def test_a_batch_that_failed_lets_go_of_its_replicas():
     """Of those that a recomputed forward holds for its backward, and that arrived."""
     weights = ExpertWeights(torch.zeros(2, 4, 3), torch.zeros(2, 3, 2))
-    none = torch.zeros(0, dtype=torch.int64)
-    nothing = Transfers(none, none, [0], [0], none.numpy(), anywhere=False, sends_kept=False)
-    route = ReplicaRoute(nothing, 0, torch.zeros(2, dtype=torch.int32))
-    pushes = ReplicaPushes(None, lambda layer: weights, lambda layer: None)
+    first = torch.zeros(1, dtype=torch.int64)
+    to_itself = Transfers(first, first - 1, [1], [1], first.numpy(), anywhere=True, sends_kept=False)
+    route = ReplicaRoute(to_itself, 0, torch.zeros(2, dtype=torch.int32))
+    comm = SimpleNamespace(start=lambda sent, *_: SimpleNamespace(wait=lambda: sent))
+    pushes = ReplicaPushes(comm, lambda layer: weights, lambda layer: None)
     held = weakref.ref(pushes.take(0, 0, True, route, hold=True).gate_up)
     assert held() is not None
     pushes.close()
