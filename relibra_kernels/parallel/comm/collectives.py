@@ -226,6 +226,15 @@ class Comm:
             self.wait(work)
         return everyone
 
+    def _tell_all(self, numbers: Sequence[int], device: torch.device, phase: str) -> np.ndarray:
+        """int64 [R, n]: those of every rank. For a few numbers: over gloo an all-gather takes two or three times the
+        CPU time of this all-to-all, as it goes around in a ring."""
+        told = torch.tensor([list(numbers)] * self.size, dtype=torch.int64).to(device)
+        heard, each = torch.empty_like(told), [1] * self.size
+        with self.during(phase):
+            self.wait(dist.all_to_all_single(heard, told, each, each, group=self.group, async_op=True))
+        return heard.cpu().numpy()
+
     def agree(
         self,
         problem: ReLibraError | None,
@@ -239,8 +248,7 @@ class Comm:
         Returns: int64 [R, len(also)], numbers that may differ.
         Raises: `problem` on the rank that has one, else InputError naming the rank that has, or the fact that differs.
         """
-        status = np.array([problem is not None, *facts.values(), *also], np.int64)
-        everyone = self.gather_arrays(status, device, what)
+        everyone = self._tell_all([problem is not None, *facts.values(), *also], device, what)
         if problem is not None:
             raise problem
         refused = np.flatnonzero(everyone[:, 0])

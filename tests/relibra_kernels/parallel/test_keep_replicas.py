@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from ep_kept import lives_of_kept_replicas, lives_of_replicas
+from ep_kept import copied_of_kept_replicas, lives_of_kept_replicas, lives_of_replicas
 from toy_training import Case, train_parallel
 from training_checks import assert_same_bits
 
@@ -71,3 +71,9 @@ def test_a_batch_that_failed_lets_go_of_its_replicas():
 
 def test_kept_replicas_live_as_long_as_their_batch(ranks):
     assert ranks(2).run(lives_of_kept_replicas, Case(plan="shuffled")) == [(True, False)] * 2
+
+
+def test_kept_replicas_are_not_copied(ranks):
+    """Layers read their weights, and add up their gradients, where the batch keeps them."""
+    case = Case(plan="shuffled", dtype=torch.bfloat16, micro_batches=4, sequence_lengths=(5,) * 8)
+    assert ranks(2).run(copied_of_kept_replicas, case) == [0, 0]
