@@ -38,6 +38,11 @@ def backend(device: torch.device) -> ModuleType:
             raise InputError("RELIBRA_BACKEND is 'triton' and the tensors are on the CPU: set TRITON_INTERPRET=1 too")
     elif device.type not in ("cuda", "meta") or not _triton_is_installed():
         return reference  # ROCm devices are "cuda", recorded launches "meta"
+    return _kernels()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
     from . import kernels
 
     return kernels

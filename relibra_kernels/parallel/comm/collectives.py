@@ -233,7 +233,7 @@ class Comm:
         heard, each = torch.empty_like(told), [1] * self.size
         with self.during(phase):
             self.wait(dist.all_to_all_single(heard, told, each, each, group=self.group, async_op=True))
-        return heard.cpu().numpy()
+        return heard.numpy(force=True)
 
     def agree(
         self,
