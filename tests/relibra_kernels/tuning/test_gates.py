@@ -202,9 +202,10 @@ def test_a_sample_of_candidates_is_whole_launches():
         (["--target", "sm_90", "--candidates", "--kernel", "permute"], "--kernel is 'permute'"),
         (["--target", "sm_90", "--candidates", "--sample", "0"], "--sample is 0"),
         (["--device", "H100", "--candidates"], "--candidates is given with --device H100"),
+        (["--device", "H100", "--kernel", "permute"], "--kernel is 'permute'"),
     ],
 )
-def test_candidates_are_of_a_gemm_and_a_target(flags, message, capsys, monkeypatch):
+def test_what_no_gate_knows_is_refused(flags, message, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["compile", *flags]) == 2
     assert message in capsys.readouterr().err
