@@ -10,8 +10,9 @@ from .plan import BatchPlan, contiguous_home, rank_loads
 from .plan_rules import check_home
 from .pricing.outcome import wanted_by_nodes
 from .solver.new_quotas import split_over
-from .solver.search import Problem, plan_layers
+from .solver.search import plan_layers
 from .solver.solution import Solution
+from .solver.to_plan import LayersToPlan
 
 _DISPERSION = 1.5  # variance over mean of the experts' loads up to which a micro-batch is uniform; random draws have 1
 
@@ -57,8 +58,10 @@ def plan_batch(
     if len(skewed):
         wanted = wanted_by_nodes(loads, cluster.num_nodes)
         setting = options.setting(experts, cluster.gpus_per_node)
-        problem = Problem(table[skewed], wanted[skewed], home[skewed], options.kept_copies, cluster, options, setting)
-        better = plan_layers(problem)
+        to_plan = LayersToPlan(
+            table[skewed], wanted[skewed], home[skewed], options.kept_copies, cluster, options, setting
+        )
+        better = plan_layers(to_plan)
         for name in ("home", "replicas", "quota", "kept"):
             getattr(found, name)[skewed] = getattr(better, name)
     return BatchPlan(

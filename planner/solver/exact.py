@@ -28,7 +28,7 @@ class PairFlow:
     ) -> None:
         self.expert, self.rank, self.split, self.load = expert, rank, split, load
         self.pairs, self.experts, self.ranks = len(load) // ranks, experts, ranks
-        self.first = np.flatnonzero(np.diff(expert, prepend=-1))  # of every expert
+        self.first = starts(expert)  # of every expert
         self.group = np.repeat(np.arange(len(self.first)), np.diff(self.first, append=len(expert)))
         self.by_rank = np.argsort(rank, kind="stable")
         self.at_rank = np.bincount(rank, minlength=len(load))  # how many hosts
@@ -97,23 +97,18 @@ class PairFlow:
         no way. Ranks farther than all wanted ones may be called far."""
         steps = np.where(sinks, np.int32(0), FAR)
         via = np.full(len(self.first), FAR)
-        if not len(self.expert):
-            return steps, via
-        rank, group, first = self.rank, self.group, self.first  # of experts that have no distance yet
-        givers = self.by_rank[self.split[self.by_rank] > 0]  # on ranks that have none
-        at, passes = self.rank[givers], self.group[givers]
+        size = np.diff(self.first, append=len(self.expert))
+        scratch = np.empty(max(len(steps), len(via)), np.int64)
+        reached = np.flatnonzero(sinks)
         for hop in range(1, self.ranks + 1):
-            if len(first):
-                nearest = np.minimum.reduceat(steps[rank], first)
-                via[group[first]] = nearest
-                rank, group, first = _without(nearest < FAR, rank, group, first)
-            far = steps[at] >= FAR
-            at, passes = at[far], passes[far]
-            new = at[via[passes] == hop - 1]
-            if not len(new):
-                break
-            steps[new] = hop
-            if (steps[wanted] < FAR).all():
+            passing = self.group[self._hosts_at(reached)]
+            passing = _once(passing[via[passing] >= FAR], scratch)
+            via[passing] = hop - 1
+            givers = spans(self.first[passing], size[passing])
+            reached = self.rank[givers[self.split[givers] > 0]]
+            reached = _once(reached[steps[reached] >= FAR], scratch)
+            steps[reached] = hop
+            if not len(reached) or (steps[wanted] < FAR).all():
                 break
         return steps, via
 
@@ -126,7 +121,7 @@ class PairFlow:
         of = self._hosts_at(np.flatnonzero(busy))
         of = of[(via[self.group[of]] == step - 1) & (self.split[of] > 0)]
         rank = self.rank[of]
-        first = np.flatnonzero(np.diff(rank, prepend=-1))
+        first = starts(rank)
         giver = rank[first]
         taken = _fill(self.split[of], first, (self.load - limit)[giver])
         of, rank, taken = of[taken > 0], rank[taken > 0], taken[taken > 0]
@@ -147,7 +142,7 @@ class PairFlow:
             amount = np.where(via[self.group[onward]] == step - 2, self.split[onward], 0)
             size = self.at_rank[takers]
             room = np.add.reduceat(amount, np.cumsum(size) - size)[np.searchsorted(takers, self.rank[to])]
-        first = np.flatnonzero(np.diff(self.group[to], prepend=-1))
+        first = starts(self.group[to])
         amount = flow[self.group[to[first]]]
         given = _fill(room, first, amount)
         given[first] += amount - np.add.reduceat(given, first)  # more than there is room for: later sweeps pass it on
@@ -163,15 +158,20 @@ def _fill(room: np.ndarray, first: np.ndarray, amount: np.ndarray) -> np.ndarray
     return np.clip(np.repeat(amount, size) - (upto - room - before), 0, room)
 
 
+def _once(index: np.ndarray, scratch: np.ndarray) -> np.ndarray:
+    """Each of these numbers once. scratch: longer than the greatest, and overwritten."""
+    turn = np.arange(len(index))
+    scratch[index] = turn
+    return index[scratch[index] == turn]
+
+
+def starts(key: np.ndarray) -> np.ndarray:
+    """Where each run of equal keys begins."""
+    new = np.ones(len(key), np.bool_)
+    np.not_equal(key[1:], key[:-1], out=new[1:])
+    return np.flatnonzero(new)
+
+
 def spans(start: np.ndarray, size: np.ndarray) -> np.ndarray:
     """start[0], start[0] + 1, ... for size[0] of them, then those of start[1], and so on."""
     return np.repeat(start - np.cumsum(size) + size, size) + np.arange(size.sum())
-
-
-def _without(
-    done: np.ndarray, rank: np.ndarray, group: np.ndarray, first: np.ndarray
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The hosts of those experts that are not done, and where each of them begins."""
-    left = np.repeat(~done, np.diff(first, append=len(rank)))
-    rank, group = rank[left], group[left]
-    return rank, group, np.flatnonzero(np.diff(group, prepend=-1))

@@ -16,7 +16,7 @@ import numpy as np
 from .hosts import best_host
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FetchPrice:
     """What a fetched replica costs and saves, in seconds, and how ranks are levelled with it.
 
@@ -25,7 +25,7 @@ class FetchPrice:
         assignment: saved by one assignment less on the busiest rank.
         replica: cost of one more replica that leaves the busiest sender.
         any: cost of fetching at all in a layer and micro-batch, however many.
-        tolerance: a rank may stay above its target by this part of it.
+        tolerance: a rank may stay above its target by this part of it, in all layers or in each, [L].
         hottest: as in `fetch`.
     """
 
@@ -33,7 +33,7 @@ class FetchPrice:
     assignment: float
     replica: float
     any: float
-    tolerance: float = 0.0
+    tolerance: float | np.ndarray = 0.0
     hottest: bool = False
 
 
@@ -81,7 +81,9 @@ def fetch(slots: Slots, target_P: np.ndarray, gpus_per_node: int, hottest: bool 
         donor = np.where(stuck[row], -1, total[row]).argmax(1)
         excess = total[row, donor] - top
         what = np.where(fetched[row, donor], -1, expert[row, donor])  # [B, Q]
-        holds = (expert[row][:, None] == what[:, :, None, None]).any(3)  # [B, Q, G]
+        holds = np.zeros((len(row), places, gpus_per_node), np.bool_)
+        for place in range(places):
+            holds |= expert[row, :, place][:, None] == what[:, :, None]
         room = np.where(free[row] > 0, top[:, None] - total[row], 0)[:, None]
         amount = np.where(holds, 0, np.minimum(room, np.minimum(load[row, donor], excess[:, None])[:, :, None]))
         amount[what < 0] = 0

@@ -15,16 +15,18 @@ from .hosts import best_host
 _SWEEPS = 6  # of the exact split while replicas are still added
 
 
-def flow_of_slots(slots: Slots, experts: int) -> tuple[PairFlow, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """The exact split's view of these slots, and where its hosts are in them (pair, rank, slot)."""
-    pairs, ranks, _ = slots.expert.shape
-    pair, rank, place = np.nonzero((slots.expert >= 0) & (slots.expert < experts))
-    key = pair * experts + slots.expert[pair, rank, place]
-    several = np.bincount(key, minlength=pairs * experts)[key] > 1
-    order = np.flatnonzero(several)[np.argsort(key[several], kind="stable")]
-    at = pair[order], rank[order], place[order]
-    load = slots.load.sum(2).reshape(-1)
-    return PairFlow(key[order], at[0] * ranks + at[1], slots.load[at], load, experts, ranks), at
+def flow_of_slots(slots: Slots, experts: int) -> tuple[PairFlow, np.ndarray]:
+    """The exact split's view of these slots, and where its hosts are in them, laid flat."""
+    pairs, ranks, places = slots.expert.shape
+    expert = slots.expert.reshape(-1)
+    at = np.flatnonzero((expert >= 0) & (expert < experts))
+    key = at // (ranks * places) * experts + expert[at]
+    several = np.flatnonzero(np.bincount(key, minlength=pairs * experts)[key] > 1)
+    at, key = at[several], key[several]
+    order = np.argsort(key, kind="stable")
+    at = at[order]
+    split, load = slots.load.reshape(-1)[at], slots.load.sum(2).reshape(-1)
+    return PairFlow(key[order], at // places, split, load, experts, ranks), at
 
 
 def level_slots(slots: Slots, target_P: np.ndarray, experts: int, sweeps: int) -> PairFlow:
@@ -32,7 +34,7 @@ def level_slots(slots: Slots, target_P: np.ndarray, experts: int, sweeps: int) -
     flow, at = flow_of_slots(slots, experts)
     if len(flow.expert):
         flow.level(target_P, sweeps)
-        slots.load[at] = flow.split
+        np.put(slots.load, at, flow.split)
     return flow
 
 

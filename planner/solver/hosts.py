@@ -4,7 +4,7 @@ A *host* is one (layer, expert, rank). Hosts of all layers lie in one list, sort
 what belongs to one expert is contiguous and sums over experts are `np.add.reduceat`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -58,16 +58,6 @@ class Hosts:
         return np.diff(self.first, append=len(self.expert))
 
     @cached_property
-    def by_rank(self) -> np.ndarray:
-        """int64 [H]: the hosts, sorted by rank."""
-        return np.argsort(self.rank, kind="stable")
-
-    @cached_property
-    def first_of_rank(self) -> np.ndarray:
-        """int64 [L * R]: where each rank begins in `by_rank`."""
-        return np.searchsorted(self.rank[self.by_rank], np.arange(self.layers * self.ranks))
-
-    @cached_property
     def first_of_node(self) -> np.ndarray:
         """int64 [V]: where hosts of one expert on one node begin."""
         node = self.rank // self.gpus_per_node
@@ -78,6 +68,61 @@ class Hosts:
         """int64 [H]: which of the V groups of `first_of_node` a host is in."""
         return np.repeat(np.arange(len(self.first_of_node)), np.diff(self.first_of_node, append=len(self.expert)))
 
-    def of_rank(self, values_HM: np.ndarray) -> np.ndarray:
-        """[L * R, M]: sums over the hosts of every rank."""
-        return np.add.reduceat(values_HM[self.by_rank], self.first_of_rank, axis=0)
+    @cached_property
+    def by_expert(self) -> "Sums":
+        """Sums [L * E, ...] over the hosts of every expert."""
+        return Sums.by(self.expert, self.layers * self.experts)
+
+    @cached_property
+    def by_rank(self) -> "Sums":
+        """Sums [L * R, ...] over the hosts of every rank."""
+        return Sums.by(self.rank, self.layers * self.ranks)
+
+    @cached_property
+    def nodes(self) -> "Hosts":
+        """The V groups of `first_of_node` as hosts: each node taken for one rank."""
+        start = self.first_of_node
+        whole = self.ranks // self.gpus_per_node
+        return Hosts(self.expert[start], self.rank[start] // self.gpus_per_node, self.layers, self.experts, whole, 1)
+
+    def some(self, chosen: np.ndarray) -> "Hosts":
+        """A part of the hosts, under the same numbers. chosen: bool [H]."""
+        return replace(self, expert=self.expert[chosen], rank=self.rank[chosen])
+
+    def of_layers(self, layers: np.ndarray) -> tuple["Hosts", np.ndarray]:
+        """The hosts of some layers alone, numbered anew, and which of all they are."""
+        new = np.full(self.layers, -1)
+        new[layers] = np.arange(len(layers))
+        to = new[self.expert // self.experts]
+        chosen = np.flatnonzero(to >= 0)
+        expert = self.expert[chosen] % self.experts + to[chosen] * self.experts
+        rank = self.rank[chosen] % self.ranks + to[chosen] * self.ranks
+        return replace(self, expert=expert, rank=rank, layers=len(layers)), chosen
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Sums of rows with the same key, each added up in the order of the rows, so that every machine gets the same bits.
+
+    turns: for i = 0, 1, ...: keys with more than i rows, and the i-th row of each.
+    """
+
+    size: int
+    turns: list[tuple[np.ndarray, np.ndarray]]
+
+    @staticmethod
+    def by(key: np.ndarray, size: int) -> "Sums":
+        """key: int64 [rows], each below `size`."""
+        order = np.argsort(key, kind="stable")
+        ordered = key[order]
+        turn = np.arange(len(key)) - np.searchsorted(ordered, ordered)
+        by_turn = np.argsort(turn, kind="stable")
+        parts = np.split(by_turn, np.cumsum(np.bincount(turn))[:-1])
+        return Sums(size, [(ordered[part], order[part]) for part in parts])
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """[size, ...] from [rows, ...]; 0 where a key has no row."""
+        out = np.zeros((self.size, *rows.shape[1:]), rows.dtype)
+        for key, which in self.turns:
+            out[key] += rows[which]
+        return out

@@ -10,9 +10,9 @@ from ..pricing.cost import Setting
 from .exact import PairFlow, spans
 from .fetched import FetchPrice, Slots, fetch
 from .fetched_by_flow import fetch_by_flow, level_slots
-from .hosts import Hosts
+from .hosts import Hosts, Sums
 from .kept import KeptReplicas
-from .relaxed import level_nodes, preference, relaxed_split, whole_split
+from .relaxed import preference, relaxed_split, whole_split
 
 _MISSED = 0.002  # above its target by more than this after few were fetched, a pair gets many
 _FEW = 2.6  # ranks' loads that are above the target in all: what few fetched replicas may take away
@@ -70,7 +70,7 @@ def fetch_price(
     cluster: ClusterSpec,
     balance: float | None,
     slots: int,
-    tolerance: float = 0.0,
+    tolerance: float | np.ndarray = 0.0,
     hottest: bool = False,
 ) -> FetchPrice:
     """What the search weighs fetched replicas with. With a balance to reach, an assignment less is worth any of
@@ -108,7 +108,7 @@ def solve(
         split = load_FM.astype(np.int64)
     else:
         prior = preference(hosts, _wanted(hosts, wanted_LMNE), load_FM)
-        relaxed, _ = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
+        relaxed = relaxed_split(hosts, load_FM, prior, effort.rounds, effort.slack)
         split = whole_split(hosts, relaxed, load_FM)
         # Where replicas may follow, the exact split comes after them.
         first = replace(effort, sweeps=min(effort.sweeps, _FIRST_SWEEPS)) if may_fetch else effort
@@ -119,9 +119,9 @@ def solve(
         layer, micro_batch = np.nonzero(busiest > target_LM)
         if len(layer):
             pairs = layer, micro_batch
-            target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * (1 + price.tolerance)).astype(np.int64))
+            looser = 1 + np.broadcast_to(price.tolerance, len(target_LM))[layer]
+            target = np.maximum(target_LM[pairs], np.floor(target_LM[pairs] * looser).astype(np.int64))
             if len(kept_replicas.layer) and cluster.num_nodes > 1:
-                relaxed = level_nodes(hosts, load_FM, relaxed, effort.node_rounds)
                 split = _level_nodes(hosts, relaxed, load_FM, target_LM, effort)
             slots = dense.slots(layer, best[pairs], price.slots)
             if price.hottest:
@@ -147,21 +147,20 @@ def solve(
 def _level_nodes(
     hosts: Hosts, relaxed_HM: np.ndarray, load_FM: np.ndarray, target_LM: np.ndarray, effort: Effort
 ) -> np.ndarray:
-    """int64 [H, M]: a relaxed split in whole assignments, exact for nodes; inside each, hosts share as before."""
-    split = whole_split(hosts, relaxed_HM, load_FM)
-    start, group, gpus = hosts.first_of_node, hosts.node_group, hosts.gpus_per_node
-    nodes = Hosts(hosts.expert[start], hosts.rank[start] // gpus, hosts.layers, hosts.experts, hosts.ranks // gpus, 1)
-    of_node = np.add.reduceat(split, start, axis=0)
-    before = of_node[group]
-    share = np.where(before > 0, split / np.maximum(before, 1), 1 / np.bincount(group)[group][:, None])
+    """int64 [H, M]: a relaxed split made level over nodes, exactly; inside each, hosts share as before."""
+    nodes, group, gpus = hosts.nodes, hosts.node_group, hosts.gpus_per_node
+    before = Sums.by(group, len(nodes.expert))(relaxed_HM)
+    of_node = relaxed_split(nodes, load_FM, before, effort.node_rounds, effort.slack)
+    of_node = whole_split(nodes, of_node, load_FM)
     _level(nodes, of_node, target_LM * gpus, replace(effort, within=None))
-    return whole_split(hosts, share * of_node[group], load_FM)
+    each = of_node / np.maximum(before, 1e-300)  # no host's part is 0 but where its expert has no load
+    return whole_split(hosts, relaxed_HM * each[group], load_FM)
 
 
 def _level(hosts: Hosts, split: np.ndarray, target_LM: np.ndarray, effort: Effort) -> None:
     """Exact splits, in place, of the pairs in which a rank is above the target."""
     layers, ranks, micro_batches = hosts.layers, hosts.ranks, split.shape[1]
-    at_rank = hosts.of_rank(split).reshape(layers, ranks, micro_batches)
+    at_rank = hosts.by_rank(split).reshape(layers, ranks, micro_batches)
     busiest = at_rank.max(1)
     over = busiest > target_LM
     if effort.within is not None:  # a split that is far from level will not be after a few sweeps either

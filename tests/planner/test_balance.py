@@ -16,7 +16,7 @@ from relibra_kernels.planner import (
     plan_batch,
     static_plan,
 )
-from relibra_kernels.planner.solver import problem as solver_problem
+from relibra_kernels.planner.solver import to_plan
 
 SHAPE = MODELS["Qwen3-30B-A3B"]
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
@@ -156,12 +156,12 @@ def test_few_replicas_are_fetched_where_one_copy_a_rank_is_kept():
 def test_layers_that_miss_the_balance_are_not_planned_twice_alike(monkeypatch):
     solved = []
 
-    def spy(table, wanted, home, copies, *rest, solve=solver_problem.solve):
+    def spy(table, wanted, home, copies, *rest, solve=to_plan.solve):
         if table.shape[:2] == loads.shape[:2]:  # not the sample
             solved.append(tuple(array.tobytes() for array in (home, copies.layer, copies.expert, copies.rank)))
         return solve(table, wanted, home, copies, *rest)
 
-    monkeypatch.setattr(solver_problem, "solve", spy)
+    monkeypatch.setattr(to_plan, "solve", spy)
     loads = generate_loads(8, 3, 32, 4, 1 << 14, seed=21)
     options = PlanOptions(balance=1.0, kept_bytes=SHAPE.copy_bytes, max_moves=0)
     plan = plan_batch(loads, ClusterSpec(4, 4), options=options)

@@ -30,7 +30,7 @@ from relibra_kernels.planner import (
     static_plan,
 )
 from relibra_kernels.planner.pricing.balanced import forced_balanced
-from relibra_kernels.planner.solver import problem as solver_problem
+from relibra_kernels.planner.solver import to_plan
 from relibra_kernels.planner.solver.solution import Solution
 
 SHAPE = MODELS["Qwen3-30B-A3B"]
@@ -292,7 +292,7 @@ def test_an_idle_kept_replica_stays_where_fetched_ones_come_from():
     replicas[0, 0, 2:, 0] = 0
     quota = np.array([[[[0], [0], [0], [5]]]], np.int32)
     solution = Solution(home, replicas, quota, np.array([[[False], [False], [True], [False]]]))
-    assert solver_problem.drop_idle(solution, 2).kept[0, 2, 0]
+    assert to_plan.drop_idle(solution, 2).kept[0, 2, 0]
     solution.replicas[0, 0, 3], solution.quota[:] = -1, 0
-    assert not solver_problem.drop_idle(solution, 2).kept.any()
+    assert not to_plan.drop_idle(solution, 2).kept.any()
     assert (solution.replicas == -1).all()

@@ -212,8 +212,8 @@ _WITHOUT = {
         "_fetch_singly",
         lambda *args: _fetch_singly(*args[:-1], [way for way in args[-1] if not way[2]]),
     ),
-    "replicas that level nodes": (search, "_members", lambda problem: [m for m in _members(problem) if not m.by_node]),
-    "swaps of homes": (search, "_members", lambda problem: [m for m in _members(problem) if not m.swaps]),
+    "replicas that level nodes": (search, "_members", lambda to_plan: [m for m in _members(to_plan) if not m.by_node]),
+    "swaps of homes": (search, "_members", lambda to_plan: [m for m in _members(to_plan) if not m.swaps]),
     "exact splits over nodes": (
         solution,
         "_level_nodes",

@@ -58,12 +58,12 @@ STEPS = {  # command -> what of .ci/run, `make nightly` or a test runs it
     ".venv/bin/ruff format .": "ci",
     "relibra compile --device H100": "ci",
     "relibra compile --target sm_90 --candidates": "nightly",
+    "python bench/planned.py --rivals": "nightly",
     "torchrun --standalone --nproc-per-node 2 examples/train_ep.py": "tests/test_examples.py",
     "torchrun --nproc-per-node 2 examples/train_megatron.py": "ci",
 }
 ELSEWHERE = {  # the beginning of a command -> why it is not run
     "make nightly": "it is what runs the rest",
-    "python bench/planned.py --rivals": "ten minutes, and ends with 1 while the cells that its page names are behind",
     "make tune-offline": "an hour of compiling; `make check-configs` holds what it wrote",
     "relibra tune --model all --device H100": "an hour of compiling; `make check-configs` holds what it wrote",
     "relibra tune --model": GPU,

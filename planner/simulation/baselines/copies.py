@@ -37,15 +37,15 @@ def outcome_of_instances(
     load = np.ascontiguousarray(table_LME.swapaxes(1, 2), np.float64).reshape(-1, micro_batches)
     prior = parts[:, None] * np.ones(micro_batches)
     if best_split:
-        split, _ = relaxed_split(hosts, load, prior, _ROUNDS, 1e-3)
+        split = relaxed_split(hosts, load, prior, _ROUNDS, 1e-3)
         split = whole_split(hosts, split, load)
         level_all(hosts, split, table_LME)
     else:
-        even = prior * (load / np.add.reduceat(prior, hosts.first, axis=0))[hosts.expert]
+        even = prior * (load / hosts.by_expert(prior))[hosts.expert]
         split = whole_split(hosts, even, load)
 
     width = int(np.bincount(hosts.rank, minlength=layers * ranks).max())
-    by_rank = hosts.by_rank
+    by_rank = np.argsort(hosts.rank, kind="stable")
     slot = np.empty(len(key), np.int64)
     slot[by_rank] = np.arange(len(key)) - np.searchsorted(hosts.rank[by_rank], hosts.rank[by_rank])
     layer, expert = np.divmod(hosts.expert, experts)
@@ -75,7 +75,7 @@ def level_all(hosts: Hosts, split_HM: np.ndarray, table_LME: np.ndarray) -> None
     expert = pair * experts + np.repeat(hosts.expert[several] % experts, micro_batches)
     rank = pair * hosts.ranks + np.repeat(hosts.rank[several] % hosts.ranks, micro_batches)
     order = np.argsort(expert * hosts.ranks + rank % hosts.ranks, kind="stable")
-    load = hosts.of_rank(split_HM).reshape(layers, hosts.ranks, micro_batches).swapaxes(1, 2).reshape(-1)
+    load = hosts.by_rank(split_HM).reshape(layers, hosts.ranks, micro_batches).swapaxes(1, 2).reshape(-1)
     value = split_HM[several].reshape(size)
     flow = PairFlow(expert[order], rank[order], value[order], load.copy(), experts, hosts.ranks)
     flow.level(-(-table_LME.sum(2) // hosts.ranks).reshape(-1), _SWEEPS)

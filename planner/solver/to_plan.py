@@ -1,4 +1,4 @@
-"""One planning problem: layers and options, the homes and kept replicas that each way to plan gives, and prices."""
+"""What is to be planned: layers and options; the homes and kept replicas that each way to plan gives; prices."""
 
 from dataclasses import dataclass, replace
 
@@ -41,7 +41,7 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
-class Problem:
+class LayersToPlan:
     """Layers to plan, and for what.
 
     Attributes:
@@ -59,7 +59,7 @@ class Problem:
     options: PlanOptions
     setting: Setting
 
-    def sample(self) -> "Problem":
+    def sample(self) -> "LayersToPlan":
         """A few layers and micro-batches of it, evenly spaced."""
         layers = len(self.table_LME)
         chosen = spaced(layers, _SAMPLE_LAYERS)
@@ -72,61 +72,65 @@ class Problem:
         )
 
 
-def of_layers(problem: Problem, layers: np.ndarray) -> Problem:
+def of_layers(to_plan: LayersToPlan, layers: np.ndarray) -> LayersToPlan:
     """Some layers of it, with the memory of all."""
     return replace(
-        problem,
-        table_LME=problem.table_LME[layers],
-        wanted_LMNE=problem.wanted_LMNE[layers],
-        home=problem.home[layers],
+        to_plan,
+        table_LME=to_plan.table_LME[layers],
+        wanted_LMNE=to_plan.wanted_LMNE[layers],
+        home=to_plan.home[layers],
     )
 
 
-def hosts_of(problem: Problem, member: Member) -> tuple[np.ndarray, KeptReplicas]:
-    cluster = problem.cluster
-    layers = len(problem.table_LME)
-    home = problem.home.copy()  # a solution is changed in place
+def hosts_of(to_plan: LayersToPlan, member: Member) -> tuple[np.ndarray, KeptReplicas]:
+    cluster = to_plan.cluster
+    layers = len(to_plan.table_LME)
+    home = to_plan.home.copy()  # a solution is changed in place
     if member.moves != 0:
         home = place(
-            problem.table_LME,
+            to_plan.table_LME,
             cluster.num_nodes,
             cluster.gpus_per_node,
-            previous_home=problem.home,
+            previous_home=to_plan.home,
             max_moves=member.moves,
             polish=member.kept <= 0,
             worth=WORTH_MOVING if member.moves is not None else WORTH_MOVING / 64,
         ).astype(np.int32)
     if member.kept <= 0:
         return home, KeptReplicas.none()
-    share = shares(problem.table_LME, cluster.num_ranks)
-    total = min(int(member.kept * cluster.num_ranks * layers), problem.rank_replicas * cluster.num_ranks)
+    share = shares(to_plan.table_LME, cluster.num_ranks)
+    total = min(int(member.kept * cluster.num_ranks * layers), to_plan.rank_replicas * cluster.num_ranks)
     if member.by_node:
-        return choose_by_node(problem.table_LME, home, total, cluster, problem.rank_replicas, member.swaps)
+        # A rank takes its part of the node's load by fetching, which needs a slot.
+        fetches = cluster.replica_slots > 1 and to_plan.options.fetched_slots != 0
+        slots = replace(cluster, replica_slots=cluster.replica_slots - fetches)
+        return choose_by_node(to_plan.table_LME, home, total, slots, to_plan.rank_replicas, member.swaps)
     layer, expert = choose_replicas(share, total, cluster.replica_slots * cluster.num_ranks, cluster.num_ranks)
     kept_replicas = pack(
-        share, home, layer, expert, cluster, problem.rank_replicas, NodeRule(member.spread, member.far)
+        share, home, layer, expert, cluster, to_plan.rank_replicas, NodeRule(member.spread, member.far)
     )
     return home, kept_replicas
 
 
 def solve_over(
-    problem: Problem,
+    to_plan: LayersToPlan,
     home: np.ndarray,
     kept_replicas: KeptReplicas,
     effort: Effort,
-    tolerance: float = 0.0,
+    tolerance: float | np.ndarray = 0.0,
     *,
     hottest: bool = False,
 ) -> Solution:
-    """The loads split over these hosts, and what pays fetched. tolerance, hottest: see `FetchPrice`."""
-    cluster, options, setting = problem.cluster, problem.options, problem.setting
-    target = target_load(problem.table_LME, cluster.num_ranks, options.balance, effort.slack)
-    tokens = problem.table_LME.sum(2).mean() / setting.model.top_k / cluster.num_ranks
+    """The loads split over these hosts, and what pays fetched. tolerance (of all layers, or of each), hottest: see
+    `FetchPrice`."""
+    cluster, options, setting = to_plan.cluster, to_plan.options, to_plan.setting
+    target = target_load(to_plan.table_LME, cluster.num_ranks, options.balance, effort.slack)
+    tokens = to_plan.table_LME.sum(2).mean() / setting.model.top_k / cluster.num_ranks
     dense = 3 * tokens * setting.model.dense_flops(setting.sequence_length) / setting.device.dense_flops
     fetched = cluster.replica_slots if options.fetched_slots is None else options.fetched_slots
     return solve(
-        problem.table_LME,
-        problem.wanted_LMNE,
+        to_plan.table_LME,
+        to_plan.wanted_LMNE,
         home,
         kept_replicas,
         cluster,
@@ -136,12 +140,28 @@ def solve_over(
     )
 
 
-def solve_nothing(problem: Problem) -> Solution:
+def solve_each(
+    to_plan: LayersToPlan, hosts: list[tuple[np.ndarray, KeptReplicas]], effort: Effort, tolerances: list[float]
+) -> list[Solution]:
+    """A solution for each of several choices of hosts, all at once, as more layers."""
+    count, layers = len(hosts), len(to_plan.table_LME)
+    all_layers = of_layers(to_plan, np.tile(np.arange(layers), count))
+    kept = [
+        (replicas.layer + turn * layers, replicas.expert, replicas.rank) for turn, (_, replicas) in enumerate(hosts)
+    ]
+    home = np.concatenate([home for home, _ in hosts])
+    replicas = KeptReplicas(*(np.concatenate(parts) for parts in zip(*kept, strict=True)))
+    solution = solve_over(all_layers, home, replicas, effort, np.repeat(tolerances, layers))
+    parts = (slice(turn * layers, (turn + 1) * layers) for turn in range(count))
+    return [Solution(*(value[part] for value in vars(solution).values())) for part in parts]
+
+
+def solve_nothing(to_plan: LayersToPlan) -> Solution:
     """Experts where they are, and no replicas."""
-    layers, micro_batches, _ = problem.table_LME.shape
-    slots = problem.cluster.num_ranks, problem.cluster.replica_slots
+    layers, micro_batches, _ = to_plan.table_LME.shape
+    slots = to_plan.cluster.num_ranks, to_plan.cluster.replica_slots
     empty = np.full((layers, micro_batches, *slots), -1, np.int32)
-    return Solution(problem.home.copy(), empty, np.zeros_like(empty), np.zeros((layers, *slots), np.bool_))
+    return Solution(to_plan.home.copy(), empty, np.zeros_like(empty), np.zeros((layers, *slots), np.bool_))
 
 
 def drop_idle(solution: Solution, gpus_per_node: int) -> Solution:
@@ -159,41 +179,41 @@ def drop_idle(solution: Solution, gpus_per_node: int) -> Solution:
     return solution
 
 
-def outcome_of(solution: Solution, problem: Problem) -> Outcome:
+def outcome_of(solution: Solution, to_plan: LayersToPlan) -> Outcome:
     """What a solution costs, moves aside."""
-    plan = BatchPlan(solution.home, solution.replicas, solution.quota, solution.kept, problem.cluster.gpus_per_node)
-    return outcome_of_plan(plan, problem.table_LME)
+    plan = BatchPlan(solution.home, solution.replicas, solution.quota, solution.kept, to_plan.cluster.gpus_per_node)
+    return outcome_of_plan(plan, to_plan.table_LME)
 
 
-def pair_seconds(problem: Problem, outcome: Outcome) -> np.ndarray:
+def pair_seconds(to_plan: LayersToPlan, outcome: Outcome) -> np.ndarray:
     """float [L, M]: modelled seconds of every micro-batch.
 
     Where the table does not say on which rank the tokens are, half of the time that staying on their node would save is
     counted.
     """
-    parts = seconds_by_pair(outcome, problem.setting)
-    if problem.wanted_LMNE.shape[2] == 1:
-        anywhere = exchange(replace(outcome, local=None), problem.setting).seconds
+    parts = seconds_by_pair(outcome, to_plan.setting)
+    if to_plan.wanted_LMNE.shape[2] == 1:
+        anywhere = exchange(replace(outcome, local=None), to_plan.setting).seconds
         parts["exchange"] = (parts["exchange"] + anywhere) / 2
     return np.sum(list(parts.values()), axis=0)
 
 
-def layer_seconds(problem: Problem, solution: Solution) -> np.ndarray:
+def layer_seconds(to_plan: LayersToPlan, solution: Solution) -> np.ndarray:
     """float [L]: modelled seconds, moves of homes included."""
-    outcome = outcome_of(solution, problem)
-    outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
+    outcome = outcome_of(solution, to_plan)
+    outcome = replace(outcome, **moves(solution.home, to_plan.home, to_plan.cluster.num_ranks))
     moved = np.maximum(outcome.moved_in, outcome.moved_out).max(1)
-    once = kept_seconds(outcome, problem.setting)
-    once += moved * move_seconds(problem.setting, problem.cluster.num_ranks)
-    return np.sum(list(seconds_by_pair(outcome, problem.setting).values()), axis=0).sum(1) + once
+    once = kept_seconds(outcome, to_plan.setting)
+    once += moved * move_seconds(to_plan.setting, to_plan.cluster.num_ranks)
+    return np.sum(list(seconds_by_pair(outcome, to_plan.setting).values()), axis=0).sum(1) + once
 
 
-def seconds_in_all(problem: Problem, solution: Solution) -> float:
+def seconds_in_all(to_plan: LayersToPlan, solution: Solution) -> float:
     """Modelled seconds of all layers. Moves take what the rank takes that moves most over all of them."""
-    outcome = outcome_of(solution, problem)
-    outcome = replace(outcome, **moves(solution.home, problem.home, problem.cluster.num_ranks))
-    once = float(kept_seconds(outcome, problem.setting).sum()) + migration_seconds(outcome, problem.setting)
-    return float(pair_seconds(problem, outcome).sum()) + once
+    outcome = outcome_of(solution, to_plan)
+    outcome = replace(outcome, **moves(solution.home, to_plan.home, to_plan.cluster.num_ranks))
+    once = float(kept_seconds(outcome, to_plan.setting).sum()) + migration_seconds(outcome, to_plan.setting)
+    return float(pair_seconds(to_plan, outcome).sum()) + once
 
 
 def spaced(count: int, most: int) -> np.ndarray:
