@@ -115,8 +115,8 @@ def _solve(to_plan: LayersToPlan, member: Member, effort: Effort, *, singly: boo
 
 
 def _cheapest(sample: LayersToPlan, members: list[Member], effort: Effort) -> tuple[Member, Member | None]:
-    """The cheapest member, and the cheapest of those that choose kept replicas in the other way, if there are such: a
-    few layers have so few of them that the sample may not tell which way is better."""
+    """The cheapest member, and the cheapest of those that choose kept replicas or move homes in another way, if there
+    are such: a few layers have so few replicas that the sample may not tell which way is better."""
     quick = replace(effort, again=min(effort.again, 1), few_last=0)
     hosts = {member: hosts_of(sample, member) for member in members}
 
@@ -149,7 +149,8 @@ def _cheapest(sample: LayersToPlan, members: list[Member], effort: Effort) -> tu
     for member, found in look(looser, _FIRST_LOOK).items():
         if found.seconds < least:
             best, least = member, found.seconds
-    others = [member for member in first if member.by_node != best.by_node and member.kept]
+    way = (best.by_node, best.moves == 0)
+    others = [member for member in first if member.kept and (member.by_node, member.moves == 0) != way]
     if members[0].kept >= _SCARCE or not any(member.by_node for member in first) or not others:
         return best, None
     return best, replace(min(others, key=seconds(first | again)), tolerance=best.tolerance)
@@ -198,7 +199,7 @@ def _members(to_plan: LayersToPlan) -> list[Member]:
         family.append(Member(most, by_node=True))
         if may_move:
             swaps = _SWAPS if options.max_moves is None else min(_SWAPS, options.max_moves // 2)
-            family.append(Member(most, by_node=True, swaps=swaps))
+            family += [Member(most, moves=each, by_node=True, swaps=swaps) for each in (0, options.max_moves)]
     return list(dict.fromkeys(family))
 
 
