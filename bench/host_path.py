@@ -284,6 +284,8 @@ def quick_answers() -> Iterator[None]:
     answers = {
         **dict.fromkeys(("div.Tensor", "div.Tensor_mode", "mul.Tensor", "add.Tensor"), both),
         **dict.fromkeys(("neg", "scatter_add"), like),
+        "new_empty": lambda tensor, size, *, dtype=None, **_: new(size, dtype or tensor.dtype),
+        "mm": lambda one, other: new((one.shape[0], other.shape[1]), one.dtype),
         "zeros_like": lambda tensor, *, dtype=None, **_: new(tensor.shape, dtype or tensor.dtype),
         "add_.Tensor": lambda tensor, *_, **__: tensor,
         "sum.dim_IntList": total,

@@ -62,15 +62,22 @@ class BatchPlan:
         check_structure(self.home, self.replicas, self.quota, self.kept, self.gpus_per_node)
         object.__setattr__(self, "_held", held_experts(self.home, self.num_ranks))
         if loads is not None:
-            table = total_loads(loads)
-            self.check_loads(table)
-            digest = loads_digest(table)
-            if self.loads_sha256 and self.loads_sha256 != digest:
-                raise PlanError(
-                    f"the plan was made for other loads: its loads_sha256 is {self.loads_sha256}, these have {digest}"
-                )
-            check_quotas(table, self.replicas, self.quota)
-            object.__setattr__(self, "loads_sha256", digest)
+            object.__setattr__(self, "loads_sha256", self.check_made_for(loads))
+
+    def check_made_for(self, loads: np.ndarray) -> str:
+        """The digest of the loads [L, M, R, E] or [L, M, E] that the plan was made for.
+
+        Raises: PlanError where these are others, or replicas would take more assignments than an expert has.
+        """
+        table = total_loads(loads)
+        self.check_loads(table)
+        digest = loads_digest(table)
+        if self.loads_sha256 and self.loads_sha256 != digest:
+            raise PlanError(
+                f"the plan was made for other loads: its loads_sha256 is {self.loads_sha256}, these have {digest}"
+            )
+        check_quotas(table, self.replicas, self.quota)
+        return digest
 
     def __repr__(self) -> str:
         return line_of("BatchPlan", self._facts())

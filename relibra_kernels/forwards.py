@@ -40,9 +40,8 @@ def opened(owner: OpenForwards) -> Iterator[None]:
         nonlocal last
         # An output that its own node saves would hold the graph in a circle, for ever where backward never runs.
         kept = tensor if tensor.is_leaf else tensor.detach()
-        now = tuple([(one, one.current) for one in _OPEN])
-        if not _same(now, last):  # one object for as long as it stays the same
-            last = now
+        if not _is_now(last):  # one object for as long as it stays the same
+            last = tuple([(one, one.current) for one in _OPEN])
         return kept, tensor._version, last
 
     def unpack(packed: tuple[Tensor, int, Snapshot]) -> Tensor:
@@ -66,9 +65,14 @@ def opened(owner: OpenForwards) -> Iterator[None]:
         _OPEN.remove(owner)
 
 
-def _same(one: Snapshot, other: Snapshot) -> bool:
-    """Whether two snapshots are equal, by identity: states may hold tensors, which cannot be compared."""
-    return len(one) == len(other) and all(a is c and b is d for (a, b), (c, d) in zip(one, other, strict=True))
+def _is_now(snapshot: Snapshot) -> bool:
+    """Whether the forwards that are open are those, by identity: states may hold tensors, which cannot be compared."""
+    if len(snapshot) != len(_OPEN):
+        return False
+    for (owner, state), one in zip(snapshot, _OPEN, strict=True):
+        if owner is not one or state is not one.current:
+            return False
+    return True
 
 
 def backward_task() -> int | None:

@@ -16,6 +16,11 @@ from . import reference
 from .planner.errors import InputError
 
 
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
 def backend(device: torch.device) -> ModuleType:
     """The package whose functions take tensors of `device`: `relibra_kernels.kernels` or `relibra_kernels.reference`.
 
@@ -26,14 +31,18 @@ def backend(device: torch.device) -> ModuleType:
         raise InputError(f"RELIBRA_BACKEND is {forced!r}; it must be 'triton' or 'reference'")
     if forced == "reference":
         return reference
-    installed = importlib.util.find_spec("triton") is not None
     if forced == "triton":
-        if not installed:
+        if not _triton_is_installed():
             raise InputError("RELIBRA_BACKEND is 'triton', but triton is not installed")
         if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
             raise InputError("RELIBRA_BACKEND is 'triton' and the tensors are on the CPU: set TRITON_INTERPRET=1 too")
-    elif device.type not in ("cuda", "meta") or not installed:  # ROCm devices are "cuda", recorded launches "meta"
-        return reference
+    elif device.type not in ("cuda", "meta") or not _triton_is_installed():
+        return reference  # ROCm devices are "cuda", recorded launches "meta"
+    return _kernels()
+
+
+@functools.cache
+def _kernels() -> ModuleType:
     from . import kernels
 
     return kernels

@@ -123,7 +123,8 @@ def migration_seconds(outcome: Outcome, setting: Setting) -> float:
 def move_seconds(setting: Setting, ranks: int) -> float:
     """What one expert's way to another home takes: between nodes, where there are several."""
     device = setting.device
-    return setting.model.migration_bytes / (device.fast if ranks == setting.gpus_per_node else device.slow)
+    bandwidth = device.fast if ranks == setting.gpus_per_node else device.slow
+    return setting.model.migration_bytes / bandwidth + device.transfer_launch
 
 
 def _dense(outcome: Outcome, setting: Setting) -> np.ndarray:

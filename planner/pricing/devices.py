@@ -18,7 +18,7 @@ class DeviceSpec:
         fast, slow: bytes a second of its network inside a node, and of that between nodes.
         launch_fast, launch_slow: seconds that one all-to-all takes without any bytes, inside a node and between nodes.
         contention: a transfer that runs beside compute delays it by this part of the transfer's time.
-        transfer_launch: seconds that starting such a transfer takes.
+        transfer_launch: seconds that such a transfer takes without any bytes, with the work on both sides.
         layer_seconds: fixed host and device work of a layer and micro-batch.
         slot_seconds: the same of each expert with rows; 0 where one launch takes all experts.
         memory: bytes of the device.
@@ -69,7 +69,7 @@ DEVICES["CPU"] = DeviceSpec(
     launch_fast=85e-6,
     launch_slow=85e-6,
     contention=1.0,
-    transfer_launch=85e-6,
+    transfer_launch=1e-3,
     layer_seconds=1e-3,
     slot_seconds=2e-4,
     memory=8e9,

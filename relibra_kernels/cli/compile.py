@@ -121,16 +121,20 @@ def _check_positive(**counts: int | None) -> None:
 
 def _gate(args: argparse.Namespace) -> int:
     """1 where the machine code of large batches is not as it must be."""
+    from ..configs.config import GEMM_KERNELS
     from ..configs.limits import device_for
     from ..configs.products import product_named
     from ..tuning.compile_pool import compiled
-    from ..tuning.gates import large_tasks, machine_faults
+    from ..tuning.gates import activation_tasks, large_tasks, machine_faults
     from ..tuning.models import MODELS, model_named
 
+    _check_kernel(args.kernel, GEMM_KERNELS)
     _check_positive(jobs=args.jobs)
     product = product_named(args.device)
     models = [model_named(name) for name in args.model] or MODELS
-    tasks, faults, found = large_tasks(models, product, (0, 2)), 0, []
+    tasks = large_tasks(models, product, (0, 2)) + activation_tasks(product)
+    tasks = [task for task in tasks if args.kernel in (None, task.kernel)]
+    faults, found = 0, []
     for task, outcome in compiled(tasks, args.jobs, lambda: False):
         wrong = machine_faults(task, outcome, device_for(product))
         faults += len(wrong)

@@ -36,16 +36,15 @@ class MachineCode:
         product: the matrix instruction with its shape, and how many there are in an iteration.
         products_in_flight, loads_in_flight: what the loop's waits leave open; None where it waits for neither. Loads
             are batches of cp.async; those of TMA are waited for by barriers.
-        instructions, barriers, tma_loads: in an iteration.
+        instructions, barriers: in an iteration.
         shared_bytes_a_clock: bytes from and to shared memory for a clock of the matrix unit at its full rate.
         epilogue_instructions: outside of the main loop, in a tile. epilogue_share: clocks of issuing them over the
             matrix clocks of a tile; None where the length of the contraction is not known.
-        descriptors: made or renewed inside the tile loop. tma_stores: in a tile.
+        descriptors: made or renewed inside the tile loop.
         accumulators: in tensor memory; with two, a tile is stored by other warps while the next is multiplied.
         is_flat: a tile is stored within the main loop, which by then has issued the next tile's first loads.
-        local_in_loop, local: loads and stores of spilled registers, in an iteration and in all.
-        wide_loads, loads, wide_stores, stores: from global memory, also into shared memory, and to it; of those, 128
-            bits wide.
+        local: loads and stores of spilled registers.
+        loads, stores: from global memory, also into shared memory, and to it. wide_stores: of 128 bits.
         narrow_loads: of fewer than 128 bits each but for 32, which is what indices, weights of rows and biases take.
         indices: of 32 bits.
         amd: instructions of an iteration by kind, on AMD.
@@ -58,18 +57,14 @@ class MachineCode:
     loads_in_flight: int | None = None
     instructions: int = 0
     barriers: int = 0
-    tma_loads: int = 0
     shared_bytes_a_clock: float = 0.0
     matrix_clocks: float = 0.0
     epilogue_instructions: int = 0
     epilogue_share: float | None = None
     descriptors: int = 0
-    tma_stores: int = 0
     accumulators: int = 0
     is_flat: bool = False
-    local_in_loop: int = 0
     local: int = 0
-    wide_loads: int = 0
     loads: int = 0
     wide_stores: int = 0
     stores: int = 0
@@ -98,7 +93,7 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
     whole = program.instructions(program.tile(main)) if meta["persistent"] else code
     narrower = program.tile_loop(main).blocks - program.tile(main)
     of_whole_tiles = program.instructions(set(range(len(program.blocks))) - narrower)
-    counts, in_tile = _counts(step), _counts(whole)
+    counts = _counts(step)
     shapes = Counter(_shape(one, texts["ttgir"]) for one in products)
     name = re.match(r"v_mfma|[A-Z]+", products[0].op).group(0)  # type: ignore[union-attr]
     groups = 1 if name.startswith("UTC") else meta["num_warps"] // (4 if "GMMA" in name else 1)
@@ -118,16 +113,13 @@ def read_machine_code(texts: Mapping[str, str], meta: Mapping[str, Any]) -> Mach
         loads_in_flight=_least(step, r"^DEPBAR\.LE SB0, (0x[0-9a-f]+)"),
         instructions=len(step),
         barriers=counts["BAR"] + counts["s_barrier"],
-        tma_loads=counts["UTMALDG"],
         shared_bytes_a_clock=round(moved / clocks, 1),
         matrix_clocks=clocks / steps,
         epilogue_instructions=ending,
         epilogue_share=round(ending * meta["num_warps"] / 4 / tile_clocks, 3) if tile_clocks else None,
-        descriptors=in_tile["UTMACCTL"],
-        tma_stores=in_tile["UTMASTG"] + in_tile["UTMAREDG"],
+        descriptors=_counts(whole)["UTMACCTL"],
         accumulators=_accumulators(texts["ttgir"]),
         is_flat=not amd and not is_specialised and _stores(program.instructions(main.blocks)),
-        local_in_loop=counts["LDL"] + counts["STL"],
         amd={kind: sum(one.op.startswith(kind) for one in step) for kind in _AMD_KINDS} if amd else None,
         **_accesses(of_whole_tiles),
         digest=digest,
@@ -155,7 +147,6 @@ def _accesses(code: list[Instruction]) -> dict[str, Any]:
     counts = _counts(code)
     spilled = sum(counts[op] for op in ("LDL", "STL")) + sum(one.op.startswith("scratch_") for one in code)
     return {
-        "wide_loads": loads[128],
         "loads": sum(loads.values()),
         "wide_stores": stores[128],
         "stores": sum(stores.values()),

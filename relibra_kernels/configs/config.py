@@ -12,7 +12,7 @@ from .versions import version_of
 GEMM_KERNELS = ("gate_up", "grouped_gemm", "grad_hidden", "grad_weight")
 ROW_KERNELS = ("permute", "swiglu", "replica_reduce", "grad_bias", "schedule")
 # Raised when a kernel changes so much that what was found for the one before says nothing about it. 1 where not named.
-GENERATIONS = {"grad_hidden": 2, "grad_weight": 2}
+GENERATIONS = {"grad_hidden": 3, "grad_weight": 3}
 PARTS_OF_EQUAL_SIZES = ("permute", "swiglu")  # their launches say which part they are
 
 _GEMM = re.compile(r"(\d{1,4})x(\d{1,4})x(\d{1,4})w(\d{1,2})s(\d{1,2})(?:g(\d{1,3}))?(ws)?")

@@ -2,7 +2,8 @@
 """What an expert computes between its two projections, element by element in fp32, with its derivatives.
 
 The fused GEMM kernels call these on their accumulators. The names of activations are those of `ExpertForm`; the same in
-plain torch is `reference/swiglu.py`.
+plain torch is `reference/swiglu.py`. Limits keep NaN, as torch's do; a GPU's default minimum of NaN and a number is the
+number.
 """
 
 import triton
@@ -37,13 +38,13 @@ def sigmoid_of(x, SCALE: tl.constexpr, FAST: tl.constexpr):
 def activate(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: tl.constexpr, FAST: tl.constexpr):
     """a from fp32 gate and up."""
     if ACTIVATION == "clamped":
-        gate = tl.minimum(gate, LIMIT)
+        gate = _at_most(gate, LIMIT)
         return gate * sigmoid_of(gate, ALPHA, FAST) * (_clamp(up, LIMIT) + 1.0)
     elif ACTIVATION == "clamped_silu":
-        gate = tl.minimum(gate, LIMIT)
+        gate = _at_most(gate, LIMIT)
         return gate * sigmoid_of(gate, 1.0, FAST) * _clamp(up, LIMIT)
     elif ACTIVATION == "capped_silu":
-        return tl.minimum(gate * sigmoid_of(gate, 1.0, FAST), LIMIT) * _clamp(up, LIMIT)
+        return _at_most(gate * sigmoid_of(gate, 1.0, FAST), LIMIT) * _clamp(up, LIMIT)
     elif ACTIVATION == "gelu_tanh":
         return gate * sigmoid_of(_of_tanh(gate), 2.0, FAST) * up
     else:
@@ -58,22 +59,22 @@ def derivatives(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: 
     A clamped element on its limit passes the gradient.
     """
     if ACTIVATION == "clamped":
-        clamped = tl.minimum(gate, LIMIT)
+        clamped = _at_most(gate, LIMIT)
         sigmoid = sigmoid_of(clamped, ALPHA, FAST)
         act = clamped * sigmoid
-        slope = tl.where(gate <= LIMIT, sigmoid + ALPHA * act * (1.0 - sigmoid), 0.0)
+        slope = tl.where(gate > LIMIT, 0.0, sigmoid + ALPHA * act * (1.0 - sigmoid))
         return act, _clamp(up, LIMIT) + 1.0, slope, _open(act, up, LIMIT)
     elif ACTIVATION == "clamped_silu":
-        clamped = tl.minimum(gate, LIMIT)
+        clamped = _at_most(gate, LIMIT)
         sigmoid = sigmoid_of(clamped, 1.0, FAST)
         act = clamped * sigmoid
-        slope = tl.where(gate <= LIMIT, sigmoid + act * (1.0 - sigmoid), 0.0)
+        slope = tl.where(gate > LIMIT, 0.0, sigmoid + act * (1.0 - sigmoid))
         return act, _clamp(up, LIMIT), slope, _open(act, up, LIMIT)
     elif ACTIVATION == "capped_silu":
         sigmoid = sigmoid_of(gate, 1.0, FAST)
         silu = gate * sigmoid
-        act = tl.minimum(silu, LIMIT)
-        slope = tl.where(silu <= LIMIT, sigmoid + silu * (1.0 - sigmoid), 0.0)
+        act = _at_most(silu, LIMIT)
+        slope = tl.where(silu > LIMIT, 0.0, sigmoid + silu * (1.0 - sigmoid))
         return act, _clamp(up, LIMIT), slope, _open(act, up, LIMIT)
     elif ACTIVATION == "gelu_tanh":
         sigmoid = sigmoid_of(_of_tanh(gate), 2.0, FAST)
@@ -92,7 +93,7 @@ def derivatives(gate, up, ACTIVATION: tl.constexpr, LIMIT: tl.constexpr, ALPHA: 
 def activate_alone(up, ACTIVATION: tl.constexpr):
     """a from fp32 up, of experts without a gate."""
     tl.static_assert(ACTIVATION == "relu2")
-    positive = tl.maximum(up, 0.0)
+    positive = tl.maximum(up, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return positive * positive
 
 
@@ -100,13 +101,18 @@ def activate_alone(up, ACTIVATION: tl.constexpr):
 def derivative_alone(up, ACTIVATION: tl.constexpr):
     """(a, da/dup)."""
     tl.static_assert(ACTIVATION == "relu2")
-    positive = tl.maximum(up, 0.0)
+    positive = tl.maximum(up, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return positive * positive, 2.0 * positive
 
 
 @triton.jit
+def _at_most(x, LIMIT: tl.constexpr):
+    return tl.minimum(x, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _clamp(up, LIMIT: tl.constexpr):
-    return tl.clamp(up, -LIMIT, LIMIT)
+    return tl.clamp(up, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit

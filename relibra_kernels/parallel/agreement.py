@@ -42,6 +42,7 @@ class Opening:
         configuration: tuple[object, ...],
         *,
         is_open: bool,
+        micro_batches: int,
         counted: bool,
         problem: ReLibraError | None = None,
     ) -> tuple[list[dict[str, Tensor]], bool]:
@@ -49,7 +50,8 @@ class Opening:
 
         Args:
             configuration: whatever else must be the same on all ranks.
-            is_open: whether a batch is open already. counted: whether this rank has the loads.
+            is_open: whether a batch is open already. micro_batches: of the routed batch.
+            counted: whether this rank has the loads of the group.
             problem: what is wrong on this rank already.
         Returns: what moves with the experts of each layer, and whether every rank has the loads.
         Raises: PlanError, InputError.
@@ -70,6 +72,7 @@ class Opening:
             "the placement": checksum(home_LE),
             "the plan's placement": checksum(plan.home),
             "the configuration": checksum(self._cluster, self._groups.shape, *configuration),
+            "num_micro_batches": micro_batches,
             "the optimizer's state": checksum([list(of_layer) for of_layer in tensors]),
         }
         own = {"the plan": checksum(plan.home, plan.replicas, plan.quota, plan.kept)}

@@ -20,7 +20,7 @@ from .comm.groups import Groups
 from .experts.accumulation import GradientSums
 from .experts.adapters import LateGradients, adapted_weights
 from .experts.kept import KeptReplicas, sources_of_fetched
-from .experts.replicas import ReplicaPushes
+from .experts.replicas import ReplicaPushes, ReplicaRoutes
 from .microbatch import AnyMicroBatch, BatchParts, MicroBatch, Record, UnrecordedMicroBatch, check_input_rows
 from .routed_batch import RoutedBatch
 from .session import Session
@@ -90,7 +90,7 @@ class OpenBatch:
             placements=placements,
             pushes=ReplicaPushes(groups.side, store.effective, self._kept.weights),
             kept=self._kept,
-            sources=sources_of_fetched(plan, kept),
+            routes=ReplicaRoutes(plan, comm.rank, sources_of_fetched(plan, kept), self._kept.slots, device),
             sums=self._sums,
             transport=transport,
             device=device,

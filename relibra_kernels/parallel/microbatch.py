@@ -16,7 +16,7 @@ from .comm.devices import upload
 from .comm.groups import Groups
 from .experts.accumulation import GradientSums
 from .experts.kept import KeptReplicas
-from .experts.replicas import ReplicaPushes, ReplicaRoute, replica_route
+from .experts.replicas import ReplicaPushes, ReplicaRoutes
 from .session import Session
 from .tokens.arrivals import Arrivals
 from .tokens.destinations import Destinations, Placements
@@ -29,7 +29,6 @@ from .tokens.transport import TokenPath, Transport
 class BatchParts:
     """What the micro-batches of one batch share.
 
-    `sources` int32 [L, M, R, S]: the rank that sends each fetched replica.
     `alignment`: compares the record with what routers would choose, in the first micro-batch that says enough.
     `rows`: (elements, dtype) of a token's row in every layer. None: weights are there only while their layer runs;
         else replicas are fetched one layer before they are needed.
@@ -41,7 +40,7 @@ class BatchParts:
     placements: Placements
     pushes: ReplicaPushes
     kept: KeptReplicas
-    sources: np.ndarray
+    routes: ReplicaRoutes
     sums: GradientSums
     transport: Transport
     device: torch.device
@@ -73,7 +72,6 @@ class AnyMicroBatch(ABC):
 
     def __init__(self, parts: BatchParts, index: int, num_live: int):
         self._parts, self.index = parts, index
-        self._routes: dict[int, ReplicaRoute | None] = {}
         self.timed = parts.session.times(index, parts.plan.num_micro_batches)
         self.record = Record(parts.plan.num_layers, num_live, parts.device)
 
@@ -93,23 +91,12 @@ class AnyMicroBatch(ABC):
         self.record.loads[site.layer] = site.path.assignments
         return run_layer(x_TH, weights_TK, site, experts)
 
-    def route(self, layer: int) -> ReplicaRoute | None:
-        """The replicas of a layer on this rank; None outside of the model."""
-        parts = self._parts
-        if not 0 <= layer < parts.plan.num_layers:
-            return None
-        if layer not in self._routes:
-            rank, kept_slots = parts.groups.experts.rank, parts.kept.slots(layer)
-            sources = parts.sources[layer, self.index]
-            self._routes[layer] = replica_route(parts.plan, layer, self.index, rank, sources, kept_slots, parts.device)
-        return self._routes[layer]
-
     def _where(self, layer: int) -> str:
         return f"layer {layer}, micro-batch {self.index}"
 
     def _num_slots(self, layer: int) -> int:
         plan = self._parts.plan
-        return plan.home_slots + (plan.num_slots if self.route(layer) else 0)
+        return plan.home_slots + (plan.num_slots if self._parts.routes.of(layer, self.index) else 0)
 
     def _live_site(self, layer: int, destinations: Destinations) -> LayerSite:
         """A layer whose destinations are known only now: counts are exchanged. Collective."""
@@ -120,18 +107,20 @@ class AnyMicroBatch(ABC):
         return self._site_of(layer, path)
 
     def _site_of(self, layer: int, path: TokenPath) -> LayerSite:
-        parts, replicas = self._parts, self.route(layer)
+        parts, m = self._parts, self.index
+        replicas = parts.routes.of(layer, m)
+        beside = parts.routes.of(layer - 1, m), parts.routes.of(layer + 1, m)
         return LayerSite(
             session=parts.session,
             layer=layer,
-            micro_batch=self.index,
-            tag=torch.tensor([parts.session.serial, self.index, layer]),
+            micro_batch=m,
+            tag=torch.tensor([parts.session.serial, m, layer]),
             path=path,
             pushes=parts.pushes,
             kept=parts.kept,
             replicas=replicas,
             weight_of_slot=replicas.weight_of_slot if replicas else None,
-            next_routes=(self.route(layer - 1), self.route(layer + 1)) if parts.rows else (None, None),
+            next_routes=beside if parts.rows else (None, None),
             device=parts.device,
             sums=parts.sums,
             timed=self.timed,

@@ -49,23 +49,31 @@ class Planning:
         self._transport = transport
         self._counted: tuple[RoutedBatch, np.ndarray] | None = None  # what was counted, and its loads
 
+    def count(self, batch: RoutedBatch) -> np.ndarray:
+        """The loads of this rank's sequences, int32 [L, M, E]. Raises: InputError for a trace of another model."""
+        self._check(batch.trace)
+        return np.ascontiguousarray(batch.loads()[:, :, 0])
+
+    def gather(self, local_LME: np.ndarray) -> np.ndarray:
+        """The loads of the group, int32 [L, M, R, E], from those of its ranks, which agree on L and M. Collective."""
+        everyone = self._groups.experts.gather_arrays(local_LME, self._device(), "the exchange of loads")
+        return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))
+
     def gather_loads(self, batch: RoutedBatch | None, problem: ReLibraError | None = None) -> np.ndarray:
         """int32 [L, M, R, E]. Collective.
 
         Args:
             batch: of this rank; None where it has a problem, which every rank then hears of.
         """
-        local, device = np.zeros(0, np.int32), self._device()
+        local = np.zeros(0, np.int32)
         try:
             if batch is not None:
-                self._check(batch.trace)
-                local = batch.loads()[:, :, 0]
+                local = self.count(batch)
         except ReLibraError as error:
             problem = error
         facts = {"num_micro_batches": 0 if batch is None else batch.num_micro_batches}
-        self._groups.agree(problem, facts, device, "counting the loads")
-        everyone = self._groups.experts.gather_arrays(local, device, "the exchange of loads")  # [R, L, M, E]
-        return np.ascontiguousarray(everyone.transpose(1, 2, 0, 3))
+        self._groups.agree(problem, facts, self._device(), "counting the loads")
+        return self.gather(local)
 
     def plan(
         self,
@@ -109,9 +117,8 @@ class Planning:
             assert self._counted is not None
             loads = self._counted[1]
         else:
-            counted = self.gather_loads(batch, problem)
-            assert batch is not None  # else a problem was raised
-            loads = self.loads_of(plan, batch, counted)
+            loads = self.gather_loads(batch, problem)
+            self.check_made_for(plan, loads)
         setting = self._priced(options).setting(plan.num_experts, plan.gpus_per_node, keep_replicas=keep_replicas)
         return estimate_plan(plan, loads, setting, home)
 
@@ -131,17 +138,16 @@ class Planning:
         )
         return counted[1] if same else None
 
-    def loads_of(self, plan: BatchPlan, batch: RoutedBatch, counted: np.ndarray | None) -> np.ndarray:
-        """The loads that a batch will have, int32 [L, M, R, E]. Collective.
+    def check_made_for(self, plan: BatchPlan, loads_LMRE: np.ndarray) -> None:
+        """The plan was made for these loads of its group. Collective.
 
-        Args:
-            counted: the loads, where every rank has them already.
-        Raises: PlanError where the plan was made for others.
+        Raises: PlanError where it was made for others, here or in another group.
         """
-        loads = self.gather_loads(batch) if counted is None else counted
+        if not self._groups.copies:  # all ranks have the same plan and loads
+            plan.check_made_for(loads_LMRE)
+            return
         with self._groups.agreeing(self._device(), "checking the loads"):
-            replace(plan, loads=loads)  # refuses other loads, which are the same on every rank of a group
-        return loads
+            plan.check_made_for(loads_LMRE)
 
 
 def plan_group(

@@ -215,19 +215,28 @@ class ExpertParallel(SpreadModel):
         optimizer: torch.optim.Optimizer | None,
     ) -> Iterator[None]:
         find_adapters(self.model, self.layers)  # PEFT may have wrapped the experts since
-        counted = None if batch is None else self._planning.take_counted(batch)
+        loads, local = None, np.zeros(0, np.int32)  # of the group, and of this rank
+        try:
+            if batch is not None:
+                loads = self._planning.take_counted(batch)
+                local = self._planning.count(batch) if loads is None else local
+        except ReLibraError as error:
+            problem = error
         tensors, everywhere = self._opening.agree(
             plan,
             optimizer,
             self.home,
             (self.options, self.reduction),
             is_open=self._runner.batch is not None,
-            counted=counted is not None,
+            micro_batches=0 if batch is None else batch.num_micro_batches,
+            counted=loads is not None,
             problem=problem,
         )
         assert batch is not None  # else a problem was raised
         self._alarm.begin()
-        loads = self._planning.loads_of(plan, batch, counted if everywhere else None)
+        if loads is None or not everywhere:
+            loads = self._planning.gather(local if loads is None else self._planning.count(batch))
+        self._planning.check_made_for(plan, loads)
         session = Session(self.options, self.comm.ledger)
         self.comm.ledger.begin_batch()
         self._move(tensors, plan.home, optimizer)

@@ -4,7 +4,7 @@ import torch
 
 from ..payload import PayloadLayout, check_payload, check_sent, check_tokens, layout_of
 from ..schedule import Schedule
-from .unpermute import unpermute
+from .unpermute import added_up
 
 
 def pack_payload(
@@ -60,7 +60,5 @@ def unpack_gradients(
         weights_dtype: of dweights; the layout's where None.
     """
     check_payload(payload, layout, send.num_rows)
-    parts = layout.hidden(payload), layout.weights(payload)
-    dx_NH, dweights_NK = (part.clone(memory_format=torch.contiguous_format) for part in parts)
-    dweights_TK = unpermute(dweights_NK, None, send)
-    return unpermute(dx_NH, None, send), dweights_TK.to(weights_dtype or layout.weights_dtype)
+    dx_TH, dweights_TK = (added_up(part, None, send) for part in (layout.hidden(payload), layout.weights(payload)))
+    return dx_TH, dweights_TK.to(weights_dtype or layout.weights_dtype)

@@ -5,6 +5,7 @@ batches wait for memory, whatever their loop looks like.
 """
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 import triton
@@ -15,8 +16,8 @@ from ..configs.half_tiles import has_half_tile
 from ..configs.limits import Device, device_for
 from ..configs.lookup import config_of
 from ..configs.products import Product
-from ..form import ExpertForm
-from .catalogue import PARTS
+from ..form import Activation, ExpertForm
+from .catalogue import OTHERS, PARTS, REPLICAS
 from .compile_task import Outcome, Task
 from .models import Model
 from .padded_columns import multiply_adds
@@ -29,6 +30,9 @@ _MOST_SHARED_BYTES = {"grouped_gemm": 128.5}  # a clock; an SM of Hopper moves 1
 _MOST_SHARED_BYTES_ELSE = 136.0
 _MOST_EPILOGUE = 0.12  # of a tile's matrix clocks
 _MOST_EPILOGUE_GRAD_HIDDEN = ((2880, 0.2), (0, 0.26))  # from this hidden size on
+# With concatenated weights, on Hopper: activations whose tile loop is flattened. The others' spilled in grad_hidden.
+_FLATTENED: dict[str, tuple[str, ...]] = {"gate_up": get_args(Activation), "grad_hidden": ("silu", "relu2")}
+_OTHER_SIZES = 4096, 1536  # hidden and intermediate size: Qwen3-235B-A22B's, no tile half as wide
 _MOST_COLUMNS = 1.07  # multiply-adds over those that a weight's columns need
 _NARROW_STORES = {"grad_hidden": 1}  # partial sums, one a row
 _NARROW_STORES_BY_3_6 = 33  # of grad_hidden with interleaved weights: w*a, 8 columns at a time
@@ -48,12 +52,21 @@ def large_tasks(models: Sequence[Model], product: Product, replicas: Sequence[in
     for model in models:
         for kernel in GEMM_KERNELS:
             for part in PARTS[kernel]:
-                n, d, layout, interleaved = layer_shape(model, kernel, part).sizes(kernel)
-                where = (device_for(product), torch.bfloat16, (n, d), SLOTS * ROWS_PER_SLOT, SLOTS, layout, interleaved)
-                sizes = (model.hidden_size, model.intermediate_size, model.form)
-                config = str(config_of(kernel, *where))
-                found |= {Task(product.target, kernel, part, config, *sizes, count): None for count in replicas}
+                found |= {_large_task(model, kernel, part, product, count): None for count in replicas}
     return list(found)
+
+
+def activation_tasks(product: Product) -> list[Task]:
+    """The same of what computes an activation, for each activation that no shipped model has, with two stores."""
+    layers = [Model("", *_OTHER_SIZES, 1, 1, ExpertForm(activation=activation)) for activation in OTHERS]
+    return [_large_task(layer, kernel, kernel, product, REPLICAS) for layer in layers for kernel in _FLATTENED]
+
+
+def _large_task(model: Model, kernel: str, part: str, product: Product, replicas: int) -> Task:
+    n, d, layout, interleaved = layer_shape(model, kernel, part).sizes(kernel)
+    where = (device_for(product), torch.bfloat16, (n, d), SLOTS * ROWS_PER_SLOT, SLOTS, layout, interleaved)
+    config = str(config_of(kernel, *where))
+    return Task(product.target, kernel, part, config, model.hidden_size, model.intermediate_size, model.form, replicas)
 
 
 def machine_faults(task: Task, outcome: Outcome, device: Device) -> list[str]:
@@ -67,6 +80,7 @@ def machine_faults(task: Task, outcome: Outcome, device: Device) -> list[str]:
         found.append(f"takes {outcome.shared_bytes} bytes of shared memory; there are {device.shared_bytes}")
     found += idle_columns(task)
     found += _pipeline_faults(code, device)
+    found += _flatness_faults(task, code, device)
     if code.descriptors:
         found.append(f"makes {code.descriptors} descriptors in the tile loop; none are needed")
     if device.name in ("sm_80", "sm_90"):
@@ -149,19 +163,28 @@ def _pipeline_faults(code: MachineCode, device: Device) -> list[str]:
     return found
 
 
+def _flatness_faults(task: Task, code: MachineCode, device: Device) -> list[str]:
+    if device.name == "sm_90" and _is_flattened(task):
+        return [] if code.is_flat else ["loads nothing of the next tile before this one is stored"]
+    return ["is flattened; `_FLATTENED` of the gates must name what is"] if code.is_flat else []
+
+
+def _is_flattened(task: Task) -> bool:
+    """Whether the tile loop is to be flattened on Hopper."""
+    if task.kernel == "grouped_gemm":
+        return True
+    config = parse_config(task.config)
+    assert isinstance(config, GemmConfig)
+    is_whole = not has_half_tile(task.kernel, task.intermediate_size, config.block_n)
+    return is_whole and task.form.is_concatenated and task.form.activation in _FLATTENED.get(task.kernel, ())
+
+
 def _hopper_faults(task: Task, code: MachineCode) -> list[str]:
     kernel, hidden_size = task.kernel, task.hidden_size
-    is_flattened = kernel == "grouped_gemm" or (kernel in ("gate_up", "grad_hidden") and task.form.is_concatenated)
-    if kernel == "grad_hidden":
-        config = parse_config(task.config)
-        assert isinstance(config, GemmConfig)
-        is_flattened &= not has_half_tile(kernel, task.intermediate_size, config.block_n)
     found = []
     most = _MOST_SHARED_BYTES.get(kernel, _MOST_SHARED_BYTES_ELSE)
     if code.shared_bytes_a_clock > most:
         found.append(f"moves {code.shared_bytes_a_clock} bytes of shared memory a matrix clock; {most} at most")
-    if is_flattened and not code.is_flat:
-        found.append("loads nothing of the next tile before this one is stored")
     share = _MOST_EPILOGUE
     if kernel == "grad_hidden":
         share = next(bound for size, bound in _MOST_EPILOGUE_GRAD_HIDDEN if hidden_size >= size)

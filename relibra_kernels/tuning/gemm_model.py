@@ -12,7 +12,7 @@ from ..compiling.machine_code import MachineCode
 from ..configs.config import GemmConfig
 from ..configs.half_tiles import has_half_tile
 from ..configs.products import Product
-from .launch_model import ITEM, Estimate, Resources, Work, bounded
+from .launch_model import ITEM, LaunchEstimate, Resources, Work, bounded
 
 _TILE_CLOCKS = 400  # per tile: its indices, the first addresses, the last barrier
 _PADDING_CLOCKS = 100  # a padding tile: one load
@@ -84,7 +84,7 @@ def tile_columns(kernel: str, columns: int, config: GemmConfig, product: Product
     return tiles - 1 + clocks[0] / clocks[1]
 
 
-def estimate_gemm(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
+def estimate_gemm(work: Work, config: GemmConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """The time of `work` with `config`, which needs `resources`."""
     return (_weight_gradient if work.kernel == "grad_weight" else _row_tiles)(work, config, resources, product)
 
@@ -126,7 +126,7 @@ def _wave_clocks(
     return max(resident * (steps * multiply + issue), resident * (steps * load + after), alone)
 
 
-def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
+def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """Kernels whose tiles are rows x columns, walked by persistent programs."""
     tile, columns = _tile(work.kernel, config), tile_columns(work.kernel, work.n, config, product)
     tiles_S = -(-work.rows // config.block_m)
@@ -158,7 +158,7 @@ def _row_tiles(work: Work, config: GemmConfig, resources: Resources, product: Pr
     return bounded(clocks, row_bytes + weight_bytes + other, waves, padded, product)
 
 
-def _weight_gradient(work: Work, config: GemmConfig, resources: Resources, product: Product) -> Estimate:
+def _weight_gradient(work: Work, config: GemmConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """Tiles of weights: all of a slot take as long as it has rows, and start slot after slot."""
     tile = _tile(work.kernel, config)
     across, down = math.ceil(work.n / config.block_m), tile_columns(work.kernel, work.d, config, product)

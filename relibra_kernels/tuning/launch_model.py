@@ -52,7 +52,7 @@ class Work:
     top_k: int = 1
 
 
-class Estimate(NamedTuple):
+class LaunchEstimate(NamedTuple):
     """Waves of tiles, rows that are computed for nothing, bytes from DRAM, and what bounds the time."""
 
     us: float
@@ -62,12 +62,12 @@ class Estimate(NamedTuple):
     bound: str
 
 
-def bounded(clocks: float, dram_bytes: int, waves: int, padded: int, product: Product) -> Estimate:
+def bounded(clocks: float, dram_bytes: int, waves: int, padded: int, product: Product) -> LaunchEstimate:
     """The time of a launch that computes and moves bytes at the same time."""
     on_chip, off_chip = clocks / product.hertz * 1e6, dram_bytes / product.dram * 1e6
     bound = "tiles" if on_chip >= off_chip else "DRAM"
     us = LAUNCH_US + max(on_chip, off_chip) + _NOT_HIDDEN * min(on_chip, off_chip)
-    return Estimate(us, waves, padded, int(dram_bytes), bound)
+    return LaunchEstimate(us, waves, padded, int(dram_bytes), bound)
 
 
 def balanced(slots: int, rows_per_slot: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from ..configs.config import BlockConfig
 from ..configs.products import Product
 from ..kernels.schedule import COUNTED, MOST_COUNTED, counting_block
-from .launch_model import ITEM, LAUNCH_US, Estimate, Resources, Work, bounded
+from .launch_model import ITEM, LAUNCH_US, LaunchEstimate, Resources, Work, bounded
 
 _START_CLOCKS = 300  # of a program: being placed, its indices
 _LANES = 128  # of an SM, each an operation a clock
@@ -54,7 +54,7 @@ class _Wave(NamedTuple):
     used: float
 
 
-def estimate_rows(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
+def estimate_rows(work: Work, config: BlockConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """The time of `work` with `config`, which needs `resources`."""
     if work.kernel == "schedule":
         return _schedule(work, config, resources, product)
@@ -82,7 +82,7 @@ def _estimate(
     resources: Resources,
     product: Product,
     at_least: float = 0.0,
-) -> Estimate:
+) -> LaunchEstimate:
     clocks = max(_clocks(wave, cost, top_k, config, resources, product), at_least)
     column = cost.read + cost.written + top_k * (cost.read_k + cost.written_k)
     dram_bytes = round(wave.programs * wave.steps * wave.used * column)
@@ -115,13 +115,13 @@ def _resident(config: BlockConfig, resources: Resources) -> int:
     return max(1, min(resources.warps_per_sm // config.num_warps, _MOST_PROGRAMS))
 
 
-def _schedule(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
+def _schedule(work: Work, config: BlockConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """A program a block, in one launch where there are few assignments, else in three."""
     few = int(work.rows.sum()) <= MOST_COUNTED
     return (_schedule_at_once if few else _schedule_in_three)(work, config, resources, product)
 
 
-def _schedule_at_once(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
+def _schedule_at_once(work: Work, config: BlockConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """Every block counts all assignments by itself, from L2, and then sorts its own."""
     assignments = int(work.rows.sum())
     columns, warps = counting_block(config)
@@ -145,7 +145,7 @@ def _scatter_clocks(columns: int, warps: int, resident: int, product: Product) -
     return _START_CLOCKS + 3 * product.latency + max(sort, resident * stages * 8 * columns / _LANES)
 
 
-def _schedule_in_three(work: Work, config: BlockConfig, resources: Resources, product: Product) -> Estimate:
+def _schedule_in_three(work: Work, config: BlockConfig, resources: Resources, product: Product) -> LaunchEstimate:
     """Count and scatter, a program a block; between them one program scans over the blocks' counts."""
     assignments, slots = int(work.rows.sum()), len(work.rows)
     blocks, bins = math.ceil(assignments / config.columns), 1 << slots.bit_length()

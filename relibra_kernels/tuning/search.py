@@ -9,7 +9,7 @@ from ..configs.config import GEMM_KERNELS, BlockConfig, Config, GemmConfig
 from ..configs.files import Bucket, Entry, merged
 from ..configs.limits import Device, device_for
 from ..configs.products import Product
-from ..configs.spaces import SPACE, SPILLS_ELSEWHERE, candidates
+from ..configs.spaces import SPACE, WORSE_ELSEWHERE, candidates
 from .compile_task import Outcome, Task
 from .gates import LARGE, idle_columns, is_shallow
 from .launch_model import Resources
@@ -18,7 +18,7 @@ from .ranking import estimate
 from .reports import Reports
 from .search_goal import PARTS, Goal, layer_shape, one_time
 
-MODEL_DATE = "2026-11-26"  # of the model's last change: what `compiled` entries are dated by
+MODEL_DATE = "2026-11-27"  # of the model's last change: what `compiled` entries are dated by
 GROUPS = (8, 4, 16)
 ALIKE = 1.03
 REPLICAS = (0, 2)
@@ -148,8 +148,8 @@ class OfflineSearch:
         return [Task(*sizes, replicas) for replicas in REPLICAS]
 
     def _resources(self, model: Model, kernel: str, part: str, config: Config) -> Resources | None:
-        """The larger needs of its variants; None where one spills, does not fit or does not compile."""
-        if config in SPILLS_ELSEWHERE.get((self.device.family, kernel, not model.form.is_concatenated), ()):
+        """The larger needs of its variants; None where one spills, does not fit or compile, or is worse elsewhere."""
+        if config in WORSE_ELSEWHERE.get((self.device.family, kernel, not model.form.is_concatenated), ()):
             return None
         tasks = self._tasks(model, kernel, part, config, *_stand_in(model))
         own = self._tasks(model, kernel, part, config, model.hidden_size, model.intermediate_size)

@@ -97,6 +97,21 @@ def test_the_kernels_without_tensor_cores(target, kernel):
                 assert report.spill_bytes == 0 and report.shared_bytes <= device.shared_bytes, (variant, report)
 
 
+@interpreting
+@pytest.mark.parametrize(("target", "kernel"), [("sm_90", "swiglu"), ("gfx942", "swiglu"), ("sm_90", "gate_up")])
+def test_what_is_not_a_number_stays_so(target, kernel, tmp_path):
+    """Every limit keeps NaN. Of the compiled code: the default minimum does so in the interpreter, not on GPUs."""
+    device = device_named(target)
+    for variant, call in calls(kernel, configs(kernel, device, torch.bfloat16)[0], torch.bfloat16):
+        if "replicas" not in variant:
+            compile_launch(recorded(device, call)[0], device, dump=tmp_path / variant.replace("/", " "))
+    programs = {path.parent.name: path.read_text() for path in tmp_path.rglob("ttgir")}
+    bounds = r"arith\.(?:min|max)\w*f |tt\.clampf .*"
+    found = {name: set(re.findall(bounds, program)) for name, program in programs.items()}
+    assert len([name for name in found if found[name]]) >= 4, found  # of each activation with a limit, and relu2
+    assert not re.findall(r"numf|propagateNan = none", str(found)), found
+
+
 TWO_SUMS = """
   %a = tt.dot %x, %w, %acc, inputPrecision = ieee : tensor<64x32xbf16> * tensor<32x64xbf16> -> tensor<64x64xf32>
   %b = tt.dot %y, %v, {}, inputPrecision = ieee : tensor<64x32xbf16> * tensor<32x64xbf16> -> tensor<64x64xf32>

@@ -13,6 +13,7 @@ from toy_plans import shuffled_plan
 from toy_training import Case, ToyModel, loss_sum, make_batch, model_input
 
 from relibra_kernels.parallel import ExpertParallel, RoutedBatch
+from relibra_kernels.parallel.comm.collectives import Comm
 from relibra_kernels.planner import BatchPlan, ClusterSpec, PlanOptions
 
 
@@ -74,9 +75,16 @@ def kept_and_fetched(loads_LMRE: np.ndarray, cluster: ClusterSpec) -> BatchPlan:
 
 @contextmanager
 def counted_at_the_boundary(gpus_per_node: int) -> Iterator[Counter[str]]:
-    """Bytes that all_to_all_single sends from this rank to others, "fast" and "slow"."""
+    """Bytes that all_to_all_single sends from this rank to others, "fast" and "slow", but for what ranks gather."""
     wire: Counter[str] = Counter()
-    original = dist.all_to_all_single
+    original, gather_tensors = dist.all_to_all_single, Comm.gather_tensors
+
+    def gather(comm: Comm, local: torch.Tensor, phase: str) -> torch.Tensor:
+        dist.all_to_all_single = original
+        try:
+            return gather_tensors(comm, local, phase)
+        finally:
+            dist.all_to_all_single = counting
 
     def counting(received: torch.Tensor, send: torch.Tensor, receive_counts: Any, send_counts: Any, **kwargs: Any):
         me = dist.get_rank()
@@ -87,8 +95,8 @@ def counted_at_the_boundary(gpus_per_node: int) -> Iterator[Counter[str]]:
                 wire["fast" if rank // gpus_per_node == me // gpus_per_node else "slow"] += rows * row
         return original(received, send, receive_counts, send_counts, **kwargs)
 
-    dist.all_to_all_single = counting
+    dist.all_to_all_single, Comm.gather_tensors = counting, gather
     try:
         yield wire
     finally:
-        dist.all_to_all_single = original
+        dist.all_to_all_single, Comm.gather_tensors = original, gather_tensors

@@ -6,20 +6,19 @@ import torch
 def gated(h: torch.Tensor, form) -> torch.Tensor:
     """The activation of one row `[2I]`, or `[I]` without a gate."""
     if form.activation == "relu2":
-        return torch.where(h > 0, h * h, torch.zeros_like(h))
+        return torch.relu(h) ** 2
     intermediate_size = h.shape[0] // 2
     gate, up = (h[:intermediate_size], h[intermediate_size:]) if form.is_concatenated else (h[::2], h[1::2])
-    limit = torch.tensor(form.limit, dtype=h.dtype)
     if form.activation in ("clamped", "clamped_silu"):
-        gate = torch.minimum(gate, limit)
+        gate = gate.clamp(max=form.limit)
     if form.activation in ("clamped", "clamped_silu", "capped_silu"):
-        up = torch.maximum(torch.minimum(up, limit), -limit)
+        up = up.clamp(-form.limit, form.limit)
     if form.activation == "gelu_tanh":
         return gate / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
     if form.activation == "clamped":
         return gate / (1 + torch.exp(-form.alpha * gate)) * (up + 1)
     silu = gate / (1 + torch.exp(-gate))
-    return (torch.minimum(silu, limit) if form.activation == "capped_silu" else silu) * up
+    return (silu.clamp(max=form.limit) if form.activation == "capped_silu" else silu) * up
 
 
 def moe_mlp_oracle(x, weights, slots, form, gate_up, down, gate_up_bias=None, down_bias=None, weight_of_slot=None):

@@ -116,7 +116,11 @@ def batch(
     comm.alarm = comm.alarm or Alarm(comm.ranks)
     for each in groups.every:
         each.alarm = comm.alarm
-    loads = None if routed is None else _planning(model, first, cluster, name).loads_of(plan, routed, None)
+    loads = None
+    if routed is not None:
+        planning = _planning(model, first, cluster, name)
+        loads = planning.gather_loads(routed)
+        planning.check_made_for(plan, loads)
     session = Session(options, comm.ledger)
     runner = ModelRunner(LiveRouting(way, plan.home, options), model)
     store = ExpertStore(lambda layer: _weights_of(implementations[layer]), len(implementations), None, device)

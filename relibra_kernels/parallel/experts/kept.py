@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ...planner import BatchPlan
-from ...weights import ExpertWeights, zeros_fp32
+from ...weights import ExpertWeights, replica_store
 from ..comm.collectives import Comm
 from . import blob
 from .replicas import GradientReturn, Transfers, home_slot_of_expert, transfers
@@ -93,22 +93,19 @@ class KeptReplicas:
         """[kept, ...]; None where the layer has none anywhere."""
         return self._weights.get(layer)
 
-    def gradients(self, layer: int, like: ExpertWeights) -> ExpertWeights:
-        """fp32 sums [kept, ...] of what is trained, to be added to; zeros at first."""
-        known = self._gradients.get(layer) or ExpertWeights(None, None)
-        self._gradients[layer] = ExpertWeights(
-            *(
-                zeros_fp32(weight) if total is None and weight is not None and grad is not None else total
-                for total, weight, grad in zip(known, self._weights[layer], like, strict=True)
-            )
-        )
-        return self._gradients[layer]
+    def gradients(self, layer: int, homes: ExpertWeights) -> ExpertWeights:
+        """Sums [kept, ...] to be added to, zeros at first; None where a gradient is not wanted now.
 
-    def add_gradients(self, layer: int, gradients: ExpertWeights) -> None:
-        """Add one micro-batch's gradients [kept, ...]; None where a weight is not trained."""
-        for total, new in zip(self.gradients(layer, gradients), gradients, strict=True):
-            if total is not None and new is not None:
-                total.add_(new)
+        Args:
+            homes: gradient buffers of the homes, whose dtypes they have and beside which they lie (`replica_store`).
+        """
+        known = self._gradients.get(layer) or ExpertWeights(None, None)
+        made = [
+            replica_store(home, len(weight)).zero_() if total is None and home is not None else total
+            for total, weight, home in zip(known, self._weights[layer], homes, strict=True)
+        ]
+        self._gradients[layer] = ExpertWeights(*made)
+        return ExpertWeights(*(None if home is None else total for total, home in zip(made, homes, strict=True)))
 
     def give_back(self, gradients_of: Callable[[int], ExpertWeights]) -> None:
         """Send the sums home and add them to the owners' gradients, in place. Collective, once a batch.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ... import ops
 from ...planner import BatchPlan
-from ...weights import ExpertWeights, replica_store
+from ...weights import ExpertWeights
 from ..comm.collectives import Comm, Exchange
 from ..comm.devices import upload
 from . import blob
@@ -103,57 +103,80 @@ class ReplicaRoute:
     kept: int
     weight_of_slot: Tensor
 
+    @property
+    def only_kept(self) -> bool:
+        """Whether nothing comes to this rank: then its replicas are computed with where they are kept, uncopied."""
+        return not len(self.pushed.arrivals)
 
-def replica_route(
-    plan: BatchPlan,
-    layer: int,
-    micro_batch: int,
-    rank: int,
-    source_RS: np.ndarray,
-    kept_slots: np.ndarray,
-    device: torch.device,
-) -> ReplicaRoute | None:
-    """The replicas of `rank`; None where no rank has one, and then the layer does nothing for them.
+
+class ReplicaRoutes:
+    """The routes of one batch on one rank, made when they are asked for.
 
     Args:
-        source_RS: the rank that sends each fetched replica, -1 for empty and kept slots.
-        kept_slots: int64, the replica slots of this rank that are kept, in the order of their store.
+        sources_LMRS: int32, the rank that sends each fetched replica, -1 for empty and kept slots.
+        kept_slots: of a layer, int64, the replica slots of `rank` that are kept, in the order of their store.
     """
-    if not plan.has_replicas(layer, micro_batch):
-        return None
-    kept_E = np.full(plan.num_experts, -1, np.int64)
-    kept_E[plan.replicas[layer, 0, rank, kept_slots]] = np.arange(len(kept_slots))
-    home_slot_E = home_slot_of_expert(plan, layer, rank)
-    pushed = transfers(plan.replicas[layer, micro_batch], source_RS, home_slot_E, kept_E, rank, device)
-    weight_of_slot = np.zeros(plan.home_slots + plan.num_slots, np.int32)
-    weight_of_slot[: plan.home_slots] = np.arange(plan.home_slots)
-    filled = np.concatenate([pushed.arrivals, kept_slots])
-    weight_of_slot[plan.home_slots + filled] = plan.home_slots + np.arange(len(filled))
-    return ReplicaRoute(pushed, len(kept_slots), upload(weight_of_slot, device))
+
+    def __init__(
+        self,
+        plan: BatchPlan,
+        rank: int,
+        sources_LMRS: np.ndarray,
+        kept_slots: Callable[[int], np.ndarray],
+        device: torch.device,
+    ):
+        self._plan, self._rank, self._device = plan, rank, device
+        self._sources, self._kept_slots = sources_LMRS, kept_slots
+        self._has_replicas = _any_of_ranks(plan.replicas >= 0)
+        self._fetches = _any_of_ranks(sources_LMRS >= 0)
+        self._made: dict[tuple[int, int], ReplicaRoute] = {}
+
+    def of(self, layer: int, micro_batch: int) -> ReplicaRoute | None:
+        """None where no rank has a replica, and then the layer does nothing for them; and outside of the model."""
+        if not 0 <= layer < self._plan.num_layers or not self._has_replicas[layer, micro_batch]:
+            return None
+        key = layer, micro_batch if self._fetches[layer, micro_batch] else -1  # kept ones are the same in all
+        if key not in self._made:
+            self._made[key] = self._make(layer, micro_batch)
+        return self._made[key]
+
+    def _make(self, layer: int, micro_batch: int) -> ReplicaRoute:
+        plan, rank, kept_slots = self._plan, self._rank, self._kept_slots(layer)
+        experts_RS, source_RS = plan.replicas[layer, micro_batch], self._sources[layer, micro_batch]
+        kept_E = np.full(plan.num_experts, -1, np.int64)
+        kept_E[experts_RS[rank, kept_slots]] = np.arange(len(kept_slots))
+        home_slot_E = home_slot_of_expert(plan, layer, rank)
+        pushed = transfers(experts_RS, source_RS, home_slot_E, kept_E, rank, self._device)
+        weight_of_slot = np.zeros(plan.home_slots + plan.num_slots, np.int32)
+        weight_of_slot[: plan.home_slots] = np.arange(plan.home_slots)
+        filled = np.concatenate([pushed.arrivals, kept_slots])
+        weight_of_slot[plan.home_slots + filled] = plan.home_slots + np.arange(len(filled))
+        return ReplicaRoute(pushed, len(kept_slots), upload(weight_of_slot, self._device))
+
+
+def _any_of_ranks(slots_LMRS: np.ndarray) -> np.ndarray:
+    """bool [L, M]"""
+    return np.asarray(slots_LMRS.any((2, 3)))
 
 
 class Push:
-    """Replica weights on their way to this rank, begun a layer ahead."""
+    """Replica weights on their way to this rank, begun a layer ahead. Collective."""
 
     def __init__(self, comm: Comm, route: ReplicaRoute, home: ExpertWeights, kept: ExpertWeights | None, where: str):
         self._route, self._home, self._kept = route, home, kept
-        self._exchange: Exchange | None = None
-        pushed = route.pushed
-        if pushed.anywhere:
-            counts = pushed.push_counts, pushed.pull_counts
-            leaving = pushed.pack(home, kept)
-            self._exchange = comm.start(leaving, *counts, "replica_weights", f"replica weights of {where}")
+        counts = route.pushed.push_counts, route.pushed.pull_counts
+        leaving = route.pushed.pack(home, kept)
+        self._exchange = comm.start(leaving, *counts, "replica_weights", f"replica weights of {where}")
 
     def wait(self) -> ExpertWeights:
         """[pushed + kept, ...] of every weight."""
-        arrivals = len(self._route.pushed.arrivals)
-        if self._exchange is None:
-            stores = self._home.map(lambda weight: replica_store(weight.detach(), self._route.kept))
-        else:
-            stores = blob.unpack(self._exchange.wait(), self._home.map(torch.Tensor.detach), self._route.kept)
+        arrived = self._exchange.wait()
+        if self._route.only_kept and self._kept is not None:
+            return self._kept
+        stores = blob.unpack(arrived, self._home.map(torch.Tensor.detach), self._route.kept)
         if self._route.kept and self._kept is not None:
             for store, kept in zip(stores.tensors(), self._kept.tensors(), strict=True):
-                store[arrivals:].copy_(kept)
+                store[len(arrived) :].copy_(kept)
         return stores
 
 
@@ -177,9 +200,9 @@ class ReplicaPushes:
         self._held: dict[tuple[int, int], ExpertWeights] = {}
 
     def start(self, layer: int, micro_batch: int, backward: bool, route: ReplicaRoute | None) -> None:
-        """Begin a push unless it is under way."""
+        """Begin a push unless it is under way, or no rank fetches a replica."""
         key = (layer, micro_batch, backward)
-        if route is None or key in self._begun:
+        if route is None or not route.pushed.anywhere or key in self._begun:
             return
         if backward and (layer, micro_batch) in self._held:
             return
@@ -196,6 +219,8 @@ class ReplicaPushes:
         """
         if route is None:
             return None
+        if not route.pushed.anywhere:
+            return self._kept_of(layer)
         if backward and not hold and (layer, micro_batch) in self._held:
             return self._held.pop((layer, micro_batch))
         self.start(layer, micro_batch, backward, route)

@@ -99,13 +99,29 @@ class LayerSite:
                 self.pushes.start(ahead, self.micro_batch, backward, self.next_routes[not backward])
         return mine
 
-    def start_return(self, replica_grad: ExpertWeights) -> GradientReturn | None:
-        """Gradients of pushed replicas begin their way home; those of kept replicas are added up here."""
+    def replica_gradients(self, replica: ExpertWeights, grad: ExpertWeights, added: bool) -> ExpertWeights:
+        """Buffers for the replicas' gradients: the sums of the batch where these are kept replicas alone.
+
+        Args:
+            grad: the buffers of the homes. added: whether gradients are added to what is there, and do not overwrite.
+        """
+        assert self.replicas is not None and self.kept is not None
+        if added and self.replicas.only_kept and self.kept.weights(self.layer) is not None:
+            return self.kept.gradients(self.layer, grad)
+        return replica_buffers(replica, grad, zeroed=added)
+
+    def start_return(self, replica_grad: ExpertWeights, grad: ExpertWeights) -> GradientReturn | None:
+        """Gradients of pushed replicas begin their way home; those of kept replicas are added up here.
+
+        Args: as for `replica_gradients`, which gave the buffers.
+        """
         assert self.replicas is not None and self.kept is not None and self.pushes is not None
         pushed = self.replicas.pushed
         arrivals = len(pushed.arrivals)
         if self.kept.weights(self.layer) is not None:
-            self.kept.add_gradients(self.layer, replica_grad.map(lambda grad: grad[arrivals:]))
+            for total, new in zip(self.kept.gradients(self.layer, grad), replica_grad, strict=True):
+                if total is not new:
+                    total.add_(new[arrivals:])
         if not pushed.anywhere:
             return None
         phase = f"replica gradients of {self.where}"
@@ -190,7 +206,7 @@ class ExpertParallelMLP(torch.autograd.Function):
             added = any(of_parameter is not None for of_parameter in sums)  # else the first chunk fills new buffers
             make = gradient_buffers if added else _new_buffers
             grad = make(home, sums, needed)
-            replica_grad = replica_buffers(replica, grad, zeroed=added) if replica else None
+            replica_grad = site.replica_gradients(replica, grad, added) if replica else None
             with site.span("dispatch"):
                 arriving = site.path.dispatch_rows(dout.contiguous(), "backward dispatch")
                 if x is not None:
@@ -220,7 +236,7 @@ class ExpertParallelMLP(torch.autograd.Function):
                         checked=True,
                     )
                 partials.append((dx_rows, group.spread(dweight_rows)))
-            going_home = site.start_return(replica_grad) if replica_grad is not None else None
+            going_home = site.start_return(replica_grad, grad) if replica_grad is not None else None
             with site.span("combine"):
                 dx, dweights = site.path.combine_gradients(partials, "backward combine", ctx.weights_dtype)
             if going_home is not None:

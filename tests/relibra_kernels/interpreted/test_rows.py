@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
+from oracle import gated
 from routing import routing_cases
 from tolerance import RELATIVE, assert_close
 from triton.runtime import interpreter
@@ -53,6 +54,25 @@ def test_swiglu(activation, concatenated):
         kernels.swiglu_backward(da, h, form), reference.swiglu_backward(da.double(), h.double(), form), strict=True
     ):
         assert_close(got, expected, 1e-6)
+
+
+@pytest.mark.parametrize("activation", get_args(Activation))
+def test_what_is_not_a_number_stays_so(activation):
+    """In gate and in up, as through torch's own clamp; its gradient may be NaN beside it where torch's is 0."""
+    form = ExpertForm(activation=activation, limit=0.7)
+    h, da = normal(12, form.width(5), dtype=torch.float64), normal(12, 5, dtype=torch.float64, seed=1)
+    h[:4, 1] = h[2:6, -2] = math.nan
+    h.requires_grad_()
+    expected = torch.stack([gated(row, form) for row in h])
+    expected.backward(da)
+    for backend, dtype, tolerance in ((reference, torch.float64, 1e-12), (kernels, torch.float32, 1e-5)):
+        x = h.detach().to(dtype)
+        dh, a = backend.swiglu_backward(da.to(dtype), x, form)
+        like = {"rtol": tolerance, "atol": tolerance, "equal_nan": True, "check_dtype": False}
+        for got in (backend.swiglu(x, form), a):
+            torch.testing.assert_close(got, expected.detach(), **like)
+        torch.testing.assert_close(dh, h.grad.where(~dh.isnan(), math.nan), **like)
+        assert dh[h.grad.isnan()].isnan().all() and not dh[6:].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -2,10 +2,11 @@
 
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
-from ep_kept import lives_of_kept_replicas, lives_of_replicas
+from ep_kept import copied_of_kept_replicas, lives_of_kept_replicas, lives_of_replicas
 from toy_training import Case, train_parallel
 from training_checks import assert_same_bits
 
@@ -57,10 +58,11 @@ def test_replicas_are_let_go_of_by_default(ranks):
 def test_a_batch_that_failed_lets_go_of_its_replicas():
     """Of those that a recomputed forward holds for its backward, and that arrived."""
     weights = ExpertWeights(torch.zeros(2, 4, 3), torch.zeros(2, 3, 2))
-    none = torch.zeros(0, dtype=torch.int64)
-    nothing = Transfers(none, none, [0], [0], none.numpy(), anywhere=False, sends_kept=False)
-    route = ReplicaRoute(nothing, 0, torch.zeros(2, dtype=torch.int32))
-    pushes = ReplicaPushes(None, lambda layer: weights, lambda layer: None)
+    first = torch.zeros(1, dtype=torch.int64)
+    to_itself = Transfers(first, first - 1, [1], [1], first.numpy(), anywhere=True, sends_kept=False)
+    route = ReplicaRoute(to_itself, 0, torch.zeros(2, dtype=torch.int32))
+    comm = SimpleNamespace(start=lambda sent, *_: SimpleNamespace(wait=lambda: sent))
+    pushes = ReplicaPushes(comm, lambda layer: weights, lambda layer: None)
     held = weakref.ref(pushes.take(0, 0, True, route, hold=True).gate_up)
     assert held() is not None
     pushes.close()
@@ -69,3 +71,9 @@ def test_a_batch_that_failed_lets_go_of_its_replicas():
 
 def test_kept_replicas_live_as_long_as_their_batch(ranks):
     assert ranks(2).run(lives_of_kept_replicas, Case(plan="shuffled")) == [(True, False)] * 2
+
+
+def test_kept_replicas_are_not_copied(ranks):
+    """Layers read their weights, and add up their gradients, where the batch keeps them."""
+    case = Case(plan="shuffled", dtype=torch.bfloat16, micro_batches=4, sequence_lengths=(5,) * 8)
+    assert ranks(2).run(copied_of_kept_replicas, case) == [0, 0]

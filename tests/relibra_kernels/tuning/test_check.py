@@ -37,8 +37,8 @@ def test_what_was_found_for_another_generation_is_a_fault(tmp_path):
     put(tmp_path, "H100", "grad_weight", "down", "128x128x64w8s3")
     assert not check_folder(tmp_path).faults
     path = tmp_path / "H100" / "grad_weight.json"
-    path.write_text(path.read_text().replace('"generation": 2', '"generation": 1'))
-    assert "down H=2048 I=768 is of generation 1 of grad_weight; it must be 2" in check_folder(tmp_path).faults[0]
+    path.write_text(path.read_text().replace('"generation": 3', '"generation": 2'))
+    assert "down H=2048 I=768 is of generation 2 of grad_weight; it must be 3" in check_folder(tmp_path).faults[0]
 
 
 def test_every_fault_is_named(tmp_path):

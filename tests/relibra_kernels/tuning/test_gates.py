@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -20,11 +21,11 @@ from relibra_kernels.configs import spaces
 from relibra_kernels.configs.config import GEMM_KERNELS, parse_config
 from relibra_kernels.configs.limits import device_for
 from relibra_kernels.configs.products import PRODUCTS
-from relibra_kernels.form import GPT_OSS, ExpertForm
-from relibra_kernels.tuning.catalogue import PARTS
+from relibra_kernels.form import GPT_OSS, Activation, ExpertForm
+from relibra_kernels.tuning.catalogue import OTHERS, PARTS
 from relibra_kernels.tuning.compile_matrix import candidate_tasks
 from relibra_kernels.tuning.compile_task import Task, compile_task, launches_of
-from relibra_kernels.tuning.gates import large_tasks, machine_faults, most_barriers, same_code
+from relibra_kernels.tuning.gates import activation_tasks, large_tasks, machine_faults, most_barriers, same_code
 from relibra_kernels.tuning.launch_model import Resources
 from relibra_kernels.tuning.models import MODELS, model_named
 from relibra_kernels.tuning.padded_columns import multiply_adds
@@ -45,7 +46,9 @@ GOOD = MachineCode(
     wide_stores=16,
     stores=16,
 )
-AMD = replace(GOOD, amd={"ds_read_u16": 0, "buffer_load": 8, "global_load": 0})
+UNFLATTENED, NOT_FLAT = replace(GOOD, is_flat=False), "loads nothing of the next tile before this one is stored"
+WITHOUT_LEAVE = ("grad_hidden", "gelu_tanh")
+AMD = replace(GOOD, is_flat=False, amd={"ds_read_u16": 0, "buffer_load": 8, "global_load": 0})
 
 
 def faults(code, kernel="gate_up", device=H100, hidden_size=2048, **needs):
@@ -101,12 +104,38 @@ def test_faults_of_some_kernels_and_devices_alone():
     ]
 
 
-def test_the_loops_of_grad_hidden_are_flattened_unless_a_tile_is_half_as_wide():
-    stopping = Resources(200, 0, 1 << 17, 8, replace(GOOD, is_flat=False, epilogue_share=0.2))
+@pytest.mark.parametrize("device", [H100, device_for(PRODUCTS["A100"]), device_for(PRODUCTS["B200"])], ids=str)
+@pytest.mark.parametrize("activation", get_args(Activation))
+@pytest.mark.parametrize("kernel", ["gate_up", "grad_hidden"])
+def test_which_loops_are_flattened(kernel, activation, device):
+    """By kernel, activation and target, and what is not to be is found as well as what is."""
+    flat = replace(GOOD, epilogue_share=0.1, barriers=2)
+    form = ExpertForm(activation=activation)
+    task = Task(device.name, kernel, kernel, "128x256x64w8s3", 2880, 1536, form, 2)
+    expected = device == H100 and (kernel == "gate_up" or activation in ("silu", "relu2"))
+    found = [machine_faults(task, Resources(200, 0, 1 << 17, 8, code), device) for code in (flat, UNFLATTENED)]
+    assert found[expected] == [NOT_FLAT if expected else "is flattened; `_FLATTENED` of the gates must name what is"]
+    assert found[not expected] == []
+    assert [t.form.activation for t in activation_tasks(PRODUCTS["H100"]) if t.kernel == kernel] == OTHERS
+
+
+def test_loops_with_half_tiles_or_interleaved_weights_are_not_flattened():
     for intermediate_size, form, count in ((1536, ExpertForm(), 1), (1408, ExpertForm(), 0), (1536, GPT_OSS, 0)):
         sizes = ("128x256x64w8s3", 2880, intermediate_size, form, 2)
-        found = machine_faults(Task("sm_90", "grad_hidden", "grad_hidden", *sizes), stopping, H100)
-        assert found == ["loads nothing of the next tile before this one is stored"] * count
+        found = machine_faults(
+            Task("sm_90", "grad_hidden", "grad_hidden", *sizes), Resources(200, 0, 1 << 17, 8, UNFLATTENED), H100
+        )
+        assert found == [NOT_FLAT] * count
+
+
+@interpreting
+def test_a_loop_that_is_flattened_without_leave_is_found(monkeypatch):
+    (task,) = [t for t in activation_tasks(PRODUCTS["H100"]) if (t.kernel, t.form.activation) == WITHOUT_LEAVE]
+    assert not machine_faults(task, compile_task(task), H100)
+    launches_of.cache_clear()
+    monkeypatch.setattr(sys.modules["relibra_kernels.kernels.grad_hidden"], "_flattens", lambda form: True)
+    assert any("is flattened" in fault for fault in machine_faults(task, compile_task(task), H100))
+    launches_of.cache_clear()
 
 
 def test_barriers_by_version():
@@ -117,7 +146,7 @@ def test_barriers_by_version():
 
 def test_a_bias_may_be_narrow():
     biased = Task("sm_90", "gate_up", "gate_up", "128x128x64w8s3", 2880, 2880, GPT_OSS, 2)
-    code = replace(GOOD, narrow_loads=1)
+    code = replace(UNFLATTENED, narrow_loads=1)
     assert not machine_faults(biased, Resources(200, 0, 1 << 17, 8, code), H100)
     assert machine_faults(biased, Resources(200, 0, 1 << 17, 8, replace(code, narrow_loads=2)), H100)
 
@@ -173,9 +202,10 @@ def test_a_sample_of_candidates_is_whole_launches():
         (["--target", "sm_90", "--candidates", "--kernel", "permute"], "--kernel is 'permute'"),
         (["--target", "sm_90", "--candidates", "--sample", "0"], "--sample is 0"),
         (["--device", "H100", "--candidates"], "--candidates is given with --device H100"),
+        (["--device", "H100", "--kernel", "permute"], "--kernel is 'permute'"),
     ],
 )
-def test_candidates_are_of_a_gemm_and_a_target(flags, message, capsys, monkeypatch):
+def test_what_no_gate_knows_is_refused(flags, message, capsys, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert main(["compile", *flags]) == 2
     assert message in capsys.readouterr().err
@@ -212,10 +242,10 @@ def test_columns_are_counted_by_hand():
 
 def test_columns_for_nothing_are_a_fault():
     """The tiles of I 1408 and of I 1409, whose last one is more than half full."""
-    outcome = Resources(200, 0, 1 << 17, 8, GOOD)
+    halved, whole = (Resources(200, 0, 1 << 17, 8, code) for code in (UNFLATTENED, GOOD))
     task = Task("sm_90", "grad_hidden", "grad_hidden", "128x256x64w8s3", 2048, 1408, ExpertForm(), 2)
-    assert not machine_faults(task, outcome, H100)
-    assert machine_faults(replace(task, intermediate_size=1409), outcome, H100) == [
+    assert not machine_faults(task, halved, H100)
+    assert machine_faults(replace(task, intermediate_size=1409), whole, H100) == [
         "multiplies 1.090 times the columns that there are; 1.07 at most"
     ]
 
@@ -246,7 +276,7 @@ WIDTHS = """
 
 def test_widths_of_amd_are_read():
     code = read_machine_code({"ttgir": "", "amdgcn": WIDTHS}, {"persistent": False})
-    assert (code.loads, code.wide_loads, code.narrow_loads, code.indices) == (4, 1, 2, 1)
+    assert (code.loads, code.narrow_loads, code.indices) == (4, 2, 1)
     assert (code.stores, code.wide_stores, code.local) == (3, 1, 1)
 
 
