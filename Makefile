@@ -99,7 +99,7 @@ nightly: .venv/installed
 	$(MAKE) demo
 	$(MAKE) quick-in-time
 	RELIBRA_COMMANDS=all $(BIN)/python -m pytest -q tests/test_commands.py
-	$(BIN)/python bench/planned.py --rivals
+	$(BIN)/python bench/planned.py --rivals --layers 8
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families

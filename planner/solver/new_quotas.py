@@ -3,6 +3,7 @@
 import numpy as np
 
 from ..plan import BatchPlan, held_experts
+from .exact import starts
 from .fetched import Slots
 from .fetched_by_flow import level_slots
 
@@ -20,10 +21,10 @@ def split_over(plan: BatchPlan, table_LME: np.ndarray, wanted_LMNE: np.ndarray) 
     held = held_experts(plan.home, ranks)
     homes = np.broadcast_to(held[:, None], (layers, micro_batches, *held.shape[1:]))
     expert = np.concatenate([homes, plan.replicas], 3).reshape(pairs, ranks, -1).astype(np.int64)
-    pair, rank, place = np.nonzero(expert >= 0)
-    which = expert[pair, rank, place]
-    nodes = ranks // gpus
-    group = (pair * experts + which) * nodes + rank // gpus
+    at = np.flatnonzero(expert >= 0)
+    places, nodes = expert.shape[2], ranks // gpus
+    key = at // (ranks * places) * experts + expert.reshape(-1)[at]
+    group = key * nodes + at // places % ranks // gpus
     beside = np.bincount(group, minlength=pairs * experts * nodes)
     hosting = (beside.reshape(-1, nodes) > 0).sum(1)
     load = table_LME.reshape(-1)
@@ -31,9 +32,8 @@ def split_over(plan: BatchPlan, table_LME: np.ndarray, wanted_LMNE: np.ndarray) 
     own = np.where(beside.reshape(-1, nodes) > 0, own, 0)
     rest = (load - own.sum(1)) / np.maximum(hosting, 1)
     share = ((own + rest[:, None]).reshape(-1) / np.maximum(beside, 1))[group]
-    split = _whole(share, pair * experts + which, load)
     slot_load = np.zeros(expert.shape, np.int64)
-    slot_load[pair, rank, place] = split
+    np.put(slot_load, at, _whole(share, key, load))
     state = Slots(expert, slot_load, np.zeros((pairs, ranks), np.int64), np.zeros(expert.shape, np.bool_))
     target = -(-table_LME.sum(2).reshape(-1) // ranks)
     level_slots(state, target, experts, _EXACT)
@@ -47,5 +47,6 @@ def _whole(share: np.ndarray, key: np.ndarray, load: np.ndarray) -> np.ndarray:
     missing = load - np.bincount(key, weights=down, minlength=len(load)).astype(np.int64)
     order = np.argsort(key, kind="stable")
     turn = np.empty(len(key), np.int64)
-    turn[order] = np.arange(len(key)) - np.searchsorted(key[order], key[order])
+    first = starts(key[order])
+    turn[order] = np.arange(len(key)) - np.repeat(first, np.diff(first, append=len(key)))
     return down + (turn < missing[key])

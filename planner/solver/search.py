@@ -45,7 +45,7 @@ _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas 
 _UNEVEN = 0.001  # over 1, max/mean of the cheapest member above which others that level nodes are tried
 _LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.6  # kept replicas a rank and layer below which moving homes may pay
-_SWAPS = 4  # of homes of a layer, tried where few kept replicas level nodes
+_SWAPS = 16  # of homes of a layer, tried where few kept replicas level nodes
 _MANY = 256  # ranks, from which moving is tried in fewer sizes: finding moves takes longest there
 _FEW = 16  # ranks, up to which every way to fetch is tried: it takes no time
 _FIRST_LOOK, _SECOND_LOOK = 4, 8  # micro-batches that all members are priced on, and few close to the best again
@@ -115,8 +115,8 @@ def _solve(to_plan: LayersToPlan, member: Member, effort: Effort, *, singly: boo
 
 
 def _cheapest(sample: LayersToPlan, members: list[Member], effort: Effort) -> tuple[Member, Member | None]:
-    """The cheapest member, and the cheapest of those that choose kept replicas in the other way, if there are such: a
-    few layers have so few of them that the sample may not tell which way is better."""
+    """The cheapest member, and the cheapest of those that choose kept replicas or move homes in another way, if there
+    are such: a few layers have so few replicas that the sample may not tell which way is better."""
     quick = replace(effort, again=min(effort.again, 1), few_last=0)
     hosts = {member: hosts_of(sample, member) for member in members}
 
@@ -149,7 +149,8 @@ def _cheapest(sample: LayersToPlan, members: list[Member], effort: Effort) -> tu
     for member, found in look(looser, _FIRST_LOOK).items():
         if found.seconds < least:
             best, least = member, found.seconds
-    others = [member for member in first if member.by_node != best.by_node and member.kept]
+    way = (best.by_node, best.moves == 0)
+    others = [member for member in first if member.kept and (member.by_node, member.moves == 0) != way]
     if members[0].kept >= _SCARCE or not any(member.by_node for member in first) or not others:
         return best, None
     return best, replace(min(others, key=seconds(first | again)), tolerance=best.tolerance)
@@ -196,11 +197,9 @@ def _members(to_plan: LayersToPlan) -> list[Member]:
             family += [Member(level, True, limit) for level in levels[:1] or (0.0,)]
     if cluster.num_nodes > 1 and 0 < most < _SCARCE:
         family.append(Member(most, by_node=True))
-        if may_move and options.max_moves is None:
-            family += [Member(most, moves=each, by_node=True, swaps=_SWAPS) for each in (0, None)]
-        elif may_move and options.max_moves is not None:
-            family.append(Member(most, by_node=True, swaps=min(_SWAPS, options.max_moves // 2)))
-            family.append(Member(most, moves=options.max_moves, by_node=True))
+        if may_move:
+            swaps = _SWAPS if options.max_moves is None else min(_SWAPS, options.max_moves // 2)
+            family += [Member(most, moves=each, by_node=True, swaps=swaps) for each in (0, options.max_moves)]
     return list(dict.fromkeys(family))
 
 

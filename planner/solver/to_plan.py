@@ -28,7 +28,7 @@ class Member:
         far: how often a home may send kept replicas of one layer to other nodes; None is without a limit.
         tolerance: as in `FetchPrice`.
         by_node: kept replicas are chosen to level nodes (`kept_by_node.py`). swaps: of homes of a layer that are tried
-            there, beside `moves`.
+            then.
     """
 
     kept: float

@@ -242,6 +242,20 @@ def test_every_part_of_the_search_saves_time(part, name, nodes, tokens, size, ma
     assert whole < (1 - gain) * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
 
 
+def test_slots_are_left_for_fetched_replicas_where_hot_experts_change(monkeypatch):
+    """There is memory for a kept replica in every slot. A new hot expert in every micro-batch is better fetched."""
+    model = MODELS["Qwen3-30B-A3B"]
+    loads = workload("max-violation", 4, 16, model.experts, model.top_k, 32768 * 64, seed=3)
+    options = PlanOptions(shape=model, kept_bytes=int(8e9 * 4 / model.layers))
+    scenario = Scenario(ClusterSpec(8, 8), options)
+    found = simulate(loads, scenario, ["relibra", "balanced"])
+    whole = found["relibra"].cost.seconds
+    assert whole < 1.005 * found["balanced"].cost.seconds
+    assert found["relibra"].moved == 0
+    monkeypatch.setattr(search, "_levelling_nodes", lambda *_: [])
+    assert whole < 0.99 * simulate(loads, scenario, ["relibra"])["relibra"].cost.seconds
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -12,7 +12,7 @@ from relibra_kernels.planner.solver.exact import PairFlow
 from relibra_kernels.planner.solver.fetched import Slots, fetch
 from relibra_kernels.planner.solver.fetched_by_flow import fetch_by_flow
 from relibra_kernels.planner.solver.home_swaps import swap_homes
-from relibra_kernels.planner.solver.hosts import Hosts, best_host
+from relibra_kernels.planner.solver.hosts import Hosts, Sums, best_host
 from relibra_kernels.planner.solver.kept import NodeRule, choose_replicas, pack, shares
 from relibra_kernels.planner.solver.relaxed import preference, relaxed_split, whole_split
 from relibra_kernels.planner.solver.solution import Solution
@@ -71,6 +71,14 @@ def hosts_of(table, ranks, gpus, slots, spread=True, copies=None):
     most = slots * layers if copies is None else copies
     kept = pack(share, home, layer, expert, ClusterSpec(ranks // gpus, gpus, slots), most, NodeRule(spread))
     return kept, Hosts.of(home, kept.layer, kept.expert, kept.rank, gpus, ranks), home
+
+
+def test_sums_are_those_of_rows_with_the_same_key_in_their_order():
+    """Floating point tells the order: 1e16 + 1 + 1 is not 1e16 + 2. A key without rows is 0."""
+    key, rows = np.array([2, 0, 2, 0, 2]), np.array([[1e16], [3.0], [1.0], [4.0], [1.0]])
+    np.testing.assert_array_equal(Sums.by(key, 4)(rows), [[7.0], [0.0], [(1e16 + 1.0) + 1.0], [0.0]])
+    assert (1e16 + 1.0) + 1.0 != 1e16 + (1.0 + 1.0)
+    assert Sums.by(np.zeros(0, np.int64), 2)(np.zeros((0, 3), np.int64)).tolist() == [[0] * 3] * 2
 
 
 def test_the_relaxed_split_levels_what_can_be():
