@@ -25,10 +25,11 @@ def compiled(tasks: list[Task], jobs: int, stop: Callable[[], bool]) -> Iterator
     if triton.knobs.runtime.interpret:
         raise InputError("TRITON_INTERPRET is 1; compiling needs a process without it")
     waiting, outcomes = deque(tasks), SimpleQueue[tuple[Task, Outcome] | BaseException]()
-    ended = threading.Event()
+    ended, workers = threading.Event(), list[_Worker]()
 
     def work() -> None:
         with _Worker() as worker:
+            workers.append(worker)
             while waiting and not ended.is_set() and not stop():
                 try:
                     task = waiting.popleft()
@@ -43,9 +44,9 @@ def compiled(tasks: list[Task], jobs: int, stop: Callable[[], bool]) -> Iterator
             outcomes.put(error)
 
     threads = [threading.Thread(target=run, daemon=True) for _ in range(min(jobs, len(tasks)))]
-    for thread in threads:
-        thread.start()
     try:
+        for thread in threads:  # within: Ctrl-C may come at once
+            thread.start()
         while any(thread.is_alive() for thread in threads) or not outcomes.empty():
             try:
                 found = outcomes.get(timeout=0.05)
@@ -56,8 +57,11 @@ def compiled(tasks: list[Task], jobs: int, stop: Callable[[], bool]) -> Iterator
             yield found
     finally:
         ended.set()
+        for worker in workers:
+            worker.kill()
         for thread in threads:
-            thread.join()
+            if thread.ident is not None:  # it was started
+                thread.join()
 
 
 class _Worker:
@@ -75,6 +79,12 @@ class _Worker:
             self._process.stdin.close()
             self._process.wait()
             self._process.stdout.close()
+
+    def kill(self) -> None:
+        """Let go of what is being compiled."""
+        process = self._process  # another thread may let go of it
+        if process is not None:
+            process.kill()
 
     def outcome(self, task: Task) -> Outcome:
         if self._process is None:
