@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: docs demo test test-families test-megatron test-extras quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
+.PHONY: docs demo test test-families test-two-hops test-megatron test-extras quick lint wheel release-check nightly compile-gate machine-code compile-matrix tune-offline check-configs clean
 .PHONY: test-versions rehearse gpu carry collect quick-in-time
 
 demo: .venv/installed
@@ -32,6 +32,10 @@ quick: .venv/installed
 # Every Hugging Face MoE family under a plan, over two ranks; `make test` takes a sample.
 test-families: .venv/installed
 	RELIBRA_FAMILIES=all $(BIN)/python -m pytest -q tests/relibra_kernels/integrations/test_hf_families.py
+
+# What the runtime's tests hold, with two hops wherever a test does not say how tokens travel.
+test-two-hops: .venv/installed
+	RELIBRA_TEST_TRANSPORT=two $(TEST) tests/relibra_kernels/parallel
 
 # megatron-core in an environment of its own, and a GPT trained with it. MEGATRON=0.19.2: the newest, whose wheel is for
 # Python 3.12 and is only unpacked.
@@ -99,6 +103,7 @@ nightly: .venv/installed
 	$(MAKE) compile-matrix
 	$(MAKE) check-configs
 	$(MAKE) test-families
+	$(MAKE) test-two-hops
 	$(MAKE) test-megatron MEGATRON=0.19.2
 	$(MAKE) test-extras
 	$(MAKE) rehearse WHOLE=--whole

@@ -88,7 +88,7 @@ class ReplicatedExperts(nn.Module):
         self.register_parameter(first, parameter(*self.form.gate_up_shape(hidden_size, intermediate_size)))
         self.down_proj = parameter(*self.form.down_shape(hidden_size, intermediate_size))
         self.register_parameter(f"{first}_bias", parameter(width) if self.form.has_bias else None)
-        self.down_proj_bias = parameter(hidden_size) if self.form.has_bias else None
+        self.register_parameter("down_proj_bias", parameter(hidden_size) if self.form.has_bias else None)
         for name in (f"{first}_left", f"{first}_right", "down_proj_left", "down_proj_right"):
             self.register_parameter(name, None)  # until `adapt`
         self.reset_parameters()

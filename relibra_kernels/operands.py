@@ -22,7 +22,7 @@ def check_computable(name: str, tensor: torch.Tensor) -> None:
 
 def check_rows(name: str, rows: torch.Tensor, count: int) -> None:
     """Refuse rows that are not contiguous `[count, ...]`."""
-    if rows.ndim != 2 or not rows.is_contiguous() or len(rows) != count:
+    if rows.ndim != 2 or not rows.is_contiguous() or rows.shape[0] != count:
         raise ShapeError(
             f"{name} is {tuple(rows.shape)} with strides {rows.stride()}; it must be contiguous with {count} rows"
         )

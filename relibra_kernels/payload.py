@@ -66,7 +66,7 @@ def layout_of(x_TH: torch.Tensor, weights_TK: torch.Tensor) -> PayloadLayout:
 def check_payload(payload: torch.Tensor, layout: PayloadLayout, count: int | None = None) -> None:
     """Refuse bytes that are not rows of `layout`, `count` of them where it is given."""
     is_rows = payload.dtype == torch.uint8 and payload.shape[1:] == (layout.row_bytes,) and payload.is_contiguous()
-    if not is_rows or count not in (None, len(payload)):
+    if not is_rows or count not in (None, payload.shape[0]):
         raise ShapeError(
             f"payload is {payload.dtype} {tuple(payload.shape)} with strides {payload.stride()}; it must be contiguous "
             f"uint8 [{'rows' if count is None else count}, {layout.row_bytes}]"
@@ -76,7 +76,7 @@ def check_payload(payload: torch.Tensor, layout: PayloadLayout, count: int | Non
 def check_tokens(x_TH: torch.Tensor, weights_TK: torch.Tensor) -> None:
     """Refuse rows and gate weights that do not go together."""
     check_computable("x", x_TH)
-    check_rows("x", x_TH, len(weights_TK))
+    check_rows("x", x_TH, weights_TK.shape[0])
     if not weights_TK.is_floating_point() or weights_TK.ndim != 2 or not weights_TK.is_contiguous():
         raise ShapeError(
             f"weights is {weights_TK.dtype} {tuple(weights_TK.shape)} with strides {weights_TK.stride()}; "

@@ -60,4 +60,6 @@ def test_what_is_no_environment_or_check_is_refused(matrix):
 
 def test_every_check_of_every_environment_has_a_row():
     listed = re.search(r"^    checks=\((.*)\)$", (ROOT / "tests/versions.sh").read_text(), re.MULTILINE).group(1)
-    assert [*rows(ROOT / "docs/versions.md")] == [(e, c) for e in ("image", "pins", "newest") for c in listed.split()]
+    every = [(e, c) for e in ("image", "pins", "newest") for c in listed.split()]
+    every.remove(("image", "sm_103"))  # whose Triton cannot read its code
+    assert [*rows(ROOT / "docs/versions.md")] == every

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy_training import Case, ToyModel
 
 from relibra_kernels.parallel import ExpertParallel
+from relibra_kernels.parallel.comm.collectives import TOLD_TO_EACH, Comm
 from relibra_kernels.planner import ClusterSpec, InputError
 
 
@@ -45,6 +46,16 @@ def gathered_in_parts(experts: int) -> bool:
     """Whether experts that are gathered some slots at a time are those of one process."""
     ep, alone = moved(experts)
     return all(torch.equal(value, alone.get_parameter(name)) for name, value in ep.named_logical_parameters())
+
+
+def gathered_tensors() -> list[bool]:
+    """Whether a small tensor and a large one of every rank are stacked."""
+    comm, right = Comm(None, 1), []
+    for size in (3, TOLD_TO_EACH):
+        local = torch.arange(size) + comm.rank
+        everyone = torch.stack([torch.arange(size) + rank for rank in range(comm.size)])
+        right.append(torch.equal(comm.gather_tensors(local, "a test"), everyone))
+    return right
 
 
 def memory_to_gather(experts: int) -> float:

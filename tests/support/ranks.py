@@ -80,6 +80,7 @@ class RankError(Exception):
 def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
     os.setpgid(0, 0)  # a group of its own, so that what it starts ends with it
     torch.set_num_threads(1)
+    take_transport(os.environ.get("RELIBRA_TEST_TRANSPORT", "auto"))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=size, timeout=timedelta(seconds=60))
     while (job := pipe.recv()) is not None:
         function, arguments = job
@@ -88,6 +89,16 @@ def _serve(pipe: Any, rank: int, size: int, store: str) -> None:
         except Exception as error:
             pipe.send(RankError(type(error).__name__, f"{error}\n{traceback.format_exc()}"))
     dist.destroy_process_group()
+
+
+def take_transport(name: str) -> None:
+    """Let tokens travel so wherever a test does not say how."""
+    from relibra_kernels.parallel import RuntimeOptions
+
+    place = list(RuntimeOptions.__dataclass_fields__).index("transport")
+    defaults = list(RuntimeOptions.__init__.__defaults__)
+    defaults[place] = name
+    RuntimeOptions.__init__.__defaults__ = tuple(defaults)
 
 
 @contextmanager

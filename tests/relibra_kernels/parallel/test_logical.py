@@ -3,7 +3,7 @@
 import pytest
 
 pytest.importorskip("safetensors")
-from ep_gathered import gathered_by_name, gathered_in_parts, memory_to_gather
+from ep_gathered import gathered_by_name, gathered_in_parts, gathered_tensors, memory_to_gather
 from ranks import one_rank
 
 
@@ -24,3 +24,7 @@ def test_only_what_is_asked_for_is_gathered(ranks):
         assert found == names and right
         assert collectives == 4  # a slot of all ranks at a time
         assert refused == "names has 'moe.9.experts.down_proj', but the model has no parameter of that name"
+
+
+def test_small_and_large_tensors_are_gathered(ranks):
+    assert ranks(3).run(gathered_tensors) == [[True, True]] * 3
