@@ -99,17 +99,19 @@ class PairFlow:
         via = np.full(len(self.first), FAR)
         size = np.diff(self.first, append=len(self.expert))
         scratch = np.empty(max(len(steps), len(via)), np.int64)
-        reached = np.flatnonzero(sinks)
+        via[self.group[sinks[self.rank]]] = 0
+        givers = np.flatnonzero((via[self.group] == 0) & (self.split > 0))
         for hop in range(1, self.ranks + 1):
-            passing = self.group[self._hosts_at(reached)]
-            passing = _once(passing[via[passing] >= FAR], scratch)
-            via[passing] = hop - 1
-            givers = spans(self.first[passing], size[passing])
-            reached = self.rank[givers[self.split[givers] > 0]]
+            reached = self.rank[givers]
             reached = _once(reached[steps[reached] >= FAR], scratch)
             steps[reached] = hop
             if not len(reached) or (steps[wanted] < FAR).all():
                 break
+            passing = self.group[self._hosts_at(reached)]
+            passing = _once(passing[via[passing] >= FAR], scratch)
+            via[passing] = hop
+            givers = spans(self.first[passing], size[passing])
+            givers = givers[self.split[givers] > 0]
         return steps, via
 
     def _push(self, step: int, steps: np.ndarray, via: np.ndarray, limit: np.ndarray) -> None:

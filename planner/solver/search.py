@@ -42,7 +42,7 @@ _LEVELS = (1.5, 1.0, 0.5, 0.25)  # kept replicas a rank and layer that are tried
 _BY_NODE = (0.75, 0.5)  # kept replicas a rank and layer that are tried to level nodes, where memory allows more
 _FAR = (4, 3, 2, 1)  # times a home may send its kept replicas of a layer to other nodes
 _TOLERANCES = (0.02, 0.05, 0.1, 0.2)  # above the target, that fetched replicas may leave
-_UNEVEN = 0.001  # over 1, max/mean of the cheapest member above which others that level nodes are tried
+_UNEVEN = 0.003  # over 1, max/mean of the cheapest member above which others that level nodes are tried
 _LOOSER = 0.0005  # part of the time that a tolerance must save
 _SCARCE = 0.6  # kept replicas a rank and layer below which moving homes may pay
 _SWAPS = 16  # of homes of a layer, tried where few kept replicas level nodes
@@ -151,7 +151,8 @@ def _cheapest(sample: LayersToPlan, members: list[Member], effort: Effort) -> tu
             best, least = member, found.seconds
     way = (best.by_node, best.moves == 0)
     others = [member for member in first if member.kept and (member.by_node, member.moves == 0) != way]
-    if members[0].kept >= _SCARCE or not any(member.by_node for member in first) or not others:
+    doubtful = best.by_node or (members[0].kept < _SCARCE and any(member.by_node for member in first))
+    if not doubtful or not others:
         return best, None
     return best, replace(min(others, key=seconds(first | again)), tolerance=best.tolerance)
 
